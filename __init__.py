@@ -1,0 +1,1 @@
+"""Second-order optimizers for deep networks, composed from small parts."""
