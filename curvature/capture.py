@@ -1,0 +1,291 @@
+"""The ``hooks`` backend: statistics from a forward hook on the layer and a tensor hook on its output.
+
+Measured facts behind this choice: the pair survives in-place activations, modules called twice, gradient
+accumulation and checkpointing, where ``register_full_backward_hook`` does not. Records are kept per call; a call whose
+output never received a gradient (an evaluation pass, the first of two passes under checkpointing) is dropped.
+"""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ..errors import ArgumentError
+from .layers import Layer
+from .likelihoods import Likelihood
+from .statistics import LayerStatistics
+
+__all__ = ["Capture", "PassKind", "Record"]
+
+PassKind = Literal["gradient", "look back", "forward"]
+
+
+class Record(enum.Flag):
+    """What to keep of one layer: its inputs, output gradients, sampled gradients, or only means (cheapest)."""
+
+    NOTHING = 0
+    INPUTS = enum.auto()
+    GRADIENTS = enum.auto()
+    MEANS = enum.auto()
+    SAMPLED = enum.auto()
+    SAMPLED_PARAMETERS = enum.auto()
+
+
+@dataclass
+class _Call:
+    """One call of one layer. ``pass_index`` counts forward passes of the whole model."""
+
+    pass_index: int
+    samples: int
+    positions: int
+    input: Tensor | None = None
+    gradient: Tensor | None = None
+    sampled: Tensor | None = None
+    output_sum: Tensor | None = None
+    gradient_sum: Tensor | None = None
+    edge: GradientEdge | None = None
+    complete: bool = False
+
+
+class Capture:
+    """Hooks on a model, and the records they made since the last :meth:`collect`.
+
+    Args:
+        model: the model; only forward passes through the model itself count as passes.
+        layers: its layers.
+        likelihood: the model's predictive distribution, for sampled labels; ``None`` if no part needs it.
+        loss_reduction: ``"mean"`` or ``"sum"``: how the user's loss combines the samples.
+        seed: of the sampled labels. The labels of a pass depend on (seed, step, pass) only: no random state is kept.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood | None, loss_reduction: str, seed: int
+    ):
+        self.model = model
+        self.layers = list(layers)
+        self.likelihood = likelihood
+        self.loss_reduction = loss_reduction
+        self.seed = seed
+        self.step = 0
+        self._wanted: dict[str, Record] = {}
+        self._calls: dict[str, list[_Call]] = {layer.name: [] for layer in layers}
+        self._parameter_sums: dict[str, list[tuple[int, tuple[Tensor, ...]]]] = {}
+        self._pass = 0
+        self._kind: PassKind = "gradient"
+        self._sampling = False
+        self._handles = _register(self)
+
+    def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
+        """Choose what the following forward passes record, per layer name.
+
+        Args:
+            wanted: layers that are missing record nothing.
+            kind: ``"gradient"``: a pass counts when its gradient has arrived; ``"look back"``: parameters are frozen,
+                an output that needs no gradient gets an artificial leaf so that the gradients at the pre-activations
+                exist all the same; ``"forward"``: a pass counts without any gradient.
+        """
+        self._wanted = {name: record for name, record in wanted.items() if record}
+        self._kind = kind
+
+    def close(self) -> None:
+        """Remove all hooks from the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def discard_complete(self) -> None:
+        """Forget calls that already have a gradient: the user threw that gradient away (``zero_grad``)."""
+        for name, calls in self._calls.items():
+            self._calls[name] = [call for call in calls if not call.complete]
+
+    def collect(self) -> dict[str, LayerStatistics]:
+        """Statistics per layer name from all complete calls since the last time; forgets every call."""
+        result: dict[str, LayerStatistics] = {}
+        for layer in self.layers:
+            calls = [call for call in self._calls[layer.name] if call.complete or self._kind == "forward"]
+            sums = self._parameter_sums.get(layer.name, [])
+            if calls:
+                result[layer.name] = self._combine(layer, calls, sums)
+            elif sums:
+                samples = sum(count for count, _ in sums)
+                result[layer.name] = LayerStatistics(
+                    layer, samples, 1, sampled_parameter_gradients=_mean_of_sums(sums, samples)
+                )
+        self.clear()
+        return result
+
+    def clear(self) -> None:
+        """Forget every call."""
+        for calls in self._calls.values():
+            calls.clear()
+        self._parameter_sums.clear()
+        self._pass = 0
+
+    def _combine(
+        self, layer: Layer, calls: list[_Call], sums: list[tuple[int, tuple[Tensor, ...]]]
+    ) -> LayerStatistics:
+        first_of_pass = {call.pass_index: call.samples for call in reversed(calls)}
+        samples = sum(first_of_pass.values())
+        scale = float(samples) if self.loss_reduction == "mean" else 1.0
+        rows = sum(call.samples * call.positions for call in calls)
+        output_sum = _add([call.output_sum for call in calls])
+        gradient_sum = _add([call.gradient_sum for call in calls])
+        return LayerStatistics(
+            layer=layer,
+            samples=samples,
+            positions=rows // samples,
+            gradient_scale=scale,
+            inputs=_join([call.input for call in calls]),
+            output_gradient=_join([call.gradient for call in calls]),
+            sampled_gradient=_join([call.sampled for call in calls]),
+            mean_preactivation=None if output_sum is None else output_sum / rows,
+            mean_gradient=None if gradient_sum is None else gradient_sum * (scale / rows),
+            sampled_parameter_gradients=_mean_of_sums(sums, samples) if sums else None,
+        )
+
+    def _on_layer(self, layer: Layer, args: tuple[Any, ...], output: Any) -> Any:
+        wanted = self._wanted.get(layer.name, Record.NOTHING)
+        if not wanted or not isinstance(output, Tensor) or layer.adapter is None:
+            return None
+        if self._kind == "forward":
+            self._new_call(layer, wanted, args[0], output)
+            return None
+        replaced = None
+        if not output.requires_grad:
+            if self._kind != "look back" or not torch.is_grad_enabled():
+                return None
+            leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            output = replaced = output + leaf
+        call = self._new_call(layer, wanted, args[0], output)
+        output.register_hook(_gradient_hook(self, layer, call, wanted))
+        return replaced
+
+    def _new_call(self, layer: Layer, wanted: Record, value: Tensor, output: Tensor) -> _Call:
+        assert layer.adapter is not None
+        if Record.INPUTS in wanted and output.ndim < 2:
+            raise ArgumentError(f"layer {layer.name!r} was called on one unbatched sample; give it a batch of size 1")
+        call = _Call(self._pass, output.shape[0], layer.adapter.positions(layer.module, output))
+        if Record.INPUTS in wanted:
+            call.input = value.detach()
+        if Record.MEANS in wanted:
+            call.output_sum = layer.adapter.expand_output(layer.module, output.detach()).sum((0, 1))
+        if Record.SAMPLED in wanted and output.requires_grad:
+            call.edge = get_gradient_edge(output)
+        self._calls[layer.name].append(call)
+        return call
+
+    def _on_model(self, output: Any) -> None:
+        wants_rows = [name for name, record in self._wanted.items() if Record.SAMPLED in record]
+        wants_parameters = [name for name, record in self._wanted.items() if Record.SAMPLED_PARAMETERS in record]
+        if not (wants_rows or wants_parameters) or not torch.is_grad_enabled():
+            return
+        if self.likelihood is None or not isinstance(output, Tensor):
+            raise ArgumentError(
+                f"sampled labels need a likelihood and a model that returns one Tensor, got likelihood="
+                f"{self.likelihood} and an output of type {type(output).__name__}; pass likelihood='categorical', "
+                "'bernoulli' or 'gaussian' to osculate.build"
+            )
+        if output.requires_grad:
+            self._sampled_backward(output, wants_rows, wants_parameters)
+
+    def _sampled_backward(self, output: Tensor, wants_rows: list[str], wants_parameters: list[str]) -> None:
+        """One extra backward with sampled labels, down to pre-activations only (no weight gradients for rows)."""
+        assert self.likelihood is not None
+        calls = [call for name in wants_rows for call in self._calls[name] if call.pass_index == self._pass]
+        calls = [call for call in calls if call.edge is not None]
+        parameters = [
+            parameter
+            for layer in self.layers
+            if layer.name in wants_parameters
+            for parameter in layer.parameters.values()
+        ]
+        targets = self.likelihood.sample(output.detach(), self._generator(output.device))
+        loss = self.likelihood.negative_log_likelihood(output, targets)
+        edges: list[Any] = [call.edge for call in calls]
+        self._sampling = True
+        try:
+            gradients = torch.autograd.grad(loss, edges + parameters, retain_graph=True, allow_unused=True)
+        finally:
+            self._sampling = False
+        for call, gradient in zip(calls, gradients, strict=False):
+            call.sampled, call.edge = gradient, None
+        rest = list(gradients[len(calls) :])
+        for layer in self.layers:
+            if layer.name in wants_parameters:
+                values = tuple(
+                    torch.zeros_like(parameter) if gradient is None else gradient
+                    for parameter, gradient in zip(layer.parameters.values(), rest, strict=False)
+                )
+                del rest[: len(values)]
+                self._parameter_sums.setdefault(layer.name, []).append((output.shape[0], values))
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """A generator that depends on (seed, step, number of completed passes), so that idle passes leave no trace."""
+        done = {call.pass_index for calls in self._calls.values() for call in calls if call.complete}
+        generator = torch.Generator(device=device)
+        generator.manual_seed((self.seed * 1_000_003 + self.step) * 1_009 + len(done))
+        return generator
+
+
+def _gradient_hook(capture: Capture, layer: Layer, call: _Call, wanted: Record) -> Callable[[Tensor], None]:
+    def hook(gradient: Tensor) -> None:
+        if capture._sampling:  # the sampled backward runs through the same tensors
+            return
+        call.complete = True
+        if Record.GRADIENTS in wanted:
+            call.gradient = gradient.detach()
+        if Record.MEANS in wanted:
+            assert layer.adapter is not None
+            call.gradient_sum = layer.adapter.expand_output(layer.module, gradient.detach()).sum((0, 1))
+
+    return hook
+
+
+def _register(capture: Capture) -> list[Any]:
+    """Hooks hold the capture weakly: when its optimizer is gone they do nothing."""
+    reference = weakref.ref(capture)
+
+    def layer_hook(layer: Layer) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            alive = reference()
+            return None if alive is None else alive._on_layer(layer, args, output)
+
+        return hook
+
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._pass += 1
+
+    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._on_model(output)
+
+    handles: list[Any] = [layer.module.register_forward_hook(layer_hook(layer)) for layer in capture.layers]
+    handles.append(capture.model.register_forward_pre_hook(begin))
+    handles.append(capture.model.register_forward_hook(end))
+    return handles
+
+
+def _join(values: Sequence[Tensor | None]) -> Tensor | None:
+    present = [value for value in values if value is not None]
+    if len(present) != len(values):
+        return None
+    return present[0] if len(present) == 1 else torch.cat(present)
+
+
+def _add(values: Sequence[Tensor | None]) -> Tensor | None:
+    present = [value for value in values if value is not None]
+    return sum(present[1:], present[0]) if present and len(present) == len(values) else None
+
+
+def _mean_of_sums(sums: list[tuple[int, tuple[Tensor, ...]]], samples: int) -> tuple[Tensor, ...]:
+    total = [torch.stack(values).sum(0) for values in zip(*(gradients for _, gradients in sums), strict=True)]
+    return tuple(value / samples for value in total)

@@ -1,0 +1,176 @@
+"""Curvature estimators: which matrix the statistics stand for.
+
+An estimator says what it provides, what the backend must record for that, and fills ``roots`` / ``vectors`` of a
+:class:`LayerStatistics`. ``m`` is the mini-batch size, an overbar the mini-batch mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from .capture import Record
+from .statistics import LayerStatistics, Needs, Tensors
+
+__all__ = [
+    "BatchMean",
+    "EmpiricalFisher",
+    "Estimator",
+    "InputsOnly",
+    "SampledBatchMean",
+    "SampledFisher",
+    "SecantPairs",
+]
+
+
+class Estimator(Protocol):
+    """Which curvature matrix is measured, and from what."""
+
+    provides: Needs
+    needs_likelihood: bool
+
+    def records(self, needs: Needs) -> Record:
+        """What the backend must record so that a part with these needs can be served."""
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        """The statistics with ``roots`` and ``vectors`` set as far as this estimator provides them."""
+
+
+def _inputs(needs: Needs) -> Record:
+    return Record.INPUTS if Needs.INPUTS in needs else Record.NOTHING
+
+
+@dataclass(frozen=True)
+class InputsOnly:
+    """Nothing but layer inputs: methods without curvature at the output side, forward-only warm starts."""
+
+    provides = Needs.INPUTS
+    needs_likelihood = False
+
+    def records(self, needs: Needs) -> Record:
+        """Inputs if anybody wants them."""
+        return _inputs(needs)
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        """Unchanged."""
+        return statistics
+
+
+@dataclass(frozen=True)
+class BatchMean(InputsOnly):
+    """Outer product of the mini-batch mean gradient, ``gbar gbar'``, true labels.
+
+    What the released MBF code averages over steps (PAPERS 2.3). Its expectation is about F/m plus the outer product of
+    the mean gradient, so damping and learning rate live on another scale than for per-sample estimators (factor m).
+    Costs nothing beyond the gradient: no hooks run.
+    """
+
+    provides = Needs.INPUTS | Needs.VECTORS
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        """One vector: the mean gradient itself."""
+        gradients = statistics.gradients
+        assert gradients is not None
+        return replace(statistics, vectors=lambda: tuple(value.unsqueeze(0) for value in gradients))
+
+
+@dataclass(frozen=True)
+class SampledBatchMean:
+    """Outer product of the mini-batch mean gradient with labels sampled from the model: unbiased for F/m.
+
+    One extra backward. MBF's warm start (PAPERS 2.3).
+    """
+
+    provides = Needs.INPUTS | Needs.VECTORS
+    needs_likelihood = True
+
+    def records(self, needs: Needs) -> Record:
+        """The parameter gradient of the sampled loss."""
+        return _inputs(needs) | (Record.SAMPLED_PARAMETERS if Needs.VECTORS in needs else Record.NOTHING)
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        """One vector: the mean gradient for the sampled labels."""
+        gradients = statistics.sampled_parameter_gradients
+        if gradients is None:
+            return statistics
+        return replace(statistics, vectors=lambda: tuple(value.unsqueeze(0) for value in gradients))
+
+
+@dataclass(frozen=True)
+class EmpiricalFisher:
+    """Per-sample gradients with the true labels: the textbook empirical Fisher, mean_i g_i g_i'.
+
+    No extra pass: the user's own backward provides the rows.
+    """
+
+    provides = Needs.INPUTS | Needs.ROOTS | Needs.VECTORS
+    needs_likelihood = False
+
+    def records(self, needs: Needs) -> Record:
+        """Output gradients; inputs too where whole gradient vectors are built."""
+        wanted = _inputs(needs)
+        if Needs.ROOTS in needs:
+            wanted |= Record.GRADIENTS
+        if Needs.VECTORS in needs:
+            wanted |= Record.GRADIENTS | Record.INPUTS
+        return wanted
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        """Rows of the user's backward with the factor that makes them per-sample."""
+        if statistics.output_gradient is None:
+            return statistics
+        scale = statistics.gradient_scale
+
+        def vectors() -> Tensors:
+            return statistics.per_sample_gradients(statistics.gradient_rows() * scale)
+
+        return replace(statistics, roots=(statistics.gradient_rows(), scale), vectors=vectors)
+
+
+@dataclass(frozen=True)
+class SampledFisher:
+    """Per-sample gradients with one label per sample drawn from the model: unbiased for the Fisher (= GGN).
+
+    One extra backward to the pre-activations only, about 0.27 of a gradient on the MNIST autoencoder.
+    """
+
+    provides = Needs.INPUTS | Needs.ROOTS | Needs.VECTORS | Needs.SCORES
+    needs_likelihood = True
+
+    def records(self, needs: Needs) -> Record:
+        """Sampled output gradients; inputs too where whole gradient vectors or scores are built."""
+        wanted = _inputs(needs)
+        if needs & (Needs.ROOTS | Needs.VECTORS | Needs.SCORES):
+            wanted |= Record.SAMPLED
+        if needs & (Needs.VECTORS | Needs.SCORES):
+            wanted |= Record.INPUTS
+        return wanted
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        """Rows of the sampled backward; they are per-sample already."""
+        if statistics.sampled_gradient is None:
+            return statistics
+        return replace(
+            statistics,
+            roots=(statistics.sampled_rows(), 1.0),
+            vectors=lambda: statistics.per_sample_gradients(statistics.sampled_rows()),
+        )
+
+
+@dataclass(frozen=True)
+class SecantPairs:
+    """Pairs s = mean(h+ - h), y = mean(g+ - g) from a second evaluation of the same mini-batch after the step.
+
+    K-BFGS, PAPERS 1.2 items 6 and 7. The second pass goes down to pre-activations only: about 0.63 of a gradient.
+    """
+
+    provides = Needs.INPUTS | Needs.PAIRS
+    needs_likelihood = False
+
+    def records(self, needs: Needs) -> Record:
+        """Batch means at the pre-activations."""
+        return _inputs(needs) | (Record.MEANS if Needs.PAIRS in needs else Record.NOTHING)
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        """Unchanged: the means are the statistics."""
+        return statistics

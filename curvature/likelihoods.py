@@ -1,0 +1,121 @@
+"""Likelihoods: the model's own predictive distribution, read off its raw output.
+
+Each gives a negative log-likelihood (summed over samples), a sampler of labels, and an exact root of the curvature of
+the loss with respect to the output. Summed over output coordinates, as in the papers' autoencoders: for a Bernoulli
+output of 784 pixels one *sample* is one image.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import UnknownNameError
+
+__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "resolve_likelihood"]
+
+
+class Likelihood(Protocol):
+    """A predictive distribution with parameters ``output`` (N, ...)."""
+
+    name: str
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """Labels drawn from the model at ``output``, one per sample."""
+
+    def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
+        """0-dimensional: sum over samples of -log p(target | output), up to a constant."""
+
+    def curvature_root(self, output: Tensor) -> Tensor:
+        """(V, N, ...): roots r_v with sum_v r_v(n) r_v(n)' = Hessian of -log p with respect to output n."""
+
+
+class Categorical:
+    """Softmax over classes: ``output`` (N, classes) logits, labels (N,) class indices."""
+
+    name = "categorical"
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """Inverse transform of one uniform number per sample."""
+        cumulative = output.softmax(-1).cumsum(-1)
+        uniform = torch.rand(output.shape[:-1], generator=generator, device=output.device, dtype=cumulative.dtype)
+        label = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[..., -1:], right=True).squeeze(-1)
+        return label.clamp_(max=output.shape[-1] - 1)
+
+    def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
+        """Cross entropy, summed over samples."""
+        return functional.cross_entropy(output, target, reduction="sum")
+
+    def curvature_root(self, output: Tensor) -> Tensor:
+        """V = classes roots sqrt(p_v) (e_v - p)."""
+        probability = output.softmax(-1)
+        basis = torch.eye(output.shape[-1], dtype=output.dtype, device=output.device).unsqueeze(1)
+        return probability.sqrt().T.unsqueeze(-1) * (basis - probability.unsqueeze(0))
+
+
+class Bernoulli:
+    """Independent Bernoulli coordinates: ``output`` (N, ...) logits, labels of the same shape in {0, 1}."""
+
+    name = "bernoulli"
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """Bernoulli(sigmoid(output))."""
+        uniform = torch.rand(output.shape, generator=generator, device=output.device, dtype=output.dtype)
+        return (uniform < output.sigmoid()).to(output.dtype)
+
+    def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
+        """Binary cross entropy with logits, summed over samples and coordinates."""
+        return functional.binary_cross_entropy_with_logits(output, target, reduction="sum")
+
+    def curvature_root(self, output: Tensor) -> Tensor:
+        """V = coordinates roots sqrt(p (1 - p)) e_v."""
+        probability = output.sigmoid()
+        return _diagonal_roots((probability * (1 - probability)).sqrt())
+
+
+class Gaussian:
+    """Unit-variance normal coordinates: ``output`` (N, ...) means; the loss is half the squared error."""
+
+    name = "gaussian"
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """Normal with mean ``output`` and unit variance."""
+        noise = torch.randn(output.shape, generator=generator, device=output.device, dtype=output.dtype)
+        return output + noise
+
+    def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
+        """Half squared error, summed over samples and coordinates."""
+        return 0.5 * (output - target).square().sum()
+
+    def curvature_root(self, output: Tensor) -> Tensor:
+        """V = coordinates roots e_v."""
+        return _diagonal_roots(torch.ones_like(output))
+
+
+def _diagonal_roots(values: Tensor) -> Tensor:
+    """(D, N, ...) roots of a diagonal matrix with square roots ``values`` (N, ...), D coordinates per sample."""
+    flat = values.flatten(1)
+    return torch.diag_embed(flat).transpose(0, 1).reshape(flat.shape[1], *values.shape)
+
+
+_LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "bernoulli": Bernoulli,
+    "categorical": Categorical,
+    "gaussian": Gaussian,
+}
+
+
+def resolve_likelihood(likelihood: str | Likelihood | None) -> Likelihood | None:
+    """A likelihood from its name; an object is passed through.
+
+    Raises:
+        UnknownNameError: if the name is not ``bernoulli``, ``categorical`` or ``gaussian``.
+    """
+    if not isinstance(likelihood, str):
+        return likelihood
+    if likelihood not in _LIKELIHOODS:
+        raise UnknownNameError("likelihood", likelihood, _LIKELIHOODS)
+    return _LIKELIHOODS[likelihood]()

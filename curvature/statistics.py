@@ -1,0 +1,153 @@
+"""The record that flows from the backends to the parts: what was measured of one layer on one mini-batch.
+
+Scaling is decided here and nowhere else. Raw gradients are kept as autograd gave them together with the factor
+``gradient_scale`` that turns them into gradients of each sample's own loss: N (the number of samples) when the user's
+loss is a mean over samples, 1 when it is a sum. Nothing in the record is divided by N.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CompatibilityError
+from .layers import Layer
+
+__all__ = ["LayerStatistics", "Needs", "Tensors"]
+
+Tensors = tuple[Tensor, ...]
+
+
+class Needs(enum.Flag):
+    """What a part asks of the others. A method is legal when every need is provided by somebody.
+
+    - ``INPUTS``: layer inputs (always available from the capture);
+    - ``ROOTS``: gradients at the pre-activations, one row per sample and position, whose outer products average to the
+      curvature (empirical or sampled Fisher);
+    - ``VECTORS``: gradient vectors of the whole layer whose outer products average to the curvature;
+    - ``PAIRS``: batch means of pre-activations and their gradients before and after the step (secant pairs);
+    - ``SCORES``: per-sample derivatives of the log-likelihood along the step directions (quadratic forms);
+    - ``PRODUCTS``: products with the Hessian of the mini-batch loss, which take a closure.
+    """
+
+    NOTHING = 0
+    INPUTS = enum.auto()
+    ROOTS = enum.auto()
+    VECTORS = enum.auto()
+    PAIRS = enum.auto()
+    SCORES = enum.auto()
+    PRODUCTS = enum.auto()
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One layer on one mini-batch of N samples with S shared positions (S = 1 for a plain ``Linear``).
+
+    Attributes:
+        layer: the layer.
+        samples: N.
+        positions: S.
+        gradient_scale: factor from the raw ``output_gradient`` to per-sample gradients.
+        inputs: raw module input as the module received it, (N, ...); use :meth:`input_rows`.
+        output_gradient: raw gradient of the user's loss at the pre-activation, in the module's output shape.
+        sampled_gradient: per-sample gradient of -log p(sampled label) at the pre-activation (scale 1).
+        mean_preactivation: (d_out,) mean over samples and positions.
+        mean_gradient: (d_out,) mean over samples and positions of the per-sample gradient.
+        gradients: mean gradient of the data loss per parameter of the layer, no weight decay.
+        sampled_parameter_gradients: the same for the mean loss with labels sampled from the model.
+        roots: N*S rows (N*S, d_out) of curvature-bearing gradients, chosen by the estimator.
+        vectors: per parameter a tensor (V, *shape): V gradient vectors whose mean outer product is the curvature.
+    """
+
+    layer: Layer
+    samples: int
+    positions: int
+    gradient_scale: float = 1.0
+    inputs: Tensor | None = None
+    output_gradient: Tensor | None = None
+    sampled_gradient: Tensor | None = None
+    mean_preactivation: Tensor | None = None
+    mean_gradient: Tensor | None = None
+    gradients: Tensors | None = None
+    sampled_parameter_gradients: Tensors | None = None
+    roots: tuple[Tensor, float] | None = None
+    vectors: Callable[[], Tensors] | None = None
+
+    def input_rows(self) -> Tensor:
+        """Inputs of the linear map, (N*S, d_in), without the homogeneous 1."""
+        adapter, value = self._adapter(), self._require(self.inputs, "inputs")
+        return adapter.expand_input(self.layer.module, value).flatten(0, 1)
+
+    def mean_input(self) -> Tensor:
+        """Mean input over samples and positions, (d_in [+1],), with the homogeneous 1 if the layer has a bias."""
+        mean = self.input_rows().mean(0)
+        return torch.cat([mean, mean.new_ones(1)]) if self.layer.has_bias else mean
+
+    def preactivation_gradients(self) -> Tensor:
+        """Per-sample gradients of the user's loss at the pre-activations, (N, S, d_out)."""
+        return self.expand(self._require(self.output_gradient, "output_gradient")) * self.gradient_scale
+
+    def sampled_rows(self) -> Tensor:
+        """Per-sample gradients with sampled labels, (N*S, d_out)."""
+        return self.expand(self._require(self.sampled_gradient, "sampled_gradient")).flatten(0, 1)
+
+    def gradient_rows(self) -> Tensor:
+        """Raw gradients of the user's loss at the pre-activations, (N*S, d_out), *not* scaled."""
+        return self.expand(self._require(self.output_gradient, "output_gradient")).flatten(0, 1)
+
+    def expand(self, value: Tensor) -> Tensor:
+        """A tensor in the module's output shape as (N, S, d_out)."""
+        return self._adapter().expand_output(self.layer.module, value)
+
+    def per_sample_gradients(self, rows: Tensor) -> Tensors:
+        """Gradient of every sample's own loss with respect to each parameter, built on demand.
+
+        Args:
+            rows: (N*S, d_out) per-sample gradients at the pre-activations.
+
+        Returns:
+            One tensor (N, *parameter.shape) per parameter of the layer. Memory N times the layer.
+        """
+        upstream = rows.unflatten(0, (self.samples, -1))
+        result: list[Tensor] = []
+        for name, parameter in self.layer.parameters.items():
+            if name == "bias":
+                result.append(upstream.sum(1))
+                continue
+            value = self._adapter().expand_input(self.layer.module, self._require(self.inputs, "inputs"))
+            result.append(torch.einsum("nso,nsi->noi", upstream, value).reshape(-1, *parameter.shape))
+        return tuple(result)
+
+    def scores(self, directions: Tensors) -> Tensor:
+        """Per-sample derivative of -log p(sampled label) along a direction of this layer's parameters, (N,).
+
+        ``s(i) = sum over positions t of <delta(i, t), (d a)(i, t)>`` for the direction ``d`` and the sampled gradient
+        ``delta``; the mean of ``s(i)^2`` is an unbiased estimate of ``d' F d`` (PAPERS 3.3 (a)).
+
+        Args:
+            directions: one tensor per parameter of the layer, in the layer's order.
+        """
+        named = dict(zip(self.layer.parameters, directions, strict=True))
+        inputs = self._require(self.inputs, "inputs")
+        moved = self._adapter().directional(self.layer.module, inputs, named.get("weight"), named.get("bias"))
+        product = moved.mul_(self._require(self.sampled_gradient, "sampled_gradient"))
+        return product.flatten(1).sum(1)
+
+    def _adapter(self):  # type: ignore[no-untyped-def]
+        if self.layer.adapter is None:
+            raise CompatibilityError(
+                f"layer {self.layer.name!r} ({type(self.layer.module).__name__}) has no statistics; "
+                "serve it by a part that needs none (Identity, Diagonal), e.g. as the method's fallback"
+            )
+        return self.layer.adapter
+
+    def _require(self, value: Tensor | None, name: str) -> Tensor:
+        if value is None:
+            raise CompatibilityError(
+                f"{name} of layer {self.layer.name!r} was not recorded; declare it in the part's `needs`"
+            )
+        return value

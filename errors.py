@@ -1,0 +1,84 @@
+"""Exceptions: one base class, so that callers can catch everything osculate raises on purpose.
+
+Every message says what is wrong, the value, the rule, and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+__all__ = [
+    "ArgumentError",
+    "ClosureRequiredError",
+    "CompatibilityError",
+    "NumericalError",
+    "OsculateError",
+    "UnknownNameError",
+    "require_finite_nonnegative",
+    "require_interval",
+    "require_positive_integer",
+]
+
+
+class OsculateError(Exception):
+    """Base class of all errors raised on purpose by osculate."""
+
+
+class ArgumentError(OsculateError, ValueError):
+    """An argument is outside its valid range."""
+
+
+class UnknownNameError(ArgumentError):
+    """A name is not in a table; the message lists the near misses."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]):
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names)}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+
+class CompatibilityError(ArgumentError):
+    """Two parts do not fit together; found when the method is composed, before any step."""
+
+
+class ClosureRequiredError(OsculateError, TypeError):
+    """A method that evaluates the loss itself was stepped without a closure."""
+
+
+class NumericalError(OsculateError, ArithmeticError):
+    """A computation broke down (non-finite loss, matrix that is not positive definite); nothing was written."""
+
+
+def require_interval(name: str, value: float, low: float, high: float, *, closed: str = "[)") -> None:
+    """Check that ``value`` lies between ``low`` and ``high``; ``closed`` is one of ``[] [) (] ()``.
+
+    Raises:
+        ArgumentError: if it does not, or if it is not a number.
+    """
+    inside_low = value >= low if closed[0] == "[" else value > low
+    inside_high = value <= high if closed[1] == "]" else value < high
+    if not (isinstance(value, int | float) and inside_low and inside_high):
+        raise ArgumentError(f"{name} must lie in {closed[0]}{low:g}, {high:g}{closed[1]}, got {value!r}")
+
+
+def require_finite_nonnegative(name: str, value: float) -> None:
+    """Check that ``value`` is a finite number >= 0.
+
+    Raises:
+        ArgumentError: if it is not.
+    """
+    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+        raise ArgumentError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def require_positive_integer(name: str, value: int) -> None:
+    """Check that ``value`` is an integer >= 1.
+
+    Raises:
+        ArgumentError: if it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ArgumentError(f"{name} must be an integer >= 1, got {value!r}")

@@ -1,0 +1,76 @@
+"""Mixing structures: one part per kind or name of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from ..curvature.layers import Layer
+from ..curvature.statistics import Needs
+from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    from .protocol import Preconditioner
+
+__all__ = ["ByLayer", "leaves", "select"]
+
+
+@dataclass(frozen=True)
+class ByLayer:
+    """Structures chosen by layer; not a structure itself but a table of them.
+
+    Args:
+        table: from a layer's kind (``"Linear"``, ``"Conv2d"``, ``"BatchNorm"``, ``"Other"``) or a shell pattern of its
+            qualified name (``"encoder.*"``) to a structure. Names win over kinds; among names the first match wins.
+        otherwise: the structure for every parameter that its layer's entry does not serve (a convolution's bias under
+            kernel blocks) and for layers without an entry. ``None``: they get the method's fallback.
+
+    Raises:
+        ArgumentError: if the table is empty.
+    """
+
+    table: Mapping[str, Preconditioner]
+    otherwise: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        if not self.table:
+            raise ArgumentError("ByLayer needs at least one entry, e.g. ByLayer({'Linear': MiniBlock()})")
+        object.__setattr__(self, "table", MappingProxyType(dict(self.table)))
+
+    @property
+    def needs(self) -> Needs:
+        """Union over all entries."""
+        total = Needs.NOTHING
+        for part in leaves(self):
+            total |= part.needs
+        return total
+
+
+def leaves(preconditioner: Preconditioner | ByLayer) -> Iterator[Preconditioner]:
+    """Every structure inside."""
+    if not isinstance(preconditioner, ByLayer):
+        yield preconditioner
+        return
+    for part in preconditioner.table.values():
+        yield from leaves(part)
+    if preconditioner.otherwise is not None:
+        yield from leaves(preconditioner.otherwise)
+
+
+def select(preconditioner: Preconditioner | ByLayer, layer: Layer) -> list[tuple[Preconditioner, tuple[str, ...]]]:
+    """Which structures serve which parameters of a layer; parameters that nobody serves are left out."""
+    if not isinstance(preconditioner, ByLayer):
+        served = preconditioner.serves(layer)
+        return [(preconditioner, served)] if served else []
+    candidates = [part for key, part in preconditioner.table.items() if fnmatchcase(layer.name, key)]
+    if layer.kind in preconditioner.table:
+        candidates.append(preconditioner.table[layer.kind])
+    chosen = select(candidates[0], layer) if candidates else []
+    taken = {name for _, names in chosen for name in names}
+    rest = tuple(name for name in layer.parameters if name not in taken)
+    if rest and preconditioner.otherwise is not None and preconditioner.otherwise.serves(layer):
+        chosen.append((preconditioner.otherwise, rest))
+    return chosen

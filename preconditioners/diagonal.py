@@ -1,0 +1,96 @@
+"""Diagonal curvature: Adam, AdaGrad, RMSprop and MBF's rule for biases are instances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..curvature.layers import Layer
+from ..curvature.statistics import Needs, Tensors
+from ..errors import ArgumentError, require_finite_nonnegative
+from .averages import Average, MovingAverage, PlainAverage
+from .damping import SideDamping
+from .identity import Stateless
+from .protocol import Observation, Schedule
+from .state import State
+
+__all__ = ["Diagonal", "DiagonalState"]
+
+
+@dataclass
+class DiagonalState(State):
+    """Second moment per parameter, and the weight its average has gathered."""
+
+    second_moment: Tensors
+    weight: float
+
+
+@dataclass(frozen=True)
+class Diagonal(Stateless):
+    """direction = momentum / (v^power + epsilon), v an average of squared gradients, element by element.
+
+    - Adam: ``power=0.5``, decay 0.999 (arXiv:1412.6980v9, Algorithm 1; its bias correction of v is ``MovingAverage``).
+    - RMSprop: ``average=ZeroStartAverage(0.99)``. AdaGrad: ``average=RunningSum()``.
+    - MBF's rule for biases and normalisation (PAPERS 2.2): ``source="momentum"``. With heavy-ball momentum
+      M = 10 e, e the 0.9/0.1 average, e / (sqrt(v_e) + 1e-8) = M / (sqrt(v_M) + 1e-7): hence ``epsilon=1e-7``.
+
+    Args:
+        power: 1/2 or 1.
+        average: rule for v.
+        epsilon: >= 0, added after the power.
+        source: square the ``"gradient"`` (weight decay included when it is coupled, as torch does) or the
+            ``"momentum"``.
+
+    Memory: one number per parameter.
+    """
+
+    power: float = 0.5
+    average: Average = field(default_factory=lambda: MovingAverage(0.999))
+    epsilon: float = 1e-8
+    source: Literal["gradient", "momentum"] = "gradient"
+
+    needs = Needs.NOTHING
+    schedule = Schedule()
+    joint = False
+
+    def __post_init__(self) -> None:
+        if self.power not in (0.5, 1.0):
+            raise ArgumentError(f"power must be 0.5 or 1, got {self.power!r}")
+        if self.source not in ("gradient", "momentum"):
+            raise ArgumentError(f"source must be 'gradient' or 'momentum', got {self.source!r}")
+        require_finite_nonnegative("epsilon", self.epsilon)
+
+    def serves(self, layer: Layer) -> tuple[str, ...]:
+        """Every parameter of every layer."""
+        return tuple(layer.parameters)
+
+    def init(self, layer: Layer, parameters: Tensors) -> DiagonalState:
+        """Zero second moments."""
+        return DiagonalState(tuple(torch.zeros_like(parameter) for parameter in parameters), 0.0)
+
+    def update(self, state: DiagonalState, observation: Observation, average: Average | None = None) -> None:
+        """v <- keep v + add x^2. A warm start leaves v alone (PAPERS 2.3: these statistics start at 0)."""
+        if isinstance(average, PlainAverage):
+            return
+        keep, add, state.weight = self.average.coefficients(state.weight)
+        values = observation.regularised() if self.source == "gradient" else observation.momentum
+        for moment, value in zip(state.second_moment, values, strict=True):
+            moment.mul_(keep).addcmul_(value, value, value=add)
+
+    def precondition(self, state: DiagonalState, momentum: Tensors) -> Tensors:
+        """momentum / (v^power + epsilon)."""
+        result: list[Tensor] = []
+        for moment, value in zip(state.second_moment, momentum, strict=True):
+            scale = self._scale(moment)
+            result.append(torch.div(value, scale, out=scale))
+        return tuple(result)
+
+    def to_dense(self, state: DiagonalState, layer: Layer, damping: SideDamping) -> Tensor:
+        """diag(v^power + epsilon)."""
+        return torch.diag(torch.cat([self._scale(moment).flatten() for moment in state.second_moment]))
+
+    def _scale(self, moment: Tensor) -> Tensor:
+        return (moment.sqrt() if self.power == 0.5 else moment.clone()).add_(self.epsilon)

@@ -1,0 +1,184 @@
+"""Factors: one side of a Kronecker product, an inverse approximation H of a d x d matrix.
+
+The layer's curvature is approximated by A (x) G with A over the inputs (d = d_in + 1 with a bias) and G over the
+outputs (d = d_out); the preconditioned momentum is H_g M H_a. Each side is one factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..curvature.statistics import LayerStatistics, Needs
+from .averages import Average, MovingAverage
+from .linalg import Inverse, accumulate_gram_, accumulate_homogeneous_gram_, add_to_diagonal
+from .protocol import Events
+from .state import NoState, State
+
+__all__ = ["Covariance", "CovarianceState", "Factor", "IdentityFactor", "Side", "accumulate_second_moment"]
+
+Side = Literal["inputs", "outputs"]
+
+
+class Factor(Protocol):
+    """One side of a Kronecker product. ``sides`` says on which sides it makes sense."""
+
+    sides: frozenset[Side]
+
+    def needs(self, side: Side) -> Needs:
+        """What it asks of the estimator on this side."""
+
+    def init(self, size: int, like: Tensor) -> State:
+        """Fresh state of order ``size`` with the dtype and device of ``like``."""
+
+    def update(self, state: Any, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
+        """Take in new statistics."""
+
+    def matrices(self, state: Any) -> Sequence[Tensor]:
+        """Matrices whose damped inverses it wants (none or one)."""
+
+    def install(self, state: Any, inverses: Sequence[Inverse]) -> None:
+        """Store them."""
+
+    def left(self, state: Any, value: Tensor) -> Tensor:
+        """H @ value for ``value`` (d, columns)."""
+
+    def right(self, state: Any, value: Tensor) -> Tensor:
+        """value @ H for ``value`` (rows, d)."""
+
+    def observe_step(
+        self, state: Any, before: LayerStatistics, after: LayerStatistics | None, side: Side, damping: float
+    ) -> Events:
+        """Look back at the step."""
+
+    def to_dense(self, state: Any, damping: float) -> Tensor:
+        """The inverse approximation H, (d, d), as ``left`` and ``right`` apply it."""
+
+
+def accumulate_second_moment(moment: Tensor, statistics: LayerStatistics, side: Side, keep: float, add: float) -> None:
+    """``moment <- keep * moment + add * new`` with the second moment of one side.
+
+    Inputs: mean over samples of the *sum* over positions of a a' (a with its trailing 1); outputs: mean over samples
+    and positions of g g' (PAPERS 1.6; one position: the plain mean).
+    """
+    if side == "inputs":
+        rows = statistics.input_rows().to(moment.dtype)
+        scale = add / statistics.samples
+        if statistics.layer.has_bias:
+            accumulate_homogeneous_gram_(moment, rows, keep, scale, rows.mean(0), float(rows.shape[0]))
+        else:
+            accumulate_gram_(moment, rows, keep, scale)
+        return
+    assert statistics.roots is not None
+    rows, factor = statistics.roots
+    accumulate_gram_(moment, rows.to(moment.dtype), keep, add * factor**2 / (statistics.samples * statistics.positions))
+
+
+@dataclass
+class CovarianceState(State):
+    """Averaged second moment, undamped, and the last good inverse of its damped version."""
+
+    second_moment: Tensor
+    inverse: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Averaged second moment with a damped inverse: both sides of K-FAC (arXiv:1503.05671v7, section 3).
+
+    Args:
+        average: rule over steps; K-FAC in the K-BFGS code uses 0.9 (PAPERS 1.7).
+
+    Memory: 2 d^2 numbers.
+    """
+
+    average: Average = field(default_factory=lambda: MovingAverage(0.9))
+    sides = frozenset[Side](("inputs", "outputs"))
+
+    def needs(self, side: Side) -> Needs:
+        """Layer inputs, or curvature-bearing gradient rows."""
+        return Needs.INPUTS if side == "inputs" else Needs.ROOTS
+
+    def init(self, size: int, like: Tensor) -> CovarianceState:
+        """Nothing gathered; the identity as inverse."""
+        return CovarianceState(like.new_zeros(size, size), torch.eye(size, dtype=like.dtype, device=like.device), 0.0)
+
+    def update(self, state: CovarianceState, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
+        """Average the second moment of this side."""
+        keep, add, state.weight = (average or self.average).coefficients(state.weight)
+        accumulate_second_moment(state.second_moment, statistics, side, keep, add)
+
+    def matrices(self, state: CovarianceState) -> Sequence[Tensor]:
+        """The second moment."""
+        return (state.second_moment,)
+
+    def install(self, state: CovarianceState, inverses: Sequence[Inverse]) -> None:
+        """Keep the last good inverse if the factorisation failed."""
+        if inverses[0].value is not None:
+            state.inverse = inverses[0].value
+
+    def left(self, state: CovarianceState, value: Tensor) -> Tensor:
+        """Dense product."""
+        return state.inverse @ value
+
+    def right(self, state: CovarianceState, value: Tensor) -> Tensor:
+        """Dense product."""
+        return value @ state.inverse
+
+    def observe_step(
+        self, state: Any, before: LayerStatistics, after: LayerStatistics | None, side: Side, damping: float
+    ) -> Events:
+        """Nothing."""
+        return {}
+
+    def to_dense(self, state: CovarianceState, damping: float) -> Tensor:
+        """The exact inverse of the damped second moment; equals ``left`` right after a refresh."""
+        return torch.cholesky_inverse(torch.linalg.cholesky(add_to_diagonal(state.second_moment, damping)))
+
+
+@dataclass(frozen=True)
+class IdentityFactor:
+    """No curvature on this side: H = I. Memory: none."""
+
+    sides = frozenset[Side](("inputs", "outputs"))
+
+    def needs(self, side: Side) -> Needs:
+        """Nothing."""
+        return Needs.NOTHING
+
+    def init(self, size: int, like: Tensor) -> NoState:
+        """Nothing."""
+        return NoState()
+
+    def update(self, state: NoState, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
+        """Nothing."""
+
+    def matrices(self, state: NoState) -> Sequence[Tensor]:
+        """None."""
+        return ()
+
+    def install(self, state: NoState, inverses: Sequence[Inverse]) -> None:
+        """Nothing."""
+
+    def left(self, state: NoState, value: Tensor) -> Tensor:
+        """The value itself."""
+        return value
+
+    def right(self, state: NoState, value: Tensor) -> Tensor:
+        """The value itself."""
+        return value
+
+    def observe_step(
+        self, state: Any, before: LayerStatistics, after: LayerStatistics | None, side: Side, damping: float
+    ) -> Events:
+        """Nothing."""
+        return {}
+
+    def to_dense(self, state: NoState, damping: float) -> Tensor:
+        """A 1 x 1 identity that broadcasts in a Kronecker product of the right size; see ``Kronecker.to_dense``."""
+        return torch.ones(1, 1)

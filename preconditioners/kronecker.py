@@ -1,0 +1,130 @@
+"""Kronecker-factored structure: one factor over the inputs, one over the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..curvature.layers import Layer
+from ..curvature.statistics import LayerStatistics, Needs, Tensors
+from ..errors import CompatibilityError
+from .averages import Average
+from .damping import SideDamping
+from .factors import Factor, IdentityFactor
+from .linalg import Inverse
+from .protocol import Events, Observation, Request, Schedule
+from .state import State
+
+__all__ = ["Kronecker", "KroneckerState"]
+
+
+@dataclass
+class KroneckerState(State):
+    """States of the two factors."""
+
+    inputs: State
+    outputs: State
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """Preconditioned momentum ``H_g [M_W | M_b] H_a`` with the bias as last column.
+
+    ``Covariance`` on both sides is K-FAC; ``HessianActionBFGS`` inside and ``BFGS`` outside is K-BFGS; ``LBFGS``
+    outside is K-BFGS(L).
+
+    Args:
+        inputs: factor over the layer's inputs (order d_in + 1 with a bias).
+        outputs: factor over its outputs (order d_out).
+        schedule: when statistics and inverses are renewed.
+
+    Raises:
+        CompatibilityError: if a factor makes no sense on its side.
+
+    Memory: the factors'. Cost of one product with dense factors: 2 d_out d_in (d_in + d_out) flops.
+    """
+
+    inputs: Factor
+    outputs: Factor
+    schedule: Schedule = field(default_factory=Schedule)
+    joint = True
+
+    def __post_init__(self) -> None:
+        if "inputs" not in self.inputs.sides:
+            raise CompatibilityError(_wrong_side(self.inputs, "inputs"))
+        if "outputs" not in self.outputs.sides:
+            raise CompatibilityError(_wrong_side(self.outputs, "outputs"))
+
+    @property
+    def needs(self) -> Needs:
+        """Union over both sides."""
+        return self.inputs.needs("inputs") | self.outputs.needs("outputs")
+
+    def serves(self, layer: Layer) -> tuple[str, ...]:
+        """Weight and bias of layers that are matrices."""
+        return tuple(layer.parameters) if layer.is_matrix else ()
+
+    def init(self, layer: Layer, parameters: Tensors) -> KroneckerState:
+        """Fresh states of both sides."""
+        rows, columns = layer.matrix_shape
+        return KroneckerState(self.inputs.init(columns, parameters[0]), self.outputs.init(rows, parameters[0]))
+
+    def update(self, state: KroneckerState, observation: Observation, average: Average | None = None) -> None:
+        """Both sides."""
+        assert observation.statistics is not None
+        self.inputs.update(state.inputs, observation.statistics, "inputs", average)
+        self.outputs.update(state.outputs, observation.statistics, "outputs", average)
+
+    def matrices(self, state: KroneckerState, damping: SideDamping) -> Sequence[Request]:
+        """Inputs first."""
+        inner = [Request(matrix, damping.inputs) for matrix in self.inputs.matrices(state.inputs)]
+        return inner + [Request(matrix, damping.outputs) for matrix in self.outputs.matrices(state.outputs)]
+
+    def install(self, state: KroneckerState, inverses: Sequence[Inverse]) -> None:
+        """Inputs first."""
+        count = len(self.inputs.matrices(state.inputs))
+        self.inputs.install(state.inputs, inverses[:count])
+        self.outputs.install(state.outputs, inverses[count:])
+
+    def precondition(self, state: KroneckerState, momentum: Tensors) -> Tensors:
+        """H_g M H_a."""
+        (matrix,) = momentum
+        return (self.outputs.left(state.outputs, self.inputs.right(state.inputs, matrix)),)
+
+    def observe_step(
+        self, state: KroneckerState, before: LayerStatistics, after: LayerStatistics | None, damping: SideDamping
+    ) -> Events:
+        """Both sides; counts of the same event are summed."""
+        events: Events = dict(self.outputs.observe_step(state.outputs, before, after, "outputs", damping.outputs))
+        inner = self.inputs.observe_step(state.inputs, before, after, "inputs", damping.inputs)
+        for name, count in inner.items():
+            events[name] = events[name].long() + count.long() if name in events else count
+        return events
+
+    def to_dense(self, state: KroneckerState, layer: Layer, damping: SideDamping) -> Tensor:
+        """Inverse of H_g (x) H_a as a matrix over (weight row-major, then bias)."""
+        rows, columns = layer.matrix_shape
+        inner = _dense(self.inputs, state.inputs, damping.inputs, columns)
+        outer = _dense(self.outputs, state.outputs, damping.outputs, rows)
+        inner, outer = (torch.cholesky_inverse(torch.linalg.cholesky(side)) for side in (inner, outer))
+        dense = torch.kron(outer.to(inner.dtype), inner)
+        if not layer.has_bias:
+            return dense
+        index = torch.arange(rows * columns).reshape(rows, columns)
+        order = torch.cat([index[:, :-1].flatten(), index[:, -1]])
+        return dense[order][:, order]
+
+
+def _dense(factor: Factor, state: State, damping: float, size: int) -> Tensor:
+    return torch.eye(size) if isinstance(factor, IdentityFactor) else factor.to_dense(state, damping)
+
+
+def _wrong_side(factor: Factor, side: str) -> str:
+    return (
+        f"{type(factor).__name__} cannot serve the {side} of a Kronecker structure, only "
+        f"{' and '.join(sorted(factor.sides))}; for the {side} use Covariance(), IdentityFactor() or "
+        f"{'HessianActionBFGS()' if side == 'inputs' else 'BFGS() or LBFGS()'}"
+    )

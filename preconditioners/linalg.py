@@ -1,0 +1,177 @@
+"""The one linear-algebra module: every factorisation of the package goes through it.
+
+Cholesky only. LU (``torch.linalg.inv``, ``solve``) on batches of matrices of order 256 and more hangs with two CPU
+threads; see https://github.com/pytorch/pytorch/issues/142815. Functions whose name ends in ``_`` write into their
+first argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Inverse",
+    "accumulate_gram_",
+    "accumulate_homogeneous_gram_",
+    "add_to_diagonal",
+    "bfgs_inverse_update_",
+    "factorisation_dtype",
+    "inverse_of_many",
+    "triangular_inverse",
+]
+
+_STACK_LIMIT = 64
+"""Matrices up to this order are stacked across layers; larger ones gain nothing from a batched call."""
+
+_RETRIES = 4
+"""How often a failed factorisation is tried again with ten times the damping."""
+
+_PANEL = 256
+"""Width of the column panels of a symmetric product; one triangle of panels is computed."""
+
+
+def factorisation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half-precision statistics are factorised in float32; everything else in its own type."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def add_to_diagonal(matrix: Tensor, value: float) -> Tensor:
+    """A copy of (..., d, d) ``matrix`` with ``value`` added to every diagonal entry."""
+    result = matrix.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(value)
+    return result
+
+
+def accumulate_gram_(matrix: Tensor, rows: Tensor, keep: float, add: float) -> None:
+    """``matrix <- keep * matrix + add * rows' rows``, computing each product of column panels once.
+
+    Args:
+        matrix: (d, d) symmetric, written in place; may be a view.
+        rows: (n, d).
+        keep: factor on the old matrix.
+        add: factor on the new product.
+
+    Cost: n d (d + panel width) flops instead of 2 n d^2.
+    """
+    size = matrix.shape[0]
+    panels = max(1, min(4, size // _PANEL))
+    if panels == 1 or rows.is_cuda:  # on a GPU one large product beats several small ones
+        matrix.addmm_(rows.T, rows, beta=keep, alpha=add)
+        return
+    edges = [round(size * index / panels) for index in range(panels + 1)]
+    for index in range(panels):
+        low, high = edges[index], edges[index + 1]
+        block = matrix[low:high, low:]
+        block.addmm_(rows[:, low:high].T, rows[:, low:], beta=keep, alpha=add)
+        if high < size:
+            matrix[high:, low:high] = block[:, high - low :].T
+
+
+def accumulate_homogeneous_gram_(
+    matrix: Tensor, rows: Tensor, keep: float, add: float, mean: Tensor, total: float
+) -> None:
+    """The same for rows with a trailing 1, without ever building them.
+
+    Args:
+        matrix: (d + 1, d + 1).
+        rows: (n, d).
+        keep: factor on the old matrix.
+        add: factor on the new product.
+        mean: (d,) mean of the rows.
+        total: n, as a float.
+    """
+    size = rows.shape[1]
+    accumulate_gram_(matrix[:size, :size], rows, keep, add)
+    border = matrix[size, :size]
+    border.mul_(keep).add_(mean, alpha=add * total)
+    matrix[:size, size] = border
+    matrix[size, size].mul_(keep).add_(add * total)
+
+
+def bfgs_inverse_update_(inverse: Tensor, step: Tensor, change: Tensor, product: Tensor, accept: Tensor) -> None:
+    """BFGS update of an inverse approximation H in place, one rank-two product.
+
+    ``H <- H + (rho^2 y'Hy + rho) s s' - rho (s (Hy)' + (Hy) s')``, ``rho = 1 / s'y`` (PAPERS 1.2).
+
+    Args:
+        inverse: (d, d) H, symmetric.
+        step: (d,) s.
+        change: (d,) y.
+        product: (d,) Hy.
+        accept: 0-dimensional bool; where it is false, or the update would not be finite, H stays as it is. No
+            synchronisation: the decision is arithmetic.
+    """
+    rho = 1.0 / torch.dot(step, change)
+    half = 0.5 * rho * (1.0 + rho * torch.dot(change, product))
+    other = half * step - rho * product
+    finite = torch.isfinite(step.abs().max() * other.abs().max())
+    keep = accept & finite
+    zero = torch.zeros_like(step)
+    left, right = torch.where(keep, step, zero), torch.where(keep, other, zero)
+    inverse.addmm_(torch.stack([left, right], 1), torch.stack([right, left]))
+
+
+def triangular_inverse(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular (p, p) matrix with a non-zero diagonal, by substitution."""
+    identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=True)
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """Result for one request of :func:`inverse_of_many`.
+
+    Attributes:
+        value: inverse of shape (..., d, d), or ``None`` if every retry failed.
+        rescues: how many times the damping had to be raised tenfold.
+    """
+
+    value: Tensor | None
+    rescues: int
+
+
+def inverse_of_many(matrices: Sequence[Tensor], dampings: Sequence[float]) -> list[Inverse]:
+    """Inverses of ``matrix + damping I`` for symmetric positive semi-definite matrices.
+
+    Small matrices of one order are stacked, across requests, and inverted by one batched call. A factorisation that
+    fails is tried again with ten times the damping, up to four times; one synchronisation per group and try.
+
+    Args:
+        matrices: each (..., d, d), undamped, not modified.
+        dampings: one number > 0 per request.
+    """
+    groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        order = matrix.shape[-1]
+        key = (order if order <= _STACK_LIMIT else -index - 1, matrix.dtype, matrix.device)
+        groups.setdefault(key, []).append(index)
+    results: list[Inverse] = [Inverse(None, 0)] * len(matrices)
+    for indices in groups.values():
+        for index, result in zip(indices, _inverse_of_group(matrices, dampings, indices), strict=True):
+            results[index] = result
+    return results
+
+
+def _inverse_of_group(matrices: Sequence[Tensor], dampings: Sequence[float], indices: list[int]) -> list[Inverse]:
+    damped = [add_to_diagonal(matrices[index], dampings[index]) for index in indices]
+    order = damped[0].shape[-1]
+    stacked = damped[0] if len(damped) == 1 else torch.cat([entry.reshape(-1, order, order) for entry in damped])
+    factor, info = torch.linalg.cholesky_ex(stacked.to(factorisation_dtype(stacked.dtype)))
+    if not bool((info != 0).any()):
+        inverse = torch.cholesky_inverse(factor).to(stacked.dtype)
+        parts = inverse.split([entry[..., 0, 0].numel() for entry in damped]) if len(damped) > 1 else [inverse]
+        return [Inverse(part.reshape(entry.shape), 0) for part, entry in zip(parts, damped, strict=True)]
+    return [_inverse_with_retries(matrices[index], dampings[index]) for index in indices]
+
+
+def _inverse_with_retries(matrix: Tensor, damping: float) -> Inverse:
+    for attempt in range(_RETRIES + 1):
+        damped = add_to_diagonal(matrix, damping * 10.0**attempt)
+        factor, info = torch.linalg.cholesky_ex(damped.to(factorisation_dtype(damped.dtype)))
+        if not bool((info != 0).any()):
+            return Inverse(torch.cholesky_inverse(factor).to(matrix.dtype), attempt)
+    return Inverse(None, _RETRIES)

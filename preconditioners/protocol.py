@@ -1,0 +1,136 @@
+"""What a preconditioner is to the optimizer: the verbs, and the schedule on which they are called.
+
+One step calls, per block (the parameters of one layer that one part serves): ``update`` when statistics are due,
+``matrices`` and ``install`` when inverses are due, ``precondition``, and after the step ``observe_step`` for parts that
+look back. Hyper-parameters live in frozen dataclasses, everything that changes in a :class:`State`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..curvature.layers import Layer
+from ..curvature.statistics import LayerStatistics, Needs, Tensors
+from ..errors import ArgumentError, require_positive_integer
+from .averages import Average
+from .damping import SideDamping
+from .linalg import Inverse
+from .state import State
+
+__all__ = ["Events", "Observation", "Preconditioner", "Request", "Schedule"]
+
+Events = dict[str, Tensor]
+"""Counts of one call, as 0-dimensional tensors (no synchronisation): e.g. ``{"rejected_outputs": 0 or 1}``."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When statistics and inverses are renewed; k is the step, counted from 0.
+
+    Args:
+        statistics: T1 >= 1; statistics are due when k mod T1 = 0.
+        inverses: T2 >= 1; inverses are due when k mod T2 = 0. ``None``: only at k = 0 (quasi-Newton methods start from
+            one exact inverse).
+        eager: inverses are also due at every k <= eager where statistics are due (K-FAC's and MBF's first steps).
+        first: first step at which statistics that were warm-started are updated (K-BFGS: 1, the warm start is fresh).
+    """
+
+    statistics: int = 1
+    inverses: int | None = 1
+    eager: int = 0
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive_integer("statistics interval", self.statistics)
+        if self.inverses is not None:
+            require_positive_integer("inverses interval", self.inverses)
+        if self.eager < 0 or self.first < 0:
+            raise ArgumentError(f"eager and first must be >= 0, got {self.eager} and {self.first}")
+
+    def statistics_due(self, step: int, warm: bool) -> bool:
+        """Whether step ``step`` updates the statistics."""
+        return step % self.statistics == 0 and not (warm and step < self.first)
+
+    def inverses_due(self, step: int) -> bool:
+        """Whether step ``step`` recomputes the inverses."""
+        if step == 0:
+            return True
+        regular = self.inverses is not None and step % self.inverses == 0
+        return regular or (step <= self.eager and step % self.statistics == 0)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What ``update`` sees of a block at one step.
+
+    Attributes:
+        statistics: measured by the backend and the estimator.
+        gradients: gradient of the data loss for the block's parameters.
+        momentum: the block's momentum in the part's storage layout (one matrix, or one tensor per parameter).
+        decay: coupled weight decay tau >= 0, whose gradient tau * parameter is not contained in ``gradients``.
+        parameters: the block's parameters.
+    """
+
+    statistics: LayerStatistics | None
+    gradients: Tensors
+    momentum: Tensors
+    decay: float = 0.0
+    parameters: Tensors = ()
+
+    def regularised(self) -> Tensors:
+        """Gradients with the weight-decay term; no copy when there is none."""
+        if self.decay == 0.0:
+            return self.gradients
+        pairs = zip(self.gradients, self.parameters, strict=True)
+        return tuple(torch.add(gradient, parameter, alpha=self.decay) for gradient, parameter in pairs)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A matrix to be inverted as ``matrix + damping I``; the optimizer batches requests of all layers."""
+
+    matrix: Tensor = field(repr=False)
+    damping: float
+
+
+class Preconditioner(Protocol):
+    """A structure: how curvature is stored, damped, inverted and applied for one layer.
+
+    ``joint`` says in which layout it wants momentum and returns directions: ``True`` for one matrix ``[W | b]``,
+    ``False`` for one tensor per parameter.
+    """
+
+    needs: Needs
+    schedule: Schedule
+    joint: bool
+
+    def serves(self, layer: Layer) -> tuple[str, ...]:
+        """Names of the layer's parameters that this part can take; empty if it cannot serve the layer."""
+
+    def init(self, layer: Layer, parameters: Tensors) -> State:
+        """Fresh state for one layer."""
+
+    def update(self, state: Any, observation: Observation, average: Average | None = None) -> None:
+        """Take in new statistics; ``average`` overrides the part's own rule (warm start)."""
+
+    def matrices(self, state: Any, damping: SideDamping) -> Sequence[Request]:
+        """The matrices whose damped inverses ``precondition`` will use."""
+
+    def install(self, state: Any, inverses: Sequence[Inverse]) -> None:
+        """Store the inverses, in the order of :meth:`matrices`; a failed one (``None``) keeps the last good inverse."""
+
+    def precondition(self, state: Any, momentum: Tensors) -> Tensors:
+        """The preconditioned momentum, in the layout of the argument. Does not modify it; may return it."""
+
+    def observe_step(
+        self, state: Any, before: LayerStatistics, after: LayerStatistics | None, damping: SideDamping
+    ) -> Events:
+        """Look back at the step that was just taken (secant pairs)."""
+
+    def to_dense(self, state: Any, layer: Layer, damping: SideDamping) -> Tensor:
+        """The damped curvature matrix over the served parameters (weight row-major, then bias): tests, analysis."""
