@@ -1,0 +1,61 @@
+"""The command ``osculate``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+
+from ..errors import OsculateError
+from .catalogue import Bench, Methods, Problems
+from .commands import Compare, Replay, Train
+
+__all__ = ["execute", "main"]
+
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Replay, tyro.conf.subcommand("replay")]
+    | Annotated[Methods, tyro.conf.subcommand("methods")]
+    | Annotated[Problems, tyro.conf.subcommand("problems")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+)
+
+DESCRIPTION = """Second-order optimizers for deep networks, composed from small parts.
+
+Start with 'osculate compare': it races the methods on an embedded problem and draws the figure.
+
+'osculate methods' and 'osculate problems' list what there is; 'osculate train --method kbfgs' trains with one method;
+'osculate COMMAND --help' explains a command.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status: 2 for bad input, else the command's own.
+
+    Args:
+        arguments: words after the program's name; None takes those of this process.
+    """
+    sys.exit(execute(arguments))
+
+
+def execute(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; see ``main``."""
+    command: Command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="osculate",
+        description=DESCRIPTION,
+        args=arguments,
+        config=(tyro.conf.EnumChoicesFromValues,),
+    )
+    try:
+        return command.run(Console())
+    except OsculateError as error:
+        panel = Panel(escape(str(error)), title=type(error).__name__, title_align="left", border_style="red")
+        Console(stderr=True).print(panel)
+        return 2

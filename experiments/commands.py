@@ -1,0 +1,180 @@
+"""The commands that run something: each a dataclass whose fields are its flags; ``run`` returns the exit status."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from .config import Budget, RunConfig, WarmStart, parse_options
+from .environment import prepare_process
+from .records import RunFolder
+from .runs import Resume, default_folder, run_in_folder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Compare", "Replay", "Train"]
+
+DEFAULT_METHODS = ("kbfgs", "kbfgs-l", "mbf", "lw-sgdm", "lw-adamw", "joint-kfac", "adam", "sgdm")
+DEFAULT_EPOCHS = 10
+SHOWN = ["method", "train loss", "test loss", "accuracy", "epochs", "ms/step", "note"]
+_STATUS = {"finished": 0, "broken down": 1, "interrupted": 130}
+
+Options = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Flags that train and compare share."""
+
+    problem: str = "curves-autoencoder"
+    """Problem, one of osculate problems."""
+    lr: float | None = None
+    """Learning rate. Default: the method's own."""
+    damping: float | None = None
+    """Damping. Default: the method's own."""
+    weight_decay: float | None = None
+    """Weight decay. Default: the method's own."""
+    batch_size: int | None = None
+    """Samples in a mini-batch. Default: the problem's own."""
+    seed: int = 0
+    """Seed of the parameters, the order of the data and the method's sampling."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """Threads of one operation on the CPU. Default: torch's own choice."""
+    data_dir: Path | None = None
+    """Folder with the data sets. Default: download, or generate."""
+    out: Path | None = None
+    """Folder to write. Default: a folder below runs."""
+    warm_start: WarmStart = WarmStart.AUTO
+    """Whether a method with an initial pass over the data runs it."""
+    option: Options = ()
+    """Further keyword of the method, repeatable: --option memory=50."""
+    problem_option: Options = ()
+    """Further keyword of the problem, repeatable: --problem-option size=small."""
+
+    def config(self, method: str, method_options: dict[str, Any]) -> RunConfig:
+        """Return the configuration these flags describe."""
+        return RunConfig(
+            problem=self.problem,
+            method=method,
+            lr=self.lr,
+            damping=self.damping,
+            weight_decay=self.weight_decay,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            device=self.device,
+            warm_start=self.warm_start,
+            problem_options=parse_options(self.problem_option),
+            method_options=method_options,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Common):
+    """Train one problem with one method; the run is written to a folder and can be continued.
+
+    Exit status: 0 finished, 1 the method broke down, 2 bad input, 130 interrupted by Ctrl-C.
+    """
+
+    method: str = "kbfgs"
+    """Method, one of osculate methods."""
+    epochs: int | None = None
+    """Passes over the training data, those before a continuation included. Default: 10, or no bound with --seconds."""
+    seconds: float | None = None
+    """Training time in seconds, evaluation excluded."""
+    resume: Resume = Resume.AUTO
+    """What to do with a run already in the folder: continue it, start over, or insist on continuing."""
+
+    def run(self, console: Console) -> int:
+        """Train, show where the run lies, and return the exit status."""
+        prepare_process(self.threads)
+        config = self.config(self.method, parse_options(self.option))
+        unbounded = self.epochs is None and self.seconds is None
+        budget = Budget(DEFAULT_EPOCHS if unbounded else self.epochs, self.seconds)
+        folder = RunFolder(self.out or default_folder(config))
+        result = run_in_folder(config, budget, folder, self.data_dir, self.resume, console)
+        console.print(f"{result.status}; the run lies in {folder.path}", highlight=False, markup=False, soft_wrap=True)
+        return _STATUS[result.status]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Common):
+    """Race several methods, each for the same training time; print a table and draw the figure.
+
+    All start from the same parameters and see the same mini-batches. The folder gets comparison.png,
+    comparison.pdf, comparison.csv and comparison.json. One method's keyword: --option kbfgs.lr=0.1.
+    """
+
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    """Methods, several of osculate methods."""
+    seconds: float = 15.0
+    """Training time of each method in seconds, warm start included, evaluation excluded."""
+    epochs: int | None = None
+    """Passes over the training data after which a method stops early. Default: no bound."""
+    resume: Resume = Resume.NEVER
+    """Whether curves already in the folder, of the same configuration, are kept instead of run again."""
+
+    def run(self, console: Console) -> int:
+        """Race, print, draw, and return the exit status."""
+        from .comparison import compare, comparison_table, method_configs
+        from .figures import comparison_figure, save_figure
+        from .progress import Display
+
+        prepare_process(self.threads)
+        budget = Budget(self.epochs, self.seconds)
+        configs = method_configs(self.config(self.methods[0], {}), self.methods, parse_options(self.option))
+        out = self.out or Path("runs") / f"compare-{self.problem}-{self.seed}"
+        file = out / "comparison.json"
+        comparison = compare(
+            configs, budget, file, self.data_dir, Display(console, budget, line_seconds=1.0), self.resume
+        )
+        if not comparison.curves:
+            return _STATUS["interrupted"]
+        table = comparison_table(comparison)
+        console.print(_rich_table(table, f"{comparison.problem}, best first"))
+        table.to_csv(out / "comparison.csv", index=False)
+        save_figure(comparison_figure(comparison), out / "comparison")
+        console.print(f"table, curves and figure lie in {out}", highlight=False, markup=False, soft_wrap=True)
+        return 0 if len(comparison.curves) == len(configs) else _STATUS["interrupted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Replay recorded trajectories of the authors' code and show the largest relative error of each file.
+
+    Exit status: 0 if every file agrees to 1e-8, else 1.
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """Recorded trajectories (.npz)."""
+
+    def run(self, console: Console) -> int:
+        """Replay and return the exit status."""
+        from .replay import replay
+
+        prepare_process()
+        return replay(list(self.files))
+
+
+def _rich_table(frame: pd.DataFrame, title: str) -> Table:
+    columns = [name for name in SHOWN if any(_cell(value) for value in frame[name])]
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("method", "note") else "right", no_wrap=name == "method")
+    for row in frame[columns].itertuples(index=False):
+        table.add_row(*(_cell(value) for value in row))
+    return table
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.5g}"
+    return str(value)

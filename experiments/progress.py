@@ -1,0 +1,100 @@
+"""What a person sees while runs are in progress: bars on a terminal, one line per evaluation in a log."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .config import Budget
+from .evaluation import Metrics
+from .training_run import TrainingRun
+
+__all__ = ["Display"]
+
+_REFRESH_SECONDS = 0.5
+
+
+class Display:
+    """Progress of one run after another.
+
+    Args:
+        console: where to draw; a terminal gets one bar per run, anything else one line per evaluation.
+        budget: of every run.
+        line_seconds: least time between two lines of a log, >= 0; the first and the last line of a run always come.
+    """
+
+    def __init__(self, console: Console, budget: Budget, line_seconds: float = 0.0) -> None:
+        self._console = console
+        self._budget = budget
+        self._line_seconds = line_seconds
+        self._drawn = 0.0
+        self._name = ""
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            refresh_per_second=4,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, name: str) -> None:
+        """Start the bar of the next run."""
+        self._name = name
+        self._task = self._progress.add_task(f"[bold]{escape(name)}", total=1.0, state="starting")
+
+    def step(self, run: TrainingRun) -> None:
+        """Move the bar, at most twice a second: reading the loss waits for the device."""
+        now = time.perf_counter()
+        if self._task is None or not self._console.is_terminal or now - self._drawn < _REFRESH_SECONDS:
+            return
+        self._drawn = now
+        loss = "" if run.last_loss is None else f"batch loss {float(run.last_loss):.4g}"
+        share = self._budget.spent(run.epoch, run.clock.seconds)
+        self._progress.update(self._task, completed=share, state=f"epoch {run.epoch:.1f}  {loss}")
+
+    def measured(self, metrics: Metrics) -> None:
+        """Show an evaluation."""
+        now, text = time.perf_counter(), _line(metrics)
+        share = self._budget.spent(metrics.epoch, metrics.seconds)
+        if self._console.is_terminal and self._task is not None:
+            self._drawn = now
+            self._progress.update(self._task, completed=share, state=text)
+        elif share >= 1 or metrics.iterations == 0 or now - self._drawn >= self._line_seconds:
+            self._drawn = now
+            self._console.print(f"{self._name:<14} {text}", highlight=False, soft_wrap=True)
+
+    def failed(self, reason: str) -> None:
+        """Show that the run broke down."""
+        if self._console.is_terminal and self._task is not None:
+            self._progress.update(self._task, state="[red]broke down")
+        self._console.print(
+            f"[red]{escape(self._name)} broke down:[/] {escape(reason)}", highlight=False, soft_wrap=True
+        )
+
+
+def _line(metrics: Metrics) -> str:
+    accuracy = "" if metrics.test_accuracy is None else f"  accuracy {metrics.test_accuracy:.2%}"
+    return (
+        f"epoch {metrics.epoch:5.4g}  train {metrics.train_loss:.5g}  test {metrics.test_loss:.5g}{accuracy}"
+        f"  {metrics.seconds:.1f} s"
+    )

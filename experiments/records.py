@@ -1,0 +1,149 @@
+"""The folder a run writes: configuration, environment, metrics, checkpoint, status.
+
+| file | holds |
+|---|---|
+| ``config.json`` | the exact configuration, defaults resolved, with a checksum of the data |
+| ``environment.json`` | versions, platform, device, threads, commit |
+| ``metrics.jsonl`` | one object per evaluation: before training (epoch 0), after every epoch, and at the end |
+| ``checkpoint.pt`` | everything needed to continue bit for bit |
+| ``status.json`` | ``running``, ``finished``, ``interrupted`` or ``broken down``, with the reason |
+
+Every file but ``metrics.jsonl`` is written beside its place and then renamed, so a reader never meets half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..errors import ArgumentError
+
+__all__ = ["RunFolder", "write_json"]
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write plain values as JSON by an atomic rename; not-a-number and infinities become null."""
+    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    _replace(path, lambda file: _write(file, text.encode()))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk.
+
+    Args:
+        path: the folder; created by ``start``.
+    """
+
+    path: Path
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """Where the checkpoint lies."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def metrics_file(self) -> Path:
+        """Where the metrics lie."""
+        return self.path / "metrics.jsonl"
+
+    def start(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Create the folder, write both descriptions, and remove what an earlier run left there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for stale in (self.checkpoint_file, self.metrics_file):
+            stale.unlink(missing_ok=True)
+        write_json(self.path / "config.json", config)
+        write_json(self.path / "environment.json", environment)
+        self.write_status("running")
+
+    def read_config(self) -> dict[str, Any]:
+        """Return the saved configuration.
+
+        Raises:
+            ArgumentError: there is none, or it is not a JSON object.
+        """
+        file = self.path / "config.json"
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArgumentError(f"{file} cannot be read ({error}); name another folder with --out") from error
+        if not isinstance(content, dict):
+            raise ArgumentError(f"{file} must hold one JSON object; name another folder with --out")
+        return content
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Add one line to the metrics and see it onto the disk."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics written so far; a last line cut short by a crash is left out."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def rewind_metrics(self, iterations: int) -> None:
+        """Drop the lines written after the checkpoint at ``iterations``; the continued run writes them again."""
+        kept = [line for line in self.read_metrics() if line["iterations"] <= iterations]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        _replace(self.metrics_file, lambda file: _write(file, text.encode()))
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Write the state of a run: tensors, numbers, text and nested dicts of them."""
+        _replace(self.checkpoint_file, lambda file: torch.save(dict(state), file))
+
+    def load_checkpoint(self, device: torch.device) -> dict[str, Any]:
+        """Return the saved state, its tensors on ``device``.
+
+        Raises:
+            ArgumentError: the file is damaged or holds more than plain state.
+        """
+        try:
+            state = torch.load(self.checkpoint_file, map_location=device, weights_only=True)
+        except Exception as error:  # torch names no common class for a damaged file
+            raise ArgumentError(
+                f"{self.checkpoint_file} cannot be read ({type(error).__name__}); start over with --resume never"
+            ) from error
+        return dict(state)
+
+    def write_status(self, status: str, **details: object) -> None:
+        """Record how the run stands.
+
+        Args:
+            status: ``running``, ``finished``, ``interrupted`` or ``broken down``.
+            **details: further plain values, such as the reason.
+        """
+        write_json(self.path / "status.json", {"status": status, **details})
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    with beside.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

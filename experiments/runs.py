@@ -1,0 +1,155 @@
+"""One run with its folder: start or continue, record, survive an interruption or a breakdown."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .. import registry
+from ..errors import ArgumentError, NumericalError
+from .batches import data_checksum
+from .config import Budget, RunConfig, differences
+from .environment import describe_environment
+from .evaluation import Metrics
+from .interrupts import interruptible
+from .problems import get_problem
+from .progress import Display
+from .records import RunFolder
+from .training import EveryEpoch, measure, prepare
+from .training_run import TrainingRun
+
+__all__ = ["Resume", "RunResult", "default_folder", "describe_run", "run_in_folder"]
+
+
+class Resume(enum.Enum):
+    """What to do with a run already in the folder."""
+
+    AUTO = "auto"
+    """Continue it if there is a checkpoint, else start."""
+    NEVER = "never"
+    """Start over; what the folder held is replaced."""
+    REQUIRE = "require"
+    """Continue it, and fail where there is nothing to continue."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Args:
+        status: ``finished``, ``interrupted`` or ``broken down``.
+        metrics: the last line of its metrics; None if it broke down before the first.
+        reason: why it broke down, else empty.
+    """
+
+    status: str
+    metrics: dict[str, Any] | None
+    reason: str = ""
+
+
+def default_folder(config: RunConfig) -> Path:
+    """Return where a run goes unless told otherwise."""
+    return Path("runs") / f"{config.problem}-{config.method}-{config.seed}"
+
+
+def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str, Any]:
+    """Return the configuration with every default resolved, as plain values.
+
+    Args:
+        config: as asked for.
+        run: as prepared from it.
+        checksum: of its data, see ``data_checksum``.
+    """
+    defaults = dict(registry.methods()[config.method].defaults)
+    given = config.method_arguments()
+    numbers = {name: given.get(name, defaults.get(name)) for name in ("lr", "damping", "weight_decay")}
+    warm = config.warm_start.value if run.optimizer.has_warm_start else "none"
+    return (
+        config.as_dict()
+        | numbers
+        | {
+            "batch_size": run.order.batch_size,
+            "problem_options": dict(config.problem_options),
+            "method_options": {name: value for name, value in (defaults | given).items() if name not in numbers},
+            "warm_start": warm,
+            "training_samples": run.order.samples,
+            "data_checksum": checksum,
+        }
+    )
+
+
+def run_in_folder(
+    config: RunConfig, budget: Budget, folder: RunFolder, data_dir: Path | None, resume: Resume, console: Console
+) -> RunResult:
+    """Train, and leave the whole run in ``folder``.
+
+    Args:
+        config: what is run.
+        budget: when to stop, counted from the very beginning of a continued run.
+        folder: where it is written.
+        data_dir: where the data sets lie; None downloads or generates them.
+        resume: what to do with a run already there.
+        console: shows the progress.
+
+    Raises:
+        ArgumentError: a value is out of range, or the folder holds a run of another configuration.
+    """
+    problem = get_problem(config.problem, **config.problem_options)
+    data = problem.load(data_dir)
+    run = prepare(config, problem, data)
+    described = describe_run(config, run, data_checksum(data))
+    if _continues(folder, described, resume):
+        run.load_state_dict(folder.load_checkpoint(run.device))
+        folder.rewind_metrics(run.iterations)
+        console.print(f"continuing after {run.iterations} iterations", highlight=False)
+    else:
+        folder.start(described, describe_environment(run.device))
+    return _train(run, budget, folder, console)
+
+
+def _continues(folder: RunFolder, described: dict[str, Any], resume: Resume) -> bool:
+    if resume is Resume.NEVER:
+        return False
+    if not folder.checkpoint_file.exists():
+        if resume is Resume.REQUIRE:
+            raise ArgumentError(f"{folder.path} holds no checkpoint to continue; use --resume auto to start")
+        return False
+    lines = differences(folder.read_config(), described)
+    if lines:
+        listed = "\n  ".join(lines)
+        raise ArgumentError(
+            f"{folder.path} holds a run of another configuration:\n  {listed}\n"
+            "continue it with the saved values, start over with --resume never, or name another folder with --out"
+        )
+    return True
+
+
+def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console) -> RunResult:
+    reason = ""
+    folder.write_status("running")
+    with Display(console, budget) as display, interruptible() as interrupted:
+        display.begin(run.config.method)
+        try:
+            for metrics in measure(run, budget, EveryEpoch(), display.step, interrupted):
+                _record(run, metrics, folder)
+                display.measured(metrics)
+        except NumericalError as error:
+            reason = str(error)
+            display.failed(reason)
+        stopped = interrupted() and budget.spent(run.epoch, run.clock.seconds) < 1
+    status = "broken down" if reason else "interrupted" if stopped else "finished"
+    run.clock.pause()
+    details = {"reason": reason} if reason else {}
+    folder.write_status(status, epoch=run.epoch, iterations=run.iterations, seconds=run.clock.seconds, **details)
+    written = folder.read_metrics()
+    return RunResult(status, written[-1] if written else None, reason)
+
+
+def _record(run: TrainingRun, metrics: Metrics, folder: RunFolder) -> None:
+    folder.append_metrics(metrics.as_dict())
+    if run.iterations:
+        folder.save_checkpoint(run.state_dict())
