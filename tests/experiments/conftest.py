@@ -1,0 +1,66 @@
+"""A problem small enough that a whole run takes a moment."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from osculate.experiments import catalogue, comparison, runs
+from osculate.experiments.problems import Data
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass
+class TinyProblem:
+    """Classes of random points; with dropout, so that the random state matters; breaks down on demand."""
+
+    name: str = "tiny"
+    summary: str = "random points"
+    likelihood: str = "categorical"
+    batch_size: int = 16
+    classes: int | None = 3
+    samples: int = 70
+    break_after: float = math.inf
+    calls: int = 0
+
+    def build_model(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += output.requires_grad
+        return functional.cross_entropy(output, target) * (math.inf if self.calls > self.break_after else 1.0)
+
+    def load(self, data_dir: Path | None) -> Data:
+        generator = torch.Generator().manual_seed(3)
+        inputs = torch.randn(self.samples + 20, 5, generator=generator)
+        targets = inputs[:, :3].argmax(dim=1)
+        cut = self.samples
+        return Data(inputs[:cut], targets[:cut], inputs[cut:], targets[cut:])
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyProblem:
+    """The problem every name stands for while the test runs."""
+    problem = TinyProblem()
+
+    def get_problem(name: str, **options: Any) -> TinyProblem:
+        return problem
+
+    for module in (runs, comparison, catalogue):
+        monkeypatch.setattr(module, "get_problem", get_problem)
+    return problem
+
+
+@pytest.fixture(autouse=True)
+def _process_settings() -> Iterator[None]:
+    """Undo what the command sets for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)

@@ -1,0 +1,129 @@
+"""Racing methods: equal conditions, the table, the files, the figure."""
+
+import json
+import math
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from osculate.errors import ArgumentError
+from osculate.experiments.comparison import (
+    Comparison,
+    Curve,
+    compare,
+    comparison_table,
+    load_comparison,
+    method_configs,
+)
+from osculate.experiments.config import Budget, RunConfig
+from osculate.experiments.figures import comparison_figure, save_figure
+from osculate.experiments.progress import Display
+from osculate.experiments.runs import Resume
+from rich.console import Console
+
+TWO_EPOCHS = Budget(2)
+
+
+def race(file: Path, methods: list[str], budget: Budget = TWO_EPOCHS, **options: Any) -> Comparison:
+    configs = method_configs(RunConfig("tiny", methods[0]), methods, options.pop("options", {}))
+    return compare(configs, budget, file, None, Display(Console(file=StringIO()), budget), **options)
+
+
+def curve(method: str, *losses: float, failure: str = "") -> Curve:
+    points = [
+        {"epoch": k, "seconds": k + 0.5, "train_loss": x, "iterations": k, "test_loss": x} for k, x in enumerate(losses)
+    ]
+    return Curve(method, {"batch_size": 10}, points, failure)
+
+
+@pytest.mark.usefixtures("tiny")
+class TestCompare:
+    def test_all_start_alike_and_the_best_comes_first(self, tmp_path: Path) -> None:
+        comparison = race(tmp_path / "c.json", ["sgdm", "adam", "kbfgs"])
+        starts = {curve.points[0]["train_loss"] - curve.points[0]["penalty"] for curve in comparison.curves}
+        assert max(starts) - min(starts) < 1e-6
+        losses = comparison_table(comparison)["train loss"].tolist()
+        assert losses == sorted(losses)
+        assert len(losses) == 3
+
+    def test_each_stops_when_its_time_is_over(self, tmp_path: Path) -> None:
+        comparison = race(tmp_path / "c.json", ["sgdm", "kbfgs"], Budget(seconds=0.2))
+        for one in comparison.curves:
+            assert 0.2 <= one.points[-1]["seconds"] < 1.0
+
+    def test_what_is_written_reads_back(self, tmp_path: Path) -> None:
+        comparison = race(tmp_path / "c.json", ["sgdm", "adam"])
+        assert load_comparison(tmp_path / "c.json") == comparison
+        assert json.loads((tmp_path / "c.json").read_text())["environment"]["versions"]["torch"]
+
+    def test_a_breakdown_is_reported_and_the_others_go_on(self, tmp_path: Path, monkeypatch: Any, tiny: Any) -> None:
+        tiny.break_after = 5
+        monkeypatch.setattr(Display, "failed", lambda self, reason: setattr(tiny, "break_after", math.inf))
+        comparison = race(tmp_path / "c.json", ["sgdm", "adam"])
+        assert [bool(one.failure) for one in comparison.curves] == [True, False]
+        table = comparison_table(comparison)
+        assert table["method"].tolist() == ["adam", "sgdm"]
+        assert table["note"][1].startswith("broke down: ")
+        assert math.isnan(table["train loss"][1])
+
+    def test_finished_curves_can_be_kept(self, tmp_path: Path, tiny: Any) -> None:
+        file = tmp_path / "c.json"
+        first = race(file, ["sgdm", "adam"])
+        tiny.calls = 0
+        second = race(file, ["sgdm", "adam"], resume=Resume.AUTO)
+        assert second.curves == first.curves
+        assert tiny.calls == 0
+
+    def test_another_budget_is_not_continued(self, tmp_path: Path) -> None:
+        race(tmp_path / "c.json", ["sgdm"])
+        with pytest.raises(ArgumentError, match="start over with --resume never"):
+            race(tmp_path / "c.json", ["sgdm"], Budget(3), resume=Resume.AUTO)
+
+    def test_bad_input_is_found_before_anything_trains(self, tmp_path: Path, tiny: Any) -> None:
+        with pytest.raises(ArgumentError, match="kbfgs"):
+            race(tmp_path / "c.json", ["sgdm", "kbfs"])
+        assert tiny.calls == 0
+
+
+class TestMethodConfigs:
+    def test_options_reach_their_method(self) -> None:
+        options = {"kbfgs_l.memory": 7, "kbfgs_l.lr": 0.5, "strict": False}
+        first, second = method_configs(RunConfig("p", "x", lr=0.1), ["adam", "kbfgs-l"], options)
+        assert (first.method, first.lr, first.method_options) == ("adam", 0.1, {"strict": False})
+        assert (second.method, second.lr, second.method_options) == ("kbfgs-l", 0.5, {"strict": False, "memory": 7})
+
+    @pytest.mark.parametrize("methods", [[], ["adam", "adam"]])
+    def test_each_method_once(self, methods: list[str]) -> None:
+        with pytest.raises(ArgumentError, match="each method once"):
+            method_configs(RunConfig("p", "x"), methods, {})
+
+    def test_option_for_a_stranger(self) -> None:
+        with pytest.raises(ArgumentError, match="option for sgdm, but only adam run"):
+            method_configs(RunConfig("p", "x"), ["adam"], {"sgdm.lr": 1})
+
+
+class TestFigure:
+    def figure(self, *curves: Curve) -> Any:
+        return comparison_figure(Comparison("tiny", Budget(3, 2.0), {"device_name": "a machine"}, list(curves)))
+
+    def test_two_panels_with_the_best_first_in_the_key(self, tmp_path: Path) -> None:
+        figure = self.figure(curve("adam", 9, 5, 3), curve("kbfgs", 9, 2, 1), curve("sgdm", 9, 8, failure="not finite"))
+        assert len(figure.axes) == 2
+        assert figure.axes[0].get_yscale() == "log"
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert labels == ["kbfgs  1", "adam  3", "sgdm  broke down"]
+        for path in save_figure(figure, tmp_path / "comparison"):
+            assert path.stat().st_size > 5000
+
+    def test_no_two_methods_look_alike(self) -> None:
+        figure = self.figure(*(curve(f"method {k}", 9, 8 - k / 10) for k in range(8)))
+        looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines()}
+        assert len(looks) == 8
+
+    def test_a_diverging_method_does_not_flatten_the_others(self) -> None:
+        figure = self.figure(curve("adam", 9, 5, 3), curve("sgdm", 9, 1e9, 1e12))
+        assert figure.axes[0].get_ylim()[1] == pytest.approx(13.5)
+
+    def test_a_narrow_range_stays_linear(self) -> None:
+        assert self.figure(curve("adam", 9, 8, 7)).axes[0].get_yscale() == "linear"

@@ -1,0 +1,265 @@
+"""The training loop and the folder a run writes."""
+
+import json
+import signal
+import time
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from osculate.errors import ArgumentError, NumericalError
+from osculate.experiments.batches import BatchOrder
+from osculate.experiments.config import Budget, RunConfig, WarmStart, differences, parse_options
+from osculate.experiments.progress import Display
+from osculate.experiments.records import RunFolder
+from osculate.experiments.runs import Resume, RunResult, run_in_folder
+from osculate.experiments.training import BoundedShare, EveryEpoch, measure, prepare
+from osculate.experiments.training_run import Stopwatch
+from rich.console import Console
+
+NOT_REPEATED = {"seconds", "warm_start_seconds", "peak_memory_bytes"}
+
+
+def run(config: RunConfig, epochs: int, path: Path, resume: Resume = Resume.AUTO) -> RunResult:
+    return run_in_folder(config, Budget(epochs), RunFolder(path), None, resume, Console(file=StringIO()))
+
+
+def repeatable(path: Path) -> list[dict[str, Any]]:
+    lines = RunFolder(path).read_metrics()
+    return [{name: value for name, value in line.items() if name not in NOT_REPEATED} for line in lines]
+
+
+def flat(state: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(state, dict):
+        return {key: item for name, value in state.items() for key, item in flat(value, f"{prefix}/{name}").items()}
+    if isinstance(state, list | tuple):
+        return flat(dict(enumerate(state)), prefix)
+    return {prefix: state}
+
+
+def assert_same_checkpoint(first: Path, second: Path) -> None:
+    one, two = (flat(RunFolder(path).load_checkpoint(torch.device("cpu"))) for path in (first, second))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if name.strip("/") not in NOT_REPEATED:
+            same = torch.equal(value, two[name]) if isinstance(value, torch.Tensor) else value == two[name]
+            assert same, f"{name}: {value} and {two[name]}"
+
+
+class TestBatchOrder:
+    def test_each_epoch_is_a_new_permutation_without_the_last_partial_batch(self) -> None:
+        order = BatchOrder(samples=10, batch_size=3, seed=0)
+        epochs = [torch.cat([order.next() for _ in range(3)]) for _ in range(2)]
+        assert [len(set(epoch.tolist())) for epoch in epochs] == [9, 9]
+        assert epochs[0].tolist() != epochs[1].tolist()
+
+    def test_depends_on_the_seed_alone(self) -> None:
+        first = BatchOrder(50, 10, seed=1)
+        torch.manual_seed(77)
+        again, other = BatchOrder(50, 10, seed=1), BatchOrder(50, 10, seed=2)
+        before = torch.get_rng_state()
+        expected = first.next()
+        assert torch.equal(again.next(), expected)
+        assert not torch.equal(other.next(), expected)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize("taken", [0, 2, 3, 4])
+    def test_continues_from_any_batch(self, taken: int) -> None:
+        order = BatchOrder(10, 3, seed=0)
+        for _ in range(taken):
+            order.next()
+        other = BatchOrder(10, 3, seed=5)
+        other.load_state_dict(order.state_dict())
+        assert [order.next().tolist() for _ in range(7)] == [other.next().tolist() for _ in range(7)]
+
+    def test_refuses_a_batch_larger_than_the_data(self) -> None:
+        with pytest.raises(ArgumentError, match="at most the 10 training samples, got 11"):
+            BatchOrder(10, 11, seed=0)
+
+
+@pytest.mark.usefixtures("tiny")
+class TestRunFolder:
+    def test_holds_everything(self, tmp_path: Path) -> None:
+        result = run(RunConfig("tiny", "adam"), 2, tmp_path)
+        lines = RunFolder(tmp_path).read_metrics()
+        assert result.status == "finished"
+        assert [line["epoch"] for line in lines] == [0, 1, 2]
+        assert [line["iterations"] for line in lines] == [0, 4, 8]
+        expected = {"train_loss", "test_loss", "test_accuracy", "seconds", "gradient_evaluations", "peak_memory_bytes"}
+        assert all(expected <= line.keys() for line in lines)
+        assert lines[2]["train_loss"] < lines[0]["train_loss"]
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["method"] == "adam"
+        assert config["batch_size"] == 16
+        assert config["lr"] > 0
+        assert json.loads((tmp_path / "status.json").read_text())["status"] == "finished"
+
+    def test_says_nothing_about_where_it_ran(self, tmp_path: Path) -> None:
+        run(RunConfig("tiny", "adam"), 1, tmp_path)
+        for name in ("environment.json", "config.json"):
+            text = (tmp_path / name).read_text()
+            assert str(Path.cwd()) not in text
+            assert str(Path.home()) + "/" not in text
+
+    @pytest.mark.parametrize("method", ["adam", "kbfgs", "kbfgs-l", "kfac", "mbf", "lw-sgdm", "joint-kfac"])
+    def test_two_epochs_and_two_more_are_four(self, tmp_path: Path, method: str) -> None:
+        config = RunConfig("tiny", method, seed=4)
+        run(config, 2, tmp_path / "parts")
+        run(config, 4, tmp_path / "parts")
+        run(config, 4, tmp_path / "whole")
+        assert repeatable(tmp_path / "parts") == repeatable(tmp_path / "whole")
+        assert_same_checkpoint(tmp_path / "parts", tmp_path / "whole")
+
+    def test_ctrl_c_within_an_epoch_loses_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = RunConfig("tiny", "kbfgs")
+        run(config, 3, tmp_path / "whole")
+        with monkeypatch.context() as patch:
+            patch.setattr(Display, "step", lambda self, run: run.iterations == 6 and signal.raise_signal(signal.SIGINT))
+            stopped = run(config, 3, tmp_path / "parts")
+        assert stopped.status == "interrupted"
+        assert RunFolder(tmp_path / "parts").read_metrics()[-1]["epoch"] == 1.5
+        assert run(config, 3, tmp_path / "parts").status == "finished"
+        assert_same_checkpoint(tmp_path / "parts", tmp_path / "whole")
+
+    def test_another_configuration_is_refused_with_what_differs(self, tmp_path: Path) -> None:
+        run(RunConfig("tiny", "adam", lr=0.01), 1, tmp_path)
+        with pytest.raises(ArgumentError, match=r"(?s)lr: saved 0\.01, asked for 0\.1\n.*seed: saved 0, asked for 1"):
+            run(RunConfig("tiny", "adam", lr=0.1, seed=1), 2, tmp_path)
+        assert run(RunConfig("tiny", "adam", lr=0.1, seed=1), 2, tmp_path, Resume.NEVER).status == "finished"
+
+    def test_other_data_are_refused(self, tmp_path: Path, tiny: Any) -> None:
+        run(RunConfig("tiny", "adam"), 1, tmp_path)
+        tiny.samples = 69
+        with pytest.raises(ArgumentError, match=r"(?s)data_checksum.*training_samples: saved 70, asked for 69"):
+            run(RunConfig("tiny", "adam"), 2, tmp_path)
+
+    def test_lines_after_the_checkpoint_are_written_again(self, tmp_path: Path) -> None:
+        config = RunConfig("tiny", "sgdm")
+        run(config, 1, tmp_path)
+        checkpoint = (tmp_path / "checkpoint.pt").read_bytes()
+        run(config, 2, tmp_path)
+        expected = repeatable(tmp_path)
+        (tmp_path / "checkpoint.pt").write_bytes(checkpoint)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"epoch": 3, "tra')
+        run(config, 2, tmp_path)
+        assert repeatable(tmp_path) == expected
+
+    def test_a_damaged_checkpoint_is_named(self, tmp_path: Path) -> None:
+        run(RunConfig("tiny", "sgdm"), 1, tmp_path)
+        (tmp_path / "checkpoint.pt").write_bytes(b"nothing")
+        with pytest.raises(ArgumentError, match=r"checkpoint\.pt cannot be read.*--resume never"):
+            run(RunConfig("tiny", "sgdm"), 2, tmp_path)
+
+    def test_nothing_to_continue(self, tmp_path: Path) -> None:
+        with pytest.raises(ArgumentError, match="no checkpoint to continue"):
+            run(RunConfig("tiny", "sgdm"), 2, tmp_path, Resume.REQUIRE)
+
+    def test_a_breakdown_is_recorded(self, tmp_path: Path, tiny: Any) -> None:
+        tiny.break_after = 6
+        result = run(RunConfig("tiny", "sgdm"), 3, tmp_path)
+        status = json.loads((tmp_path / "status.json").read_text())
+        assert result.status == status["status"] == "broken down"
+        assert status["reason"] == result.reason != ""
+        assert [line["epoch"] for line in RunFolder(tmp_path).read_metrics()] == [0, 1]
+
+
+class TestMeasure:
+    def test_training_loss_holds_the_weight_penalty(self, tiny: Any) -> None:
+        plain, decayed = (
+            next(
+                measure(
+                    prepare(RunConfig("tiny", "sgdm", weight_decay=decay), tiny, tiny.load(None)),
+                    Budget(1),
+                    EveryEpoch(),
+                )
+            )
+            for decay in (0.0, 0.1)
+        )
+        squares = sum(float(p.detach().square().sum()) for p in tiny.build_model(0).parameters())
+        assert plain.penalty == 0
+        assert decayed.train_loss - plain.train_loss == pytest.approx(0.05 * squares, rel=1e-5)
+        assert decayed.test_loss == plain.test_loss
+
+    def test_evaluation_leaves_mode_and_random_state(self, tiny: Any) -> None:
+        run = prepare(RunConfig("tiny", "sgdm"), tiny, tiny.load(None))
+        before = torch.get_rng_state()
+        assert run.evaluate().train_loss == run.evaluate().train_loss
+        assert all(module.training for module in run.model.modules())
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_the_method_does_not_change_the_order_of_the_data(self, tiny: Any) -> None:
+        orders = []
+        for method in ("adam", "kbfgs"):
+            run = prepare(RunConfig("tiny", method), tiny, tiny.load(None))
+            list(measure(run, Budget(2), EveryEpoch()))
+            orders.append(run.order.next())
+        assert torch.equal(*orders)
+
+    def test_warm_start_counts_and_can_be_left_out(self, tiny: Any) -> None:
+        configs = [RunConfig("tiny", "kbfgs", warm_start=choice) for choice in (WarmStart.AUTO, WarmStart.NONE)]
+        runs = [prepare(config, tiny, tiny.load(None)) for config in configs]
+        warm, cold = (list(measure(run, Budget(1), EveryEpoch())) for run in runs)
+        assert warm[0].seconds == warm[0].warm_start_seconds > 0
+        assert cold[0].seconds == cold[0].warm_start_seconds == 0
+        assert warm[0].train_loss == cold[0].train_loss
+        assert warm[1].train_loss != cold[1].train_loss
+
+    def test_seconds_bound_the_training(self, tiny: Any) -> None:
+        run = prepare(RunConfig("tiny", "sgdm"), tiny, tiny.load(None))
+        last = list(measure(run, Budget(seconds=0.05), BoundedShare(0.25, 0.02)))[-1]
+        assert 0.05 <= last.seconds < 1
+        assert last.iterations == run.iterations
+
+    def test_a_loss_that_is_not_finite_stops(self, tiny: Any) -> None:
+        tiny.break_after = -1
+        with pytest.raises(NumericalError, match="after 0 iterations the training loss is inf"):
+            next(measure(prepare(RunConfig("tiny", "sgdm"), tiny, tiny.load(None)), Budget(1), EveryEpoch()))
+
+
+def test_stopwatch_counts_only_between_start_and_pause() -> None:
+    clock = Stopwatch(torch.device("cpu"))
+    clock.start()
+    clock.pause()
+    counted = clock.seconds
+    time.sleep(0.02)
+    assert clock.seconds == counted < 0.02
+    clock.start()
+    time.sleep(0.02)
+    assert clock.seconds >= 0.02
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("build", "message"),
+        [
+            (lambda: RunConfig("p", "m", batch_size=0), "batch_size must be >= 1, got 0"),
+            (lambda: RunConfig("p", "m", seed=-1), "seed must be >= 0, got -1"),
+            (lambda: Budget(), "give epochs, seconds or both"),
+            (lambda: Budget(epochs=-1), "epochs must be >= 0, got -1"),
+            (lambda: Budget(seconds=0), "seconds must be positive and finite, got 0"),
+            (lambda: parse_options(["memory"]), "name=value, got 'memory'"),
+            (lambda: parse_options(["a=1", "a=2"]), "'a' is given twice"),
+            (lambda: RunConfig("p", "m", lr=1.0, method_options={"lr": 2}).method_arguments(), "lr given twice"),
+        ],
+    )
+    def test_refuses(self, build: Any, message: str) -> None:
+        with pytest.raises(ArgumentError, match=message):
+            build()
+
+    def test_options_become_literals_where_they_are(self) -> None:
+        texts = ["memory=50", "decay=1e-3", "kind=per-sample", "on=true", "sizes=(1, 2)", "a-b=none"]
+        expected = {"memory": 50, "decay": 1e-3, "kind": "per-sample", "on": True, "sizes": (1, 2), "a_b": None}
+        assert parse_options(texts) == expected
+
+    def test_differences_name_absent_entries(self) -> None:
+        assert differences({"a": 1, "b": 2}, {"a": 1, "c": 3}) == [
+            "b: saved 2, asked for '(absent)'",
+            "c: saved '(absent)', asked for 3",
+        ]
+
+    def test_spent(self) -> None:
+        assert Budget(4, 10.0).spent(epoch=1, seconds=9) == 0.9
+        assert Budget(0).spent(epoch=0, seconds=0) == 1
