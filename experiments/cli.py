@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def execute(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; see ``main``."""
     command: Command = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         prog="osculate",
         description=DESCRIPTION,
         args=arguments,

@@ -82,7 +82,7 @@ def score(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -
     total = torch.zeros((), dtype=torch.float64, device=inputs.device)
     right = torch.zeros((), dtype=torch.float64, device=inputs.device)
     with _evaluating(model), torch.no_grad():
-        for part_inputs, part_targets in zip(inputs.split(_CHUNK), targets.split(_CHUNK), strict=True):
+        for part_inputs, part_targets in zip(torch.split(inputs, _CHUNK), torch.split(targets, _CHUNK), strict=True):
             output = model(part_inputs)
             total += problem.loss(output, part_targets).double() * len(part_inputs)
             if problem.classes is not None:
