@@ -1,0 +1,78 @@
+"""The networks of the problems, with PyTorch's own initial distribution of the parameters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+__all__ = ["autoencoder", "classifier", "digit_cnn", "seeded"]
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Return what ``build`` makes when torch's CPU generator starts from ``seed``; the global state stays as it was.
+
+    Args:
+        build: makes the network, on the CPU.
+        seed: >= 0.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build()
+
+
+def autoencoder(widths: Sequence[int]) -> nn.Sequential:
+    """Return encoder and mirrored decoder: ReLU in between, linear code, linear output.
+
+    Args:
+        widths: pixels, hidden widths, code, such as (784, 1000, 500, 250, 30); each >= 1. The decoder has the same in
+            reverse order: (784, 1000, 500, 250, 30, 250, 500, 1000, 784) in all.
+
+    Source: the authors' autoencoder of arXiv:2006.08877, which follows Hinton and Salakhutdinov (2006).
+    """
+    encoder, decoder = _dense(widths), _dense(widths[::-1])
+    return nn.Sequential(*encoder, *decoder)
+
+
+def classifier(widths: Sequence[int]) -> nn.Sequential:
+    """Return a fully connected network with ReLU between its layers and a linear output.
+
+    Args:
+        widths: inputs, hidden widths, classes; each >= 1.
+    """
+    return nn.Sequential(*_dense(widths))
+
+
+def digit_cnn(channels: int = 16, hidden: int = 128, dropout: float = 0.25) -> nn.Sequential:
+    """Return a convolutional network for ten classes of (1, 28, 28) images, with BatchNorm and dropout.
+
+    Two blocks of 3 x 3 convolution, BatchNorm, ReLU and 2 x 2 max-pooling, then two dense layers.
+
+    Args:
+        channels: of the first convolution, >= 1; the second has twice as many.
+        hidden: width of the dense layer in between, >= 1.
+        dropout: share of values dropped before each dense layer, in [0, 1).
+    """
+    return nn.Sequential(
+        *_block(1, channels),
+        *_block(channels, 2 * channels),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(2 * channels * 7 * 7, hidden),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, 10),
+    )
+
+
+def _dense(widths: Sequence[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return layers[:-1]
+
+
+def _block(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, kernel_size=3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
