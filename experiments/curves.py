@@ -82,15 +82,16 @@ def generate_curves(count: int, seed: tuple[int, ...]) -> NDArray[np.uint8]:
         ArgumentError: ``count`` is out of range.
     """
     require_positive_integer("the number of curves", count)
-    blocks = [_block(np.random.default_rng((*seed, index))) for index in range(math.ceil(count / _BLOCK))]
-    return np.concatenate(blocks)[:count]
+    starts = range(0, count, _BLOCK)
+    blocks = [_block(np.random.default_rng((*seed, start)), min(_BLOCK, count - start)) for start in starts]
+    return np.concatenate(blocks)
 
 
-def _block(rng: np.random.Generator) -> NDArray[np.uint8]:
+def _block(rng: np.random.Generator, count: int) -> NDArray[np.uint8]:
     triples = rng.uniform(_MARGIN_PIXELS, SIDE - 1 - _MARGIN_PIXELS, size=(_CANDIDATES * _BLOCK, 3, 2))
     gaps = np.linalg.norm(triples - np.roll(triples, 1, axis=1), axis=2)
     apart = triples[gaps.min(axis=1) >= _LEAST_DISTANCE]
-    return _draw(apart[:_BLOCK])
+    return _draw(apart[:count])
 
 
 def _draw(points: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -120,7 +121,7 @@ def _strokes(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[
 
 def _read_cache(path: Path, train: int, test: int) -> CurveImages | None:
     try:
-        with np.load(path) as saved:
+        with path.open("rb") as stream, np.load(stream) as saved:
             images = CurveImages(saved["train"], saved["test"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

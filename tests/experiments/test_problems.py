@@ -1,0 +1,134 @@
+"""The table of problems: networks, losses, options, data."""
+
+import math
+
+import pytest
+import torch
+from osculate.errors import ArgumentError, UnknownNameError
+from osculate.experiments import problems
+from osculate.experiments.curves import CurveImages, generate_curves
+from osculate.experiments.datasets import LabelledImages
+from osculate.experiments.faces import FacePatches
+from osculate.experiments.problems import PROBLEMS, get_problem
+from torch import nn
+
+NAMES = list(PROBLEMS)
+SIZES = ["full", "small"]
+
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    """Readers that return a few generated images in place of files."""
+    images = generate_curves(70, (0,))
+    labels = images[:, 0, 0] % 10
+    patches = torch.randn(70, 625)
+    labelled = LabelledImages(images[:50], labels[:50], images[50:], labels[50:])
+    monkeypatch.setattr(problems, "load_images", lambda source, data_dir: labelled)
+    monkeypatch.setattr(problems, "load_curves", lambda train, test, seed: CurveImages(images[:50], images[50:]))
+    monkeypatch.setattr(problems, "load_face_patches", lambda *options: FacePatches(patches[:50], patches[50:]))
+
+
+def test_the_default_problem_comes_first():
+    assert NAMES[0] == "curves-autoencoder"
+    assert len(NAMES) == 6
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_network_loss_and_data_fit(name, size, few_samples):
+    problem = get_problem(name, size=size)
+    data = problem.load(None)
+    assert problem.name == name
+    assert problem.batch_size >= 1
+    assert problem.epochs >= 1
+    assert data.train_inputs.dtype == data.test_inputs.dtype == torch.float32
+    assert len(data.train_inputs) == 50
+    assert len(data.test_inputs) == len(data.test_targets) == 20
+    loss = problem.loss(problem.build_model(0)(data.train_inputs), data.train_targets)
+    assert loss.shape == ()
+    loss.backward()
+    if problem.classes is None:
+        assert data.train_targets is data.train_inputs
+        assert data.test_targets is data.test_inputs
+    else:
+        assert data.train_targets.dtype == torch.int64
+        assert abs(float(loss.detach()) - math.log(problem.classes)) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("curves-autoencoder", [784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784]),
+        ("mnist-autoencoder", [784, 1000, 500, 250, 30, 250, 500, 1000, 784]),
+        ("fashion-autoencoder", [784, 1000, 500, 250, 30, 250, 500, 1000, 784]),
+        ("faces-autoencoder", [625, 2000, 1000, 500, 30, 500, 1000, 2000, 625]),
+        ("fashion-mlp", [784, 512, 256, 128, 10]),
+    ],
+)
+def test_widths_are_the_papers(name, widths):
+    layers = [module for module in get_problem(name).build_model(0).modules() if isinstance(module, nn.Linear)]
+    assert [layers[0].in_features, *(layer.out_features for layer in layers)] == widths
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("autoencoder")])
+def test_the_code_and_the_output_are_linear(name):
+    model = get_problem(name).build_model(0)
+    kinds = [type(module) for module in model]
+    code = min(
+        (k for k, module in enumerate(model) if isinstance(module, nn.Linear)), key=lambda k: model[k].out_features
+    )
+    assert kinds[code + 1] is nn.Linear
+    assert kinds[-1] is nn.Linear
+    assert kinds.count(nn.ReLU) == kinds.count(nn.Linear) - 2
+
+
+def test_the_loss_of_the_digits_starts_near_784_log_2(few_samples):
+    problem = get_problem("mnist-autoencoder")
+    inputs = problem.load(None).train_inputs
+    loss = float(problem.loss(problem.build_model(0)(inputs), inputs).detach())
+    assert abs(loss - 784 * math.log(2)) < 3
+
+
+def test_losses_are_sums_over_pixels_and_means_over_samples():
+    output, target = torch.randn(5, 7), torch.rand(5, 7)
+    squared = torch.stack([0.5 * ((o - t) ** 2).sum() for o, t in zip(output, target, strict=True)]).mean()
+    torch.testing.assert_close(problems.gaussian_loss(output, target), squared)
+    probability = torch.sigmoid(output)
+    entropy = -(target * probability.log() + (1 - target) * (1 - probability).log()).sum(dim=1).mean()
+    torch.testing.assert_close(problems.bernoulli_loss(output, target), entropy)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_depend_on_the_seed_alone(name):
+    problem = get_problem(name, size="small")
+    state = torch.get_rng_state()
+    first, second, third = (list(problem.build_model(seed).parameters()) for seed in (7, 7, 8))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], third[0])
+
+
+def test_the_initial_distribution_is_torchs_own():
+    torch.manual_seed(3)
+    expected = nn.Linear(784, 1000)
+    built = next(get_problem("mnist-autoencoder").build_model(3).parameters())
+    assert torch.equal(built, expected.weight)
+
+
+@pytest.mark.parametrize("name", ["mnist-cnn", "fashion-mlp"])
+def test_classified_images_are_standardised(name, few_samples):
+    inputs = get_problem(name).load(None).train_inputs
+    assert abs(float(inputs.mean())) < 1e-4
+    assert abs(float(inputs.std()) - 1) < 1e-4
+    assert inputs.shape[1:] == ((1, 28, 28) if name == "mnist-cnn" else (784,))
+
+
+def test_unknown_names_list_the_near_misses():
+    with pytest.raises(UnknownNameError, match="'mnist-autoencoder'"):
+        get_problem("mnist-autoencodr")
+    with pytest.raises(UnknownNameError, match=r"mnist-cnn.*'size'"):
+        get_problem("mnist-cnn", sise="small")
+    with pytest.raises(UnknownNameError, match="small"):
+        get_problem("mnist-cnn", size="tiny")
+    with pytest.raises(ArgumentError, match="data_seed"):
+        get_problem("curves-autoencoder", data_seed=-1)
