@@ -259,7 +259,7 @@ def _summarise(
             milliseconds=1e3 * seconds[contestant.label],
             ratio=ratio,
             spread=_quartiles(own),
-            state_bytes=tensor_bytes(optimizer.state_dict()["state"]),
+            state_bytes=tensor_bytes(optimizer.state_dict()),
             table_bytes=_declared_bytes(optimizer),
             target=contestant.target,
             floor=contestant.floor,

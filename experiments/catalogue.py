@@ -41,7 +41,7 @@ class Problems:
     def run(self, console: Console) -> int:
         """Print the table."""
         table = Table("problem", "summary", "likelihood", "batch", title="problems")
-        for name in sorted(PROBLEMS):
+        for name in PROBLEMS:
             problem = get_problem(name)
             table.add_row(f"[bold]{name}", escape(problem.summary), problem.likelihood, str(problem.batch_size))
         console.print(table)

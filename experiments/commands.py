@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .config import Budget, RunConfig, WarmStart, parse_options
 from .environment import prepare_process
+from .problems import get_problem
 from .records import RunFolder
 from .runs import Resume, default_folder, run_in_folder
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Compare", "Replay", "Train"]
 
 DEFAULT_METHODS = ("kbfgs", "kbfgs-l", "mbf", "lw-sgdm", "lw-adamw", "joint-kfac", "adam", "sgdm")
-DEFAULT_EPOCHS = 10
 SHOWN = ["method", "train loss", "test loss", "accuracy", "epochs", "ms/step", "note"]
 _STATUS = {"finished": 0, "broken down": 1, "interrupted": 130}
 
@@ -87,7 +87,8 @@ class Train(Common):
     method: str = "kbfgs"
     """Method, one of osculate methods."""
     epochs: int | None = None
-    """Passes over the training data, those before a continuation included. Default: 10, or no bound with --seconds."""
+    """Passes over the training data, those before a continuation included. Default: the problem's own, or no bound with
+    --seconds."""
     seconds: float | None = None
     """Training time in seconds, evaluation excluded."""
     resume: Resume = Resume.AUTO
@@ -97,8 +98,10 @@ class Train(Common):
         """Train, show where the run lies, and return the exit status."""
         prepare_process(self.threads)
         config = self.config(self.method, parse_options(self.option))
-        unbounded = self.epochs is None and self.seconds is None
-        budget = Budget(DEFAULT_EPOCHS if unbounded else self.epochs, self.seconds)
+        epochs = self.epochs
+        if epochs is None and self.seconds is None:
+            epochs = get_problem(config.problem, **config.problem_options).epochs
+        budget = Budget(epochs, self.seconds)
         folder = RunFolder(self.out or default_folder(config))
         result = run_in_folder(config, budget, folder, self.data_dir, self.resume, console)
         console.print(f"{result.status}; the run lies in {folder.path}", highlight=False, markup=False, soft_wrap=True)

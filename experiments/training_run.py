@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..framework.optimizer import SecondOrder
+from ..framework.report import StepReport
 from .batches import BatchOrder
 from .config import RunConfig, WarmStart
 from .environment import peak_memory_bytes, reset_peak_memory
@@ -80,7 +80,7 @@ class TrainingRun:
         self.iterations = 0
         self.warm_start_seconds = 0.0
         self.last_loss: Tensor | None = None
-        self._events: Counter[str] = Counter()
+        self._events: dict[str, Tensor | int] = {}
         torch.manual_seed(config.seed)
         reset_peak_memory(self.device)
 
@@ -122,8 +122,8 @@ class TrainingRun:
 
         loss = self.optimizer.step(closure)
         self.iterations += 1
-        self.last_loss = torch.as_tensor(loss).detach()
-        self._events.update(self.optimizer.last_report.counts())
+        self.last_loss = None if loss is None else loss.detach()
+        self._count(self.optimizer.last_report)
 
     def evaluate(self) -> Metrics:
         """Pause the clock and return the metrics at this point."""
@@ -131,7 +131,7 @@ class TrainingRun:
         data, penalty = self.data, float(self.optimizer.penalty())
         train = score(self.model, self.problem, data.train_inputs, data.train_targets)
         test = score(self.model, self.problem, data.test_inputs, data.test_targets)
-        events = {name: count for name, count in sorted(self._events.items()) if count}
+        events = {name: int(count) for name, count in sorted(self._events.items()) if int(count)}
         self._events.clear()
         return Metrics(
             epoch=int(self.epoch) if self.epoch.is_integer() else round(self.epoch, 6),
@@ -146,6 +146,11 @@ class TrainingRun:
             peak_memory_bytes=peak_memory_bytes(self.device),
             events=events,
         )
+
+    def _count(self, report: StepReport) -> None:
+        """Add up the step's events; tensors stay on the device until the next evaluation."""
+        for name, count in ({**report.events, "rescues": report.rescues, "shortened": report.shortened}).items():
+            self._events[name] = self._events.get(name, 0) + count
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to continue bit for bit."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from osculate.experiments import catalogue, comparison, runs
+from osculate.experiments import catalogue, commands, comparison, runs
 from osculate.experiments.problems import Data
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,6 +22,7 @@ class TinyProblem:
     summary: str = "random points"
     likelihood: str = "categorical"
     batch_size: int = 16
+    epochs: int = 2
     classes: int | None = 3
     samples: int = 70
     break_after: float = math.inf
@@ -52,7 +53,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyProblem:
     def get_problem(name: str, **options: Any) -> TinyProblem:
         return problem
 
-    for module in (runs, comparison, catalogue):
+    for module in (runs, comparison, catalogue, commands):
         monkeypatch.setattr(module, "get_problem", get_problem)
     return problem
 
