@@ -1,1 +1,36 @@
-"""Second-order optimizers for deep networks, composed from small parts."""
+"""Second-order optimizers for deep networks, composed from small parts.
+
+``build`` applies a registered method or your own ``Method`` to a model; everything else here is a part to compose with.
+"""
+
+from .curvature import *  # noqa: F403
+from .curvature import __all__ as _curvature
+from .errors import (
+    ArgumentError,
+    ClosureRequiredError,
+    CompatibilityError,
+    NumericalError,
+    OsculateError,
+    UnknownNameError,
+)
+from .framework import *  # noqa: F403
+from .framework import __all__ as _framework
+from .preconditioners import *  # noqa: F403
+from .preconditioners import __all__ as _preconditioners
+from .stepsize import *  # noqa: F403
+from .stepsize import __all__ as _stepsize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    *_curvature,
+    *_preconditioners,
+    *_stepsize,
+    *_framework,
+    "ArgumentError",
+    "ClosureRequiredError",
+    "CompatibilityError",
+    "NumericalError",
+    "OsculateError",
+    "UnknownNameError",
+]

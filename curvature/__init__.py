@@ -1,1 +1,50 @@
-"""Placeholder."""
+"""Floor 1: what is measured. Layers, statistics, capture, likelihoods, estimators, quadratic forms."""
+
+from .capture import Capture, Record
+from .estimators import (
+    BatchMean,
+    EmpiricalFisher,
+    Estimator,
+    InputsOnly,
+    SampledBatchMean,
+    SampledFisher,
+    SecantPairs,
+)
+from .layers import Layer, LayerAdapter, discover_layers
+from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from .quadratic_forms import (
+    ExactHessian,
+    HessianRowSums,
+    QuadraticForm,
+    SampledBatchScores,
+    SampledScores,
+    SignedHessian,
+)
+from .statistics import LayerStatistics, Needs
+
+__all__ = [
+    "BatchMean",
+    "Bernoulli",
+    "Capture",
+    "Categorical",
+    "EmpiricalFisher",
+    "Estimator",
+    "ExactHessian",
+    "Gaussian",
+    "HessianRowSums",
+    "InputsOnly",
+    "Layer",
+    "LayerAdapter",
+    "LayerStatistics",
+    "Likelihood",
+    "Needs",
+    "QuadraticForm",
+    "Record",
+    "SampledBatchMean",
+    "SampledBatchScores",
+    "SampledFisher",
+    "SampledScores",
+    "SecantPairs",
+    "SignedHessian",
+    "discover_layers",
+]

@@ -54,6 +54,15 @@ class _Call:
     complete: bool = False
 
 
+@dataclass
+class _ParameterSum:
+    """Parameter gradients of the sampled loss, summed over the samples of one pass."""
+
+    pass_index: int
+    samples: int
+    gradients: tuple[Tensor, ...]
+
+
 class Capture:
     """Hooks on a model, and the records they made since the last :meth:`collect`.
 
@@ -76,7 +85,7 @@ class Capture:
         self.step = 0
         self._wanted: dict[str, Record] = {}
         self._calls: dict[str, list[_Call]] = {layer.name: [] for layer in layers}
-        self._parameter_sums: dict[str, list[tuple[int, tuple[Tensor, ...]]]] = {}
+        self._parameter_sums: dict[str, list[_ParameterSum]] = {}
         self._pass = 0
         self._kind: PassKind = "gradient"
         self._sampling = False
@@ -101,22 +110,28 @@ class Capture:
 
     def discard_complete(self) -> None:
         """Forget calls that already have a gradient: the user threw that gradient away (``zero_grad``)."""
+        done = self._completed_passes()
         for name, calls in self._calls.items():
             self._calls[name] = [call for call in calls if not call.complete]
+        for name, sums in self._parameter_sums.items():
+            self._parameter_sums[name] = [entry for entry in sums if entry.pass_index not in done]
 
     def collect(self) -> dict[str, LayerStatistics]:
         """Statistics per layer name from all complete calls since the last time; forgets every call."""
         result: dict[str, LayerStatistics] = {}
+        done = self._completed_passes()
         for layer in self.layers:
             calls = [call for call in self._calls[layer.name] if call.complete or self._kind == "forward"]
-            sums = self._parameter_sums.get(layer.name, [])
+            sums = [
+                entry
+                for entry in self._parameter_sums.get(layer.name, [])
+                if self._kind == "forward" or entry.pass_index in done
+            ]
             if calls:
                 result[layer.name] = self._combine(layer, calls, sums)
             elif sums:
-                samples = sum(count for count, _ in sums)
-                result[layer.name] = LayerStatistics(
-                    layer, samples, 1, sampled_parameter_gradients=_mean_of_sums(sums, samples)
-                )
+                samples = sum(entry.samples for entry in sums)
+                result[layer.name] = LayerStatistics(layer, samples, 1, sampled_parameter_gradients=_mean_of_sums(sums))
         self.clear()
         return result
 
@@ -127,8 +142,11 @@ class Capture:
         self._parameter_sums.clear()
         self._pass = 0
 
+    def _completed_passes(self) -> set[int]:
+        return {call.pass_index for calls in self._calls.values() for call in calls if call.complete}
+
     def _combine(
-        self, layer: Layer, calls: list[_Call], sums: list[tuple[int, tuple[Tensor, ...]]]
+        self, layer: Layer, calls: list[_Call], sums: list[_ParameterSum]
     ) -> LayerStatistics:
         first_of_pass = {call.pass_index: call.samples for call in reversed(calls)}
         samples = sum(first_of_pass.values())
@@ -146,12 +164,12 @@ class Capture:
             sampled_gradient=_join([call.sampled for call in calls]),
             mean_preactivation=None if output_sum is None else output_sum / rows,
             mean_gradient=None if gradient_sum is None else gradient_sum * (scale / rows),
-            sampled_parameter_gradients=_mean_of_sums(sums, samples) if sums else None,
+            sampled_parameter_gradients=_mean_of_sums(sums) if sums else None,
         )
 
     def _on_layer(self, layer: Layer, args: tuple[Any, ...], output: Any) -> Any:
         wanted = self._wanted.get(layer.name, Record.NOTHING)
-        if not wanted or not isinstance(output, Tensor) or layer.adapter is None:
+        if not wanted or not isinstance(output, Tensor):
             return None
         if self._kind == "forward":
             self._new_call(layer, wanted, args[0], output)
@@ -167,7 +185,10 @@ class Capture:
         return replaced
 
     def _new_call(self, layer: Layer, wanted: Record, value: Tensor, output: Tensor) -> _Call:
-        assert layer.adapter is not None
+        if layer.adapter is None:
+            call = _Call(self._pass, output.shape[0] if output.ndim else 1, 1)
+            self._calls[layer.name].append(call)
+            return call
         if Record.INPUTS in wanted and output.ndim < 2:
             raise ArgumentError(f"layer {layer.name!r} was called on one unbatched sample; give it a batch of size 1")
         call = _Call(self._pass, output.shape[0], layer.adapter.positions(layer.module, output))
@@ -223,11 +244,13 @@ class Capture:
                     for parameter, gradient in zip(layer.parameters.values(), rest, strict=False)
                 )
                 del rest[: len(values)]
-                self._parameter_sums.setdefault(layer.name, []).append((output.shape[0], values))
+                self._parameter_sums.setdefault(layer.name, []).append(
+                    _ParameterSum(self._pass, output.shape[0], values)
+                )
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """A generator that depends on (seed, step, number of completed passes), so that idle passes leave no trace."""
-        done = {call.pass_index for calls in self._calls.values() for call in calls if call.complete}
+        done = self._completed_passes()
         generator = torch.Generator(device=device)
         generator.manual_seed((self.seed * 1_000_003 + self.step) * 1_009 + len(done))
         return generator
@@ -286,6 +309,7 @@ def _add(values: Sequence[Tensor | None]) -> Tensor | None:
     return sum(present[1:], present[0]) if present and len(present) == len(values) else None
 
 
-def _mean_of_sums(sums: list[tuple[int, tuple[Tensor, ...]]], samples: int) -> tuple[Tensor, ...]:
-    total = [torch.stack(values).sum(0) for values in zip(*(gradients for _, gradients in sums), strict=True)]
-    return tuple(value / samples for value in total)
+def _mean_of_sums(sums: list[_ParameterSum]) -> tuple[Tensor, ...]:
+    samples = sum(entry.samples for entry in sums)
+    columns = zip(*(entry.gradients for entry in sums), strict=True)
+    return tuple(torch.stack(values).sum(0) / samples for values in columns)

@@ -31,7 +31,9 @@ class Needs(enum.Flag):
     - ``VECTORS``: gradient vectors of the whole layer whose outer products average to the curvature;
     - ``PAIRS``: batch means of pre-activations and their gradients before and after the step (secant pairs);
     - ``SCORES``: per-sample derivatives of the log-likelihood along the step directions (quadratic forms);
-    - ``PRODUCTS``: products with the Hessian of the mini-batch loss, which take a closure.
+    - ``PRODUCTS``: products with the Hessian of the mini-batch loss, which take a closure;
+    - ``BATCH_SCORES``: the parameter gradient of the mean loss with sampled labels;
+    - ``NORMS``: norms of the layers' parameters and directions (always available, one pass over each).
     """
 
     NOTHING = 0
@@ -41,6 +43,8 @@ class Needs(enum.Flag):
     PAIRS = enum.auto()
     SCORES = enum.auto()
     PRODUCTS = enum.auto()
+    BATCH_SCORES = enum.auto()
+    NORMS = enum.auto()
 
 
 @dataclass(frozen=True)

@@ -65,13 +65,13 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant(
         "kfac empirical, 1/20",
         "kfac",
-        {"statistics": "empirical", "statistics_every": 1, "inverse_every": 20},
+        {"statistics": "empirical", "statistics_every": 1, "inverses_every": 20},
         period=20,
         fill=21,
         target=2.6,
         floor=2.2,
     ),
-    Contestant("mbf, 2/25", "mbf", {"statistics_every": 2, "inverse_every": 25}, 50, 51, target=1.7, floor=1.4),
+    Contestant("mbf, 2/25", "mbf", {"statistics_every": 2, "inverses_every": 25}, 50, 51, target=1.7, floor=1.4),
     Contestant("lw-sgdm, every step", "lw-sgdm", {"curvature_every": 1}, target=2.2, floor=1.9),
     Contestant("lw-sgdm, every 10", "lw-sgdm", {"curvature_every": 10}, 10, 11, target=1.3),
 )

@@ -1,1 +1,56 @@
-"""Placeholder."""
+"""Floor 2: how curvature is stored, damped and inverted. Structures, factors, partitions, damping, linear algebra."""
+
+from .averages import Average, MovingAverage, PlainAverage, RunningSum, ZeroStartAverage
+from .bfgs import BFGS, HessianActionBFGS
+from .by_layer import ByLayer
+from .damping import Constant as ConstantDamping
+from .damping import Damping, SideDamping, Split
+from .diagonal import Diagonal
+from .factors import Covariance, Factor, IdentityFactor
+from .identity import Identity
+from .kronecker import Kronecker
+from .lbfgs import LBFGS
+from .mini_block import MiniBlock
+from .pairs import DoubleDamping, NoDamping, PairDamping, PowellThenLM
+from .partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutput, PerOutputAveraged
+from .protocol import Observation, Preconditioner, Request, Schedule
+from .state import NoState, State
+
+__all__ = [
+    "BFGS",
+    "LBFGS",
+    "Average",
+    "ByLayer",
+    "ConstantDamping",
+    "Covariance",
+    "Damping",
+    "Diagonal",
+    "DoubleDamping",
+    "Factor",
+    "FlatChunk",
+    "HessianActionBFGS",
+    "Identity",
+    "IdentityFactor",
+    "Kernel",
+    "Kronecker",
+    "MiniBlock",
+    "MovingAverage",
+    "NoDamping",
+    "NoState",
+    "Observation",
+    "PairDamping",
+    "Partition",
+    "PerInputAveraged",
+    "PerOutput",
+    "PerOutputAveraged",
+    "PlainAverage",
+    "PowellThenLM",
+    "Preconditioner",
+    "Request",
+    "RunningSum",
+    "Schedule",
+    "SideDamping",
+    "Split",
+    "State",
+    "ZeroStartAverage",
+]

@@ -71,6 +71,13 @@ def select(preconditioner: Preconditioner | ByLayer, layer: Layer) -> list[tuple
     chosen = select(candidates[0], layer) if candidates else []
     taken = {name for _, names in chosen for name in names}
     rest = tuple(name for name in layer.parameters if name not in taken)
-    if rest and preconditioner.otherwise is not None and preconditioner.otherwise.serves(layer):
-        chosen.append((preconditioner.otherwise, rest))
+    other = preconditioner.otherwise
+    if rest and other is not None and _can_take(other, layer, rest):
+        chosen.append((other, rest))
     return chosen
+
+
+def _can_take(part: Preconditioner, layer: Layer, names: tuple[str, ...]) -> bool:
+    """A structure on joint matrices takes a layer whole or not at all."""
+    served = part.serves(layer)
+    return names == served if part.joint else set(names) <= set(served)

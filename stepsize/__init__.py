@@ -1,1 +1,20 @@
-"""Placeholder."""
+"""Floor 2: how far to go along a direction, layer by layer, and whether a step stays."""
+
+from .bounded import RelativeBound
+from .constant import Constant as ConstantStep
+from .guard import Backtrack, Guard, NoGuard
+from .joint import JointLayerwise
+from .layerwise import LayerwiseQuadratic
+from .protocol import StepEvidence, StepSize
+
+__all__ = [
+    "Backtrack",
+    "ConstantStep",
+    "Guard",
+    "JointLayerwise",
+    "LayerwiseQuadratic",
+    "NoGuard",
+    "RelativeBound",
+    "StepEvidence",
+    "StepSize",
+]

@@ -1,0 +1,67 @@
+"""Hessian-vector products of the mini-batch loss inside torch's closure convention.
+
+A user's closure calls ``loss.backward()``, which frees the graph. Inside :class:`GraphKeepingBackward` that call fills
+``.grad`` as usual but keeps a differentiable gradient, from which products with the Hessian follow by a second
+differentiation. ``backward(create_graph=True)`` is avoided: it ties parameters and graph into a cycle that leaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .layers import Layer
+from .statistics import Tensors
+
+__all__ = ["GraphKeepingBackward"]
+
+
+class GraphKeepingBackward(TorchFunctionMode):
+    """Context in which ``loss.backward()`` keeps the graph of the gradient.
+
+    Args:
+        layers: layers whose parameters are differentiated.
+    """
+
+    def __init__(self, layers: Sequence[Layer]):
+        super().__init__()
+        self.layers = list(layers)
+        self.parameters = [parameter for layer in layers for parameter in layer.parameters.values()]
+        self.gradients: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Everything but ``Tensor.backward`` passes through."""
+        if func is not torch.Tensor.backward:
+            return func(*args, **(kwargs or {}))
+        gradients = torch.autograd.grad(args[0], self.parameters, create_graph=True, materialize_grads=True)
+        if self.gradients:
+            self.gradients = [old + new for old, new in zip(self.gradients, gradients, strict=True)]
+        else:
+            self.gradients = list(gradients)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            value = gradient.detach().clone()
+            parameter.grad = value if parameter.grad is None else parameter.grad + value
+        return None
+
+    def product(self, directions: Mapping[str, Tensors]) -> dict[str, Tensors]:
+        """H d per layer, for one direction per layer; callable any number of times until :meth:`release`."""
+        vector = [value for layer in self.layers for value in directions[layer.name]]
+        with torch.enable_grad():
+            total = torch.autograd.grad(
+                self.gradients, self.parameters, vector, retain_graph=True, materialize_grads=True
+            )
+        result: dict[str, Tensors] = {}
+        position = 0
+        for layer in self.layers:
+            count = len(layer.parameters)
+            result[layer.name] = total[position : position + count]
+            position += count
+        return result
+
+    def release(self) -> None:
+        """Free the graph."""
+        self.gradients = []

@@ -1,0 +1,176 @@
+"""Quadratic forms d_l' C_l d_l of all layers along given directions for about one extra gradient (PAPERS 3.3).
+
+Every estimator returns an (L, L) matrix M whose diagonal holds the layers' own forms; off the diagonal stands the
+curvature *between* layers where the estimator knows it, else zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .statistics import LayerStatistics, Needs, Tensors
+
+__all__ = [
+    "DirectionalEvidence",
+    "ExactHessian",
+    "HessianRowSums",
+    "QuadraticForm",
+    "SampledBatchScores",
+    "SampledScores",
+    "SignedHessian",
+]
+
+
+@dataclass(frozen=True)
+class DirectionalEvidence:
+    """What an estimator of quadratic forms may use.
+
+    Attributes:
+        names: the L layers in order.
+        directions: per layer one tensor per parameter.
+        statistics: per layer what the backend recorded.
+        hessian_product: from one direction per layer (all layers) to the product H d of the mini-batch loss, per
+            layer; ``None`` unless the rule declared ``Needs.PRODUCTS``.
+        generator: for random signs.
+    """
+
+    names: Sequence[str]
+    directions: Mapping[str, Tensors]
+    statistics: Mapping[str, LayerStatistics]
+    hessian_product: Callable[[Mapping[str, Tensors]], Mapping[str, Tensors]] | None
+    generator: torch.Generator
+
+
+class QuadraticForm(Protocol):
+    """A way to measure M."""
+
+    needs: Needs
+
+    def measure(self, evidence: DirectionalEvidence) -> Tensor:
+        """(L, L) matrix."""
+
+
+def _inner(left: Tensors, right: Tensors) -> Tensor:
+    products = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True)]
+    return torch.stack(products).sum()
+
+
+@dataclass(frozen=True)
+class SampledScores:
+    """(a) Sampled Fisher: M = mean_i s(i) s(i)' from per-sample scores s_l(i); one backward, one product per layer.
+
+    Unbiased for d' F d including the blocks between layers. A layer without an adapter has no scores: its diagonal
+    entry comes from the mean gradient as in (a') and its row is zero elsewhere.
+    """
+
+    needs = Needs.SCORES
+
+    def measure(self, evidence: DirectionalEvidence) -> Tensor:
+        """One product of the (L, N) score matrix with itself."""
+        scores: list[Tensor] = []
+        extra: list[tuple[int, Tensor]] = []
+        measured = [evidence.statistics[name] for name in evidence.names if name in evidence.statistics]
+        samples = next(entry.samples for entry in measured if entry.sampled_gradient is not None)
+        for index, name in enumerate(evidence.names):
+            statistics, direction = evidence.statistics.get(name), evidence.directions[name]
+            if statistics is not None and statistics.sampled_gradient is not None:
+                scores.append(statistics.scores(direction))
+                continue
+            scores.append(direction[0].new_zeros(samples))
+            if statistics is not None and statistics.sampled_parameter_gradients is not None:
+                slope = _inner(statistics.sampled_parameter_gradients, direction)
+                extra.append((index, statistics.samples * slope.square()))
+        stacked = torch.stack(scores)
+        result = stacked @ stacked.T / samples
+        for index, value in extra:
+            result[index, index] = value
+        return result
+
+
+@dataclass(frozen=True)
+class SampledBatchScores:
+    """(a') Sampled Fisher from the batch mean: M_kl = m (g_k'd_k)(g_l'd_l), g the mean gradient for sampled labels.
+
+    Unbiased, works for every module, costs one gradient; a single number per layer, hence a relative standard
+    deviation near sqrt(2).
+    """
+
+    needs = Needs.BATCH_SCORES
+
+    def measure(self, evidence: DirectionalEvidence) -> Tensor:
+        """Rank one."""
+        slopes: list[Tensor] = []
+        samples = 1
+        for name in evidence.names:
+            statistics, direction = evidence.statistics.get(name), evidence.directions[name]
+            if statistics is None or statistics.sampled_parameter_gradients is None:
+                slopes.append(direction[0].new_zeros(()))
+                continue
+            samples = statistics.samples
+            slopes.append(_inner(statistics.sampled_parameter_gradients, direction))
+        stacked = torch.stack(slopes)
+        return samples * torch.outer(stacked, stacked)
+
+
+class _HessianForm:
+    needs = Needs.PRODUCTS
+
+    @staticmethod
+    def _product(evidence: DirectionalEvidence, directions: Mapping[str, Tensors]) -> Tensor:
+        """(L,) inner products of each layer's own direction with the Hessian product of ``directions``."""
+        assert evidence.hessian_product is not None
+        product = evidence.hessian_product(directions)
+        return torch.stack([_inner(evidence.directions[name], product[name]) for name in evidence.names])
+
+
+@dataclass(frozen=True)
+class SignedHessian(_HessianForm):
+    """(b) One Hessian-vector product with independent random signs per layer: unbiased for d_l' H_ll d_l.
+
+    Cross terms carry a product of two signs and average out. May be negative: use with an average and a floor.
+    """
+
+    def measure(self, evidence: DirectionalEvidence) -> Tensor:
+        """Diagonal matrix."""
+        example = evidence.directions[evidence.names[0]][0]
+        bits = torch.randint(0, 2, (len(evidence.names),), generator=evidence.generator, device=example.device)
+        signs = (2 * bits - 1).to(example.dtype)
+        return torch.diag(signs * self.signed(evidence, signs))
+
+    def signed(self, evidence: DirectionalEvidence, signs: Tensor) -> Tensor:
+        """(L,) of d_l' (H v)_l for v = (signs_l d_l)."""
+        directions = {
+            name: tuple(signs[index] * value for value in evidence.directions[name])
+            for index, name in enumerate(evidence.names)
+        }
+        return self._product(evidence, directions)
+
+
+@dataclass(frozen=True)
+class ExactHessian(_HessianForm):
+    """(c) One Hessian-vector product per layer: exact M_kl = d_k' H_kl d_l. Cost L products; a reference."""
+
+    def measure(self, evidence: DirectionalEvidence) -> Tensor:
+        """Full symmetric matrix."""
+        columns: list[Tensor] = []
+        for chosen in evidence.names:
+            directions = {
+                name: value if name == chosen else tuple(torch.zeros_like(entry) for entry in value)
+                for name, value in evidence.directions.items()
+            }
+            columns.append(self._product(evidence, directions))
+        return torch.stack(columns, 1)
+
+
+@dataclass(frozen=True)
+class HessianRowSums(_HessianForm):
+    """(d) Row sums d_l' (H d)_l from one plain product: cheap, but *not* block diagonal. For ablations only."""
+
+    def measure(self, evidence: DirectionalEvidence) -> Tensor:
+        """Diagonal matrix."""
+        return torch.diag(self._product(evidence, evidence.directions))

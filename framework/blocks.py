@@ -1,0 +1,158 @@
+"""Blocks: the parameters of one layer that one structure serves, with their momentum and state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..curvature.layers import Layer
+from ..curvature.statistics import Tensors
+from ..errors import CompatibilityError
+from ..preconditioners.by_layer import ByLayer, select
+from ..preconditioners.kronecker import Kronecker
+from ..preconditioners.protocol import Preconditioner
+from ..preconditioners.state import State
+from .momentum import Momentum
+from .report import LayerRow
+
+__all__ = ["Block", "make_blocks"]
+
+
+@dataclass
+class Block:
+    """One structure on (part of) one layer.
+
+    The momentum lives in the structure's own layout, ``storage``: one matrix ``[W | b]`` or one tensor per parameter.
+    ``views`` shows the same memory in the shapes of the parameters, so nothing is packed or unpacked in a step.
+    """
+
+    key: str
+    layer: Layer
+    names: tuple[str, ...]
+    part: Preconditioner
+    fallback: bool
+    state: State
+    storage: Tensors
+    updates: int = 0
+    positions: int = 1
+    parameters: Tensors = field(init=False)
+    views: Tensors = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = tuple(self.layer.parameters[name] for name in self.names)
+        self.views = self.parameter_views(self.storage)
+
+    def parameter_views(self, storage: Tensors) -> Tensors:
+        """Storage in the shapes of the parameters, without a copy."""
+        if not self.part.joint:
+            return storage
+        (matrix,) = storage
+        views: list[Tensor] = []
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if name == "bias":
+                views.append(matrix[:, -1])
+            else:
+                weight = matrix[:, : parameter[0].numel()]
+                views.append(weight.unflatten(1, parameter.shape[1:]) if parameter.ndim > 2 else weight)
+        return tuple(views)
+
+    def gradients(self) -> Tensors | None:
+        """Gradients of the parameters; ``None`` if one is missing (the block sits this step out)."""
+        found = [parameter.grad for parameter in self.parameters]
+        present = [gradient for gradient in found if gradient is not None]
+        return tuple(present) if len(present) == len(found) else None
+
+    def accumulate(self, momentum: Momentum, gradients: Tensors, decay: float) -> None:
+        """One recurrence of the momentum on g + decay * theta; ``gradients`` stay as they are."""
+        keep, add = momentum.coefficients()
+        for view, gradient, parameter in zip(self.views, gradients, self.parameters, strict=True):
+            view.mul_(keep).add_(gradient, alpha=add)
+            if decay:
+                view.add_(parameter, alpha=add * decay)
+        self.updates += 1
+
+    def direction(self, momentum: Momentum) -> Tensors:
+        """Preconditioned momentum in the shapes of the parameters. May share memory with the momentum."""
+        result = self.part.precondition(self.state, self.storage)
+        factor = momentum.correction(self.updates)
+        if factor != 1.0:
+            result = tuple(factor * value for value in result)
+        return self.parameter_views(result)
+
+    def row(self) -> LayerRow:
+        """This block in the table of all parameters."""
+        if self.part.joint:
+            shape: tuple[int, ...] = self.layer.matrix_shape
+        else:
+            shape = (sum(parameter.numel() for parameter in self.parameters),)
+        size = self.state.bytes() + sum(value.numel() * value.element_size() for value in self.storage)
+        return LayerRow(
+            self.layer.name, self.layer.kind, self.names, shape, describe(self.part), self.fallback, size
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """State, momentum and counters."""
+        return {
+            "state": self.state.to_dict(),
+            "momentum": list(self.storage),
+            "updates": self.updates,
+            "positions": self.positions,
+        }
+
+    def load_dict(self, values: dict[str, Any]) -> None:
+        """Copy saved values into place."""
+        self.state.load_dict(values["state"])
+        for own, saved in zip(self.storage, values["momentum"], strict=True):
+            own.copy_(saved)
+        self.updates, self.positions = int(values["updates"]), int(values["positions"])
+
+
+def describe(part: Preconditioner) -> str:
+    """Short name of a structure."""
+    if isinstance(part, Kronecker):
+        return f"Kronecker({type(part.inputs).__name__}, {type(part.outputs).__name__})"
+    partition = getattr(part, "partition", None)
+    return f"{type(part).__name__}({type(partition).__name__})" if partition is not None else type(part).__name__
+
+
+def make_blocks(
+    layers: Sequence[Layer], preconditioner: Preconditioner | ByLayer, fallback: Preconditioner, *, strict: bool
+) -> list[Block]:
+    """Blocks of all layers; what the preconditioner leaves over goes to the fallback.
+
+    Raises:
+        CompatibilityError: if ``strict`` and something is left over; the message lists it.
+    """
+    blocks: list[Block] = []
+    left: list[str] = []
+    for layer in layers:
+        chosen = select(preconditioner, layer)
+        taken = {name for _, names in chosen for name in names}
+        rest = tuple(name for name in layer.parameters if name not in taken)
+        for index, (part, names) in enumerate(chosen):
+            key = layer.name if index == 0 else f"{layer.name}:{'+'.join(names)}"
+            blocks.append(_block(key, layer, names, part, False))
+        if rest:
+            left.append(f"{layer.name} ({type(layer.module).__name__}): {', '.join(rest)}")
+            key = layer.name if not chosen else f"{layer.name}:{'+'.join(rest)}"
+            blocks.append(_block(key, layer, rest, fallback, True))
+    if strict and left:
+        raise CompatibilityError(
+            f"strict=True, but these parameters would get the fallback {describe(fallback)}: {'; '.join(left)}; give "
+            "them a part with ByLayer, freeze them, or build with strict=False"
+        )
+    return blocks
+
+
+def _block(key: str, layer: Layer, names: tuple[str, ...], part: Preconditioner, fallback: bool) -> Block:
+    parameters = tuple(layer.parameters[name].detach() for name in names)
+    storage: Tensors
+    if part.joint:
+        storage = (torch.zeros(layer.matrix_shape, dtype=parameters[0].dtype, device=parameters[0].device),)
+    else:
+        storage = tuple(torch.zeros_like(parameter) for parameter in parameters)
+    return Block(key, layer, names, part, fallback, part.init(layer, parameters), storage)

@@ -1,0 +1,72 @@
+"""The front door: a method by name, or your own composition, applied to a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..curvature.likelihoods import Likelihood
+from ..errors import ArgumentError
+from . import registry
+from .method import Method
+from .optimizer import SecondOrder
+
+__all__ = ["build"]
+
+
+def build(
+    method: str | Method,
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    damping: float | None = None,
+    weight_decay: float | None = None,
+    likelihood: str | Likelihood | None = None,
+    loss_reduction: str = "mean",
+    seed: int = 0,
+    strict: bool = False,
+    on_nonfinite: str = "raise",
+    **options: Any,
+) -> SecondOrder:
+    """Build an optimizer.
+
+    Args:
+        method: a registered name (``osculate methods`` lists them) or a :class:`Method`.
+        model: the module to train.
+        lr: learning rate >= 0; a multiplier (default 1) for methods that choose their steps. ``None``: the default.
+        damping: lambda >= 0; ``None``: the default.
+        weight_decay: >= 0; ``None``: the default.
+        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"`` or a ``Likelihood``, for methods that sample
+            labels from the model.
+        loss_reduction: ``"mean"`` or ``"sum"`` over samples.
+        seed: of the sampled labels.
+        strict: refuse parameters that no part serves.
+        on_nonfinite: ``"raise"`` or ``"skip"``.
+        **options: options of the registered method, e.g. ``memory=20`` for ``kbfgs-l``.
+
+    Example:
+        >>> import torch, osculate as osc
+        >>> optimizer = osc.build("kfac", torch.nn.Linear(3, 2), likelihood="gaussian")
+
+    Raises:
+        ArgumentError: for a value out of range, an unknown name, or options beside a ready :class:`Method`.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise ArgumentError(f"a composed Method takes no options, got {', '.join(options)}; set them on its parts")
+        composed = method
+    else:
+        composed = registry.method(method, **options)
+    return SecondOrder(
+        model,
+        composed,
+        lr=lr,
+        damping=damping,
+        weight_decay=weight_decay,
+        likelihood=likelihood,
+        loss_reduction=loss_reduction,
+        seed=seed,
+        strict=strict,
+        on_nonfinite=on_nonfinite,
+    )

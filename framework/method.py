@@ -1,0 +1,157 @@
+"""A method: one part for every question an optimizer has to answer, checked to fit together before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from ..curvature.estimators import BatchMean, EmpiricalFisher, Estimator, InputsOnly, SampledFisher, SecantPairs
+from ..curvature.statistics import Needs
+from ..errors import ArgumentError, CompatibilityError, require_finite_nonnegative
+from ..preconditioners.by_layer import ByLayer, leaves
+from ..preconditioners.damping import Constant as ConstantDamping
+from ..preconditioners.damping import Damping
+from ..preconditioners.identity import Identity
+from ..preconditioners.kronecker import Kronecker
+from ..preconditioners.pairs import PairDamping
+from ..preconditioners.protocol import Preconditioner
+from ..stepsize.constant import Constant as ConstantStep
+from ..stepsize.guard import Guard, NoGuard
+from ..stepsize.protocol import StepSize
+from .momentum import EMA, Coupled, Momentum, WeightDecay
+
+__all__ = ["Method"]
+
+_SUPPLIERS: dict[Needs, tuple[type, ...]] = {
+    Needs.ROOTS: (EmpiricalFisher, SampledFisher),
+    Needs.VECTORS: (BatchMean, EmpiricalFisher, SampledFisher),
+    Needs.PAIRS: (SecantPairs,),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A composition of parts.
+
+    Args:
+        preconditioner: structure of the curvature, or ``ByLayer`` to mix structures.
+        curvature: which matrix is measured.
+        damping: how lambda reaches the matrices that are inverted.
+        momentum: recurrence on gradients, before preconditioning.
+        weight_decay: coupled or decoupled.
+        step_size: how far to go, all layers together.
+        guard: whether a step stays, judged by the loss of the same mini-batch after it.
+        fallback: structure for every parameter that ``preconditioner`` does not serve.
+        warm_start: estimator of the initial pass over the data; ``None``: the method has none.
+        defaults: ``lr``, ``damping``, ``weight_decay`` used where :func:`osculate.build` is given none.
+
+    Raises:
+        CompatibilityError: if a part needs what no other part provides; the message names the parts that would.
+    """
+
+    preconditioner: Preconditioner | ByLayer = field(default_factory=Identity)
+    curvature: Estimator = field(default_factory=InputsOnly)
+    damping: Damping = field(default_factory=ConstantDamping)
+    momentum: Momentum = field(default_factory=EMA)
+    weight_decay: WeightDecay = field(default_factory=Coupled)
+    step_size: StepSize = field(default_factory=ConstantStep)
+    guard: Guard = field(default_factory=NoGuard)
+    fallback: Preconditioner = field(default_factory=Identity)
+    warm_start: Estimator | None = None
+    defaults: Mapping[str, float] = field(default_factory=lambda: {"lr": 1e-2, "damping": 0.0, "weight_decay": 0.0})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
+        self._check_needs("curvature estimator", self.curvature)
+        if self.warm_start is not None and Needs.PAIRS not in self.needs:
+            self._check_needs("warm start", self.warm_start)
+        if self.fallback.needs:
+            raise CompatibilityError(
+                f"fallback {type(self.fallback).__name__} needs {_names(self.fallback.needs)}, but it must serve "
+                "modules without statistics; use Identity() or Diagonal()"
+            )
+        self.check_values(**self.hyperparameters({}))
+
+    @property
+    def needs(self) -> Needs:
+        """Union of what the structures ask of the estimator."""
+        total = Needs.NOTHING
+        for part in leaves(self.preconditioner):
+            total |= part.needs
+        return total
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a step evaluates the same mini-batch again afterwards."""
+        return Needs.PAIRS in self.needs or self.guard.attempts > 0
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether ``step`` must be given a closure."""
+        return self.looks_back or Needs.PRODUCTS in self.step_size.needs
+
+    @property
+    def needs_likelihood(self) -> bool:
+        """Whether some part draws labels from the model during training."""
+        scores = Needs.SCORES | Needs.BATCH_SCORES
+        return self.curvature.needs_likelihood or bool(self.step_size.needs & scores)
+
+    def hyperparameters(self, given: Mapping[str, float | None]) -> dict[str, float]:
+        """``lr``, ``damping`` and ``weight_decay``: the given values, defaults where they are ``None``."""
+        names = ("lr", "damping", "weight_decay")
+        standard = {"lr": 1e-2, "damping": 0.0, "weight_decay": 0.0} | dict(self.defaults)
+        chosen = {name: given.get(name) for name in names}
+        return {name: standard[name] if value is None else float(value) for name, value in chosen.items()}
+
+    def check_values(self, *, lr: float, damping: float, weight_decay: float) -> None:
+        """Check the numbers that live in the parameter groups.
+
+        Raises:
+            ArgumentError: if one is out of range, also for the parts (double damping needs damping < 1).
+        """
+        if not 0.0 <= lr < float("inf"):
+            raise ArgumentError(f"lr must be a finite number >= 0, got {lr!r}")
+        require_finite_nonnegative("damping", damping)
+        require_finite_nonnegative("weight_decay", weight_decay)
+        for part in leaves(self.preconditioner):
+            if Needs.VECTORS in part.needs or Needs.ROOTS in part.needs:
+                _require_positive_damping(part, damping)
+            if isinstance(part, Kronecker):
+                pairs: PairDamping | None = getattr(part.outputs, "pairs", None)
+                if pairs is not None:
+                    pairs.validate(self.damping.sides(damping, 1).outputs)
+
+    def _check_needs(self, role: str, estimator: Estimator) -> None:
+        for part in leaves(self.preconditioner):
+            for need in (Needs.ROOTS, Needs.VECTORS, Needs.PAIRS):
+                if need in part.needs and need not in estimator.provides:
+                    suppliers = ", ".join(f"{supplier.__name__}()" for supplier in _SUPPLIERS[need])
+                    raise CompatibilityError(
+                        f"{_describe(part)} needs {_names(need)}, which the {role} {type(estimator).__name__} does not "
+                        f"provide; estimators that do: {suppliers}"
+                    )
+
+
+def _require_positive_damping(part: Preconditioner, damping: float) -> None:
+    if not damping > 0.0:
+        raise ArgumentError(
+            f"damping must be > 0 for {type(part).__name__}, whose averaged curvature is only semi-definite, "
+            f"got {damping!r}"
+        )
+
+
+def _describe(part: Preconditioner) -> str:
+    if isinstance(part, Kronecker):
+        return f"Kronecker(inputs={type(part.inputs).__name__}, outputs={type(part.outputs).__name__})"
+    return type(part).__name__
+
+
+def _names(needs: Needs) -> str:
+    words = {
+        Needs.ROOTS: "per-sample gradients at the pre-activations (Needs.ROOTS)",
+        Needs.VECTORS: "gradient vectors (Needs.VECTORS)",
+        Needs.PAIRS: "secant pairs (Needs.PAIRS)",
+        Needs.INPUTS: "layer inputs (Needs.INPUTS)",
+    }
+    return " and ".join(words.get(need, str(need.name)) for need in needs)

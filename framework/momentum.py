@@ -1,0 +1,126 @@
+"""Momentum before preconditioning, and weight decay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..errors import require_finite_nonnegative, require_interval
+
+__all__ = ["EMA", "Coupled", "CorrectedEMA", "Decoupled", "HeavyBall", "Momentum", "NoMomentum", "WeightDecay"]
+
+
+class Momentum(Protocol):
+    """A linear recurrence M <- keep M + add g, and the factor that turns M into the vector to precondition."""
+
+    def coefficients(self) -> tuple[float, float]:
+        """(keep, add)."""
+
+    def correction(self, updates: int) -> float:
+        """Factor on M after ``updates`` >= 1 recurrences."""
+
+
+@dataclass(frozen=True)
+class EMA:
+    """M <- decay M + (1 - decay) g from 0, no bias correction (K-BFGS and K-FAC, PAPERS 1.2 item 2).
+
+    Args:
+        decay: in [0, 1).
+    """
+
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        require_interval("momentum decay", self.decay, 0.0, 1.0)
+
+    def coefficients(self) -> tuple[float, float]:
+        """(decay, 1 - decay)."""
+        return self.decay, 1.0 - self.decay
+
+    def correction(self, updates: int) -> float:
+        """None."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class CorrectedEMA(EMA):
+    """The same with Adam's bias correction: M / (1 - decay^t)."""
+
+    def correction(self, updates: int) -> float:
+        """1 / (1 - decay^t)."""
+        return 1.0 / (1.0 - self.decay**updates)
+
+
+@dataclass(frozen=True)
+class HeavyBall:
+    """M <- decay M + g (MBF, and torch.optim.SGD).
+
+    Args:
+        decay: in [0, 1).
+    """
+
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        require_interval("momentum decay", self.decay, 0.0, 1.0)
+
+    def coefficients(self) -> tuple[float, float]:
+        """(decay, 1)."""
+        return self.decay, 1.0
+
+    def correction(self, updates: int) -> float:
+        """None."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class NoMomentum:
+    """The gradient itself."""
+
+    def coefficients(self) -> tuple[float, float]:
+        """(0, 1)."""
+        return 0.0, 1.0
+
+    def correction(self, updates: int) -> float:
+        """None."""
+        return 1.0
+
+
+class WeightDecay(Protocol):
+    """Where the decay ``tau`` of the parameter group acts."""
+
+    def gradient_factor(self, value: float) -> float:
+        """Factor on the parameter that is added to the gradient."""
+
+    def shrinkage(self, value: float, step_size: float | Tensor) -> float | Tensor:
+        """Fraction of the parameter removed before the step."""
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """g + tau theta, biases included: the gradient of (tau/2) |theta|^2. Curvature never sees it."""
+
+    def gradient_factor(self, value: float) -> float:
+        """tau."""
+        require_finite_nonnegative("weight_decay", value)
+        return value
+
+    def shrinkage(self, value: float, step_size: float | Tensor) -> float | Tensor:
+        """None."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Decoupled:
+    """theta <- (1 - alpha gamma) theta before the step, every parameter (AdamW, MBF)."""
+
+    def gradient_factor(self, value: float) -> float:
+        """None."""
+        require_finite_nonnegative("weight_decay", value)
+        return 0.0
+
+    def shrinkage(self, value: float, step_size: float | Tensor) -> float | Tensor:
+        """alpha gamma."""
+        return step_size * value

@@ -1,0 +1,389 @@
+"""The optimizer: one loop for every method. Parts never see the loop; the loop knows no method.
+
+A step is: evaluate - observe - propose - apply - look back. Up to *apply* nothing is written to any parameter, so an
+error before it leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..curvature.capture import Capture
+from ..curvature.layers import discover_layers
+from ..curvature.likelihoods import Likelihood, resolve_likelihood
+from ..curvature.products import GraphKeepingBackward
+from ..curvature.statistics import LayerStatistics, Needs, Tensors
+from ..errors import ArgumentError, ClosureRequiredError, NumericalError
+from ..preconditioners.averages import PlainAverage
+from ..preconditioners.by_layer import leaves
+from ..preconditioners.linalg import inverse_of_many
+from ..preconditioners.protocol import Observation
+from .blocks import make_blocks
+from .evaluation import Closure, Snapshot, preserved, run_closure
+from .lookback import LookBack
+from .method import Method
+from .recording import fill, records_for_forward, records_for_step
+from .report import LayerRow, StepReport
+from .stepping import Proposal, StepRule
+
+__all__ = ["SecondOrder"]
+
+
+class SecondOrder(torch.optim.Optimizer):
+    """A method applied to a model, as an ordinary ``torch.optim.Optimizer``.
+
+    Args:
+        model: the module whose trainable parameters are optimised; hooks are placed on it (see :meth:`close`).
+        method: the composition of parts.
+        lr: learning rate, or multiplier of a step-size rule that needs none; ``None``: the method's default.
+        damping: lambda; ``None``: the method's default.
+        weight_decay: tau or gamma >= 0; ``None``: the method's default.
+        likelihood: the model's predictive distribution, ``"categorical"``, ``"bernoulli"``, ``"gaussian"`` or an
+            object; needed by methods that sample labels.
+        loss_reduction: ``"mean"`` or ``"sum"``, how the user's loss combines samples (summed over output coordinates).
+        seed: of the sampled labels; the global random state is never used.
+        strict: refuse parameters that would get the fallback.
+        on_nonfinite: ``"raise"`` (default) or ``"skip"`` when a gradient is not finite. One number is fetched from the
+            device per step for this check.
+
+    Raises:
+        ArgumentError: for values out of range.
+        CompatibilityError: if parts do not fit, or ``strict`` and a parameter is left over.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        lr: float | None = None,
+        damping: float | None = None,
+        weight_decay: float | None = None,
+        likelihood: str | Likelihood | None = None,
+        loss_reduction: str = "mean",
+        seed: int = 0,
+        strict: bool = False,
+        on_nonfinite: str = "raise",
+    ):
+        if loss_reduction not in ("mean", "sum"):
+            raise ArgumentError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        if on_nonfinite not in ("raise", "skip"):
+            raise ArgumentError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
+        values = method.hyperparameters({"lr": lr, "damping": damping, "weight_decay": weight_decay})
+        method.check_values(**values)
+        resolved = resolve_likelihood(likelihood)
+        if method.needs_likelihood and resolved is None:
+            raise ArgumentError(
+                "this method draws labels from the model's own distribution: pass likelihood='categorical', "
+                "'bernoulli' or 'gaussian'"
+            )
+        layers = discover_layers(model)
+        if not layers:
+            raise ArgumentError(f"{type(model).__name__} has no trainable parameters")
+        self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
+        self.blocks = make_blocks(layers, method.preconditioner, method.fallback, strict=strict)
+        self.capture = Capture(model, layers, resolved, loss_reduction, seed)
+        super().__init__([p for layer in layers for p in layer.parameters.values()], values)
+        self.last_report = StepReport(-1)
+        self.gradient_evaluations = 0
+        self._step, self._warm = 0, False
+        self._rule = StepRule(method.step_size, layers, seed)
+        self._look_back = LookBack(self)
+        self._arm()
+
+    # -- what a user asks --------------------------------------------------------------------------------------------
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether ``step`` must be given a closure."""
+        return self.method.needs_closure
+
+    @property
+    def has_warm_start(self) -> bool:
+        """Whether the method has an initial pass over the data that this optimizer can make."""
+        start = self.method.warm_start
+        return start is not None and not (start.needs_likelihood and self.capture.likelihood is None)
+
+    def layer_table(self) -> list[LayerRow]:
+        """Every parameter with the part that serves it, its shape as a matrix and the bytes of its state."""
+        return [block.row() for block in self.blocks]
+
+    def penalty(self) -> Tensor:
+        """(tau / 2) |theta|^2 for coupled weight decay, 0 for decoupled: what the method adds to the loss."""
+        factor = self.method.weight_decay.gradient_factor(self._value("weight_decay"))
+        parameters = [parameter.detach() for parameter in self.param_groups[0]["params"]]
+        if factor == 0.0:
+            return parameters[0].new_zeros(())
+        return 0.5 * factor * torch.stack(torch._foreach_norm(parameters)).square().sum()
+
+    def close(self) -> None:
+        """Remove the hooks from the model; the optimizer cannot step afterwards."""
+        self.capture.close()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the constructor adds the one group.
+
+        Raises:
+            ArgumentError: for a second group; mix methods by layer with ``ByLayer`` instead.
+        """
+        if self.param_groups:
+            raise ArgumentError(
+                "osculate optimizers have one parameter group; give layers different parts with ByLayer({...}), or "
+                "freeze parameters before osculate.build"
+            )
+        super().add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and the statistics that belong to them."""
+        self.capture.discard_complete()
+        super().zero_grad(set_to_none)
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step.
+
+        Args:
+            closure: clears the gradients, runs the model and ``loss.backward()``, and returns the loss. May be left out
+                (after an ordinary ``loss.backward()``) for methods with ``needs_closure == False``.
+
+        Returns:
+            The mini-batch loss before the step (``None`` without a closure).
+
+        Raises:
+            ClosureRequiredError: if the method evaluates the loss itself.
+            NumericalError: if loss or gradient is not finite (``on_nonfinite="raise"``); nothing has been written.
+        """
+        if closure is None and self.needs_closure:
+            raise ClosureRequiredError(_CLOSURE_MESSAGE)
+        self.method.check_values(**{name: self._value(name) for name in ("lr", "damping", "weight_decay")})
+        self._look_back.prepare(self._step)
+        loss, products = self._evaluate(closure)
+        statistics = self.capture.collect()
+        gradients = {block.key: block.gradients() for block in self.blocks}
+        trouble = self._trouble(loss, gradients)
+        if trouble is not None:
+            return self._refuse(trouble, loss)
+        self._observe(statistics, gradients)
+        refreshes, rescues = self._refresh()
+        proposal = self._propose(statistics, gradients, products)
+        self._apply(proposal, -1.0)
+        outcome = self._look_back.run(closure, loss, statistics, proposal) if closure is not None else None
+        self.last_report = StepReport(
+            self._step,
+            loss,
+            None if outcome is None else outcome.loss,
+            proposal.step_sizes,
+            self._value("damping"),
+            {} if outcome is None else outcome.events,
+            refreshes,
+            rescues,
+            0 if outcome is None else outcome.shortened,
+        )
+        self._step += 1
+        self._arm()
+        return loss
+
+    def _evaluate(self, closure: Closure | None) -> tuple[Tensor | None, GraphKeepingBackward | None]:
+        self.gradient_evaluations += 1 + self._samples_labels
+        if closure is None:
+            return None, None
+        self.capture.clear()
+        wanted = Needs.PRODUCTS in self.method.step_size.needs and self.method.step_size.due(self._step)
+        products = GraphKeepingBackward(self.layers) if wanted else None
+        with products or nullcontext():
+            loss = run_closure(closure)
+        return loss, products
+
+    def _trouble(self, loss: Tensor | None, gradients: Mapping[str, Tensors | None]) -> str | None:
+        """What is not finite, or ``None``. One synchronisation."""
+        present = [value for values in gradients.values() if values is not None for value in values]
+        if not present:
+            return "no parameter has a gradient; call loss.backward() before step()"
+        total = torch.stack(torch._foreach_norm(present)).sum()
+        if bool(torch.isfinite(total if loss is None else total + loss)):
+            return None
+        if loss is not None and not bool(torch.isfinite(loss)):
+            return f"the loss is {float(loss)}"
+        bad = [key for key, values in gradients.items() if values and not all(bool(v.isfinite().all()) for v in values)]
+        return f"the gradient is not finite in layers {', '.join(bad)}" if bad else None
+
+    def _refuse(self, trouble: str, loss: Tensor | None) -> Tensor | None:
+        self._arm()
+        if self.on_nonfinite == "raise" or "backward" in trouble:
+            raise NumericalError(
+                f"step {self._step}: {trouble}; no parameter and no state was changed. Lower lr, raise damping, or "
+                "build with on_nonfinite='skip'"
+            )
+        self.last_report = StepReport(self._step, loss, skipped=trouble)
+        return loss
+
+    def _observe(self, statistics: Mapping[str, LayerStatistics], gradients: Mapping[str, Tensors | None]) -> None:
+        decay = self.method.weight_decay.gradient_factor(self._value("weight_decay"))
+        for block in self.blocks:
+            values = gradients[block.key]
+            if values is None:
+                continue
+            block.accumulate(self.method.momentum, values, decay)
+            record = fill(self.method.curvature, block.layer, statistics.get(block.layer.name))
+            if record is None and block.part.needs:
+                continue
+            if record is not None and statistics.get(block.layer.name) is not None:
+                block.positions = record.positions
+            if block.part.schedule.statistics_due(self._step, self._warm):
+                observation = Observation(record, values, block.storage, decay, block.parameters)
+                block.part.update(block.state, observation)
+
+    def _refresh(self) -> tuple[int, int]:
+        """Invert what is due, all layers in one batched request. Returns (matrices, rescues)."""
+        due = [block for block in self.blocks if block.part.schedule.inverses_due(self._step)]
+        requests = [(block, block.part.matrices(block.state, self.sides(block))) for block in due]
+        flat = [request for _, entries in requests for request in entries]
+        if not flat:
+            return 0, 0
+        inverses = inverse_of_many([entry.matrix for entry in flat], [entry.damping for entry in flat])
+        position = 0
+        for block, entries in requests:
+            block.part.install(block.state, inverses[position : position + len(entries)])
+            position += len(entries)
+        return len(flat), sum(inverse.rescues for inverse in inverses)
+
+    def _propose(
+        self,
+        statistics: Mapping[str, LayerStatistics],
+        gradients: Mapping[str, Tensors | None],
+        products: GraphKeepingBackward | None,
+    ) -> Proposal:
+        active = [block for block in self.blocks if gradients[block.key] is not None]
+        directions = {block.key: block.direction(self.method.momentum) for block in active}
+        proposal = self._rule.propose(
+            self._step, self._value("lr"), active, directions, self.method.momentum, statistics, products
+        )
+        if products is not None:
+            products.release()
+        return proposal
+
+    def _apply(self, proposal: Proposal, fraction: float) -> None:
+        """theta <- theta + fraction * alpha d; the first write to any parameter of a step."""
+        decay = self._value("weight_decay")
+        for entry in proposal.moves:
+            for parameter, direction in zip(entry.parameters, entry.directions, strict=True):
+                shrink = self.method.weight_decay.shrinkage(decay, entry.step_size) if fraction == -1.0 else 0.0
+                if isinstance(entry.step_size, Tensor):
+                    if isinstance(shrink, Tensor):
+                        parameter.mul_(1.0 - shrink)
+                    parameter.addcmul_(direction, entry.step_size, value=fraction)
+                    continue
+                if shrink:
+                    parameter.mul_(1.0 - shrink)
+                parameter.add_(direction, alpha=fraction * entry.step_size)
+
+    # -- warm start --------------------------------------------------------------------------------------------------
+
+    def warm_start(self, closures: Iterable[Closure]) -> None:
+        """The method's initial pass over the data: plain averages of its statistics, nothing is trained.
+
+        No parameter, buffer, gradient or global random state is changed.
+
+        Args:
+            closures: each runs the model on one mini-batch, e.g. ``lambda: model(x)``.
+
+        Raises:
+            ArgumentError: if the method has no warm start, or training has begun.
+        """
+        estimator = self.method.warm_start
+        if estimator is None or not self.has_warm_start:
+            raise ArgumentError("this method has no warm start (or it samples labels and no likelihood was given)")
+        if self._step:
+            raise ArgumentError(f"warm_start must come before the first step, {self._step} steps have been taken")
+        self.capture.clear()
+        self.capture.arm(records_for_forward(self.blocks, estimator), "forward")
+        with preserved(self.model), torch.no_grad():
+            for index, closure in enumerate(closures):
+                self.capture.step = 2**31 + index
+                with torch.enable_grad():
+                    closure()
+                statistics = self.capture.collect()
+                for block in self.blocks:
+                    record = fill(estimator, block.layer, statistics.get(block.layer.name))
+                    if record is not None and block.part.needs:
+                        block.part.update(block.state, Observation(record, (), block.storage), PlainAverage())
+                        self._warm = True
+        self._arm()
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue bit for bit: tensors, numbers and nested dictionaries keyed by layer name."""
+        return {
+            "state": {block.key: block.to_dict() for block in self.blocks},
+            "step_size": self._rule.to_dict(),
+            "progress": {"step": self._step, "warm": self._warm, "gradient_evaluations": self.gradient_evaluations},
+            "param_groups": super().state_dict()["param_groups"],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; the argument is not modified.
+
+        Raises:
+            ArgumentError: if layers are missing or unknown, or a shape differs.
+        """
+        saved, own = set(state_dict["state"]), {block.key for block in self.blocks}
+        if saved != own:
+            raise ArgumentError(
+                f"saved layers do not match the model: missing {sorted(own - saved)}, unknown {sorted(saved - own)}; "
+                "build the optimizer with the same model and method"
+            )
+        for block in self.blocks:
+            block.load_dict(state_dict["state"][block.key])
+        self._rule.load_dict(state_dict["step_size"])
+        progress = state_dict["progress"]
+        self._step, self._warm = int(progress["step"]), bool(progress["warm"])
+        self.gradient_evaluations = int(progress["gradient_evaluations"])
+        for group, values in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({name: value for name, value in values.items() if name != "params"})
+        self._arm()
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def sides(self, block: Any) -> Any:
+        """Damping of a block's matrices."""
+        return self.method.damping.sides(self._value("damping"), block.positions)
+
+    def snapshot(self) -> Snapshot:
+        """Random state and buffers now."""
+        return Snapshot.take(self.model)
+
+    def _value(self, name: str) -> float:
+        return float(self.param_groups[0][name])
+
+    @property
+    def _samples_labels(self) -> bool:
+        due = any(part.schedule.statistics_due(self._step, self._warm) for part in leaves(self.method.preconditioner))
+        sampled = Needs.SCORES | Needs.BATCH_SCORES
+        scores = bool(self.method.step_size.needs & sampled) and self.method.step_size.due(self._step)
+        return scores or (due and self.method.curvature.needs_likelihood)
+
+    def _arm(self) -> None:
+        """Tell the capture what the coming forward passes must record."""
+        self.capture.step = self._step
+        self.capture.clear()
+        self.capture.arm(records_for_step(self.blocks, self.layers, self.method, self._step, self._warm))
+
+
+_CLOSURE_MESSAGE = """this method evaluates the mini-batch itself; give step() a closure:
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        return loss
+    optimizer.step(closure)"""
+
+ClosureFactory = Callable[[Tensor], Closure]

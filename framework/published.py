@@ -1,0 +1,139 @@
+"""The published methods, each a few lines of parts. Constants as in the authors' code, see PAPERS for sources."""
+
+from __future__ import annotations
+
+from ..curvature.estimators import BatchMean, InputsOnly, SampledBatchMean, SecantPairs
+from ..errors import ArgumentError
+from ..preconditioners.averages import Average, MovingAverage, ZeroStartAverage
+from ..preconditioners.bfgs import BFGS, HessianActionBFGS
+from ..preconditioners.by_layer import ByLayer
+from ..preconditioners.damping import Constant, Split
+from ..preconditioners.diagonal import Diagonal
+from ..preconditioners.factors import Factor
+from ..preconditioners.kronecker import Kronecker
+from ..preconditioners.lbfgs import LBFGS
+from ..preconditioners.mini_block import MiniBlock
+from ..preconditioners.pairs import DoubleDamping, NoDamping, PairDamping, PowellThenLM
+from ..preconditioners.partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutput, PerOutputAveraged
+from ..preconditioners.protocol import Schedule
+from ..stepsize.guard import Backtrack, Guard, NoGuard
+from .method import Method
+from .momentum import EMA, Decoupled, HeavyBall
+
+__all__ = ["kbfgs", "kbfgs_limited", "mbf", "mbf_released", "pair_damping", "step_guard"]
+
+PARTITIONS: dict[str, type[Partition]] = {
+    "per-output": PerOutput,
+    "per-output-averaged": PerOutputAveraged,
+    "per-input-averaged": PerInputAveraged,
+    "flat-chunk": FlatChunk,
+}
+
+
+def pair_damping(name: str) -> PairDamping:
+    """A pair damping by name: ``double``, ``powell-then-lm`` or ``none``."""
+    table = {"double": DoubleDamping, "powell-then-lm": PowellThenLM, "none": NoDamping}
+    if name not in table:
+        raise ArgumentError(f"pairs must be one of {', '.join(table)}, got {name!r}")
+    rule: PairDamping = table[name]()
+    return rule
+
+
+def step_guard(growth: float) -> Guard:
+    """Backtracking when the mini-batch loss grows by more than ``growth`` > 1; infinity means no guard."""
+    return NoGuard() if growth == float("inf") else Backtrack(growth)
+
+
+def _quasi_newton(
+    outputs: Factor, statistics: Average, momentum_decay: float, statistics_every: int, guard: Guard
+) -> Method:
+    return Method(
+        preconditioner=Kronecker(
+            inputs=HessianActionBFGS(statistics),
+            outputs=outputs,
+            schedule=Schedule(statistics=statistics_every, inverses=None, first=1),
+        ),
+        curvature=SecantPairs(),
+        damping=Split(),
+        momentum=EMA(momentum_decay),
+        guard=guard,
+        warm_start=InputsOnly(),
+        defaults={"lr": 0.3, "damping": 0.3, "weight_decay": 0.0},
+    )
+
+
+def kbfgs(
+    *,
+    pairs: str = "double",
+    momentum: float = 0.9,
+    statistics_decay: float = 0.9,
+    pair_decay: float = 0.9,
+    statistics_every: int = 1,
+    growth: float = 1.1,
+) -> Method:
+    """K-BFGS (arXiv:2006.08877v3): BFGS at the outputs, Hessian-action BFGS at the inputs, double damping.
+
+    Args:
+        pairs: ``double`` (needs damping < 1), ``powell-then-lm`` or ``none``.
+        momentum: decay in [0, 1).
+        statistics_decay: of A, in [0, 1).
+        pair_decay: of the averaged pair; 0 in full-batch mode.
+        statistics_every: T1, steps between updates of A.
+        growth: the guard's factor, > 1; ``inf`` switches it off (the released code).
+    """
+    outputs = BFGS(pair_damping(pairs), ZeroStartAverage(pair_decay))
+    return _quasi_newton(outputs, MovingAverage(statistics_decay), momentum, statistics_every, step_guard(growth))
+
+
+def kbfgs_limited(
+    *,
+    memory: int = 100,
+    pairs: str = "double",
+    momentum: float = 0.9,
+    statistics_decay: float = 0.9,
+    pair_decay: float = 0.9,
+    statistics_every: int = 1,
+    growth: float = 1.1,
+) -> Method:
+    """K-BFGS(L) (arXiv:2006.08877v3): as K-BFGS with L-BFGS over the last ``memory`` >= 1 pairs at the outputs."""
+    outputs = LBFGS(memory, pair_damping(pairs), ZeroStartAverage(pair_decay))
+    return _quasi_newton(outputs, MovingAverage(statistics_decay), momentum, statistics_every, step_guard(growth))
+
+
+def _mini_block(partition: Partition, schedule: Schedule, lr: float, damping: float) -> Method:
+    # e / (sqrt(v_e) + 1e-8) with e the 0.9/0.1 average equals M / (sqrt(v_M) + 1e-7) with heavy-ball M = 10 e.
+    adam_type = Diagonal(average=MovingAverage(0.999), epsilon=1e-7, source="momentum")
+    average = MovingAverage(0.9)
+    return Method(
+        preconditioner=ByLayer(
+            {"Linear": MiniBlock(partition, average, schedule), "Conv2d": MiniBlock(Kernel(), average, schedule)},
+            otherwise=adam_type,
+        ),
+        curvature=BatchMean(),
+        damping=Constant(),
+        momentum=HeavyBall(0.9),
+        weight_decay=Decoupled(),
+        fallback=adam_type,
+        warm_start=SampledBatchMean(),
+        defaults={"lr": lr, "damping": damping, "weight_decay": 0.0},
+    )
+
+
+def mbf(*, blocks: str = "per-output", statistics_every: int = 2, inverses_every: int = 25) -> Method:
+    """Mini-Block Fisher (arXiv:2202.04124v3) with the paper's blocks: per output neuron, per kernel.
+
+    Args:
+        blocks: ``per-output`` (averaged where a layer is too wide), ``per-output-averaged``, ``per-input-averaged``
+            or ``flat-chunk``.
+        statistics_every: T1 >= 1; the paper uses 2 for autoencoders, 10 for CNNs.
+        inverses_every: T2 >= 1; 25 and 100.
+    """
+    if blocks not in PARTITIONS:
+        raise ArgumentError(f"blocks must be one of {', '.join(PARTITIONS)}, got {blocks!r}")
+    schedule = Schedule(statistics=statistics_every, inverses=inverses_every, eager=inverses_every)
+    return _mini_block(PARTITIONS[blocks](), schedule, lr=1e-5, damping=3e-4)
+
+
+def mbf_released(*, statistics_every: int = 2, inverses_every: int = 25) -> Method:
+    """MBF with the dense blocks that the authors' released driver runs (flat chunks), for their numbers."""
+    return mbf(blocks="flat-chunk", statistics_every=statistics_every, inverses_every=inverses_every)

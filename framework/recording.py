@@ -1,0 +1,63 @@
+"""Which layer records what at which step: the union of the parts' needs, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..curvature.capture import Record
+from ..curvature.estimators import Estimator
+from ..curvature.layers import Layer
+from ..curvature.statistics import LayerStatistics, Needs
+from .blocks import Block
+from .method import Method
+
+__all__ = ["fill", "records_for_forward", "records_for_step"]
+
+
+def records_for_step(
+    blocks: Sequence[Block], layers: Sequence[Layer], method: Method, step: int, warm: bool
+) -> dict[str, Record]:
+    """What each layer must record for step ``step``."""
+    wanted: dict[str, Record] = {}
+    for block in blocks:
+        needs = block.part.needs
+        if not block.part.schedule.statistics_due(step, warm):
+            # Parts that look back use the mean input of every step; the rest sits this step out.
+            needs = needs & (Needs.PAIRS | Needs.INPUTS) if Needs.PAIRS in needs else Needs.NOTHING
+        _add(wanted, block.layer.name, method.curvature.records(needs))
+    scores = method.step_size.needs & (Needs.SCORES | Needs.BATCH_SCORES)
+    if scores and method.step_size.due(step):
+        for layer in layers:
+            rows = layer.adapter is not None and Needs.SCORES in scores
+            _add(wanted, layer.name, Record.SAMPLED | Record.INPUTS if rows else Record.SAMPLED_PARAMETERS)
+    return wanted
+
+
+def records_for_forward(blocks: Sequence[Block], estimator: Estimator) -> dict[str, Record]:
+    """What each layer must record in a warm-start pass."""
+    wanted: dict[str, Record] = {}
+    for block in blocks:
+        _add(wanted, block.layer.name, estimator.records(block.part.needs))
+    return wanted
+
+
+def fill(estimator: Estimator, layer: Layer, record: LayerStatistics | None) -> LayerStatistics | None:
+    """A layer's statistics with gradients and the estimator's choice of curvature filled in.
+
+    A layer that no hook recorded still has its gradients, which is all that ``BatchMean`` uses.
+    """
+    gradients = [parameter.grad for parameter in layer.parameters.values()]
+    present = tuple(gradient for gradient in gradients if gradient is not None)
+    if record is None:
+        if len(present) < len(gradients):
+            return None
+        record = LayerStatistics(layer, 1, 1)
+    if len(present) == len(gradients):
+        record = replace(record, gradients=present)
+    return estimator.fill(record)
+
+
+def _add(wanted: dict[str, Record], name: str, record: Record) -> None:
+    if record:
+        wanted[name] = wanted.get(name, Record.NOTHING) | record

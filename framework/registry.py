@@ -1,0 +1,196 @@
+"""The table of everything registered. It imports the parts; no part imports it.
+
+Third parties add with :func:`register` / :func:`register_part`, or through the entry-point group ``osculate.parts``:
+an entry point names a function without arguments that registers what its package has.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from .. import curvature, preconditioners, stepsize
+from ..errors import ArgumentError, UnknownNameError
+from . import baselines, momentum, published, variants
+from .method import Method
+
+__all__ = ["MethodEntry", "method", "methods", "parts", "register", "register_part"]
+
+_K_BFGS = "arXiv:2006.08877"
+_MBF = "arXiv:2202.04124"
+_LAYERWISE = "arXiv:2305.13664"
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A registered method.
+
+    Attributes:
+        name: what :func:`osculate.build` takes.
+        paper: where it comes from.
+        factory: function without required arguments that returns a :class:`Method`.
+    """
+
+    name: str
+    paper: str
+    factory: Callable[..., Method]
+
+    @property
+    def summary(self) -> str:
+        """First line of the factory's docstring."""
+        return (inspect.getdoc(self.factory) or "").split("\n")[0]
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """Default ``lr``, ``damping`` and ``weight_decay``."""
+        return self.factory().hyperparameters({})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword options of the factory with their defaults."""
+        return {name: entry.default for name, entry in inspect.signature(self.factory).parameters.items()}
+
+
+_METHODS: dict[str, MethodEntry] = {
+    entry.name: entry
+    for entry in (
+        MethodEntry("kbfgs", _K_BFGS, published.kbfgs),
+        MethodEntry("kbfgs-l", _K_BFGS, published.kbfgs_limited),
+        MethodEntry("mbf", _MBF, published.mbf),
+        MethodEntry("mbf-released", _MBF, published.mbf_released),
+        MethodEntry("lw-sgdm", _LAYERWISE, variants.layerwise_sgdm),
+        MethodEntry("lw-adamw", _LAYERWISE, variants.layerwise_adamw),
+        MethodEntry("joint-kfac", "osculate", variants.joint_kfac),
+        MethodEntry("joint-kbfgs", "osculate", variants.joint_kbfgs),
+        MethodEntry("joint-sgdm", "osculate", variants.joint_sgdm),
+        MethodEntry("kfac", "arXiv:1503.05671", baselines.kfac),
+        MethodEntry("sgdm", "baseline", baselines.sgdm),
+        MethodEntry("adam", "arXiv:1412.6980", baselines.adam),
+        MethodEntry("adamw", "arXiv:1711.05101", baselines.adamw),
+        MethodEntry("adagrad", "JMLR 12:2121", baselines.adagrad),
+        MethodEntry("rmsprop", "baseline", baselines.rmsprop),
+    )
+}
+
+_PARTS: dict[str, dict[str, type]] = {
+    "curvature": {
+        cls.__name__: cls
+        for cls in (
+            curvature.InputsOnly,
+            curvature.BatchMean,
+            curvature.SampledBatchMean,
+            curvature.EmpiricalFisher,
+            curvature.SampledFisher,
+            curvature.SecantPairs,
+        )
+    },
+    "quadratic form": {cls.__name__: cls for cls in variants.FORMS.values()},
+    "structure": {
+        cls.__name__: cls
+        for cls in (
+            preconditioners.Identity,
+            preconditioners.Diagonal,
+            preconditioners.MiniBlock,
+            preconditioners.Kronecker,
+            preconditioners.ByLayer,
+        )
+    },
+    "partition": {cls.__name__: cls for cls in (*published.PARTITIONS.values(), preconditioners.Kernel)},
+    "factor": {
+        cls.__name__: cls
+        for cls in (
+            preconditioners.Covariance,
+            preconditioners.HessianActionBFGS,
+            preconditioners.BFGS,
+            preconditioners.LBFGS,
+            preconditioners.IdentityFactor,
+        )
+    },
+    "damping": {"Constant": preconditioners.ConstantDamping, "Split": preconditioners.Split},
+    "pair damping": {
+        cls.__name__: cls
+        for cls in (preconditioners.DoubleDamping, preconditioners.PowellThenLM, preconditioners.NoDamping)
+    },
+    "momentum": {
+        cls.__name__: cls for cls in (momentum.EMA, momentum.CorrectedEMA, momentum.HeavyBall, momentum.NoMomentum)
+    },
+    "weight decay": {cls.__name__: cls for cls in (momentum.Coupled, momentum.Decoupled)},
+    "step size": {
+        "Constant": stepsize.ConstantStep,
+        "LayerwiseQuadratic": stepsize.LayerwiseQuadratic,
+        "JointLayerwise": stepsize.JointLayerwise,
+        "RelativeBound": stepsize.RelativeBound,
+    },
+    "guard": {"Backtrack": stepsize.Backtrack, "NoGuard": stepsize.NoGuard},
+}
+
+_loaded = False
+
+
+def _load_entry_points() -> None:
+    global _loaded  # noqa: PLW0603 - done once per process, on first use
+    if _loaded:
+        return
+    _loaded = True
+    for entry in entry_points(group="osculate.parts"):
+        entry.load()()
+
+
+def methods() -> dict[str, MethodEntry]:
+    """All registered methods by name."""
+    _load_entry_points()
+    return dict(_METHODS)
+
+
+def method(name: str, **options: Any) -> Method:
+    """A registered method with options of its factory.
+
+    Raises:
+        UnknownNameError: for an unknown method or option; near misses are listed.
+    """
+    table = methods()
+    if name not in table:
+        raise UnknownNameError("method", name, table)
+    entry = table[name]
+    for option in options:
+        if option not in entry.options:
+            raise UnknownNameError(f"option of {name}", option, entry.options)
+    return entry.factory(**options)
+
+
+def parts() -> dict[str, dict[str, type]]:
+    """All registered parts by kind and name."""
+    _load_entry_points()
+    return {kind: dict(table) for kind, table in _PARTS.items()}
+
+
+def register(name: str, factory: Callable[..., Method], *, paper: str = "") -> None:
+    """Add a method.
+
+    Raises:
+        ArgumentError: if the name is taken, or the factory needs arguments.
+    """
+    if name in _METHODS:
+        raise ArgumentError(f"method {name!r} is registered already; choose another name")
+    required = [
+        key for key, entry in inspect.signature(factory).parameters.items() if entry.default is inspect.Parameter.empty
+    ]
+    if required:
+        raise ArgumentError(f"the factory of {name!r} must need no arguments, but needs {', '.join(required)}")
+    _METHODS[name] = MethodEntry(name, paper, factory)
+
+
+def register_part(kind: str, cls: type) -> None:
+    """Add a part to the table of its kind.
+
+    Raises:
+        UnknownNameError: for an unknown kind. ArgumentError: if the name is taken.
+    """
+    if kind not in _PARTS:
+        raise UnknownNameError("kind of part", kind, _PARTS)
+    if cls.__name__ in _PARTS[kind]:
+        raise ArgumentError(f"{kind} {cls.__name__!r} is registered already; choose another name")
+    _PARTS[kind][cls.__name__] = cls

@@ -1,0 +1,97 @@
+"""Methods with automatic step sizes: the layer-wise rule of arXiv:2305.13664 and our joint steps (PAPERS 7.2)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..curvature.quadratic_forms import (
+    ExactHessian,
+    HessianRowSums,
+    QuadraticForm,
+    SampledBatchScores,
+    SampledScores,
+    SignedHessian,
+)
+from ..errors import ArgumentError
+from ..preconditioners.averages import MovingAverage
+from ..preconditioners.damping import Split
+from ..preconditioners.diagonal import Diagonal
+from ..stepsize.joint import JointLayerwise
+from ..stepsize.layerwise import LayerwiseQuadratic
+from .baselines import kronecker_fisher
+from .method import Method
+from .momentum import EMA, CorrectedEMA, Decoupled
+from .published import kbfgs
+
+__all__ = ["joint_kbfgs", "joint_kfac", "joint_sgdm", "layerwise_adamw", "layerwise_sgdm", "quadratic_form"]
+
+FORMS: dict[str, type[QuadraticForm]] = {
+    "sampled": SampledScores,
+    "sampled-batch": SampledBatchScores,
+    "signed-hessian": SignedHessian,
+    "exact-hessian": ExactHessian,
+    "hessian-row-sums": HessianRowSums,
+}
+
+
+def quadratic_form(name: str) -> QuadraticForm:
+    """An estimator of quadratic forms by name, PAPERS 3.3 (a), (a'), (b), (c), (d) in the order of the table."""
+    if name not in FORMS:
+        raise ArgumentError(f"curvature must be one of {', '.join(FORMS)}, got {name!r}")
+    return FORMS[name]()
+
+
+def layerwise_sgdm(*, momentum: float = 0.9, curvature: str = "sampled", curvature_every: int = 1) -> Method:
+    """SGD-momentum with layer-wise step sizes (arXiv:2305.13664v3, reconstructed); needs no learning rate.
+
+    Args:
+        momentum: decay in [0, 1).
+        curvature: ``sampled``, ``sampled-batch``, ``signed-hessian``, ``exact-hessian`` or ``hessian-row-sums``.
+        curvature_every: steps between two measurements, >= 1.
+    """
+    rule = LayerwiseQuadratic(quadratic_form(curvature), curvature_every)
+    return Method(momentum=EMA(momentum), step_size=rule, defaults={"lr": 1.0})
+
+
+def layerwise_adamw(
+    *, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, curvature: str = "sampled",
+    curvature_every: int = 1,
+) -> Method:
+    """The AdamW direction with layer-wise step sizes (arXiv:2305.13664v3, reconstructed); needs no learning rate."""
+    diagonal = Diagonal(average=MovingAverage(beta2), epsilon=epsilon)
+    return Method(
+        diagonal,
+        momentum=CorrectedEMA(beta1),
+        weight_decay=Decoupled(),
+        step_size=LayerwiseQuadratic(quadratic_form(curvature), curvature_every),
+        fallback=diagonal,
+        defaults={"lr": 1.0},
+    )
+
+
+def joint_kfac(
+    *, momentum: float = 0.8, statistics_decay: float = 0.95, statistics_every: int = 1, inverses_every: int = 10,
+    eager: int = 20, curvature_every: int = 1,
+) -> Method:
+    """K-FAC directions with joint layer steps: no learning rate (ours)."""
+    structure, estimator = kronecker_fisher("sampled", statistics_decay, statistics_every, inverses_every, eager)
+    return Method(
+        structure,
+        estimator,
+        damping=Split(),
+        momentum=EMA(momentum),
+        step_size=JointLayerwise(every=curvature_every),
+        warm_start=None,
+        defaults={"lr": 1.0, "damping": 1.0},
+    )
+
+
+def joint_kbfgs(*, momentum: float = 0.9, growth: float = 1.1, curvature_every: int = 1) -> Method:
+    """K-BFGS directions with joint layer steps: no learning rate (ours)."""
+    base = kbfgs(momentum=momentum, growth=growth)
+    return replace(base, step_size=JointLayerwise(every=curvature_every), defaults={"lr": 1.0, "damping": 0.3})
+
+
+def joint_sgdm(*, momentum: float = 0.9, curvature_every: int = 1) -> Method:
+    """SGD-momentum with joint layer steps: no learning rate (ours)."""
+    return Method(momentum=EMA(momentum), step_size=JointLayerwise(every=curvature_every), defaults={"lr": 1.0})

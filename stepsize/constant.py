@@ -1,0 +1,31 @@
+"""One learning rate for all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..curvature.statistics import Needs
+from .protocol import StepEvidence
+
+__all__ = ["Constant"]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """alpha_l = lr of the parameter group; schedulers act on it."""
+
+    needs = Needs.NOTHING
+
+    def due(self, step: int) -> bool:
+        """Never measures."""
+        return False
+
+    def init(self, count: int, like: Tensor) -> None:
+        """No state."""
+        return None
+
+    def propose(self, state: None, evidence: StepEvidence) -> float:
+        """The learning rate."""
+        return evidence.lr

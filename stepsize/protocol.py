@@ -1,0 +1,56 @@
+"""What a step-size rule sees and returns: all layers at once.
+
+With d_l the layer's preconditioned momentum, the step is ``theta_l <- theta_l - alpha_l d_l``. A rule maps slopes,
+norms and quadratic forms of all L layers to the vector alpha. It is a pure function of small tensors: rules contain no
+layer, no model and no learning-rate schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..curvature.statistics import Needs
+
+__all__ = ["StepEvidence", "StepSize"]
+
+
+@dataclass(frozen=True)
+class StepEvidence:
+    """What a rule knows of L layers at one step.
+
+    Attributes:
+        names: layer names, in the model's order.
+        lr: ``lr`` of the parameter group, > 0: the step itself for ``Constant``, a multiplier (default 1) elsewhere.
+        slopes: (L,) r_l = <momentum_l, d_l>, an estimate of minus the derivative along the step; None unless asked.
+        squared_norms: (L,) |d_l|^2; None unless asked.
+        parameter_norms: (L,) |theta_l|; None unless asked.
+        forms: (L, L) matrix M with M_ll = d_l' C_l d_l, or None when curvature is not renewed at this step.
+    """
+
+    names: Sequence[str]
+    lr: float
+    slopes: Tensor | None = None
+    squared_norms: Tensor | None = None
+    parameter_norms: Tensor | None = None
+    forms: Tensor | None = None
+
+
+class StepSize(Protocol):
+    """A step-size rule for all layers together."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the quadratic forms ask of the backend; ``NOTHING`` for rules without curvature."""
+
+    def due(self, step: int) -> bool:
+        """Whether quadratic forms are renewed at this step."""
+
+    def init(self, count: int, like: Tensor) -> Any:
+        """Fresh state for ``count`` layers (a dataclass with ``to_dict`` and ``load_dict``)."""
+
+    def propose(self, state: Any, evidence: StepEvidence) -> Tensor | float:
+        """(L,) step sizes, or one number for all layers."""
