@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,8 +102,8 @@ class TrainingRun:
         self.clock.start()
         size = self.order.batch_size
         starts = range(0, self.order.batches_per_epoch * size, size)
-        parts = (self.data.train_inputs[start : start + size] for start in starts)
-        self.optimizer.warm_start(lambda part=part: self.model(part) for part in parts)
+        inputs = self.data.train_inputs
+        self.optimizer.warm_start(partial(self.model, inputs[start : start + size]) for start in starts)
         self.clock.pause()
         self.warm_start_seconds = self.clock.seconds
 
@@ -117,7 +118,7 @@ class TrainingRun:
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             loss = self.problem.loss(self.model(inputs), targets)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
         loss = self.optimizer.step(closure)
@@ -149,7 +150,8 @@ class TrainingRun:
 
     def _count(self, report: StepReport) -> None:
         """Add up the step's events; tensors stay on the device until the next evaluation."""
-        for name, count in ({**report.events, "rescues": report.rescues, "shortened": report.shortened}).items():
+        counts: dict[str, Tensor | int] = {**report.events, "rescues": report.rescues, "shortened": report.shortened}
+        for name, count in counts.items():
             self._events[name] = self._events.get(name, 0) + count
 
     def state_dict(self) -> dict[str, Any]:
