@@ -145,9 +145,7 @@ class Capture:
     def _completed_passes(self) -> set[int]:
         return {call.pass_index for calls in self._calls.values() for call in calls if call.complete}
 
-    def _combine(
-        self, layer: Layer, calls: list[_Call], sums: list[_ParameterSum]
-    ) -> LayerStatistics:
+    def _combine(self, layer: Layer, calls: list[_Call], sums: list[_ParameterSum]) -> LayerStatistics:
         first_of_pass = {call.pass_index: call.samples for call in reversed(calls)}
         samples = sum(first_of_pass.values())
         scale = float(samples) if self.loss_reduction == "mean" else 1.0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CompatibilityError
-from .layers import Layer
+from .layers import Layer, LayerAdapter
 
 __all__ = ["LayerStatistics", "Needs", "Tensors"]
 
@@ -116,14 +116,15 @@ class LayerStatistics:
         Returns:
             One tensor (N, *parameter.shape) per parameter of the layer. Memory N times the layer.
         """
-        upstream = rows.unflatten(0, (self.samples, -1))
+        upstream: Tensor = rows.unflatten(0, (self.samples, -1))
         result: list[Tensor] = []
         for name, parameter in self.layer.parameters.items():
             if name == "bias":
                 result.append(upstream.sum(1))
                 continue
             value = self._adapter().expand_input(self.layer.module, self._require(self.inputs, "inputs"))
-            result.append(torch.einsum("nso,nsi->noi", upstream, value).reshape(-1, *parameter.shape))
+            product: Tensor = torch.einsum("nso,nsi->noi", upstream, value)
+            result.append(product.reshape(-1, *parameter.shape))
         return tuple(result)
 
     def scores(self, directions: Tensors) -> Tensor:
@@ -141,7 +142,7 @@ class LayerStatistics:
         product = moved.mul_(self._require(self.sampled_gradient, "sampled_gradient"))
         return product.flatten(1).sum(1)
 
-    def _adapter(self):  # type: ignore[no-untyped-def]
+    def _adapter(self) -> LayerAdapter:
         if self.layer.adapter is None:
             raise CompatibilityError(
                 f"layer {self.layer.name!r} ({type(self.layer.module).__name__}) has no statistics; "

@@ -8,7 +8,6 @@ from ..preconditioners.averages import MovingAverage, RunningSum, ZeroStartAvera
 from ..preconditioners.damping import Split
 from ..preconditioners.diagonal import Diagonal
 from ..preconditioners.factors import Covariance
-from ..preconditioners.identity import Identity
 from ..preconditioners.kronecker import Kronecker
 from ..preconditioners.protocol import Schedule
 from .method import Method

@@ -90,9 +90,7 @@ class Block:
         else:
             shape = (sum(parameter.numel() for parameter in self.parameters),)
         size = self.state.bytes() + sum(value.numel() * value.element_size() for value in self.storage)
-        return LayerRow(
-            self.layer.name, self.layer.kind, self.names, shape, describe(self.part), self.fallback, size
-        )
+        return LayerRow(self.layer.name, self.layer.kind, self.names, shape, describe(self.part), self.fallback, size)
 
     def to_dict(self) -> dict[str, Any]:
         """State, momentum and counters."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import require_finite_nonnegative, require_interval
 
-__all__ = ["EMA", "Coupled", "CorrectedEMA", "Decoupled", "HeavyBall", "Momentum", "NoMomentum", "WeightDecay"]
+__all__ = ["EMA", "CorrectedEMA", "Coupled", "Decoupled", "HeavyBall", "Momentum", "NoMomentum", "WeightDecay"]
 
 
 class Momentum(Protocol):

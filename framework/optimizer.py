@@ -116,7 +116,7 @@ class SecondOrder(torch.optim.Optimizer):
     def penalty(self) -> Tensor:
         """(tau / 2) |theta|^2 for coupled weight decay, 0 for decoupled: what the method adds to the loss."""
         factor = self.method.weight_decay.gradient_factor(self._value("weight_decay"))
-        parameters = [parameter.detach() for parameter in self.param_groups[0]["params"]]
+        parameters: list[Tensor] = [parameter.detach() for parameter in self.param_groups[0]["params"]]
         if factor == 0.0:
             return parameters[0].new_zeros(())
         return 0.5 * factor * torch.stack(torch._foreach_norm(parameters)).square().sum()

@@ -131,7 +131,7 @@ _loaded = False
 
 
 def _load_entry_points() -> None:
-    global _loaded  # noqa: PLW0603 - done once per process, on first use
+    global _loaded
     if _loaded:
         return
     _loaded = True

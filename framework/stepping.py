@@ -100,7 +100,7 @@ class StepRule:
             generator.manual_seed(self.seed * 1_000_003 + step)
             measured = DirectionalEvidence(names, layer_directions, statistics, product, generator)
             forms = self.rule.curvature.measure(measured)  # type: ignore[attr-defined]
-        flat = [[entry for entry in pieces[name].values()] for name in names]
+        flat = [list(pieces[name].values()) for name in names]
         slopes = torch.stack([_total([torch.sum(d * m) if c else d.new_zeros(()) for d, m, c in e]) for e in flat])
         norms = torch.stack([_total([d.square().sum() for d, _, _ in entries]) for entries in flat])
         parameters = torch.stack(

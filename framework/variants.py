@@ -54,7 +54,11 @@ def layerwise_sgdm(*, momentum: float = 0.9, curvature: str = "sampled", curvatu
 
 
 def layerwise_adamw(
-    *, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, curvature: str = "sampled",
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+    curvature: str = "sampled",
     curvature_every: int = 1,
 ) -> Method:
     """The AdamW direction with layer-wise step sizes (arXiv:2305.13664v3, reconstructed); needs no learning rate."""
@@ -70,8 +74,13 @@ def layerwise_adamw(
 
 
 def joint_kfac(
-    *, momentum: float = 0.8, statistics_decay: float = 0.95, statistics_every: int = 1, inverses_every: int = 10,
-    eager: int = 20, curvature_every: int = 1,
+    *,
+    momentum: float = 0.8,
+    statistics_decay: float = 0.95,
+    statistics_every: int = 1,
+    inverses_every: int = 10,
+    eager: int = 20,
+    curvature_every: int = 1,
 ) -> Method:
     """K-FAC directions with joint layer steps: no learning rate (ours)."""
     structure, estimator = kronecker_fisher("sampled", statistics_decay, statistics_every, inverses_every, eager)

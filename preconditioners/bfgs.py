@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..curvature.statistics import LayerStatistics, Needs
-from ..errors import require_finite_nonnegative
 from .averages import Average, MovingAverage, ZeroStartAverage
 from .factors import Side, accumulate_second_moment
 from .linalg import Inverse, bfgs_inverse_update_
@@ -54,8 +53,9 @@ def average_pair_(pair: AveragedPair, before: LayerStatistics, after: LayerStati
 
 def acceptable(step: Tensor, curvature: Tensor, reference: Tensor) -> Tensor:
     """The skip rule: s'y > 0 and s'y > 1e-4 |s|^2 |v| with v = ``reference``; 0-dimensional bool."""
-    bound = SKIP_TOLERANCE * torch.dot(step, step) * torch.linalg.vector_norm(reference)
-    return (curvature > 0) & (curvature > bound) & torch.isfinite(bound)
+    bound: Tensor = SKIP_TOLERANCE * torch.dot(step, step) * torch.linalg.vector_norm(reference)
+    result: Tensor = (curvature > 0) & (curvature > bound) & torch.isfinite(bound)
+    return result
 
 
 def pair_events(pair: DampedPair, accepted: Tensor) -> Events:

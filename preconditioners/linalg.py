@@ -118,7 +118,8 @@ def bfgs_inverse_update_(inverse: Tensor, step: Tensor, change: Tensor, product:
 def triangular_inverse(upper: Tensor) -> Tensor:
     """Inverse of an upper triangular (p, p) matrix with a non-zero diagonal, by substitution."""
     identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True)
+    result: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return result
 
 
 @dataclass(frozen=True)

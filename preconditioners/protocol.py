@@ -105,9 +105,17 @@ class Preconditioner(Protocol):
     ``False`` for one tensor per parameter.
     """
 
-    needs: Needs
-    schedule: Schedule
-    joint: bool
+    @property
+    def needs(self) -> Needs:
+        """What it asks of the estimator."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """When statistics and inverses are renewed."""
+
+    @property
+    def joint(self) -> bool:
+        """The layout of momentum and directions."""
 
     def serves(self, layer: Layer) -> tuple[str, ...]:
         """Names of the layer's parameters that this part can take; empty if it cannot serve the layer."""

@@ -24,7 +24,7 @@ class Constant:
 
     def init(self, count: int, like: Tensor) -> None:
         """No state."""
-        return None
+        return
 
     def propose(self, state: None, evidence: StepEvidence) -> float:
         """The learning rate."""

@@ -14,8 +14,13 @@ __all__ = ["Backtrack", "Guard", "NoGuard"]
 class Guard(Protocol):
     """Decides from the mini-batch loss before and after the step."""
 
-    attempts: int
-    shrink: float
+    @property
+    def attempts(self) -> int:
+        """How often a step may be shortened; 0 switches the look-back for the guard off."""
+
+    @property
+    def shrink(self) -> float:
+        """Factor on the step per attempt."""
 
     def accepts(self, before: float, after: float) -> bool:
         """Whether the step stays."""
