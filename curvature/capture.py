@@ -157,9 +157,9 @@ class Capture:
             samples=samples,
             positions=rows // samples,
             gradient_scale=scale,
-            inputs=_join([call.input for call in calls]),
-            output_gradient=_join([call.gradient for call in calls]),
-            sampled_gradient=_join([call.sampled for call in calls]),
+            inputs=_join(calls, [call.input for call in calls]),
+            output_gradient=_join(calls, [call.gradient for call in calls]),
+            sampled_gradient=_join(calls, [call.sampled for call in calls]),
             mean_preactivation=None if output_sum is None else output_sum / rows,
             mean_gradient=None if gradient_sum is None else gradient_sum * (scale / rows),
             sampled_parameter_gradients=_mean_of_sums(sums) if sums else None,
@@ -178,6 +178,9 @@ class Capture:
                 return None
             leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
             output = replaced = output + leaf
+        elif output._is_view():
+            # Linear on (N, ..., d) returns a view; an in-place activation would cut it off from the hook below.
+            output = replaced = torch.ops.aten._unsafe_view(output, output.shape)
         call = self._new_call(layer, wanted, args[0], output)
         output.register_hook(_gradient_hook(self, layer, call, wanted))
         return replaced
@@ -187,11 +190,11 @@ class Capture:
             call = _Call(self._pass, output.shape[0] if output.ndim else 1, 1)
             self._calls[layer.name].append(call)
             return call
-        if Record.INPUTS in wanted and output.ndim < 2:
+        if output.ndim < layer.adapter.batched_ndim:
             raise ArgumentError(f"layer {layer.name!r} was called on one unbatched sample; give it a batch of size 1")
         call = _Call(self._pass, output.shape[0], layer.adapter.positions(layer.module, output))
         if Record.INPUTS in wanted:
-            call.input = value.detach()
+            call.input = layer.adapter.recorded_input(layer.module, value.detach())
         if Record.MEANS in wanted:
             call.output_sum = layer.adapter.expand_output(layer.module, output.detach()).sum((0, 1))
         if Record.SAMPLED in wanted and output.requires_grad:
@@ -295,11 +298,23 @@ def _register(capture: Capture) -> list[Any]:
     return handles
 
 
-def _join(values: Sequence[Tensor | None]) -> Tensor | None:
-    present = [value for value in values if value is not None]
-    if len(present) != len(values):
-        return None
-    return present[0] if len(present) == 1 else torch.cat(present)
+def _join(calls: Sequence[_Call], values: Sequence[Tensor | None]) -> Tensor | None:
+    """Records of several calls as one, sample by sample: the calls of one pass lie side by side as positions do."""
+    passes: dict[int, list[Tensor]] = {}
+    for call, value in zip(calls, values, strict=True):
+        if value is None:
+            return None
+        passes.setdefault(call.pass_index, []).append(value)
+    pieces = [_side_by_side(entry) for entry in passes.values()]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _side_by_side(values: Sequence[Tensor]) -> Tensor:
+    if len(values) == 1:
+        return values[0]
+    if any(value.shape != values[0].shape for value in values):  # no common samples: rows for outer products only
+        return torch.cat(list(values))
+    return torch.stack(list(values), 1).flatten(0, 1)
 
 
 def _add(values: Sequence[Tensor | None]) -> Tensor | None:

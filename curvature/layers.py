@@ -29,6 +29,7 @@ class LayerAdapter(Protocol):
 
     kind: str
     is_matrix: bool
+    batched_ndim: int
 
     def matches(self, module: nn.Module) -> bool:
         """Whether this adapter can read ``module``."""
@@ -36,14 +37,17 @@ class LayerAdapter(Protocol):
     def positions(self, module: nn.Module, output: Tensor) -> int:
         """Number S of positions that share the map, from one output of the module."""
 
+    def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
+        """What is kept of an input during the forward pass, batch axis first."""
+
     def expand_input(self, module: nn.Module, value: Tensor) -> Tensor:
-        """Input of the module as (N, S, d_in), without the homogeneous 1."""
+        """A recorded input as (N, S, d_in), without the homogeneous 1."""
 
     def expand_output(self, module: nn.Module, value: Tensor) -> Tensor:
         """Output of the module, or a gradient with respect to it, as (N, S, d_out)."""
 
     def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The output's derivative along a parameter direction: the map applied with ``weight``, ``bias`` instead."""
+        """The output's derivative along a parameter direction: ``weight``, ``bias`` applied to a recorded input."""
 
 
 class LinearAdapter:
@@ -51,6 +55,7 @@ class LinearAdapter:
 
     kind = "Linear"
     is_matrix = True
+    batched_ndim = 2
 
     def matches(self, module: nn.Module) -> bool:
         """Exactly ``nn.Linear`` and its subclasses that keep its forward."""
@@ -59,6 +64,10 @@ class LinearAdapter:
     def positions(self, module: nn.Module, output: Tensor) -> int:
         """Product of the middle axes."""
         return output[0, ..., 0].numel()
+
+    def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
+        """The input as it is."""
+        return value
 
     def expand_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """(N, ..., d_in) to (N, S, d_in)."""
@@ -70,7 +79,7 @@ class LinearAdapter:
         """``a @ weight.T + bias``; a missing direction counts as zero."""
         if weight is None:
             assert bias is not None
-            return bias.expand(*value.shape[:-1], bias.shape[0])
+            return bias.expand(*value.shape[:-1], bias.shape[0]).clone()
         return functional.linear(value, weight, bias)
 
 
@@ -79,6 +88,7 @@ class Conv2dAdapter:
 
     kind = "Conv2d"
     is_matrix = True
+    batched_ndim = 4
 
     def matches(self, module: nn.Module) -> bool:
         """One group, zero padding given in numbers."""
@@ -93,6 +103,10 @@ class Conv2dAdapter:
     def positions(self, module: nn.Module, output: Tensor) -> int:
         """Height times width of the output."""
         return output.shape[-2] * output.shape[-1]
+
+    def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
+        """The input as it is."""
+        return value
 
     def expand_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """Patches (N, S, channels x kernel height x kernel width), channel slowest as in ``weight.flatten(1)``."""
@@ -120,6 +134,7 @@ class BatchNormAdapter:
 
     kind = "BatchNorm"
     is_matrix = False
+    batched_ndim = 2
 
     def matches(self, module: nn.Module) -> bool:
         """Any batch normalisation with affine parameters."""
@@ -129,6 +144,13 @@ class BatchNormAdapter:
         """Product of the axes after the channel axis."""
         return output[0, 0].numel()
 
+    def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
+        """The normalised input, with the statistics that this call uses; buffers stay untouched."""
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if module.training or module.running_mean is None:
+            return functional.batch_norm(value, None, None, training=True, eps=module.eps)
+        return functional.batch_norm(value, module.running_mean, module.running_var, eps=module.eps)
+
     def expand_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """(N, channels, ...) to (N, S, channels)."""
         return value.reshape(value.shape[0], value.shape[1], -1).transpose(1, 2)
@@ -136,12 +158,10 @@ class BatchNormAdapter:
     expand_output = expand_input
 
     def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """``normalised * weight + bias``, with the statistics that the forward pass used; buffers stay untouched."""
-        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-        scale = torch.zeros_like(module.bias) if weight is None else weight
-        if module.training or module.running_mean is None:
-            return functional.batch_norm(value, None, None, scale, bias, training=True, eps=module.eps)
-        return functional.batch_norm(value, module.running_mean, module.running_var, scale, bias, eps=module.eps)
+        """``normalised * weight + bias``; a missing direction counts as zero."""
+        shape = (1, -1) + (1,) * (value.ndim - 2)
+        moved = torch.zeros_like(value) if weight is None else value * weight.view(shape)
+        return moved if bias is None else moved.add_(bias.view(shape))
 
 
 ADAPTERS: tuple[LayerAdapter, ...] = (LinearAdapter(), Conv2dAdapter(), BatchNormAdapter())

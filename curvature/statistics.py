@@ -56,7 +56,9 @@ class LayerStatistics:
         samples: N.
         positions: S.
         gradient_scale: factor from the raw ``output_gradient`` to per-sample gradients.
-        inputs: raw module input as the module received it, (N, ...); use :meth:`input_rows`.
+        inputs: what the layer's adapter records of the module's input, (N, ...): the input itself, for batch
+            normalisation the normalised input; use :meth:`input_rows`. A module called c times in one pass has c rows
+            per sample, one after another, and c times the positions; the same holds for the two gradients.
         output_gradient: raw gradient of the user's loss at the pre-activation, in the module's output shape.
         sampled_gradient: per-sample gradient of -log p(sampled label) at the pre-activation (scale 1).
         mean_preactivation: (d_out,) mean over samples and positions.
@@ -93,7 +95,7 @@ class LayerStatistics:
 
     def preactivation_gradients(self) -> Tensor:
         """Per-sample gradients of the user's loss at the pre-activations, (N, S, d_out)."""
-        return self.expand(self._require(self.output_gradient, "output_gradient")) * self.gradient_scale
+        return self.gradient_rows().unflatten(0, (self.samples, -1)) * self.gradient_scale
 
     def sampled_rows(self) -> Tensor:
         """Per-sample gradients with sampled labels, (N*S, d_out)."""
@@ -122,8 +124,11 @@ class LayerStatistics:
             if name == "bias":
                 result.append(upstream.sum(1))
                 continue
-            value = self._adapter().expand_input(self.layer.module, self._require(self.inputs, "inputs"))
-            product: Tensor = torch.einsum("nso,nsi->noi", upstream, value)
+            value: Tensor = self.input_rows().unflatten(0, (self.samples, -1))
+            if self._adapter().is_matrix:
+                product: Tensor = torch.einsum("nso,nsi->noi", upstream, value)
+            else:
+                product = (upstream * value).sum(1)
             result.append(product.reshape(-1, *parameter.shape))
         return tuple(result)
 
@@ -140,7 +145,7 @@ class LayerStatistics:
         inputs = self._require(self.inputs, "inputs")
         moved = self._adapter().directional(self.layer.module, inputs, named.get("weight"), named.get("bias"))
         product = moved.mul_(self._require(self.sampled_gradient, "sampled_gradient"))
-        return product.flatten(1).sum(1)
+        return product.reshape(self.samples, -1).sum(1)
 
     def _adapter(self) -> LayerAdapter:
         if self.layer.adapter is None:
