@@ -50,10 +50,12 @@ class GraphKeepingBackward(TorchFunctionMode):
     def product(self, directions: Mapping[str, Tensors]) -> dict[str, Tensors]:
         """H d per layer, for one direction per layer; callable any number of times until :meth:`release`."""
         vector = [value for layer in self.layers for value in directions[layer.name]]
-        with torch.enable_grad():
-            total = torch.autograd.grad(
-                self.gradients, self.parameters, vector, retain_graph=True, materialize_grads=True
-            )
+        pairs = [(slope, along) for slope, along in zip(self.gradients, vector, strict=True) if slope.requires_grad]
+        total = tuple(torch.zeros_like(parameter) for parameter in self.parameters)
+        if pairs:  # a gradient that does not depend on any parameter contributes nothing
+            slopes, alongs = zip(*pairs, strict=True)
+            with torch.enable_grad():
+                total = torch.autograd.grad(slopes, self.parameters, alongs, retain_graph=True, materialize_grads=True)
         result: dict[str, Tensors] = {}
         position = 0
         for layer in self.layers:

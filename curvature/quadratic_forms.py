@@ -75,7 +75,7 @@ class SampledScores:
         scores: list[Tensor] = []
         extra: list[tuple[int, Tensor]] = []
         measured = [evidence.statistics[name] for name in evidence.names if name in evidence.statistics]
-        samples = next(entry.samples for entry in measured if entry.sampled_gradient is not None)
+        samples = next((entry.samples for entry in measured if entry.sampled_gradient is not None), 1)
         for index, name in enumerate(evidence.names):
             statistics, direction = evidence.statistics.get(name), evidence.directions[name]
             if statistics is not None and statistics.sampled_gradient is not None:
