@@ -110,9 +110,10 @@ def replay(files: Sequence[Path], console: Console | None = None) -> int:
     for file in files:
         try:
             report = replay_file(file)
-        except (OsculateError, RuntimeError) as error:
+        except (OsculateError, RuntimeError, LookupError, TypeError, ValueError) as error:
+            kind = "" if isinstance(error, OsculateError) else f"{type(error).__name__}: "
             table.add_row(escape(file.stem), *[""] * 4, "[red]error")
-            remarks.append(f"{file.name}: {error}")
+            remarks.append(f"{file.name}: {kind}{error}")
             continue
         reports.append(report)
         table.add_row(*_row(report))

@@ -28,6 +28,13 @@ __all__ = ["Settings", "Trajectory", "build_network", "is_input", "load_trajecto
 _INPUTS = {"data", "labels", "batches", "warm_batches", "warm_targets", "fisher_targets", "warm_fisher_targets"}
 _INITIAL = re.compile(r"[Wb]_init_\d+")
 
+_ALIGNED = {
+    "warm_targets": "warm_batches",
+    "warm_fisher_targets": "warm_batches",
+    "fisher_targets": "batches",
+}
+"""Sampled targets, row-aligned with mini-batches."""
+
 _LOSSES: dict[str, type[Likelihood]] = {
     "logistic-regression-sum-loss": Bernoulli,
     "bernoulli": Bernoulli,
@@ -191,7 +198,7 @@ def load_trajectory(path: Path) -> Trajectory:
     if not path.is_file():
         raise ArgumentError(f"there is no file {str(path)!r}; give recorded trajectories (.npz)")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         meta = json.loads(str(arrays.pop("meta")))
     except KeyError:
@@ -218,6 +225,9 @@ def _check(meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         rows = arrays.get(name, arrays["batches"])
         if rows.ndim != 2 or rows.dtype.kind not in "iu" or not rows.size or rows.min() < 0 or rows.max() >= samples:
             raise ArgumentError(f"{name!r} must be a table of row numbers of the {samples} samples in 'data'")
+    for name, like in _ALIGNED.items():
+        if name in arrays and arrays[name].shape[:2] != arrays.get(like, arrays["batches"][:0]).shape:
+            raise ArgumentError(f"{name!r} of shape {arrays[name].shape} does not match the rows of {like!r}")
     if meta.get("warm_start") and "warm_batches" not in arrays and not any("_init_" in n for n in _made(arrays)):
         raise ArgumentError(
             "meta says warm_start, but the file has neither 'warm_batches' nor what the warm start made"
