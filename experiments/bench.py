@@ -130,7 +130,7 @@ class _Stepper:
         def closure() -> Any:
             self.optimizer.zero_grad()
             loss = self._problem.loss(self.model(inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
         return closure

@@ -84,7 +84,8 @@ class Bench:
         problem = get_problem(self.problem)
         data = move_data(random_data(problem) if self.data_dir is None else problem.load(self.data_dir), device)
         with console.status("preparing") as status:
-            timings = benchmark(chosen, problem, data, self.rounds, self.batch_size, status.update)
+            note = status.update if console.is_terminal else console.print
+            timings = benchmark(chosen, problem, data, self.rounds, self.batch_size, note)
         title = f"{problem.name}, batch {self.batch_size}, {self.threads} threads, {self.rounds} rounds"
         console.print(benchmark_table(timings, title))
         if self.out is not None:

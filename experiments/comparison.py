@@ -29,8 +29,8 @@ from .training import BoundedShare, Schedule, measure, prepare
 
 __all__ = ["Comparison", "Curve", "compare", "comparison_table", "load_comparison", "method_configs"]
 
-EVALUATION_SHARE = 0.25
-POINTS_WITHIN_EPOCHS = 12
+EVALUATION_SHARE = 0.4
+POINTS_WITHIN_EPOCHS = 24
 
 
 @dataclass(frozen=True)

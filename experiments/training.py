@@ -31,7 +31,7 @@ class Schedule(Protocol):
         Args:
             run: after a step.
             last: the run's seconds at the last evaluation.
-            cost: seconds spent on evaluation so far.
+            cost: seconds spent on evaluation since the first one, which is before training.
         """
 
 
@@ -107,9 +107,8 @@ def measure(
     last, cost = run.clock.seconds, 0.0
     if run.iterations == 0:
         run.warm_start()
-        began = time.perf_counter()
         yield _finite(run.evaluate())
-        last, cost = run.clock.seconds, time.perf_counter() - began
+        last = run.clock.seconds
     finished = budget.spent(run.epoch, run.clock.seconds) >= 1 or stopping()
     while not finished:
         run.step()

@@ -118,7 +118,7 @@ class TrainingRun:
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             loss = self.problem.loss(self.model(inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
         loss = self.optimizer.step(closure)

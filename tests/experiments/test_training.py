@@ -213,6 +213,16 @@ class TestMeasure:
         assert 0.05 <= last.seconds < 1
         assert last.iterations == run.iterations
 
+    def test_evaluation_stays_a_share_of_training(self, tiny: Any) -> None:
+        run = prepare(RunConfig("tiny", "sgdm"), tiny, tiny.load(None))
+        run.clock.reset(10.0)
+        schedule = BoundedShare(share=0.4, longest=2.0)
+        assert schedule.due(run, last=7.9, cost=4.0)
+        assert not schedule.due(run, last=7.9, cost=4.1)
+        assert not schedule.due(run, last=8.1, cost=0.0)
+        run.iterations = run.order.batches_per_epoch
+        assert schedule.due(run, last=8.1, cost=0.0)
+
     def test_a_loss_that_is_not_finite_stops(self, tiny: Any) -> None:
         tiny.break_after = -1
         with pytest.raises(NumericalError, match="after 0 iterations the training loss is inf"):
