@@ -180,9 +180,12 @@ def benchmark(
 
 def benchmark_table(timings: list[Timing], title: str) -> Table:
     """Return the table for the screen."""
-    table = Table(title=title, caption="ratios: medians of interleaved rounds, to one torch.optim.SGD(momentum) step")
-    for heading in ("contestant", "ms/step", "x SGD", "quartiles", "target", "floor", "state MiB", "declared MiB"):
-        table.add_column(heading, justify="left" if heading == "contestant" else "right")
+    caption = (
+        "ratios to one torch.optim.SGD(momentum) step, medians of interleaved rounds; in brackets: to torch's Adam"
+    )
+    table = Table(title=title, caption=caption)
+    for heading in ("contestant", "ms", "x SGD", "quartiles", "target", "floor", "MiB", "declared"):
+        table.add_column(heading, justify="left" if heading == "contestant" else "right", no_wrap=True)
     for timing in timings:
         table.add_row(*_cells(timing))
     return table
@@ -286,7 +289,7 @@ def _cells(timing: Timing) -> list[str]:
     met = timing.target is None or timing.compared <= timing.target
     target = "" if timing.target is None else f"{'' if met else '[red]'}<= {timing.target:g}"
     if timing.against is not None and timing.target is not None:
-        target += f" ({timing.compared:.2f} x {timing.against})"
+        target += f" ({timing.compared:.2f})"
     return [
         timing.label,
         f"{timing.milliseconds:.1f}",

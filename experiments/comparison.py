@@ -184,7 +184,7 @@ def _row(curve: Curve) -> dict[str, Any]:
         "gradients": last.get("gradient_evaluations", 0),
         "lr": curve.config.get("lr"),
         "damping": curve.config.get("damping"),
-        "note": f"broke down: {curve.failure}" if curve.failure else "",
+        "note": f"broke down: {curve.failure.partition(';')[0]}" if curve.failure else "",
     }
 
 
