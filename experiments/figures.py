@@ -91,12 +91,19 @@ def _scale(axes: Axes, curves: Sequence[Curve]) -> None:
     values = [point["train_loss"] for curve in curves for point in curve.points if point["train_loss"] is not None]
     if not values:
         return
-    start = max((curve.points[0]["train_loss"] or -math.inf for curve in curves if curve.points), default=-math.inf)
-    if max(values) > 1.5 * start > 0:
-        axes.set_ylim(top=1.5 * start)  # a method that diverges must not flatten the others
-        values = [value for value in values if value <= 1.5 * start]
-    if min(values) <= 0 or max(values) < _LOG_FROM_RATIO * min(values):
-        return
+    ceiling = 1.5 * max((curve.points[0]["train_loss"] or 0.0 for curve in curves if curve.points), default=0.0)
+    capped = max(values) > ceiling > 0  # a method that diverges must not flatten the others
+    if capped:
+        values = [value for value in values if value <= ceiling]
+    logarithmic = min(values) > 0 and max(values) >= _LOG_FROM_RATIO * min(values)
+    if logarithmic:
+        _logarithmic(axes, values)
+    if capped:
+        margin = 0.05 * (max(values) - min(values))
+        axes.set_ylim(min(values) / 1.1 if logarithmic else min(values) - margin, ceiling)
+
+
+def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
     axes.set_yscale("log")
     decades = math.log10(max(values) / min(values))
     between = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0) if decades < 1 else (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
