@@ -63,12 +63,13 @@ def preserved(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Parameters need no gradient inside: the second pass then computes gradients of pre-activations only."""
-    for parameter in parameters:
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in parameters:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 

@@ -24,11 +24,16 @@ __all__ = ["LookBack", "Outcome"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What looking back found."""
+    """What looking back found, and the fraction of the proposed step that stays."""
 
     loss: Tensor | None
     events: Events
     shortened: int
+    fraction: float = 1.0
+
+    def scaled(self, step_sizes: Mapping[str, float | Tensor]) -> Mapping[str, float | Tensor]:
+        """Step sizes as they were applied in the end."""
+        return step_sizes if not self.shortened else {name: self.fraction * size for name, size in step_sizes.items()}
 
 
 class LookBack:
@@ -39,10 +44,17 @@ class LookBack:
         self.pairs = Needs.PAIRS in optimizer.method.needs
         self.active = optimizer.method.looks_back
         self._before: Snapshot | None = None
+        self._parameters: list[tuple[Tensor, Tensor]] = []
 
-    def prepare(self, step: int) -> None:
+    def prepare(self) -> None:
         """Remember random state and buffers before the first evaluation."""
         self._before = Snapshot.take(self.optimizer.model) if self.active else None
+
+    def remember(self, proposal: Proposal) -> None:
+        """Copy the parameters before a step that a guard may shorten: subtracting a huge step again is not exact."""
+        guarded = self.optimizer.method.guard.attempts > 0
+        moved = [parameter for move in proposal.moves for parameter in move.parameters] if guarded else []
+        self._parameters = [(parameter, parameter.detach().clone()) for parameter in moved]
 
     def run(
         self, closure: Closure, loss: Tensor | None, before: Mapping[str, LayerStatistics], proposal: Proposal
@@ -50,19 +62,22 @@ class LookBack:
         """Evaluate again, shorten the step while the guard refuses it, and let the structures observe it."""
         if not self.active or loss is None:
             return None
-        guard, remaining, shortened = self.optimizer.method.guard, 1.0, 0
+        guard, fraction, shortened = self.optimizer.method.guard, 1.0, 0
         reference = float(loss) if guard.attempts else 0.0
         while True:
             loss_after, after = self._evaluate(closure)
             if guard.attempts == 0 or guard.accepts(reference, float(loss_after)):
                 break
             shortened += 1
-            left = remaining * guard.shrink if shortened < guard.attempts else 0.0
-            self.optimizer._apply(proposal, remaining - left)
-            remaining = left
-            if remaining == 0.0:
-                return Outcome(loss, {}, shortened)
-        return Outcome(loss_after, self._observe(before, after), shortened)
+            for parameter, saved in self._parameters:
+                parameter.copy_(saved)
+            if shortened == guard.attempts:
+                self._parameters = []
+                return Outcome(loss, {}, shortened, 0.0)
+            fraction *= guard.shrink
+            self.optimizer._take(proposal, fraction)
+        self._parameters = []
+        return Outcome(loss_after, self._observe(before, after), shortened, fraction)
 
     def _evaluate(self, closure: Closure) -> tuple[Tensor, dict[str, LayerStatistics]]:
         """One lean pass: no parameter gradient is computed, gradients and buffers end up as they were."""

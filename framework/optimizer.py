@@ -6,7 +6,7 @@ error before it leaves the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature.capture import Capture
+from ..curvature.estimators import Estimator
 from ..curvature.layers import discover_layers
 from ..curvature.likelihoods import Likelihood, resolve_likelihood
 from ..curvature.products import GraphKeepingBackward
@@ -29,6 +30,7 @@ from .lookback import LookBack
 from .method import Method
 from .recording import fill, records_for_forward, records_for_step
 from .report import LayerRow, StepReport
+from .saving import require_same_layout
 from .stepping import Proposal, StepRule
 
 __all__ = ["SecondOrder"]
@@ -158,12 +160,13 @@ class SecondOrder(torch.optim.Optimizer):
 
         Raises:
             ClosureRequiredError: if the method evaluates the loss itself.
+            ArgumentError: if no parameter has a gradient.
             NumericalError: if loss or gradient is not finite (``on_nonfinite="raise"``); nothing has been written.
         """
         if closure is None and self.needs_closure:
             raise ClosureRequiredError(_CLOSURE_MESSAGE)
         self.method.check_values(**{name: self._value(name) for name in ("lr", "damping", "weight_decay")})
-        self._look_back.prepare(self._step)
+        self._look_back.prepare()
         loss, products = self._evaluate(closure)
         statistics = self.capture.collect()
         gradients = {block.key: block.gradients() for block in self.blocks}
@@ -173,13 +176,14 @@ class SecondOrder(torch.optim.Optimizer):
         self._observe(statistics, gradients)
         refreshes, rescues = self._refresh()
         proposal = self._propose(statistics, gradients, products)
-        self._apply(proposal, -1.0)
+        self._look_back.remember(proposal)
+        self._take(proposal, 1.0)
         outcome = self._look_back.run(closure, loss, statistics, proposal) if closure is not None else None
         self.last_report = StepReport(
             self._step,
             loss,
             None if outcome is None else outcome.loss,
-            proposal.step_sizes,
+            proposal.step_sizes if outcome is None else outcome.scaled(proposal.step_sizes),
             self._value("damping"),
             {} if outcome is None else outcome.events,
             refreshes,
@@ -194,7 +198,7 @@ class SecondOrder(torch.optim.Optimizer):
         self.gradient_evaluations += 1 + self._samples_labels
         if closure is None:
             return None, None
-        self.capture.clear()
+        self._arm()  # an interrupted look back or warm start may have left the hooks in another mode
         wanted = Needs.PRODUCTS in self.method.step_size.needs and self.method.step_size.due(self._step)
         products = GraphKeepingBackward(self.layers) if wanted else None
         with products or nullcontext():
@@ -205,7 +209,7 @@ class SecondOrder(torch.optim.Optimizer):
         """What is not finite, or ``None``. One synchronisation."""
         present = [value for values in gradients.values() if values is not None for value in values]
         if not present:
-            return "no parameter has a gradient; call loss.backward() before step()"
+            raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
         total = torch.stack(torch._foreach_norm(present)).sum()
         if bool(torch.isfinite(total if loss is None else total + loss)):
             return None
@@ -216,7 +220,7 @@ class SecondOrder(torch.optim.Optimizer):
 
     def _refuse(self, trouble: str, loss: Tensor | None) -> Tensor | None:
         self._arm()
-        if self.on_nonfinite == "raise" or "backward" in trouble:
+        if self.on_nonfinite == "raise":
             raise NumericalError(
                 f"step {self._step}: {trouble}; no parameter and no state was changed. Lower lr, raise damping, or "
                 "build with on_nonfinite='skip'"
@@ -269,20 +273,9 @@ class SecondOrder(torch.optim.Optimizer):
             products.release()
         return proposal
 
-    def _apply(self, proposal: Proposal, fraction: float) -> None:
-        """theta <- theta + fraction * alpha d; the first write to any parameter of a step."""
-        decay = self._value("weight_decay")
-        for entry in proposal.moves:
-            for parameter, direction in zip(entry.parameters, entry.directions, strict=True):
-                shrink = self.method.weight_decay.shrinkage(decay, entry.step_size) if fraction == -1.0 else 0.0
-                if isinstance(entry.step_size, Tensor):
-                    if isinstance(shrink, Tensor):
-                        parameter.mul_(1.0 - shrink)
-                    parameter.addcmul_(direction, entry.step_size, value=fraction)
-                    continue
-                if shrink:
-                    parameter.mul_(1.0 - shrink)
-                parameter.add_(direction, alpha=fraction * entry.step_size)
+    def _take(self, proposal: Proposal, fraction: float) -> None:
+        """Take a fraction of a proposed step: the only place that writes to parameters."""
+        proposal.take(fraction, self.method.weight_decay, self._value("weight_decay"))
 
     # -- warm start --------------------------------------------------------------------------------------------------
 
@@ -304,18 +297,23 @@ class SecondOrder(torch.optim.Optimizer):
             raise ArgumentError(f"warm_start must come before the first step, {self._step} steps have been taken")
         self.capture.clear()
         self.capture.arm(records_for_forward(self.blocks, estimator), "forward")
-        with preserved(self.model), torch.no_grad():
-            for index, closure in enumerate(closures):
-                self.capture.step = 2**31 + index
-                with torch.enable_grad():
-                    closure()
-                statistics = self.capture.collect()
-                for block in self.blocks:
-                    record = fill(estimator, block.layer, statistics.get(block.layer.name))
-                    if record is not None and block.part.needs:
-                        block.part.update(block.state, Observation(record, (), block.storage), PlainAverage())
-                        self._warm = True
-        self._arm()
+        try:
+            with preserved(self.model), torch.no_grad():
+                for index, closure in enumerate(closures):
+                    self.capture.step = 2**31 + index
+                    with torch.enable_grad():
+                        closure()
+                    self._average_in(estimator, self.capture.collect())
+        finally:
+            self._arm()
+
+    def _average_in(self, estimator: Estimator, statistics: Mapping[str, LayerStatistics]) -> None:
+        """One mini-batch of the warm start."""
+        for block in self.blocks:
+            record = fill(estimator, block.layer, statistics.get(block.layer.name))
+            if record is not None and block.part.needs:
+                block.part.update(block.state, Observation(record, (), block.storage), PlainAverage())
+                self._warm = True
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -333,14 +331,10 @@ class SecondOrder(torch.optim.Optimizer):
         """Continue where :meth:`state_dict` was taken; the argument is not modified.
 
         Raises:
-            ArgumentError: if layers are missing or unknown, or a shape differs.
+            ArgumentError: if layers or parts are missing or unknown, or a shape differs; nothing has been written.
         """
-        saved, own = set(state_dict["state"]), {block.key for block in self.blocks}
-        if saved != own:
-            raise ArgumentError(
-                f"saved layers do not match the model: missing {sorted(own - saved)}, unknown {sorted(saved - own)}; "
-                "build the optimizer with the same model and method"
-            )
+        own = {"state": {block.key: block.to_dict() for block in self.blocks}, "step_size": self._rule.to_dict()}
+        require_same_layout(own, {key: state_dict.get(key, {}) for key in own})
         for block in self.blocks:
             block.load_dict(state_dict["state"][block.key])
         self._rule.load_dict(state_dict["step_size"])
@@ -385,5 +379,3 @@ _CLOSURE_MESSAGE = """this method evaluates the mini-batch itself; give step() a
         loss.backward()
         return loss
     optimizer.step(closure)"""
-
-ClosureFactory = Callable[[Tensor], Closure]

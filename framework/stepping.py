@@ -15,7 +15,7 @@ from ..curvature.quadratic_forms import DirectionalEvidence
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..stepsize.protocol import StepEvidence, StepSize
 from .blocks import Block
-from .momentum import Momentum
+from .momentum import Momentum, WeightDecay
 
 __all__ = ["Move", "Proposal", "StepRule"]
 
@@ -28,13 +28,28 @@ class Move:
     directions: Tensors
     step_size: float | Tensor
 
+    def take(self, fraction: float, shrinkage: float | Tensor) -> None:
+        """theta <- (1 - fraction shrinkage) theta - fraction step_size direction."""
+        for parameter, direction in zip(self.parameters, self.directions, strict=True):
+            if isinstance(shrinkage, Tensor) or shrinkage:
+                parameter.mul_(1.0 - fraction * shrinkage)
+            if isinstance(self.step_size, Tensor):
+                parameter.addcmul_(direction, self.step_size, value=-fraction)
+            else:
+                parameter.add_(direction, alpha=-fraction * self.step_size)
+
 
 @dataclass(frozen=True)
 class Proposal:
-    """A step that has not been taken yet."""
+    """A step that has not been taken yet: the moves of all blocks, and the step size of every layer."""
 
     moves: list[Move]
     step_sizes: dict[str, float | Tensor]
+
+    def take(self, fraction: float, weight_decay: WeightDecay, value: float) -> None:
+        """Take a fraction in (0, 1] of the step, decoupled weight decay first."""
+        for move in self.moves:
+            move.take(fraction, weight_decay.shrinkage(value, move.step_size))
 
 
 class StepRule:
