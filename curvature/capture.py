@@ -264,8 +264,7 @@ def _gradient_hook(capture: Capture, layer: Layer, call: _Call, wanted: Record) 
         call.complete = True
         if Record.GRADIENTS in wanted:
             call.gradient = gradient.detach()
-        if Record.MEANS in wanted:
-            assert layer.adapter is not None
+        if Record.MEANS in wanted and layer.adapter is not None:
             call.gradient_sum = layer.adapter.expand_output(layer.module, gradient.detach()).sum((0, 1))
 
     return hook

@@ -95,7 +95,8 @@ class LayerStatistics:
 
     def preactivation_gradients(self) -> Tensor:
         """Per-sample gradients of the user's loss at the pre-activations, (N, S, d_out)."""
-        return self.gradient_rows().unflatten(0, (self.samples, -1)) * self.gradient_scale
+        rows: Tensor = self.gradient_rows().unflatten(0, (self.samples, -1))
+        return rows * self.gradient_scale
 
     def sampled_rows(self) -> Tensor:
         """Per-sample gradients with sampled labels, (N*S, d_out)."""
