@@ -58,9 +58,12 @@ def require_interval(name: str, value: float, low: float, high: float, *, closed
     Raises:
         ArgumentError: if it does not, or if it is not a number.
     """
-    inside_low = value >= low if closed[0] == "[" else value > low
-    inside_high = value <= high if closed[1] == "]" else value < high
-    if not (isinstance(value, int | float) and inside_low and inside_high):
+    inside = isinstance(value, int | float)
+    if inside:
+        inside_low = value >= low if closed[0] == "[" else value > low
+        inside_high = value <= high if closed[1] == "]" else value < high
+        inside = inside_low and inside_high
+    if not inside:
         raise ArgumentError(f"{name} must lie in {closed[0]}{low:g}, {high:g}{closed[1]}, got {value!r}")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.statistics import LayerStatistics, Needs
-from ..errors import ArgumentError, require_positive_integer
+from ..errors import require_interval, require_positive_integer
 from .averages import Average, ZeroStartAverage
 from .bfgs import AveragedPair, acceptable, average_pair_, pair_events
 from .factors import Side
@@ -96,8 +96,7 @@ class LBFGS:
 
     def __post_init__(self) -> None:
         require_positive_integer("memory", self.memory)
-        if not self.initial > 0:
-            raise ArgumentError(f"initial must be > 0, got {self.initial!r}")
+        require_interval("initial", self.initial, 0.0, float("inf"), closed="()")
 
     def needs(self, side: Side) -> Needs:
         """Secant pairs."""

@@ -162,17 +162,31 @@ def _inverse_of_group(matrices: Sequence[Tensor], dampings: Sequence[float], ind
     order = damped[0].shape[-1]
     stacked = damped[0] if len(damped) == 1 else torch.cat([entry.reshape(-1, order, order) for entry in damped])
     factor, info = torch.linalg.cholesky_ex(stacked.to(factorisation_dtype(stacked.dtype)))
-    if not bool((info != 0).any()):
-        inverse = torch.cholesky_inverse(factor).to(stacked.dtype)
+    if _succeeded(factor, info):
+        inverse = _row_major_inverse(factor).to(stacked.dtype)
         parts = inverse.split([entry[..., 0, 0].numel() for entry in damped]) if len(damped) > 1 else [inverse]
         return [Inverse(part.reshape(entry.shape), 0) for part, entry in zip(parts, damped, strict=True)]
     return [_inverse_with_retries(matrices[index], dampings[index]) for index in indices]
+
+
+def _row_major_inverse(factor: Tensor) -> Tensor:
+    """Inverse from a lower Cholesky factor. LAPACK writes columns; the transpose of a symmetric matrix is free.
+
+    Row-major, so that a loaded copy multiplies with the same rounding as the original.
+    """
+    return torch.cholesky_inverse(factor).mT.contiguous()
+
+
+def _succeeded(factor: Tensor, info: Tensor) -> bool:
+    """Whether every factorisation worked; LAPACK does not notice an infinite pivot. One synchronisation."""
+    finite = factor.diagonal(dim1=-2, dim2=-1).isfinite().all()
+    return bool((info == 0).all() & finite)
 
 
 def _inverse_with_retries(matrix: Tensor, damping: float) -> Inverse:
     for attempt in range(_RETRIES + 1):
         damped = add_to_diagonal(matrix, damping * 10.0**attempt)
         factor, info = torch.linalg.cholesky_ex(damped.to(factorisation_dtype(damped.dtype)))
-        if not bool((info != 0).any()):
-            return Inverse(torch.cholesky_inverse(factor).to(matrix.dtype), attempt)
+        if _succeeded(factor, info):
+            return Inverse(_row_major_inverse(factor).to(matrix.dtype), attempt)
     return Inverse(None, _RETRIES)

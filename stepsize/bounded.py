@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.statistics import Needs
-from ..errors import ArgumentError
+from ..errors import require_interval
 from .constant import Constant
 from .protocol import StepEvidence, StepSize
 
@@ -29,8 +29,7 @@ class RelativeBound:
     limit: float = 0.25
 
     def __post_init__(self) -> None:
-        if not self.limit > 0:
-            raise ArgumentError(f"limit of a relative step bound must be > 0, got {self.limit!r}")
+        require_interval("limit of a relative step bound", self.limit, 0.0, float("inf"), closed="(]")
 
     @property
     def needs(self) -> Needs:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..errors import ArgumentError, require_interval, require_positive_integer
+from ..errors import require_interval, require_positive_integer
 
 __all__ = ["Backtrack", "Guard", "NoGuard"]
 
@@ -57,8 +57,7 @@ class Backtrack:
     attempts: int = 8
 
     def __post_init__(self) -> None:
-        if not self.growth > 1.0:
-            raise ArgumentError(f"growth must be > 1, got {self.growth!r}")
+        require_interval("growth", self.growth, 1.0, math.inf, closed="(]")
         require_interval("shrink", self.shrink, 0.0, 1.0, closed="()")
         require_positive_integer("attempts", self.attempts)
 
