@@ -74,6 +74,8 @@ class Kronecker:
 
     def update(self, state: KroneckerState, observation: Observation, average: Average | None = None) -> None:
         """Both sides."""
+        if not self.needs:
+            return
         assert observation.statistics is not None
         self.inputs.update(state.inputs, observation.statistics, "inputs", average)
         self.outputs.update(state.outputs, observation.statistics, "outputs", average)
@@ -107,10 +109,11 @@ class Kronecker:
     def to_dense(self, state: KroneckerState, layer: Layer, damping: SideDamping) -> Tensor:
         """Inverse of H_g (x) H_a as a matrix over (weight row-major, then bias)."""
         rows, columns = layer.matrix_shape
-        inner = _dense(self.inputs, state.inputs, damping.inputs, columns)
-        outer = _dense(self.outputs, state.outputs, damping.outputs, rows)
+        weight = layer.parameters["weight"].detach()
+        inner = _dense(self.inputs, state.inputs, damping.inputs, columns, weight)
+        outer = _dense(self.outputs, state.outputs, damping.outputs, rows, weight)
         inner, outer = (torch.cholesky_inverse(torch.linalg.cholesky(side)) for side in (inner, outer))
-        dense = torch.kron(outer.to(inner.dtype), inner)
+        dense = torch.kron(outer, inner)
         if not layer.has_bias:
             return dense
         index = torch.arange(rows * columns).reshape(rows, columns)
@@ -118,8 +121,10 @@ class Kronecker:
         return dense[order][:, order]
 
 
-def _dense(factor: Factor, state: State, damping: float, size: int) -> Tensor:
-    return torch.eye(size) if isinstance(factor, IdentityFactor) else factor.to_dense(state, damping)
+def _dense(factor: Factor, state: State, damping: float, size: int, like: Tensor) -> Tensor:
+    if isinstance(factor, IdentityFactor):
+        return torch.eye(size, dtype=like.dtype, device=like.device)
+    return factor.to_dense(state, damping)
 
 
 def _wrong_side(factor: Factor, side: str) -> str:
