@@ -5,9 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from osculate.curvature import Capture, Estimator, LayerStatistics, Record, discover_layers
+from osculate.curvature import Capture, Layer, LayerStatistics, Record, discover_layers
 from osculate.curvature.likelihoods import Likelihood
 from osculate.curvature.statistics import Tensors
+from osculate.preconditioners import Preconditioner, SideDamping
+from osculate.preconditioners.linalg import inverse_of_many
 from torch import Tensor, nn
 
 Loss = Callable[[Tensor], Tensor]
@@ -73,11 +75,6 @@ def measure(
     }
 
 
-def estimated(statistics: LayerStatistics, estimator: Estimator) -> LayerStatistics:
-    """The statistics with the estimator's choice filled in."""
-    return estimator.fill(statistics)
-
-
 def joint(values: Tensors) -> Tensor:
     """(weight, bias) of one layer as the matrix [W | b]."""
     weight = values[0].flatten(1)
@@ -116,8 +113,22 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=tolerance, atol=tolerance)
 
 
-def conv_net(**options: Any) -> nn.Sequential:
-    """Two convolutions and a linear layer on images (N, 2, 6, 6)."""
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 3, **options), nn.Tanh(), nn.Conv2d(3, 2, 2), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)
-    ).double()
+def storage_of(part: Preconditioner, layer: Layer, values: Tensors) -> Tensors:
+    """The layer's tensors in the layout a structure wants: the served ones, as one matrix if it is joint."""
+    named = dict(zip(layer.parameters, values, strict=True))
+    served = tuple(named[name].clone() for name in part.serves(layer))
+    return (joint(served),) if part.joint else served
+
+
+def served_vector(part: Preconditioner, layer: Layer, storage: Tensors) -> Tensor:
+    """A storage as one vector over the served parameters: weight row by row, then the bias."""
+    if not part.joint:
+        return flat(storage)
+    (matrix,) = storage
+    return torch.cat([matrix[:, :-1].flatten(), matrix[:, -1]]) if layer.has_bias else matrix.flatten()
+
+
+def refreshed(part: Preconditioner, state: Any, damping: SideDamping) -> None:
+    """Invert what the structure wants inverted."""
+    requests = part.matrices(state, damping)
+    part.install(state, inverse_of_many([r.matrix for r in requests], [r.damping for r in requests]))
