@@ -33,7 +33,8 @@ class Needs(enum.Flag):
     - ``SCORES``: per-sample derivatives of the log-likelihood along the step directions (quadratic forms);
     - ``PRODUCTS``: products with the Hessian of the mini-batch loss, which take a closure;
     - ``BATCH_SCORES``: the parameter gradient of the mean loss with sampled labels;
-    - ``NORMS``: norms of the layers' parameters and directions (always available, one pass over each).
+    - ``NORMS``: norms of the layers' parameters and directions (always available, one pass over each);
+    - ``SLOPES``: inner products of gradient and direction per layer (always available, one pass).
     """
 
     NOTHING = 0
@@ -45,6 +46,7 @@ class Needs(enum.Flag):
     PRODUCTS = enum.auto()
     BATCH_SCORES = enum.auto()
     NORMS = enum.auto()
+    SLOPES = enum.auto()
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,8 @@ _PARTS: dict[str, dict[str, type]] = {
         "JointLayerwise": stepsize.JointLayerwise,
         "RelativeBound": stepsize.RelativeBound,
     },
+    "coupling": {"RowSums": stepsize.RowSums, "Separate": stepsize.Separate},
+    "slope": {"LeadingSlope": stepsize.LeadingSlope, "MomentumSlope": stepsize.MomentumSlope},
     "guard": {"Backtrack": stepsize.Backtrack, "NoGuard": stepsize.NoGuard},
 }
 

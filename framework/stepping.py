@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,41 +105,86 @@ class StepRule:
         if not self.rule.needs:
             return StepEvidence(names, lr)
         pieces = _pieces(self.layers, blocks, directions, momentum)
-        forms = None
-        if self.rule.due(step) and self.rule.needs & (Needs.SCORES | Needs.BATCH_SCORES | Needs.PRODUCTS):
-            layer_directions = {
-                layer.name: tuple(pieces[layer.name][name][0] for name in layer.parameters) for layer in self.layers
-            }
-            product = products.product if products is not None else None
-            generator = torch.Generator(device=pieces[names[0]][next(iter(self.layers[0].parameters))][0].device)
-            generator.manual_seed(self.seed * 1_000_003 + step)
-            measured = DirectionalEvidence(names, layer_directions, statistics, product, generator)
-            forms = self.rule.curvature.measure(measured)  # type: ignore[attr-defined]
-        flat = [list(pieces[name].values()) for name in names]
-        slopes = torch.stack([_total([torch.sum(d * m) if c else d.new_zeros(()) for d, m, c in e]) for e in flat])
-        norms = torch.stack([_total([d.square().sum() for d, _, _ in entries]) for entries in flat])
-        parameters = torch.stack(
-            [_total([p.detach().square().sum() for p in layer.parameters.values()]).sqrt() for layer in self.layers]
+        gradient_slopes = None
+        if self.rule.needs & Needs.SLOPES:
+            gradient_slopes = self._sums(pieces, lambda piece: _dot(piece.gradient, piece.direction))
+        return StepEvidence(
+            names,
+            lr,
+            slopes=self._sums(pieces, lambda piece: piece.correction * _dot(piece.momentum, piece.direction)),
+            gradient_slopes=gradient_slopes,
+            squared_norms=self._sums(pieces, lambda piece: _dot(piece.direction, piece.direction)),
+            parameter_norms=self._norms() if self.rule.needs & Needs.NORMS else None,
+            forms=self._forms(step, pieces, statistics, products),
         )
-        return StepEvidence(names, lr, slopes, norms, parameters, forms)
+
+    def _forms(
+        self,
+        step: int,
+        pieces: _Pieces,
+        statistics: Mapping[str, LayerStatistics],
+        products: GraphKeepingBackward | None,
+    ) -> Tensor | None:
+        """(L, L) quadratic forms along the directions, when they are due."""
+        if self.rule.curvature is None or not self.rule.due(step):
+            return None
+        names = [layer.name for layer in self.layers]
+        directions = {name: tuple(piece.direction for piece in pieces[name].values()) for name in names}
+        generator = torch.Generator(device=directions[names[0]][0].device)
+        generator.manual_seed(self.seed * 1_000_003 + step)
+        product = products.product if products is not None else None
+        return self.rule.curvature.measure(DirectionalEvidence(names, directions, statistics, product, generator))
+
+    def _sums(self, pieces: _Pieces, measure: Callable[[_Piece], Tensor]) -> Tensor:
+        """(L,) sums of a number per parameter over each layer."""
+        return torch.stack(
+            [torch.stack([measure(piece) for piece in pieces[layer.name].values()]).sum() for layer in self.layers]
+        )
+
+    def _norms(self) -> Tensor:
+        """(L,) norms of the layers' parameters."""
+        parameters = [parameter.detach() for layer in self.layers for parameter in layer.parameters.values()]
+        norms = iter(torch._foreach_norm(parameters))
+        per_layer = [torch.stack([next(norms) for _ in layer.parameters]) for layer in self.layers]
+        return torch.stack([torch.linalg.vector_norm(values) for values in per_layer])
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One parameter's direction, momentum with its bias correction, and gradient."""
+
+    direction: Tensor
+    momentum: Tensor
+    correction: float
+    gradient: Tensor
+
+
+_Pieces = dict[str, dict[str, _Piece]]
 
 
 def _pieces(
     layers: Sequence[Layer], blocks: Sequence[Block], directions: Mapping[str, Tensors], momentum: Momentum
-) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
-    """Per layer and parameter: direction, momentum, factor of the momentum (0 where the parameter has no gradient)."""
-    found: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {layer.name: {} for layer in layers}
+) -> _Pieces:
+    """Pieces per layer and parameter, in the layer's order; zeros where a parameter has no gradient."""
+    found: dict[str, dict[str, _Piece]] = {layer.name: {} for layer in layers}
     for block in blocks:
         factor = momentum.correction(block.updates)
-        for name, direction, view in zip(block.names, directions[block.key], block.views, strict=True):
-            found[block.layer.name][name] = (direction, view, factor)
+        gradients = block.gradients()
+        assert gradients is not None
+        for name, direction, view, gradient in zip(
+            block.names, directions[block.key], block.views, gradients, strict=True
+        ):
+            found[block.layer.name][name] = _Piece(direction, view, factor, gradient)
+    result: _Pieces = {}
     for layer in layers:
-        for name, parameter in layer.parameters.items():
-            if name not in found[layer.name]:
-                zero = torch.zeros_like(parameter)
-                found[layer.name][name] = (zero, zero, 0.0)
-    return found
+        zeros = {name: torch.zeros_like(p) for name, p in layer.parameters.items() if name not in found[layer.name]}
+        missing = {name: _Piece(zero, zero, 1.0, zero) for name, zero in zeros.items()}
+        result[layer.name] = {name: (found[layer.name] | missing)[name] for name in layer.parameters}
+    return result
 
 
-def _total(values: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(values)).sum()
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product; without a temporary where both are contiguous."""
+    if left.is_contiguous() and right.is_contiguous():
+        return torch.dot(left.view(-1), right.view(-1))
+    return torch.sum(left * right)

@@ -16,6 +16,7 @@ from ..errors import ArgumentError
 from ..preconditioners.averages import MovingAverage
 from ..preconditioners.damping import Split
 from ..preconditioners.diagonal import Diagonal
+from ..stepsize.bounded import RelativeBound
 from ..stepsize.joint import JointLayerwise
 from ..stepsize.layerwise import LayerwiseQuadratic
 from .baselines import kronecker_fisher
@@ -23,7 +24,15 @@ from .method import Method
 from .momentum import EMA, CorrectedEMA, Decoupled
 from .published import kbfgs
 
-__all__ = ["joint_kbfgs", "joint_kfac", "joint_sgdm", "layerwise_adamw", "layerwise_sgdm", "quadratic_form"]
+__all__ = [
+    "joint_kbfgs",
+    "joint_kfac",
+    "joint_sgdm",
+    "layerwise_adamw",
+    "layerwise_rule",
+    "layerwise_sgdm",
+    "quadratic_form",
+]
 
 FORMS: dict[str, type[QuadraticForm]] = {
     "sampled": SampledScores,
@@ -41,6 +50,11 @@ def quadratic_form(name: str) -> QuadraticForm:
     return FORMS[name]()
 
 
+def layerwise_rule(curvature: str, curvature_every: int) -> RelativeBound:
+    """The layer-wise rule with its bound: no step moves a layer by more than 3 % of its norm."""
+    return RelativeBound(LayerwiseQuadratic(quadratic_form(curvature), curvature_every), limit=0.03)
+
+
 def layerwise_sgdm(*, momentum: float = 0.9, curvature: str = "sampled", curvature_every: int = 1) -> Method:
     """SGD-momentum with layer-wise step sizes (arXiv:2305.13664v3, reconstructed); needs no learning rate.
 
@@ -49,7 +63,7 @@ def layerwise_sgdm(*, momentum: float = 0.9, curvature: str = "sampled", curvatu
         curvature: ``sampled``, ``sampled-batch``, ``signed-hessian``, ``exact-hessian`` or ``hessian-row-sums``.
         curvature_every: steps between two measurements, >= 1.
     """
-    rule = LayerwiseQuadratic(quadratic_form(curvature), curvature_every)
+    rule = layerwise_rule(curvature, curvature_every)
     return Method(momentum=EMA(momentum), step_size=rule, defaults={"lr": 1.0})
 
 
@@ -67,7 +81,7 @@ def layerwise_adamw(
         diagonal,
         momentum=CorrectedEMA(beta1),
         weight_decay=Decoupled(),
-        step_size=LayerwiseQuadratic(quadratic_form(curvature), curvature_every),
+        step_size=layerwise_rule(curvature, curvature_every),
         fallback=diagonal,
         defaults={"lr": 1.0},
     )

@@ -4,7 +4,7 @@ from .bounded import RelativeBound
 from .constant import Constant as ConstantStep
 from .guard import Backtrack, Guard, NoGuard
 from .joint import JointLayerwise
-from .layerwise import LayerwiseQuadratic
+from .layerwise import LayerwiseQuadratic, LeadingSlope, MomentumSlope, RowSums, Separate
 from .protocol import StepEvidence, StepSize
 
 __all__ = [
@@ -13,8 +13,12 @@ __all__ = [
     "Guard",
     "JointLayerwise",
     "LayerwiseQuadratic",
+    "LeadingSlope",
+    "MomentumSlope",
     "NoGuard",
     "RelativeBound",
+    "RowSums",
+    "Separate",
     "StepEvidence",
     "StepSize",
 ]

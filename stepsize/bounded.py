@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..curvature.quadratic_forms import QuadraticForm
 from ..curvature.statistics import Needs
 from ..errors import require_interval
 from .constant import Constant
@@ -35,6 +36,11 @@ class RelativeBound:
     def needs(self) -> Needs:
         """What the inner rule needs, and norms."""
         return self.rule.needs | Needs.NORMS
+
+    @property
+    def curvature(self) -> QuadraticForm | None:
+        """The inner rule's."""
+        return self.rule.curvature
 
     def due(self, step: int) -> bool:
         """As the inner rule."""

@@ -17,6 +17,7 @@ class Constant:
     """alpha_l = lr of the parameter group; schedulers act on it."""
 
     needs = Needs.NOTHING
+    curvature = None
 
     def due(self, step: int) -> bool:
         """Never measures."""

@@ -67,10 +67,9 @@ class JointLayerwise:
         tiny = torch.finfo(evidence.squared_norms.dtype).tiny
         norms = evidence.squared_norms.clamp(min=tiny).sqrt()
         if evidence.forms is not None:
-            state.take(evidence.forms / torch.outer(norms, norms), self.decay)
+            state.take_forms(evidence.forms / torch.outer(norms, norms), self.decay)
         matrix = state.forms + torch.diag(self.relative_ridge * state.forms.diagonal() + self.ridge)
         solution = solve_semidefinite(matrix, evidence.slopes / norms)
-        state.steps += 1
         return evidence.lr * solution.clamp(min=0.0) / norms
 
 

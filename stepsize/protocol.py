@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..curvature.quadratic_forms import QuadraticForm
 from ..curvature.statistics import Needs
 
 __all__ = ["StepEvidence", "StepSize"]
@@ -26,6 +27,7 @@ class StepEvidence:
         names: layer names, in the model's order.
         lr: ``lr`` of the parameter group, > 0: the step itself for ``Constant``, a multiplier (default 1) elsewhere.
         slopes: (L,) r_l = <momentum_l, d_l>, an estimate of minus the derivative along the step; None unless asked.
+        gradient_slopes: (L,) <gradient_l, d_l> with the mini-batch gradient itself; None unless asked.
         squared_norms: (L,) |d_l|^2; None unless asked.
         parameter_norms: (L,) |theta_l|; None unless asked.
         forms: (L, L) matrix M with M_ll = d_l' C_l d_l, or None when curvature is not renewed at this step.
@@ -34,6 +36,7 @@ class StepEvidence:
     names: Sequence[str]
     lr: float
     slopes: Tensor | None = None
+    gradient_slopes: Tensor | None = None
     squared_norms: Tensor | None = None
     parameter_norms: Tensor | None = None
     forms: Tensor | None = None
@@ -45,6 +48,10 @@ class StepSize(Protocol):
     @property
     def needs(self) -> Needs:
         """What the quadratic forms ask of the backend; ``NOTHING`` for rules without curvature."""
+
+    @property
+    def curvature(self) -> QuadraticForm | None:
+        """How quadratic forms are measured; ``None`` for rules without curvature."""
 
     def due(self, step: int) -> bool:
         """Whether quadratic forms are renewed at this step."""
