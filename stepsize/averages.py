@@ -18,28 +18,30 @@ class AveragedForms:
     Attributes:
         forms: (L, L) quadratic forms along normalised directions.
         slopes: (L,) gradients along normalised directions.
+        forms_weight: 0-dimensional, in [0, 1).
+        slopes_weight: 0-dimensional, in [0, 1).
     """
 
     forms: Tensor
     slopes: Tensor
-    forms_weight: float = 0.0
-    slopes_weight: float = 0.0
+    forms_weight: Tensor
+    slopes_weight: Tensor
 
     @classmethod
     def zeros(cls, count: int, like: Tensor) -> AveragedForms:
         """Nothing gathered yet."""
-        return cls(like.new_zeros(count, count), like.new_zeros(count))
+        return cls(like.new_zeros(count, count), like.new_zeros(count), like.new_zeros(()), like.new_zeros(()))
 
     def take_forms(self, forms: Tensor, decay: float) -> None:
         """Average the forms; one that is not finite does not enter."""
-        self.forms_weight = _average_(self.forms, forms, self.forms_weight, decay)
+        _average_(self.forms, forms, self.forms_weight, decay)
 
     def take_slopes(self, slopes: Tensor, decay: float) -> None:
         """Average the slopes; one that is not finite does not enter."""
-        self.slopes_weight = _average_(self.slopes, slopes, self.slopes_weight, decay)
+        _average_(self.slopes, slopes, self.slopes_weight, decay)
 
     def to_dict(self) -> dict[str, Any]:
-        """Tensors and numbers."""
+        """Tensors by name."""
         weights = {"forms_weight": self.forms_weight, "slopes_weight": self.slopes_weight}
         return {"forms": self.forms, "slopes": self.slopes} | weights
 
@@ -47,12 +49,14 @@ class AveragedForms:
         """Copy saved values into place."""
         self.forms.copy_(values["forms"])
         self.slopes.copy_(values["slopes"])
-        self.forms_weight = float(values["forms_weight"])
-        self.slopes_weight = float(values["slopes_weight"])
+        self.forms_weight.copy_(values["forms_weight"])
+        self.slopes_weight.copy_(values["slopes_weight"])
 
 
-def _average_(average: Tensor, new: Tensor, weight: float, decay: float) -> float:
-    total = decay * weight + 1.0 - decay
+def _average_(average: Tensor, new: Tensor, weight: Tensor, decay: float) -> None:
+    """The weight is a tensor, so that a value that does not enter is not counted either; no synchronisation."""
+    total = decay * weight + (1.0 - decay)
     mixed = torch.lerp(average, new, (1.0 - decay) / total)
-    average.copy_(torch.where(torch.isfinite(mixed).all(), mixed, average))
-    return total
+    finite = torch.isfinite(mixed).all()
+    average.copy_(torch.where(finite, mixed, average))
+    weight.copy_(torch.where(finite, total, weight))

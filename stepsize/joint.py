@@ -76,12 +76,16 @@ class JointLayerwise:
 def solve_semidefinite(matrix: Tensor, right: Tensor) -> Tensor:
     """Solve with a symmetric positive semi-definite L x L matrix after scaling its diagonal to one.
 
-    Rows without curvature (a layer whose direction does nothing) get a zero. Always double precision: L is small.
+    Rows without curvature (a layer whose direction does nothing) get a zero. A matrix that is not semi-definite (an
+    estimate of the Hessian) has no joint minimum: the diagonal matrix of its absolute row sums, which is above it, is
+    solved instead. Always double precision: L is small.
     """
     diagonal = matrix.diagonal().double()
     scale = torch.where(diagonal > 0, diagonal.clamp(min=1e-300).rsqrt(), torch.zeros_like(diagonal))
     scaled = matrix.double() * torch.outer(scale, scale)
     scaled.diagonal().copy_(torch.ones_like(diagonal) * (1.0 + 1e-10))
-    factor, _ = torch.linalg.cholesky_ex(scaled)
-    solution = torch.cholesky_solve((scale * right.double()).unsqueeze(1), factor).squeeze(1)
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    scaled_right = scale * right.double()
+    solution = torch.cholesky_solve(scaled_right.unsqueeze(1), factor).squeeze(1)
+    solution = torch.where(info == 0, solution, scaled_right / scaled.abs().sum(1))
     return torch.nan_to_num(scale * solution, nan=0.0, posinf=0.0, neginf=0.0).to(right.dtype)

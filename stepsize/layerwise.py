@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores
 from ..curvature.statistics import Needs
-from ..errors import ArgumentError, require_finite_nonnegative, require_interval, require_positive_integer
+from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
 from .averages import AveragedForms
 from .protocol import StepEvidence
 
@@ -123,8 +123,7 @@ class LayerwiseQuadratic:
         require_positive_integer("every", self.every)
         require_interval("decay", self.decay, 0.0, 1.0)
         require_finite_nonnegative("damping", self.damping)
-        if not self.factor > 0:
-            raise ArgumentError(f"factor must be > 0, got {self.factor!r}")
+        require_interval("factor", self.factor, 0.0, float("inf"), closed="()")
 
     @property
     def needs(self) -> Needs:
