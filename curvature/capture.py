@@ -74,6 +74,8 @@ class Capture:
         seed: of the sampled labels. The labels of a pass depend on (seed, step, pass) only: no random state is kept.
     """
 
+    _sampling = False  # of the class: a second optimizer on the same model sees this one's sampled backward too
+
     def __init__(
         self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood | None, loss_reduction: str, seed: int
     ):
@@ -88,7 +90,7 @@ class Capture:
         self._parameter_sums: dict[str, list[_ParameterSum]] = {}
         self._pass = 0
         self._kind: PassKind = "gradient"
-        self._sampling = False
+        self._inside = False
         self._handles = _register(self)
 
     def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
@@ -140,7 +142,7 @@ class Capture:
         for calls in self._calls.values():
             calls.clear()
         self._parameter_sums.clear()
-        self._pass = 0
+        self._pass, self._inside = 0, False
 
     def _completed_passes(self) -> set[int]:
         return {call.pass_index for calls in self._calls.values() for call in calls if call.complete}
@@ -169,6 +171,8 @@ class Capture:
         wanted = self._wanted.get(layer.name, Record.NOTHING)
         if not wanted or not isinstance(output, Tensor):
             return None
+        if not self._inside and self._pass in self._completed_passes():
+            self._pass += 1  # parts of the model are called one by one, and a backward has ended the last pass
         if self._kind == "forward":
             self._new_call(layer, wanted, args[0], output)
             return None
@@ -230,11 +234,11 @@ class Capture:
         targets = self.likelihood.sample(output.detach(), self._generator(output.device))
         loss = self.likelihood.negative_log_likelihood(output, targets)
         edges: list[Any] = [call.edge for call in calls]
-        self._sampling = True
+        Capture._sampling = True
         try:
             gradients = torch.autograd.grad(loss, edges + parameters, retain_graph=True, allow_unused=True)
         finally:
-            self._sampling = False
+            Capture._sampling = False
         for call, gradient in zip(calls, gradients, strict=False):
             call.sampled, call.edge = gradient, None
         rest = list(gradients[len(calls) :])
@@ -259,7 +263,7 @@ class Capture:
 
 def _gradient_hook(capture: Capture, layer: Layer, call: _Call, wanted: Record) -> Callable[[Tensor], None]:
     def hook(gradient: Tensor) -> None:
-        if capture._sampling:  # the sampled backward runs through the same tensors
+        if Capture._sampling:  # the sampled backward runs through the same tensors
             return
         call.complete = True
         if Record.GRADIENTS in wanted:
@@ -284,11 +288,12 @@ def _register(capture: Capture) -> list[Any]:
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
         alive = reference()
         if alive is not None:
-            alive._pass += 1
+            alive._pass, alive._inside = alive._pass + 1, True
 
     def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         alive = reference()
         if alive is not None:
+            alive._inside = False
             alive._on_model(output)
 
     handles: list[Any] = [layer.module.register_forward_hook(layer_hook(layer)) for layer in capture.layers]

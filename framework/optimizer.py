@@ -28,7 +28,7 @@ from .blocks import make_blocks
 from .evaluation import Closure, Snapshot, preserved, run_closure
 from .lookback import LookBack
 from .method import Method
-from .recording import fill, records_for_forward, records_for_step
+from .recording import fill, records_for_forward, records_for_step, require_filled
 from .report import LayerRow, StepReport
 from .saving import require_same_layout
 from .stepping import Proposal, StepRule
@@ -241,6 +241,8 @@ class SecondOrder(torch.optim.Optimizer):
             if record is not None and statistics.get(block.layer.name) is not None:
                 block.positions = record.positions
             if block.part.schedule.statistics_due(self._step, self._warm):
+                if record is not None:
+                    require_filled(block, record)
                 observation = Observation(record, values, block.storage, decay, block.parameters)
                 block.part.update(block.state, observation)
 
@@ -312,6 +314,7 @@ class SecondOrder(torch.optim.Optimizer):
         for block in self.blocks:
             record = fill(estimator, block.layer, statistics.get(block.layer.name))
             if record is not None and block.part.needs:
+                require_filled(block, record)
                 block.part.update(block.state, Observation(record, (), block.storage), PlainAverage())
                 self._warm = True
 

@@ -9,10 +9,11 @@ from ..curvature.capture import Record
 from ..curvature.estimators import Estimator
 from ..curvature.layers import Layer
 from ..curvature.statistics import LayerStatistics, Needs
+from ..errors import ArgumentError
 from .blocks import Block
 from .method import Method
 
-__all__ = ["fill", "records_for_forward", "records_for_step"]
+__all__ = ["fill", "records_for_forward", "records_for_step", "require_filled"]
 
 
 def records_for_step(
@@ -56,6 +57,23 @@ def fill(estimator: Estimator, layer: Layer, record: LayerStatistics | None) -> 
     if len(present) == len(gradients):
         record = replace(record, gradients=present)
     return estimator.fill(record)
+
+
+def require_filled(block: Block, record: LayerStatistics) -> None:
+    """Check that a structure finds what it declared, before it is given the record.
+
+    Raises:
+        ArgumentError: naming the layer and the ways to run the model that leave its record empty.
+    """
+    empty = (Needs.ROOTS in block.part.needs and record.roots is None) or (
+        Needs.VECTORS in block.part.needs and record.vectors is None
+    )
+    if empty or (Needs.INPUTS in block.part.needs and record.inputs is None):
+        raise ArgumentError(
+            f"nothing was recorded of layer {block.layer.name!r}: run the whole model that was given to osculate.build "
+            "(not its submodules one by one), with gradients enabled (no torch.no_grad()); the layer must be called as "
+            "a module and must influence the model's output, else give it Identity() with ByLayer"
+        )
 
 
 def _add(wanted: dict[str, Record], name: str, record: Record) -> None:
