@@ -58,8 +58,9 @@ class LinearAdapter:
     batched_ndim = 2
 
     def matches(self, module: nn.Module) -> bool:
-        """Exactly ``nn.Linear`` and its subclasses that keep its forward."""
-        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        """``nn.Linear`` and subclasses that keep its forward, but for the one whose forward attention never calls."""
+        uncalled = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not uncalled
 
     def positions(self, module: nn.Module, output: Tensor) -> int:
         """Product of the middle axes."""

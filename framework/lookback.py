@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,7 +40,6 @@ class LookBack:
 
     def __init__(self, optimizer: SecondOrder):
         self.optimizer = optimizer
-        self.pairs = Needs.PAIRS in optimizer.method.needs
         self.active = optimizer.method.looks_back
         self._before: Snapshot | None = None
         self._parameters: list[tuple[Tensor, Tensor]] = []
@@ -83,12 +81,12 @@ class LookBack:
         """One lean pass: no parameter gradient is computed, gradients and buffers end up as they were."""
         optimizer = self.optimizer
         assert self._before is not None
-        served = {block.layer.name for block in optimizer.blocks if Needs.PAIRS in block.part.needs}
+        served = [block.layer for block in optimizer.blocks if Needs.PAIRS in block.part.needs]
         optimizer.capture.clear()
-        optimizer.capture.arm(dict.fromkeys(served, Record.MEANS), "look back")
+        optimizer.capture.arm({layer.name: Record.MEANS for layer in served}, "look back")
         optimizer.gradient_evaluations += 1
-        parameters = [parameter for layer in optimizer.layers for parameter in layer.parameters.values()]
-        with preserved(optimizer.model), frozen(parameters) if self.pairs else nullcontext():
+        # Only layers whose outputs the capture makes need a gradient: a loss without any could not run backward.
+        with preserved(optimizer.model), frozen([p for layer in served for p in layer.parameters.values()]):
             self._before.restore(optimizer.model)
             loss = run_closure(closure)
         return loss, optimizer.capture.collect()

@@ -28,7 +28,7 @@ from .blocks import make_blocks
 from .evaluation import Closure, Snapshot, preserved, run_closure
 from .lookback import LookBack
 from .method import Method
-from .recording import fill, records_for_forward, records_for_step, require_filled
+from .recording import fill, records_for_forward, records_for_step, require_filled, require_sampled
 from .report import LayerRow, StepReport
 from .saving import require_same_layout
 from .stepping import Proposal, StepRule
@@ -173,6 +173,7 @@ class SecondOrder(torch.optim.Optimizer):
         trouble = self._trouble(loss, gradients)
         if trouble is not None:
             return self._refuse(trouble, loss)
+        require_sampled(self.method.step_size, self._step, statistics)
         self._observe(statistics, gradients)
         refreshes, rescues = self._refresh()
         proposal = self._propose(statistics, gradients, products)

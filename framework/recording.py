@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..curvature.capture import Record
@@ -10,10 +10,11 @@ from ..curvature.estimators import Estimator
 from ..curvature.layers import Layer
 from ..curvature.statistics import LayerStatistics, Needs
 from ..errors import ArgumentError
+from ..stepsize.protocol import StepSize
 from .blocks import Block
 from .method import Method
 
-__all__ = ["fill", "records_for_forward", "records_for_step", "require_filled"]
+__all__ = ["fill", "records_for_forward", "records_for_step", "require_filled", "require_sampled"]
 
 
 def records_for_step(
@@ -73,6 +74,21 @@ def require_filled(block: Block, record: LayerStatistics) -> None:
             f"nothing was recorded of layer {block.layer.name!r}: run the whole model that was given to osculate.build "
             "(not its submodules one by one), with gradients enabled (no torch.no_grad()); the layer must be called as "
             "a module and must influence the model's output, else give it Identity() with ByLayer"
+        )
+
+
+def require_sampled(rule: StepSize, step: int, statistics: Mapping[str, LayerStatistics]) -> None:
+    """Check that labels were sampled when the step-size rule measures curvature with them.
+
+    Raises:
+        ArgumentError: if no layer has anything from a sampled backward.
+    """
+    if not (rule.needs & (Needs.SCORES | Needs.BATCH_SCORES) and rule.due(step)):
+        return
+    entries = [(entry.sampled_gradient, entry.sampled_parameter_gradients) for entry in statistics.values()]
+    if all(rows is None and gradients is None for rows, gradients in entries):
+        raise ArgumentError(
+            "no labels were sampled: run the whole model that was given to osculate.build, not its submodules one by one"
         )
 
 
