@@ -11,14 +11,14 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 import osculate as osc
+import torch
 from osculate.experiments.datasets import MNIST, load_images
+from torch import Tensor, nn
 
 
 def network() -> nn.Sequential:
+    """Two convolutions with BatchNorm, dropout, two dense layers."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True), nn.MaxPool2d(2),
@@ -29,12 +29,14 @@ def network() -> nn.Sequential:
 
 
 def construct(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """Construct the optimizer: all that differs."""
     if name == "adam":
         return torch.optim.Adam(model.parameters(), lr=1e-3)
     return osc.build("mbf", model)  # the only line that differs
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, batch: int) -> None:
+    """One epoch of the plain loop."""
     model.train()
     for rows in torch.randperm(len(images)).split(batch):
         optimizer.zero_grad()
@@ -45,14 +47,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, la
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of correct classes, in evaluation mode."""
     model.eval()
-    correct = [
-        (model(x).argmax(1) == y).sum() for x, y in zip(images.split(1000), labels.split(1000), strict=True)
-    ]
+    correct = [(model(x).argmax(1) == y).sum() for x, y in zip(images.split(1000), labels.split(1000), strict=True)]
     return float(torch.stack(correct).sum()) / len(labels)
 
 
 def main(arguments: list[str] | None = None) -> float:
+    """Train, print the test accuracy after every epoch, and return the last one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizer", choices=("adam", "mbf"), default="mbf")
     parser.add_argument("--data-dir", type=Path)
