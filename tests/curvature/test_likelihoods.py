@@ -88,6 +88,16 @@ def test_categorical_sampling_at_the_edges() -> None:
     assert set(many.tolist()) == set(range(7))
 
 
+@pytest.mark.parametrize(("uniform", "label"), [(0.0, 1), (0.499, 1), (0.5, 2), (1 - 2**-53, 2)])
+def test_categorical_sampling_inverts_the_distribution(
+    monkeypatch: pytest.MonkeyPatch, uniform: float, label: int
+) -> None:
+    """An impossible class is not drawn even where the uniform number falls on its edge."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.full(*shape, uniform, dtype=dtype))
+    output = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]], dtype=torch.float64)
+    assert Categorical().sample(output, generator_of(0)).tolist() == [label]
+
+
 def outcomes(name: str, output: Tensor) -> Iterator[tuple[float, Tensor]]:
     """Every label of the whole batch with its probability; the Gaussian by a two-point rule with equal moments."""
     n, size = output.shape

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from measuring import close, generator_of, random_spd
 from osculate.curvature import LayerStatistics, discover_layers
 from osculate.preconditioners import BFGS, LBFGS, DoubleDamping, HessianActionBFGS, NoDamping, ZeroStartAverage
-from osculate.preconditioners.bfgs import SKIP_TOLERANCE, BFGSState, HessianActionState
+from osculate.preconditioners.bfgs import BFGSState, HessianActionState, acceptable
 from osculate.preconditioners.lbfgs import append_pair_
 from osculate.preconditioners.linalg import inverse_of_many
 from reference import pairs as reference
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 seeds = st.integers(0, 2**31)
 sizes = st.integers(2, 6)
 NEWEST = ZeroStartAverage(0.0)
+SKIP_TOLERANCE = 1e-4  # PAPERS 1.2, skip rules
 
 
 def at_outputs(preactivation: Tensor, gradient: Tensor) -> LayerStatistics:
@@ -193,3 +194,14 @@ def test_bfgs_starts_as_the_identity() -> None:
         close(factor.to_dense(state, 0.5), torch.eye(3, dtype=torch.float64))
         if isinstance(state, BFGSState):
             assert state.pair.weight == 0.0
+
+
+@pytest.mark.parametrize(("ratio", "accepted"), [(0.99, False), (1.01, True), (-1.0, False), (0.0, False)])
+def test_the_skip_rule_is_relative_to_step_and_gradient(ratio: float, accepted: bool) -> None:
+    """s'y > 1e-4 |s|^2 |v|, at any scale of s and v."""
+    for scale in (1e-6, 1.0, 1e6):
+        s, v = scale * torch.tensor([3.0, 4.0]).double(), torch.tensor([0.0, 2.0]).double() / scale
+        curvature = ratio * 1e-4 * (s @ s) * v.norm()
+        assert bool(acceptable(s, curvature, v)) == accepted
+    assert not acceptable(s, torch.tensor(1.0).double(), v * float("nan"))
+    assert bool(acceptable(s, torch.tensor(1e-30).double(), torch.zeros(2).double()))
