@@ -17,7 +17,11 @@ __all__ = ["adagrad", "adam", "adamw", "kfac", "kronecker_fisher", "rmsprop", "s
 
 
 def sgdm(*, momentum: float = 0.9) -> Method:
-    """SGD with heavy-ball momentum, as ``torch.optim.SGD``; decay in [0, 1)."""
+    """SGD with heavy-ball momentum, as ``torch.optim.SGD``.
+
+    Args:
+        momentum: decay in [0, 1).
+    """
     return Method(momentum=HeavyBall(momentum), defaults={"lr": 0.003})
 
 
@@ -33,23 +37,44 @@ def _adam(beta1: float, beta2: float, epsilon: float, weight_decay: WeightDecay,
 
 
 def adam(*, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -> Method:
-    """Adam (arXiv:1412.6980v9, Algorithm 1); weight decay coupled, as ``torch.optim.Adam``."""
+    """Adam (arXiv:1412.6980v9, Algorithm 1); weight decay coupled, as ``torch.optim.Adam``.
+
+    Args:
+        beta1: decay in [0, 1) of the momentum.
+        beta2: decay in [0, 1) of the squared gradients.
+        epsilon: >= 0, added to the root.
+    """
     return _adam(beta1, beta2, epsilon, Coupled(), 0.0)
 
 
 def adamw(*, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -> Method:
-    """AdamW (arXiv:1711.05101v3, Algorithm 2); decoupled decay, default 1e-2 as ``torch.optim.AdamW``."""
+    """AdamW (arXiv:1711.05101v3, Algorithm 2); decoupled decay, default 1e-2 as ``torch.optim.AdamW``.
+
+    Args:
+        beta1: decay in [0, 1) of the momentum.
+        beta2: decay in [0, 1) of the squared gradients.
+        epsilon: >= 0, added to the root.
+    """
     return _adam(beta1, beta2, epsilon, Decoupled(), 1e-2)
 
 
 def adagrad(*, epsilon: float = 1e-10) -> Method:
-    """AdaGrad with a diagonal (JMLR 12:2121-2159), as ``torch.optim.Adagrad``."""
+    """AdaGrad with a diagonal (JMLR 12:2121-2159), as ``torch.optim.Adagrad``.
+
+    Args:
+        epsilon: >= 0, added to the root of the sum of squared gradients.
+    """
     diagonal = Diagonal(average=RunningSum(), epsilon=epsilon)
     return Method(diagonal, momentum=NoMomentum(), fallback=diagonal, defaults={"lr": 1e-2})
 
 
 def rmsprop(*, decay: float = 0.99, epsilon: float = 1e-8) -> Method:
-    """RMSprop (Hinton's lecture 6e), as ``torch.optim.RMSprop``; no bias correction."""
+    """RMSprop (Hinton's lecture 6e), as ``torch.optim.RMSprop``; no bias correction.
+
+    Args:
+        decay: of the squared gradients, in [0, 1).
+        epsilon: >= 0, added to the root.
+    """
     diagonal = Diagonal(average=ZeroStartAverage(decay), epsilon=epsilon)
     return Method(diagonal, momentum=NoMomentum(), fallback=diagonal, defaults={"lr": 1e-3})
 

@@ -88,7 +88,7 @@ def require_sampled(rule: StepSize, step: int, statistics: Mapping[str, LayerSta
     entries = [(entry.sampled_gradient, entry.sampled_parameter_gradients) for entry in statistics.values()]
     if all(rows is None and gradients is None for rows, gradients in entries):
         raise ArgumentError(
-            "no labels were sampled: run the whole model that was given to osculate.build, not its submodules one by one"
+            "no labels were sampled: run the whole model that was given to osculate.build, not its parts one by one"
         )
 
 

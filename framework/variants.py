@@ -75,7 +75,15 @@ def layerwise_adamw(
     curvature: str = "sampled",
     curvature_every: int = 1,
 ) -> Method:
-    """The AdamW direction with layer-wise step sizes (arXiv:2305.13664v3, reconstructed); needs no learning rate."""
+    """The AdamW direction with layer-wise step sizes (arXiv:2305.13664v3, reconstructed); needs no learning rate.
+
+    Args:
+        beta1: decay in [0, 1) of the momentum.
+        beta2: decay in [0, 1) of the squared gradients.
+        epsilon: >= 0, added to the root.
+        curvature: as for :func:`layerwise_sgdm`.
+        curvature_every: steps between two measurements, >= 1.
+    """
     diagonal = Diagonal(average=MovingAverage(beta2), epsilon=epsilon)
     return Method(
         diagonal,
@@ -96,7 +104,16 @@ def joint_kfac(
     eager: int = 20,
     curvature_every: int = 1,
 ) -> Method:
-    """K-FAC directions with joint layer steps: no learning rate (ours)."""
+    """K-FAC directions with joint layer steps: no learning rate (ours).
+
+    Args:
+        momentum: decay in [0, 1).
+        statistics_decay: of both covariances, in [0, 1).
+        statistics_every: T1 >= 1.
+        inverses_every: T2 >= 1.
+        eager: inverses at each of the steps 0 ... eager as well.
+        curvature_every: steps between two measurements along the directions, >= 1.
+    """
     structure, estimator = kronecker_fisher("sampled", statistics_decay, statistics_every, inverses_every, eager)
     return Method(
         structure,
@@ -110,11 +127,22 @@ def joint_kfac(
 
 
 def joint_kbfgs(*, momentum: float = 0.9, growth: float = 1.1, curvature_every: int = 1) -> Method:
-    """K-BFGS directions with joint layer steps: no learning rate (ours)."""
+    """K-BFGS directions with joint layer steps: no learning rate (ours).
+
+    Args:
+        momentum: decay in [0, 1).
+        growth: the guard's factor, > 1; ``inf`` switches it off.
+        curvature_every: steps between two measurements along the directions, >= 1.
+    """
     base = kbfgs(momentum=momentum, growth=growth)
     return replace(base, step_size=JointLayerwise(every=curvature_every), defaults={"lr": 1.0, "damping": 0.3})
 
 
 def joint_sgdm(*, momentum: float = 0.9, curvature_every: int = 1) -> Method:
-    """SGD-momentum with joint layer steps: no learning rate (ours)."""
+    """SGD-momentum with joint layer steps: no learning rate (ours).
+
+    Args:
+        momentum: decay in [0, 1).
+        curvature_every: steps between two measurements along the directions, >= 1.
+    """
     return Method(momentum=EMA(momentum), step_size=JointLayerwise(every=curvature_every), defaults={"lr": 1.0})
