@@ -134,8 +134,8 @@ def _mini_block(partition: Partition, schedule: Schedule, lr: float, damping: fl
 def mbf(*, blocks: str = "per-output", statistics_every: int = 2, inverses_every: int = 25) -> Method:
     """Mini-Block Fisher (arXiv:2202.04124v3) with the paper's blocks: per output neuron, per kernel.
 
-    The default (lr, damping) is the released setting (1e-5, 3e-4) for flat chunks moved to where per-output blocks, whose
-    curvature is spread over many directions, are stable on every shipped problem; tune both.
+    The default (lr, damping) is the released setting (1e-5, 3e-4) for flat chunks moved to where per-output blocks,
+    whose curvature is spread over many directions, are stable on every shipped problem; tune both.
 
     Args:
         blocks: ``per-output`` (averaged where a layer is too wide), ``per-output-averaged``, ``per-input-averaged``
@@ -150,6 +150,11 @@ def mbf(*, blocks: str = "per-output", statistics_every: int = 2, inverses_every
 
 
 def mbf_released(*, statistics_every: int = 2, inverses_every: int = 25) -> Method:
-    """MBF with the dense blocks that the authors' released driver runs (flat chunks), and their autoencoder setting."""
+    """MBF with the dense blocks that the authors' released driver runs (flat chunks), and their autoencoder setting.
+
+    Args:
+        statistics_every: T1 >= 1.
+        inverses_every: T2 >= 1.
+    """
     base = mbf(blocks="flat-chunk", statistics_every=statistics_every, inverses_every=inverses_every)
     return replace(base, defaults={"lr": 1e-5, "damping": 3e-4})
