@@ -99,6 +99,12 @@ def test_row_sums_bound_the_curvature_of_a_common_step(seed: int, count: int) ->
     close(RowSums().curvature(torch.diag(M.diagonal().abs()), norms), M.diagonal().abs())
 
 
+def test_row_sums_weigh_layers_by_their_own_steps() -> None:
+    """A layer that moves ten times as far counts ten times."""
+    M, norms = torch.tensor([[2.0, -0.5], [-0.5, 3.0]]).double(), torch.tensor([1.0, 10.0]).double()
+    close(RowSums().curvature(M, norms), torch.tensor([7.0, 3.05], dtype=torch.float64))
+
+
 def test_leading_slope_is_the_larger_of_two_averages() -> None:
     rule, state = LeadingSlope(0.5), AveragedForms.zeros(2, torch.zeros(1, dtype=torch.float64))
     momentum = torch.tensor([1.0, -5.0], dtype=torch.float64)
