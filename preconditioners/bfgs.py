@@ -165,8 +165,8 @@ class HessianActionBFGS(_DenseInverse):
     sides = frozenset[Side](("inputs",))
 
     def needs(self, side: Side) -> Needs:
-        """Layer inputs."""
-        return Needs.INPUTS
+        """Layer inputs, and to be called after every step: it learns there."""
+        return Needs.INPUTS | Needs.PAIRS
 
     def init(self, size: int, like: Tensor) -> HessianActionState:
         """Nothing gathered."""

@@ -173,7 +173,7 @@ def test_the_other_set_lying_loose_in_the_folder_is_passed_over(tmp_path, monkey
         (b"\x00\x00\x08\x03\x00\x00", "inside its header"),
         (packed(np.zeros((2, 3), dtype=np.uint8))[:-1], "truncated or damaged"),
         (packed(np.zeros((2, 3), dtype=np.uint8)) + b"x", "truncated or damaged"),
-        (gzip.compress(packed(np.zeros((2, 3), dtype=np.uint8)))[:-9], "cannot be unpacked"),
+        (gzip.compress(packed(np.zeros((2, 3), dtype=np.uint8)), mtime=0)[:-9], "cannot be unpacked"),
     ],
 )
 def test_bad_idx_files_are_refused(tmp_path, content, message):

@@ -123,7 +123,7 @@ SEEDS = st.integers(0, 10_000)
 RATES = st.floats(0.01, 0.3)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     seed=SEEDS, loss=LOSSES, lr=RATES, damping=st.floats(0.05, 0.9), tau=st.floats(0.0, 0.1),
     rho=st.floats(0.0, 0.95), decay=st.floats(0.0, 0.95), pair_decay=st.floats(0.0, 0.95),
@@ -175,7 +175,7 @@ def _full_batch(hyper: dict[str, Any], memory: int | None) -> osc.Method:
     )
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     seed=SEEDS, loss=LOSSES, lr=RATES, damping=st.floats(0.05, 3.0), tau=st.floats(0.0, 0.1),
     rho=st.floats(0.0, 0.95), decay=st.floats(0.0, 0.95), every=st.integers(1, 5), eager=st.integers(0, 4),
@@ -209,7 +209,7 @@ BLOCKS = {
 }
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     seed=SEEDS, loss=LOSSES, blocks=st.sampled_from(sorted(BLOCKS)), lr=st.floats(1e-4, 1e-2),
     damping=st.floats(0.01, 1.0), gamma=st.floats(0.0, 1.0), T1=st.integers(1, 4), T2=st.integers(1, 6),

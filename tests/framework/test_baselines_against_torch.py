@@ -7,7 +7,7 @@ from typing import Any
 import osculate as osc
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_nets import batches, build, flat, make, plain_step
 
@@ -62,6 +62,7 @@ def test_default_numbers_are_those_of_torch() -> None:
         assert methods[name].defaults["weight_decay"] == defaults["weight_decay"], name
 
 
+@settings(max_examples=10)
 @given(
     lr=st.floats(1e-4, 0.3),
     decay=st.floats(0.0, 0.3),
@@ -77,6 +78,7 @@ def test_adam_and_adamw_with_any_numbers(lr: float, decay: float, beta1: float, 
     follow("adamw", torch.optim.AdamW, ours, theirs, "mlp")
 
 
+@settings(max_examples=10)
 @given(lr=st.floats(1e-4, 0.1), decay=st.floats(0.0, 0.1), momentum=st.floats(0.0, 0.99), rate=st.floats(0.0, 0.999))
 def test_sgd_and_rmsprop_with_any_numbers(lr: float, decay: float, momentum: float, rate: float) -> None:
     numbers = {"lr": lr, "weight_decay": decay}

@@ -31,7 +31,7 @@ def renamed(names: list[str], depth: int) -> nn.Module:
     return model
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(names=NAMES, depth=st.integers(0, 2))
 def test_renamed_layers_give_the_same_trajectory(names: list[str], depth: int) -> None:
     for name in METHODS:
