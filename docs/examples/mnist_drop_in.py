@@ -32,7 +32,7 @@ def construct(name: str, model: nn.Module) -> torch.optim.Optimizer:
     """Construct the optimizer: all that differs."""
     if name == "adam":
         return torch.optim.Adam(model.parameters(), lr=1e-3)
-    return osc.build("mbf", model)  # the only line that differs
+    return osc.build("mbf", model, lr=1e-3, damping=0.03)  # the only line that differs
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, batch: int) -> None:

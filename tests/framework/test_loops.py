@@ -331,3 +331,30 @@ def test_gradient_evaluations_are_counted() -> None:
         optimizer = build(name, model)
         train(optimizer, model, batches(count=3))
         assert optimizer.gradient_evaluations == count, name
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("kfac", {"statistics_every": 3}),
+        ("joint-kfac", {"statistics_every": 3, "curvature_every": 2}),
+        ("lw-sgdm", {"curvature_every": 4}),
+        ("mbf", {}),
+    ],
+)
+def test_labels_are_sampled_only_where_statistics_are_due(name: str, options: dict[str, int]) -> None:
+    """Each sampled backward is counted as one evaluation, and none happens for nothing."""
+
+    class Counting(_Flip):
+        calls = 0
+
+        def sample(self, output: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+            Counting.calls += 1
+            return super().sample(output, generator)
+
+    model = make()
+    optimizer = build(name, model, likelihood=Counting(), **options)
+    train(optimizer, model, batches(count=9))
+    expected = {"kfac": {0, 3, 6}, "joint-kfac": {0, 2, 3, 4, 6, 8}, "lw-sgdm": {0, 4, 8}, "mbf": set()}[name]
+    assert Counting.calls == len(expected)
+    assert optimizer.gradient_evaluations == 9 + len(expected)
