@@ -55,6 +55,14 @@ def layerwise_rule(curvature: str, curvature_every: int) -> RelativeBound:
     return RelativeBound(LayerwiseQuadratic(quadratic_form(curvature), curvature_every), limit=0.03)
 
 
+def joint_rule(curvature_every: int) -> RelativeBound:
+    """Joint steps with their bound: no step moves a layer by more than a quarter of its norm.
+
+    The first steps, from curvature averaged over few mini-batches, can otherwise move a layer by twice its norm.
+    """
+    return RelativeBound(JointLayerwise(every=curvature_every), limit=0.25)
+
+
 def layerwise_sgdm(*, momentum: float = 0.9, curvature: str = "sampled", curvature_every: int = 1) -> Method:
     """SGD-momentum with layer-wise step sizes (arXiv:2305.13664v3, reconstructed); needs no learning rate.
 
@@ -120,7 +128,7 @@ def joint_kfac(
         estimator,
         damping=Split(),
         momentum=EMA(momentum),
-        step_size=JointLayerwise(every=curvature_every),
+        step_size=joint_rule(curvature_every),
         warm_start=None,
         defaults={"lr": 1.0, "damping": 1.0},
     )
@@ -135,7 +143,7 @@ def joint_kbfgs(*, momentum: float = 0.9, growth: float = 1.1, curvature_every: 
         curvature_every: steps between two measurements along the directions, >= 1.
     """
     base = kbfgs(momentum=momentum, growth=growth)
-    return replace(base, step_size=JointLayerwise(every=curvature_every), defaults={"lr": 1.0, "damping": 0.3})
+    return replace(base, step_size=joint_rule(curvature_every), defaults={"lr": 1.0, "damping": 0.3})
 
 
 def joint_sgdm(*, momentum: float = 0.9, curvature_every: int = 1) -> Method:
@@ -145,4 +153,4 @@ def joint_sgdm(*, momentum: float = 0.9, curvature_every: int = 1) -> Method:
         momentum: decay in [0, 1).
         curvature_every: steps between two measurements along the directions, >= 1.
     """
-    return Method(momentum=EMA(momentum), step_size=JointLayerwise(every=curvature_every), defaults={"lr": 1.0})
+    return Method(momentum=EMA(momentum), step_size=joint_rule(curvature_every), defaults={"lr": 1.0})
