@@ -65,7 +65,7 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant(
         "kfac empirical, 1/20",
         "kfac",
-        {"statistics": "empirical", "statistics_every": 1, "inverses_every": 20},
+        {"statistics": "empirical", "statistics_every": 1, "inverses_every": 20, "lr": 0.01},
         period=20,
         fill=21,
         target=2.6,
