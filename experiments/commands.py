@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import ArgumentError
 from .config import Budget, RunConfig, WarmStart, parse_options
 from .environment import prepare_process
 from .problems import get_problem
@@ -56,7 +57,7 @@ class Common:
     warm_start: WarmStart = WarmStart.AUTO
     """Whether a method with an initial pass over the data runs it."""
     option: Options = ()
-    """Further keyword of the method, repeatable: --option memory=50."""
+    """Further keyword of the method, repeatable: --option statistics_every=2."""
     problem_option: Options = ()
     """Further keyword of the problem, repeatable: --problem-option size=small."""
 
@@ -131,6 +132,8 @@ class Compare(Common):
         from .figures import comparison_figure, save_figure
         from .progress import Display
 
+        if not self.methods:
+            raise ArgumentError("--methods needs at least one name; 'osculate methods' lists them")
         prepare_process(self.threads)
         budget = Budget(self.epochs, self.seconds)
         configs = method_configs(self.config(self.methods[0], {}), self.methods, parse_options(self.option))

@@ -139,7 +139,7 @@ def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
 
 
 def _literal(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
+    words = {"true": True, "false": False, "none": None, "inf": math.inf}
     if text.lower() in words:
         return words[text.lower()]
     try:

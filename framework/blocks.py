@@ -12,7 +12,7 @@ from torch import Tensor
 from ..curvature.layers import Layer
 from ..curvature.statistics import Tensors
 from ..errors import CompatibilityError
-from ..preconditioners.by_layer import ByLayer, select
+from ..preconditioners.by_layer import ByLayer, require_matching_keys, select
 from ..preconditioners.kronecker import Kronecker
 from ..preconditioners.protocol import Preconditioner
 from ..preconditioners.state import State
@@ -125,6 +125,8 @@ def make_blocks(
     Raises:
         CompatibilityError: if ``strict`` and something is left over; the message lists it.
     """
+    if isinstance(preconditioner, ByLayer):
+        require_matching_keys(preconditioner, layers)
     blocks: list[Block] = []
     left: list[str] = []
     for layer in layers:

@@ -52,6 +52,15 @@ def build(
     Raises:
         ArgumentError: for a value out of range, an unknown name, or options beside a ready :class:`Method`.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself, not its parameters"
+        )
+    if not isinstance(method, str | Method):
+        raise ArgumentError(
+            f"method must be a registered name or a Method, got {type(method).__name__}; put parts together with "
+            "osculate.Method(...)"
+        )
     if isinstance(method, Method):
         if options:
             raise ArgumentError(f"a composed Method takes no options, got {', '.join(options)}; set them on its parts")

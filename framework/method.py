@@ -30,6 +30,18 @@ _SUPPLIERS: dict[Needs, tuple[type, ...]] = {
 }
 
 
+_VERBS = {
+    "preconditioner": "precondition",
+    "curvature": "fill",
+    "damping": "sides",
+    "momentum": "coefficients",
+    "weight_decay": "gradient_factor",
+    "step_size": "propose",
+    "guard": "accepts",
+    "fallback": "precondition",
+}
+
+
 @dataclass(frozen=True)
 class Method:
     """A composition of parts.
@@ -62,6 +74,7 @@ class Method:
     defaults: Mapping[str, float] = field(default_factory=lambda: {"lr": 1e-2, "damping": 0.0, "weight_decay": 0.0})
 
     def __post_init__(self) -> None:
+        self._check_parts()
         object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
         self._check_needs("curvature estimator", self.curvature)
         if self.warm_start is not None and Needs.PAIRS not in self.needs:
@@ -122,6 +135,21 @@ class Method:
                 if pairs is not None:
                     pairs.validate(self.damping.sides(damping, 1).outputs)
 
+    def _check_parts(self) -> None:
+        """Each field holds an object of its kind: a number or a class here would only fail in the first step."""
+        for name, verb in _VERBS.items():
+            part = getattr(self, name)
+            if isinstance(part, type) or not callable(getattr(part, verb, None)):
+                fits = isinstance(part, ByLayer) if name == "preconditioner" else False
+                if not fits:
+                    raise ArgumentError(
+                        f"{name} must be a part with a method {verb!r}, got {part!r}; numbers belong into defaults or "
+                        "osculate.build, and a class needs its parentheses"
+                    )
+        unknown = sorted(set(self.defaults) - {"lr", "damping", "weight_decay"})
+        if unknown:
+            raise ArgumentError(f"defaults has unknown keys {unknown}; known: damping, lr, weight_decay")
+
     def _check_needs(self, role: str, estimator: Estimator) -> None:
         for part in leaves(self.preconditioner):
             for need in (Needs.ROOTS, Needs.VECTORS, Needs.PAIRS):
@@ -137,7 +165,7 @@ def _require_positive_damping(part: Preconditioner, damping: float) -> None:
     if not damping > 0.0:
         raise ArgumentError(
             f"damping must be > 0 for {type(part).__name__}, whose averaged curvature is only semi-definite, "
-            f"got {damping!r}"
+            f"got {damping!r}; a composed Method names its own with defaults={{'damping': 0.1}}"
         )
 
 

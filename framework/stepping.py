@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from ..curvature.layers import Layer
 from ..curvature.products import GraphKeepingBackward
 from ..curvature.quadratic_forms import DirectionalEvidence
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
+from ..errors import ArgumentError, NumericalError
 from ..stepsize.protocol import StepEvidence, StepSize
 from .blocks import Block
 from .momentum import Momentum, WeightDecay
@@ -84,10 +86,21 @@ class StepRule:
         sizes = self.rule.propose(self.state, evidence)
         by_layer: dict[str, float | Tensor]
         if isinstance(sizes, Tensor):
+            if sizes.shape != (len(evidence.names),):
+                raise ArgumentError(
+                    f"{type(self.rule).__name__}.propose must return one number, or {len(evidence.names)} step sizes "
+                    f"(one per layer), got shape {tuple(sizes.shape)}"
+                )
             values = sizes.tolist() if sizes.device.type == "cpu" else list(sizes.unbind())
             by_layer = dict(zip(evidence.names, values, strict=True))
         else:
             by_layer = {name: float(sizes) for name in evidence.names}
+        bad = [name for name, size in by_layer.items() if isinstance(size, float) and not math.isfinite(size)]
+        if bad:
+            raise NumericalError(
+                f"step {step}: {type(self.rule).__name__} proposed a step size that is not finite for layers "
+                f"{', '.join(bad)}; no parameter was changed. Raise its damping, or put it into RelativeBound"
+            )
         moves = [Move(block.parameters, directions[block.key], by_layer[block.layer.name]) for block in blocks]
         return Proposal(moves, by_layer)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from ..curvature.layers import Layer
 from ..curvature.statistics import Needs
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnknownNameError
 
 if TYPE_CHECKING:
     from .protocol import Preconditioner
 
-__all__ = ["ByLayer", "leaves", "select"]
+__all__ = ["ByLayer", "leaves", "require_matching_keys", "select"]
+
+KINDS = ("Linear", "Conv2d", "BatchNorm", "Other")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,18 @@ def select(preconditioner: Preconditioner | ByLayer, layer: Layer) -> list[tuple
     if rest and other is not None and _can_take(other, layer, rest):
         chosen.append((other, rest))
     return chosen
+
+
+def require_matching_keys(table: ByLayer, layers: Sequence[Layer]) -> None:
+    """Check that every key is a kind of layer, or a pattern that matches the name of one.
+
+    Raises:
+        UnknownNameError: naming the near misses; a misspelt key would silently leave its layers to the fallback.
+    """
+    names = [layer.name for layer in layers]
+    for key in table.table:
+        if key not in KINDS and not any(fnmatchcase(name, key) for name in names):
+            raise UnknownNameError("layer kind or name in ByLayer", key, [*KINDS, *names])
 
 
 def _can_take(part: Preconditioner, layer: Layer, names: tuple[str, ...]) -> bool:

@@ -87,8 +87,9 @@ class DoubleDamping:
         """The second stage interpolates between y and s only for mu2 < 1."""
         if not 0.0 < damping < 1.0:
             raise ArgumentError(
-                f"double damping needs 0 < sqrt(damping) < 1 at the output side, got {damping:g}: beyond 1 the second "
-                "stage extrapolates; use a damping below 1, or pairs=PowellThenLM()"
+                f"double damping needs 0 < sqrt(damping) < 1 at the output side, got {damping:g}: outside, "
+                "the second stage no longer interpolates; use a positive damping below 1, or pairs='powell-then-lm' "
+                "(the part PowellThenLM()), which takes any damping > 0"
             )
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
