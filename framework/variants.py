@@ -27,6 +27,7 @@ from .published import kbfgs
 __all__ = [
     "joint_kbfgs",
     "joint_kfac",
+    "joint_rule",
     "joint_sgdm",
     "layerwise_adamw",
     "layerwise_rule",
