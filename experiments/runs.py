@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,9 @@ def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str
         | {
             "batch_size": run.order.batch_size,
             "problem_options": dict(config.problem_options),
-            "method_options": {name: value for name, value in (defaults | given).items() if name not in numbers},
+            "method_options": {
+                name: _written(value) for name, value in (defaults | given).items() if name not in numbers
+            },
             "warm_start": warm,
             "training_samples": run.order.samples,
             "data_checksum": checksum,
@@ -153,3 +156,8 @@ def _record(run: TrainingRun, metrics: Metrics, folder: RunFolder) -> None:
     folder.append_metrics(metrics.as_dict())
     if run.iterations:
         folder.save_checkpoint(run.state_dict())
+
+
+def _written(value: Any) -> Any:
+    """An option as the configuration records it: JSON has no infinity, so it stands there as the word."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
