@@ -65,7 +65,8 @@ def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str
         run: as prepared from it.
         checksum: of its data, see ``data_checksum``.
     """
-    defaults = dict(registry.methods()[config.method].defaults)
+    entry = registry.methods()[config.method]
+    defaults: dict[str, Any] = entry.defaults | entry.options
     given = config.method_arguments()
     numbers = {name: given.get(name, defaults.get(name)) for name in ("lr", "damping", "weight_decay")}
     warm = config.warm_start.value if run.optimizer.has_warm_start else "none"
