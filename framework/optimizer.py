@@ -14,21 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature.capture import Capture
-from ..curvature.estimators import Estimator
 from ..curvature.layers import discover_layers
 from ..curvature.likelihoods import Likelihood, resolve_likelihood
 from ..curvature.products import GraphKeepingBackward
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import ArgumentError, ClosureRequiredError, NumericalError
-from ..preconditioners.averages import PlainAverage
 from ..preconditioners.by_layer import leaves
-from ..preconditioners.linalg import inverse_of_many
-from ..preconditioners.protocol import Observation
-from .blocks import make_blocks
-from .evaluation import Closure, Snapshot, preserved, run_closure
+from ..preconditioners.damping import SideDamping
+from .blocks import Block, make_blocks
+from .evaluation import Closure, Snapshot, run_closure
 from .lookback import LookBack
 from .method import Method
-from .recording import fill, records_for_forward, records_for_step, require_filled, require_sampled
+from .observing import observe, refresh, warm_up
+from .recording import records_for_step, require_sampled
 from .report import LayerRow, StepReport
 from .saving import require_same_layout
 from .stepping import Proposal, StepRule
@@ -174,8 +172,9 @@ class SecondOrder(torch.optim.Optimizer):
         if trouble is not None:
             return self._refuse(trouble, loss)
         require_sampled(self.method.step_size, self._step, statistics)
-        self._observe(statistics, gradients)
-        refreshes, rescues = self._refresh()
+        decay = self.method.weight_decay.gradient_factor(self._value("weight_decay"))
+        observe(self.blocks, self.method, statistics, gradients, decay, self._step, self._warm)
+        refreshes, rescues = refresh(self.blocks, self.sides, self._step)
         proposal = self._propose(statistics, gradients, products)
         self._look_back.remember(proposal)
         self._take(proposal, 1.0)
@@ -229,38 +228,6 @@ class SecondOrder(torch.optim.Optimizer):
         self.last_report = StepReport(self._step, loss, skipped=trouble)
         return loss
 
-    def _observe(self, statistics: Mapping[str, LayerStatistics], gradients: Mapping[str, Tensors | None]) -> None:
-        decay = self.method.weight_decay.gradient_factor(self._value("weight_decay"))
-        for block in self.blocks:
-            values = gradients[block.key]
-            if values is None:
-                continue
-            block.accumulate(self.method.momentum, values, decay)
-            record = fill(self.method.curvature, block.layer, statistics.get(block.layer.name))
-            if record is None and block.part.needs:
-                continue
-            if record is not None and statistics.get(block.layer.name) is not None:
-                block.positions = record.positions
-            if block.part.schedule.statistics_due(self._step, self._warm):
-                if record is not None:
-                    require_filled(block, record)
-                observation = Observation(record, values, block.storage, decay, block.parameters)
-                block.part.update(block.state, observation)
-
-    def _refresh(self) -> tuple[int, int]:
-        """Invert what is due, all layers in one batched request. Returns (matrices, rescues)."""
-        due = [block for block in self.blocks if block.part.schedule.inverses_due(self._step)]
-        requests = [(block, block.part.matrices(block.state, self.sides(block))) for block in due]
-        flat = [request for _, entries in requests for request in entries]
-        if not flat:
-            return 0, 0
-        inverses = inverse_of_many([entry.matrix for entry in flat], [entry.damping for entry in flat])
-        position = 0
-        for block, entries in requests:
-            block.part.install(block.state, inverses[position : position + len(entries)])
-            position += len(entries)
-        return len(flat), sum(inverse.rescues for inverse in inverses)
-
     def _propose(
         self,
         statistics: Mapping[str, LayerStatistics],
@@ -298,26 +265,10 @@ class SecondOrder(torch.optim.Optimizer):
             raise ArgumentError("this method has no warm start (or it samples labels and no likelihood was given)")
         if self._step:
             raise ArgumentError(f"warm_start must come before the first step, {self._step} steps have been taken")
-        self.capture.clear()
-        self.capture.arm(records_for_forward(self.blocks, estimator), "forward")
         try:
-            with preserved(self.model), torch.no_grad():
-                for index, closure in enumerate(closures):
-                    self.capture.step = 2**31 + index
-                    with torch.enable_grad():
-                        closure()
-                    self._average_in(estimator, self.capture.collect())
+            self._warm = warm_up(self.model, self.capture, self.blocks, estimator, closures)
         finally:
             self._arm()
-
-    def _average_in(self, estimator: Estimator, statistics: Mapping[str, LayerStatistics]) -> None:
-        """One mini-batch of the warm start."""
-        for block in self.blocks:
-            record = fill(estimator, block.layer, statistics.get(block.layer.name))
-            if record is not None and block.part.needs:
-                require_filled(block, record)
-                block.part.update(block.state, Observation(record, (), block.storage), PlainAverage())
-                self._warm = True
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -351,7 +302,7 @@ class SecondOrder(torch.optim.Optimizer):
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def sides(self, block: Any) -> Any:
+    def sides(self, block: Block) -> SideDamping:
         """Damping of a block's matrices."""
         return self.method.damping.sides(self._value("damping"), block.positions)
 

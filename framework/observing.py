@@ -1,0 +1,94 @@
+"""Taking statistics into the blocks' states, renewing their inverses, and the initial pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..curvature.capture import Capture
+from ..curvature.estimators import Estimator
+from ..curvature.statistics import LayerStatistics, Tensors
+from ..preconditioners.averages import PlainAverage
+from ..preconditioners.damping import SideDamping
+from ..preconditioners.linalg import inverse_of_many
+from ..preconditioners.protocol import Observation
+from .blocks import Block
+from .evaluation import Closure, preserved
+from .method import Method
+from .recording import fill, records_for_forward, require_filled
+
+__all__ = ["observe", "refresh", "warm_up"]
+
+
+def observe(
+    blocks: Sequence[Block],
+    method: Method,
+    statistics: Mapping[str, LayerStatistics],
+    gradients: Mapping[str, Tensors | None],
+    decay: float,
+    step: int,
+    warm: bool,
+) -> None:
+    """Momentum and, where they are due, statistics of every block that has a gradient."""
+    for block in blocks:
+        values = gradients[block.key]
+        if values is None:
+            continue
+        block.accumulate(method.momentum, values, decay)
+        record = fill(method.curvature, block.layer, statistics.get(block.layer.name))
+        if record is None and block.part.needs:
+            continue
+        if record is not None and statistics.get(block.layer.name) is not None:
+            block.positions = record.positions
+        if block.part.schedule.statistics_due(step, warm):
+            if record is not None:
+                require_filled(block, record)
+            block.part.update(block.state, Observation(record, values, block.storage, decay, block.parameters))
+
+
+def refresh(blocks: Sequence[Block], sides: Callable[[Block], SideDamping], step: int) -> tuple[int, int]:
+    """Invert what is due, all layers in one batched request. Returns (matrices, rescues)."""
+    due = [block for block in blocks if block.part.schedule.inverses_due(step)]
+    requests = [(block, block.part.matrices(block.state, sides(block))) for block in due]
+    flat = [request for _, entries in requests for request in entries]
+    if not flat:
+        return 0, 0
+    inverses = inverse_of_many([entry.matrix for entry in flat], [entry.damping for entry in flat])
+    position = 0
+    for block, entries in requests:
+        block.part.install(block.state, inverses[position : position + len(entries)])
+        position += len(entries)
+    return len(flat), sum(inverse.rescues for inverse in inverses)
+
+
+def warm_up(
+    model: nn.Module, capture: Capture, blocks: Sequence[Block], estimator: Estimator, closures: Iterable[Closure]
+) -> bool:
+    """Plain averages of the estimator's statistics over the closures' mini-batches. Returns whether there were any.
+
+    No parameter, buffer, gradient or global random state is changed.
+    """
+    warm = False
+    capture.clear()
+    capture.arm(records_for_forward(blocks, estimator), "forward")
+    with preserved(model), torch.no_grad():
+        for index, closure in enumerate(closures):
+            capture.step = 2**31 + index
+            with torch.enable_grad():
+                closure()
+            warm |= _average_in(blocks, estimator, capture.collect())
+    return warm
+
+
+def _average_in(blocks: Sequence[Block], estimator: Estimator, statistics: Mapping[str, LayerStatistics]) -> bool:
+    """One mini-batch of the warm start."""
+    found = False
+    for block in blocks:
+        record = fill(estimator, block.layer, statistics.get(block.layer.name))
+        if record is not None and block.part.needs:
+            require_filled(block, record)
+            block.part.update(block.state, Observation(record, (), block.storage), PlainAverage())
+            found = True
+    return found
