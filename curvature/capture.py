@@ -10,16 +10,17 @@ from __future__ import annotations
 import enum
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from ..errors import ArgumentError
+from .calls import Call, ParameterSum, join, mean_of_sums, total
 from .layers import Layer
 from .likelihoods import Likelihood
+from .sampling import is_extra_backward, require_predictive, sampled_backward
 from .statistics import LayerStatistics
 
 __all__ = ["Capture", "PassKind", "Record"]
@@ -38,31 +39,6 @@ class Record(enum.Flag):
     SAMPLED_PARAMETERS = enum.auto()
 
 
-@dataclass
-class _Call:
-    """One call of one layer. ``pass_index`` counts forward passes of the whole model."""
-
-    pass_index: int
-    samples: int
-    positions: int
-    input: Tensor | None = None
-    gradient: Tensor | None = None
-    sampled: Tensor | None = None
-    output_sum: Tensor | None = None
-    gradient_sum: Tensor | None = None
-    edge: GradientEdge | None = None
-    complete: bool = False
-
-
-@dataclass
-class _ParameterSum:
-    """Parameter gradients of the sampled loss, summed over the samples of one pass."""
-
-    pass_index: int
-    samples: int
-    gradients: tuple[Tensor, ...]
-
-
 class Capture:
     """Hooks on a model, and the records they made since the last :meth:`collect`.
 
@@ -74,8 +50,6 @@ class Capture:
         seed: of the sampled labels. The labels of a pass depend on (seed, step, pass) only: no random state is kept.
     """
 
-    _sampling = False  # of the class: a second optimizer on the same model sees this one's sampled backward too
-
     def __init__(
         self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood | None, loss_reduction: str, seed: int
     ):
@@ -86,8 +60,8 @@ class Capture:
         self.seed = seed
         self.step = 0
         self._wanted: dict[str, Record] = {}
-        self._calls: dict[str, list[_Call]] = {layer.name: [] for layer in layers}
-        self._parameter_sums: dict[str, list[_ParameterSum]] = {}
+        self._calls: dict[str, list[Call]] = {layer.name: [] for layer in layers}
+        self._parameter_sums: dict[str, list[ParameterSum]] = {}
         self._pass = 0
         self._kind: PassKind = "gradient"
         self._inside = False
@@ -133,7 +107,7 @@ class Capture:
                 result[layer.name] = self._combine(layer, calls, sums)
             elif sums:
                 samples = sum(entry.samples for entry in sums)
-                result[layer.name] = LayerStatistics(layer, samples, 1, sampled_parameter_gradients=_mean_of_sums(sums))
+                result[layer.name] = LayerStatistics(layer, samples, 1, sampled_parameter_gradients=mean_of_sums(sums))
         self.clear()
         return result
 
@@ -147,24 +121,24 @@ class Capture:
     def _completed_passes(self) -> set[int]:
         return {call.pass_index for calls in self._calls.values() for call in calls if call.complete}
 
-    def _combine(self, layer: Layer, calls: list[_Call], sums: list[_ParameterSum]) -> LayerStatistics:
+    def _combine(self, layer: Layer, calls: list[Call], sums: list[ParameterSum]) -> LayerStatistics:
         first_of_pass = {call.pass_index: call.samples for call in reversed(calls)}
         samples = sum(first_of_pass.values())
         scale = float(samples) if self.loss_reduction == "mean" else 1.0
         rows = sum(call.samples * call.positions for call in calls)
-        output_sum = _add([call.output_sum for call in calls])
-        gradient_sum = _add([call.gradient_sum for call in calls])
+        output_sum = total([call.output_sum for call in calls])
+        gradient_sum = total([call.gradient_sum for call in calls])
         return LayerStatistics(
             layer=layer,
             samples=samples,
             positions=rows // samples,
             gradient_scale=scale,
-            inputs=_join(calls, [call.input for call in calls]),
-            output_gradient=_join(calls, [call.gradient for call in calls]),
-            sampled_gradient=_join(calls, [call.sampled for call in calls]),
+            inputs=join(calls, [call.input for call in calls]),
+            output_gradient=join(calls, [call.gradient for call in calls]),
+            sampled_gradient=join(calls, [call.sampled for call in calls]),
             mean_preactivation=None if output_sum is None else output_sum / rows,
             mean_gradient=None if gradient_sum is None else gradient_sum * (scale / rows),
-            sampled_parameter_gradients=_mean_of_sums(sums) if sums else None,
+            sampled_parameter_gradients=mean_of_sums(sums) if sums else None,
         )
 
     def _on_layer(self, layer: Layer, args: tuple[Any, ...], output: Any) -> Any:
@@ -186,17 +160,17 @@ class Capture:
             # Linear on (N, ..., d) returns a view; an in-place activation would cut it off from the hook below.
             output = replaced = torch.ops.aten._unsafe_view(output, output.shape)
         call = self._new_call(layer, wanted, args[0], output)
-        output.register_hook(_gradient_hook(self, layer, call, wanted))
+        output.register_hook(_gradient_hook(layer, call, wanted))
         return replaced
 
-    def _new_call(self, layer: Layer, wanted: Record, value: Tensor, output: Tensor) -> _Call:
+    def _new_call(self, layer: Layer, wanted: Record, value: Tensor, output: Tensor) -> Call:
         if layer.adapter is None:
-            call = _Call(self._pass, output.shape[0] if output.ndim else 1, 1)
+            call = Call(self._pass, output.shape[0] if output.ndim else 1, 1)
             self._calls[layer.name].append(call)
             return call
         if output.ndim < layer.adapter.batched_ndim:
             raise ArgumentError(f"layer {layer.name!r} was called on one unbatched sample; give it a batch of size 1")
-        call = _Call(self._pass, output.shape[0], layer.adapter.positions(layer.module, output))
+        call = Call(self._pass, output.shape[0], layer.adapter.positions(layer.module, output))
         if Record.INPUTS in wanted:
             call.input = layer.adapter.recorded_input(layer.module, value.detach())
         if Record.MEANS in wanted:
@@ -207,51 +181,20 @@ class Capture:
         return call
 
     def _on_model(self, output: Any) -> None:
-        wants_rows = [name for name, record in self._wanted.items() if Record.SAMPLED in record]
-        wants_parameters = [name for name, record in self._wanted.items() if Record.SAMPLED_PARAMETERS in record]
-        if not (wants_rows or wants_parameters) or not torch.is_grad_enabled():
+        rows = [name for name, record in self._wanted.items() if Record.SAMPLED in record]
+        whole = {name for name, record in self._wanted.items() if Record.SAMPLED_PARAMETERS in record}
+        if not (rows or whole) or not torch.is_grad_enabled():
             return
-        if self.likelihood is None or not isinstance(output, Tensor):
-            raise ArgumentError(
-                f"sampled labels need a likelihood and a model that returns one Tensor, got likelihood="
-                f"{self.likelihood} and an output of type {type(output).__name__}; pass likelihood='categorical', "
-                "'bernoulli' or 'gaussian' to osculate.build"
-            )
-        if output.requires_grad:
-            self._sampled_backward(output, wants_rows, wants_parameters)
-
-    def _sampled_backward(self, output: Tensor, wants_rows: list[str], wants_parameters: list[str]) -> None:
-        """One extra backward with sampled labels, down to pre-activations only (no weight gradients for rows)."""
-        assert self.likelihood is not None
-        calls = [call for name in wants_rows for call in self._calls[name] if call.pass_index == self._pass]
+        likelihood, output = require_predictive(self.likelihood, output)
+        if not output.requires_grad:
+            return
+        calls = [call for name in rows for call in self._calls[name] if call.pass_index == self._pass]
         calls = [call for call in calls if call.edge is not None]
-        parameters = [
-            parameter
-            for layer in self.layers
-            if layer.name in wants_parameters
-            for parameter in layer.parameters.values()
-        ]
-        targets = self.likelihood.sample(output.detach(), self._generator(output.device))
-        loss = self.likelihood.negative_log_likelihood(output, targets)
-        edges: list[Any] = [call.edge for call in calls]
-        Capture._sampling = True
-        try:
-            gradients = torch.autograd.grad(loss, edges + parameters, retain_graph=True, allow_unused=True)
-        finally:
-            Capture._sampling = False
-        for call, gradient in zip(calls, gradients, strict=False):
-            call.sampled, call.edge = gradient, None
-        rest = list(gradients[len(calls) :])
-        for layer in self.layers:
-            if layer.name in wants_parameters:
-                values = tuple(
-                    torch.zeros_like(parameter) if gradient is None else gradient
-                    for parameter, gradient in zip(layer.parameters.values(), rest, strict=False)
-                )
-                del rest[: len(values)]
-                self._parameter_sums.setdefault(layer.name, []).append(
-                    _ParameterSum(self._pass, output.shape[0], values)
-                )
+        layers = [layer for layer in self.layers if layer.name in whole]
+        generator = self._generator(output.device)
+        sums = sampled_backward(output, likelihood, generator, self._pass, calls, layers)
+        for name, entry in sums.items():
+            self._parameter_sums.setdefault(name, []).append(entry)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """A generator that depends on (seed, step, number of completed passes), so that idle passes leave no trace."""
@@ -261,9 +204,9 @@ class Capture:
         return generator
 
 
-def _gradient_hook(capture: Capture, layer: Layer, call: _Call, wanted: Record) -> Callable[[Tensor], None]:
+def _gradient_hook(layer: Layer, call: Call, wanted: Record) -> Callable[[Tensor], None]:
     def hook(gradient: Tensor) -> None:
-        if Capture._sampling:  # the sampled backward runs through the same tensors
+        if is_extra_backward():  # it runs through the same tensors
             return
         call.complete = True
         if Record.GRADIENTS in wanted:
@@ -300,33 +243,3 @@ def _register(capture: Capture) -> list[Any]:
     handles.append(capture.model.register_forward_pre_hook(begin))
     handles.append(capture.model.register_forward_hook(end))
     return handles
-
-
-def _join(calls: Sequence[_Call], values: Sequence[Tensor | None]) -> Tensor | None:
-    """Records of several calls as one, sample by sample: the calls of one pass lie side by side as positions do."""
-    passes: dict[int, list[Tensor]] = {}
-    for call, value in zip(calls, values, strict=True):
-        if value is None:
-            return None
-        passes.setdefault(call.pass_index, []).append(value)
-    pieces = [_side_by_side(entry) for entry in passes.values()]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _side_by_side(values: Sequence[Tensor]) -> Tensor:
-    if len(values) == 1:
-        return values[0]
-    if any(value.shape != values[0].shape for value in values):  # no common samples: rows for outer products only
-        return torch.cat(list(values))
-    return torch.stack(list(values), 1).flatten(0, 1)
-
-
-def _add(values: Sequence[Tensor | None]) -> Tensor | None:
-    present = [value for value in values if value is not None]
-    return sum(present[1:], present[0]) if present and len(present) == len(values) else None
-
-
-def _mean_of_sums(sums: list[_ParameterSum]) -> tuple[Tensor, ...]:
-    samples = sum(entry.samples for entry in sums)
-    columns = zip(*(entry.gradients for entry in sums), strict=True)
-    return tuple(torch.stack(values).sum(0) / samples for values in columns)

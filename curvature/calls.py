@@ -1,0 +1,69 @@
+"""What one call of one layer left behind, and how the calls of a mini-batch become one record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+__all__ = ["Call", "ParameterSum", "join", "mean_of_sums", "total"]
+
+
+@dataclass
+class Call:
+    """One call of one layer. ``pass_index`` counts forward passes of the whole model."""
+
+    pass_index: int
+    samples: int
+    positions: int
+    input: Tensor | None = None
+    gradient: Tensor | None = None
+    sampled: Tensor | None = None
+    output_sum: Tensor | None = None
+    gradient_sum: Tensor | None = None
+    edge: GradientEdge | None = None
+    complete: bool = False
+
+
+@dataclass
+class ParameterSum:
+    """Parameter gradients of the sampled loss, summed over the samples of one pass."""
+
+    pass_index: int
+    samples: int
+    gradients: tuple[Tensor, ...]
+
+
+def join(calls: Sequence[Call], values: Sequence[Tensor | None]) -> Tensor | None:
+    """Records of several calls as one, sample by sample: the calls of one pass lie side by side as positions do."""
+    passes: dict[int, list[Tensor]] = {}
+    for call, value in zip(calls, values, strict=True):
+        if value is None:
+            return None
+        passes.setdefault(call.pass_index, []).append(value)
+    pieces = [_side_by_side(entry) for entry in passes.values()]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _side_by_side(values: Sequence[Tensor]) -> Tensor:
+    if len(values) == 1:
+        return values[0]
+    if any(value.shape != values[0].shape for value in values):  # no common samples: rows for outer products only
+        return torch.cat(list(values))
+    return torch.stack(list(values), 1).flatten(0, 1)
+
+
+def total(values: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum of all values; ``None`` if one is missing or there are none."""
+    present = [value for value in values if value is not None]
+    return sum(present[1:], present[0]) if present and len(present) == len(values) else None
+
+
+def mean_of_sums(sums: Sequence[ParameterSum]) -> tuple[Tensor, ...]:
+    """Mean over all samples of all passes, per parameter."""
+    samples = sum(entry.samples for entry in sums)
+    columns = zip(*(entry.gradients for entry in sums), strict=True)
+    return tuple(torch.stack(values).sum(0) / samples for values in columns)

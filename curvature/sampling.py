@@ -1,0 +1,94 @@
+"""The extra backward passes of the ``hooks`` backend, from the model's output with a loss that is not the user's.
+
+They run while the user's graph is still alive, right after the model's forward pass, and stop at the pre-activations
+wherever no parameter gradient is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from .calls import Call, ParameterSum
+from .layers import Layer
+from .likelihoods import Likelihood
+
+__all__ = ["extra_backward", "is_extra_backward", "require_predictive", "sampled_backward"]
+
+_running = [False]
+"""Shared by all captures: a second optimizer on the same model sees this one's extra backward through its own hooks."""
+
+
+def is_extra_backward() -> bool:
+    """Whether the gradients that arrive now belong to no user's loss."""
+    return _running[0]
+
+
+@contextmanager
+def extra_backward() -> Iterator[None]:
+    """Mark every gradient that arrives inside as not the user's."""
+    _running[0] = True
+    try:
+        yield
+    finally:
+        _running[0] = False
+
+
+def require_predictive(likelihood: Likelihood | None, output: object) -> tuple[Likelihood, Tensor]:
+    """The likelihood and the model's output, if labels can be drawn from them.
+
+    Raises:
+        ArgumentError: if no likelihood is known or the model returns something else than one tensor.
+    """
+    if likelihood is None or not isinstance(output, Tensor):
+        raise ArgumentError(
+            f"sampled labels need a likelihood and a model that returns one Tensor, got likelihood="
+            f"{likelihood} and an output of type {type(output).__name__}; pass likelihood='categorical', "
+            "'bernoulli' or 'gaussian' to osculate.build"
+        )
+    return likelihood, output
+
+
+def sampled_backward(
+    output: Tensor,
+    likelihood: Likelihood,
+    generator: torch.Generator,
+    pass_index: int,
+    calls: Sequence[Call],
+    layers: Sequence[Layer],
+) -> dict[str, ParameterSum]:
+    """One extra backward with labels drawn from the model.
+
+    Args:
+        output: (N, ...) of the model, with its graph.
+        likelihood: the distribution.
+        generator: of the labels.
+        pass_index: number of the forward pass.
+        calls: calls of this pass with an edge; their ``sampled`` is set and their edge dropped.
+        layers: layers whose parameter gradients are wanted too.
+
+    Returns:
+        Per layer of ``layers`` its parameter gradients, summed over samples; zero where the output does not depend.
+    """
+    parameters = [parameter for layer in layers for parameter in layer.parameters.values()]
+    targets = likelihood.sample(output.detach(), generator)
+    loss = likelihood.negative_log_likelihood(output, targets)
+    inputs: list[Any] = [*(call.edge for call in calls), *parameters]
+    with extra_backward():
+        gradients = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+    for call, gradient in zip(calls, gradients, strict=False):
+        call.sampled, call.edge = gradient, None
+    rest = iter(gradients[len(calls) :])
+    sums: dict[str, ParameterSum] = {}
+    for layer in layers:
+        values = tuple(
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for parameter, gradient in zip(layer.parameters.values(), rest, strict=False)
+        )
+        sums[layer.name] = ParameterSum(pass_index, output.shape[0], values)
+    return sums
