@@ -28,12 +28,17 @@ class Estimator(Protocol):
 
     provides: Needs
     needs_likelihood: bool
+    definite: bool
+    """Whether the matrix has no negative eigenvalue; if not, only structures with ``takes_indefinite`` take it."""
 
     def records(self, needs: Needs) -> Record:
         """What the backend must record so that a part with these needs can be served."""
 
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
-        """The statistics with ``roots`` and ``vectors`` set as far as this estimator provides them."""
+        """The statistics with ``roots``, ``vectors``, ``matrix`` set as far as this estimator provides them."""
+
+
+_WHOLE = Needs.VECTORS | Needs.MATRIX
 
 
 def _inputs(needs: Needs) -> Record:
@@ -46,6 +51,7 @@ class InputsOnly:
 
     provides = Needs.INPUTS
     needs_likelihood = False
+    definite = True
 
     def records(self, needs: Needs) -> Record:
         """Inputs if anybody wants them."""
@@ -65,13 +71,13 @@ class BatchMean(InputsOnly):
     Costs nothing beyond the gradient: no hooks run.
     """
 
-    provides = Needs.INPUTS | Needs.VECTORS
+    provides = Needs.INPUTS | Needs.VECTORS | Needs.MATRIX
 
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """One vector: the mean gradient itself."""
         gradients = statistics.gradients
         assert gradients is not None
-        return replace(statistics, vectors=lambda: tuple(value.unsqueeze(0) for value in gradients))
+        return statistics.with_vectors(lambda: tuple(value.unsqueeze(0) for value in gradients))
 
 
 @dataclass(frozen=True)
@@ -81,19 +87,20 @@ class SampledBatchMean:
     One extra backward. MBF's warm start (PAPERS 2.3).
     """
 
-    provides = Needs.INPUTS | Needs.VECTORS
+    provides = Needs.INPUTS | Needs.VECTORS | Needs.MATRIX
     needs_likelihood = True
+    definite = True
 
     def records(self, needs: Needs) -> Record:
         """The parameter gradient of the sampled loss."""
-        return _inputs(needs) | (Record.SAMPLED_PARAMETERS if Needs.VECTORS in needs else Record.NOTHING)
+        return _inputs(needs) | (Record.SAMPLED_PARAMETERS if needs & _WHOLE else Record.NOTHING)
 
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """One vector: the mean gradient for the sampled labels."""
         gradients = statistics.sampled_parameter_gradients
         if gradients is None:
             return statistics
-        return replace(statistics, vectors=lambda: tuple(value.unsqueeze(0) for value in gradients))
+        return statistics.with_vectors(lambda: tuple(value.unsqueeze(0) for value in gradients))
 
 
 @dataclass(frozen=True)
@@ -103,15 +110,16 @@ class EmpiricalFisher:
     No extra pass: the user's own backward provides the rows.
     """
 
-    provides = Needs.INPUTS | Needs.ROOTS | Needs.VECTORS
+    provides = Needs.INPUTS | Needs.ROOTS | Needs.VECTORS | Needs.MATRIX
     needs_likelihood = False
+    definite = True
 
     def records(self, needs: Needs) -> Record:
         """Output gradients; inputs too where whole gradient vectors are built."""
         wanted = _inputs(needs)
         if Needs.ROOTS in needs:
             wanted |= Record.GRADIENTS
-        if Needs.VECTORS in needs:
+        if needs & _WHOLE:
             wanted |= Record.GRADIENTS | Record.INPUTS
         return wanted
 
@@ -124,7 +132,7 @@ class EmpiricalFisher:
         def vectors() -> Tensors:
             return statistics.per_sample_gradients(statistics.gradient_rows() * scale)
 
-        return replace(statistics, roots=(statistics.gradient_rows(), scale), vectors=vectors)
+        return replace(statistics.with_vectors(vectors), roots=(statistics.gradient_rows(), scale))
 
 
 @dataclass(frozen=True)
@@ -134,15 +142,16 @@ class SampledFisher:
     One extra backward to the pre-activations only, about 0.27 of a gradient on the MNIST autoencoder.
     """
 
-    provides = Needs.INPUTS | Needs.ROOTS | Needs.VECTORS | Needs.SCORES
+    provides = Needs.INPUTS | Needs.ROOTS | Needs.VECTORS | Needs.MATRIX | Needs.SCORES
     needs_likelihood = True
+    definite = True
 
     def records(self, needs: Needs) -> Record:
         """Sampled output gradients; inputs too where whole gradient vectors or scores are built."""
         wanted = _inputs(needs)
-        if needs & (Needs.ROOTS | Needs.VECTORS | Needs.SCORES):
+        if needs & (Needs.ROOTS | Needs.SCORES | _WHOLE):
             wanted |= Record.SAMPLED
-        if needs & (Needs.VECTORS | Needs.SCORES):
+        if needs & (Needs.SCORES | _WHOLE):
             wanted |= Record.INPUTS
         return wanted
 
@@ -150,11 +159,8 @@ class SampledFisher:
         """Rows of the sampled backward; they are per-sample already."""
         if statistics.sampled_gradient is None:
             return statistics
-        return replace(
-            statistics,
-            roots=(statistics.sampled_rows(), 1.0),
-            vectors=lambda: statistics.per_sample_gradients(statistics.sampled_rows()),
-        )
+        filled = statistics.with_vectors(lambda: statistics.per_sample_gradients(statistics.sampled_rows()))
+        return replace(filled, roots=(statistics.sampled_rows(), 1.0))
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,7 @@ class SecantPairs:
 
     provides = Needs.INPUTS | Needs.PAIRS
     needs_likelihood = False
+    definite = True
 
     def records(self, needs: Needs) -> Record:
         """Batch means at the pre-activations."""

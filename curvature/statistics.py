@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ class Needs(enum.Flag):
     - ``PRODUCTS``: products with the Hessian of the mini-batch loss, which take a closure;
     - ``BATCH_SCORES``: the parameter gradient of the mean loss with sampled labels;
     - ``NORMS``: norms of the layers' parameters and directions (always available, one pass over each);
-    - ``SLOPES``: inner products of gradient and direction per layer (always available, one pass).
+    - ``SLOPES``: inner products of gradient and direction per layer (always available, one pass);
+    - ``MATRIX``: the layer's dense curvature matrix over its parameters (:attr:`LayerStatistics.matrix`).
     """
 
     NOTHING = 0
@@ -47,6 +48,7 @@ class Needs(enum.Flag):
     BATCH_SCORES = enum.auto()
     NORMS = enum.auto()
     SLOPES = enum.auto()
+    MATRIX = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class LayerStatistics:
         sampled_parameter_gradients: the same for the mean loss with labels sampled from the model.
         roots: N*S rows (N*S, d_out) of curvature-bearing gradients, chosen by the estimator.
         vectors: per parameter a tensor (V, *shape): V gradient vectors whose mean outer product is the curvature.
+        matrix: builds the dense curvature matrix (P, P) over the P parameters of the layer, in the layer's order, each
+            flattened row-major (weight in its own layout, then bias). Symmetric; it may have negative eigenvalues if
+            the estimator says ``definite = False``. Call it during ``update`` only: it may use the autograd graph.
     """
 
     layer: Layer
@@ -84,6 +89,16 @@ class LayerStatistics:
     sampled_parameter_gradients: Tensors | None = None
     roots: tuple[Tensor, float] | None = None
     vectors: Callable[[], Tensors] | None = None
+    matrix: Callable[[], Tensor] | None = None
+
+    def with_vectors(self, vectors: Callable[[], Tensors]) -> LayerStatistics:
+        """The record with ``vectors`` and with the matrix they stand for, both built on demand."""
+
+        def matrix() -> Tensor:
+            rows = torch.cat([value.flatten(1) for value in vectors()], 1)
+            return rows.T @ rows / rows.shape[0]
+
+        return replace(self, vectors=vectors, matrix=matrix)
 
     def input_rows(self) -> Tensor:
         """Inputs of the linear map, (N*S, d_in), without the homogeneous 1."""

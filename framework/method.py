@@ -26,9 +26,10 @@ __all__ = ["Method"]
 _SUPPLIERS: dict[Needs, tuple[type, ...]] = {
     Needs.ROOTS: (EmpiricalFisher, SampledFisher),
     Needs.VECTORS: (BatchMean, EmpiricalFisher, SampledFisher),
+    Needs.MATRIX: (BatchMean, EmpiricalFisher, SampledFisher),
     Needs.PAIRS: (SecantPairs,),
 }
-
+_DEFINITE = (EmpiricalFisher, SampledFisher)
 
 _VERBS = {
     "preconditioner": "precondition",
@@ -128,7 +129,7 @@ class Method:
         require_finite_nonnegative("damping", damping)
         require_finite_nonnegative("weight_decay", weight_decay)
         for part in leaves(self.preconditioner):
-            if Needs.VECTORS in part.needs or Needs.ROOTS in part.needs:
+            if part.needs & (Needs.VECTORS | Needs.ROOTS | Needs.MATRIX):
                 _require_positive_damping(part, damping)
             if isinstance(part, Kronecker):
                 pairs: PairDamping | None = getattr(part.outputs, "pairs", None)
@@ -152,13 +153,20 @@ class Method:
 
     def _check_needs(self, role: str, estimator: Estimator) -> None:
         for part in leaves(self.preconditioner):
-            for need in (Needs.ROOTS, Needs.VECTORS, Needs.PAIRS):
+            for need in _SUPPLIERS:
                 if need in part.needs and need not in estimator.provides:
                     suppliers = ", ".join(f"{supplier.__name__}()" for supplier in _SUPPLIERS[need])
                     raise CompatibilityError(
                         f"{_describe(part)} needs {_names(need)}, which the {role} {type(estimator).__name__} does not "
                         f"provide; estimators that do: {suppliers}"
                     )
+            if Needs.MATRIX in part.needs and not (estimator.definite or getattr(part, "takes_indefinite", False)):
+                suppliers = ", ".join(f"{supplier.__name__}()" for supplier in _DEFINITE)
+                raise CompatibilityError(
+                    f"{_describe(part)} inverts a positive semi-definite matrix, but the {role} "
+                    f"{type(estimator).__name__} may have negative eigenvalues; take {suppliers}, or a structure that "
+                    "declares takes_indefinite (Dense with a rule for its spectrum)"
+                )
 
 
 def _require_positive_damping(part: Preconditioner, damping: float) -> None:
@@ -179,6 +187,7 @@ def _names(needs: Needs) -> str:
     words = {
         Needs.ROOTS: "per-sample gradients at the pre-activations (Needs.ROOTS)",
         Needs.VECTORS: "gradient vectors (Needs.VECTORS)",
+        Needs.MATRIX: "the layer's dense curvature matrix (Needs.MATRIX)",
         Needs.PAIRS: "secant pairs (Needs.PAIRS)",
         Needs.INPUTS: "layer inputs (Needs.INPUTS)",
     }

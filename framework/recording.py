@@ -69,6 +69,7 @@ def require_filled(block: Block, record: LayerStatistics) -> None:
     empty = (Needs.ROOTS in block.part.needs and record.roots is None) or (
         Needs.VECTORS in block.part.needs and record.vectors is None
     )
+    empty = empty or (Needs.MATRIX in block.part.needs and record.matrix is None)
     if empty or (Needs.INPUTS in block.part.needs and record.inputs is None):
         raise ArgumentError(
             f"nothing was recorded of layer {block.layer.name!r}: run the whole model that was given to osculate.build "
