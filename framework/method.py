@@ -10,13 +10,12 @@ from ..curvature.estimators import BatchMean, EmpiricalFisher, Estimator, Inputs
 from ..curvature.statistics import Needs
 from ..errors import ArgumentError, CompatibilityError, require_finite_nonnegative
 from ..preconditioners.by_layer import ByLayer, leaves
-from ..preconditioners.damping import Constant as ConstantDamping
-from ..preconditioners.damping import Damping
+from ..preconditioners.damping import ConstantDamping, Damping
 from ..preconditioners.identity import Identity
 from ..preconditioners.kronecker import Kronecker
 from ..preconditioners.pairs import PairDamping
 from ..preconditioners.protocol import Preconditioner
-from ..stepsize.constant import Constant as ConstantStep
+from ..stepsize.constant import ConstantStep
 from ..stepsize.guard import Guard, NoGuard
 from ..stepsize.protocol import StepSize
 from .momentum import EMA, Coupled, Momentum, WeightDecay

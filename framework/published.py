@@ -9,7 +9,7 @@ from ..errors import ArgumentError
 from ..preconditioners.averages import Average, MovingAverage, ZeroStartAverage
 from ..preconditioners.bfgs import BFGS, HessianActionBFGS
 from ..preconditioners.by_layer import ByLayer
-from ..preconditioners.damping import Constant, Split
+from ..preconditioners.damping import ConstantDamping, Split
 from ..preconditioners.diagonal import Diagonal
 from ..preconditioners.factors import Factor
 from ..preconditioners.kronecker import Kronecker
@@ -122,7 +122,7 @@ def _mini_block(partition: Partition, schedule: Schedule, lr: float, damping: fl
             otherwise=adam_type,
         ),
         curvature=BatchMean(),
-        damping=Constant(),
+        damping=ConstantDamping(),
         momentum=HeavyBall(0.9),
         weight_decay=Decoupled(),
         fallback=adam_type,

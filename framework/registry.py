@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from .. import curvature, preconditioners, stepsize
 from ..errors import ArgumentError, UnknownNameError
-from . import baselines, momentum, published, variants
+from . import baselines, published, variants
 from .method import Method
+from .parts import EXAMPLES, KINDS, default_examples, label, structure_examples
 
-__all__ = ["MethodEntry", "method", "methods", "parts", "register", "register_part"]
+__all__ = ["MethodEntry", "examples", "method", "methods", "parts", "register", "register_part"]
 
 _K_BFGS = "arXiv:2006.08877"
 _MBF = "arXiv:2202.04124"
@@ -75,59 +75,8 @@ _METHODS: dict[str, MethodEntry] = {
     )
 }
 
-_PARTS: dict[str, dict[str, type]] = {
-    "curvature": {
-        cls.__name__: cls
-        for cls in (
-            curvature.InputsOnly,
-            curvature.BatchMean,
-            curvature.SampledBatchMean,
-            curvature.EmpiricalFisher,
-            curvature.SampledFisher,
-            curvature.SecantPairs,
-        )
-    },
-    "quadratic form": {cls.__name__: cls for cls in variants.FORMS.values()},
-    "structure": {
-        cls.__name__: cls
-        for cls in (
-            preconditioners.Identity,
-            preconditioners.Diagonal,
-            preconditioners.MiniBlock,
-            preconditioners.Kronecker,
-            preconditioners.ByLayer,
-        )
-    },
-    "partition": {cls.__name__: cls for cls in (*published.PARTITIONS.values(), preconditioners.Kernel)},
-    "factor": {
-        cls.__name__: cls
-        for cls in (
-            preconditioners.Covariance,
-            preconditioners.HessianActionBFGS,
-            preconditioners.BFGS,
-            preconditioners.LBFGS,
-            preconditioners.IdentityFactor,
-        )
-    },
-    "damping": {"Constant": preconditioners.ConstantDamping, "Split": preconditioners.Split},
-    "pair damping": {
-        cls.__name__: cls
-        for cls in (preconditioners.DoubleDamping, preconditioners.PowellThenLM, preconditioners.NoDamping)
-    },
-    "momentum": {
-        cls.__name__: cls for cls in (momentum.EMA, momentum.CorrectedEMA, momentum.HeavyBall, momentum.NoMomentum)
-    },
-    "weight decay": {cls.__name__: cls for cls in (momentum.Coupled, momentum.Decoupled)},
-    "step size": {
-        "Constant": stepsize.ConstantStep,
-        "LayerwiseQuadratic": stepsize.LayerwiseQuadratic,
-        "JointLayerwise": stepsize.JointLayerwise,
-        "RelativeBound": stepsize.RelativeBound,
-    },
-    "coupling": {"RowSums": stepsize.RowSums, "Separate": stepsize.Separate},
-    "slope": {"LeadingSlope": stepsize.LeadingSlope, "MomentumSlope": stepsize.MomentumSlope},
-    "guard": {"Backtrack": stepsize.Backtrack, "NoGuard": stepsize.NoGuard},
-}
+_PARTS = {kind: dict(table) for kind, table in KINDS.items()}
+_EXAMPLES = dict(EXAMPLES)
 
 _loaded = False
 
@@ -185,8 +134,24 @@ def register(name: str, factory: Callable[..., Method], *, paper: str = "") -> N
     _METHODS[name] = MethodEntry(name, paper, factory)
 
 
-def register_part(kind: str, cls: type) -> None:
+def examples() -> dict[str, dict[str, Any]]:
+    """Instances of every registered part, by kind and short name: what compositions and contracts are tried with."""
+    found = {
+        kind: [part for cls in table.values() for part in _EXAMPLES.get(cls, ()) or default_examples(cls)]
+        for kind, table in parts().items()
+    }
+    covers_all = [part for part in found["partition"] if part.joint]
+    found["structure"] += structure_examples(covers_all, found["factor"], found["pair damping"])
+    return {kind: {label(part): part for part in entries} for kind, entries in found.items()}
+
+
+def register_part(kind: str, cls: type, *instances: Any) -> None:
     """Add a part to the table of its kind.
+
+    Args:
+        kind: one of the kinds that :func:`parts` lists.
+        cls: the part, a frozen dataclass.
+        *instances: examples that compositions and contracts are tried with; none: ``cls()`` if it needs no arguments.
 
     Raises:
         UnknownNameError: for an unknown kind. ArgumentError: if the name is taken.
@@ -196,3 +161,5 @@ def register_part(kind: str, cls: type) -> None:
     if cls.__name__ in _PARTS[kind]:
         raise ArgumentError(f"{kind} {cls.__name__!r} is registered already; choose another name")
     _PARTS[kind][cls.__name__] = cls
+    if instances:
+        _EXAMPLES[cls] = instances

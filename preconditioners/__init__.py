@@ -3,8 +3,7 @@
 from .averages import Average, MovingAverage, PlainAverage, RunningSum, ZeroStartAverage
 from .bfgs import BFGS, HessianActionBFGS
 from .by_layer import ByLayer
-from .damping import Constant as ConstantDamping
-from .damping import Damping, SideDamping, Split
+from .damping import ConstantDamping, Damping, SideDamping, Split
 from .diagonal import Diagonal
 from .factors import Covariance, Factor, IdentityFactor
 from .identity import Identity

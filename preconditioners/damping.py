@@ -8,7 +8,7 @@ from typing import Protocol
 
 from ..errors import require_finite_nonnegative
 
-__all__ = ["Constant", "Damping", "SideDamping", "Split"]
+__all__ = ["ConstantDamping", "Damping", "SideDamping", "Split"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Damping(Protocol):
 
 
 @dataclass(frozen=True)
-class Constant:
+class ConstantDamping:
     """lambda on every matrix that is inverted."""
 
     def sides(self, value: float, positions: int) -> SideDamping:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..curvature.quadratic_forms import QuadraticForm
 from ..curvature.statistics import Needs
 from ..errors import require_interval
-from .constant import Constant
+from .constant import ConstantStep
 from .protocol import StepEvidence, StepSize
 
 __all__ = ["RelativeBound"]
@@ -26,7 +26,7 @@ class RelativeBound:
         limit: > 0, largest ratio |alpha_l d_l| / |theta_l|. A layer whose parameters are all zero is not bounded.
     """
 
-    rule: StepSize = field(default_factory=Constant)
+    rule: StepSize = field(default_factory=ConstantStep)
     limit: float = 0.25
 
     def __post_init__(self) -> None:

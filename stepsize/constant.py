@@ -9,11 +9,11 @@ from torch import Tensor
 from ..curvature.statistics import Needs
 from .protocol import StepEvidence
 
-__all__ = ["Constant"]
+__all__ = ["ConstantStep"]
 
 
 @dataclass(frozen=True)
-class Constant:
+class ConstantStep:
     """alpha_l = lr of the parameter group; schedulers act on it."""
 
     needs = Needs.NOTHING

@@ -25,7 +25,7 @@ class StepEvidence:
 
     Attributes:
         names: layer names, in the model's order.
-        lr: ``lr`` of the parameter group, > 0: the step itself for ``Constant``, a multiplier (default 1) elsewhere.
+        lr: ``lr`` of the parameter group, > 0: the step for ``ConstantStep``, a multiplier (default 1) elsewhere.
         slopes: (L,) r_l = <momentum_l, d_l>, an estimate of minus the derivative along the step; None unless asked.
         gradient_slopes: (L,) <gradient_l, d_l> with the mini-batch gradient itself; None unless asked.
         squared_norms: (L,) |d_l|^2; None unless asked.

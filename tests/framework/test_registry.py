@@ -17,6 +17,7 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a test registers is gone afterwards."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     monkeypatch.setattr(registry, "_PARTS", {kind: dict(table) for kind, table in registry._PARTS.items()})
+    monkeypatch.setattr(registry, "_EXAMPLES", dict(registry._EXAMPLES))
 
 
 def mine(*, momentum: float = 0.5) -> osc.Method:
