@@ -15,7 +15,7 @@ from ..curvature.likelihoods import Likelihood
 from ..errors import ArgumentError, UnknownNameError
 from ..framework import EMA, HeavyBall, Method, registry
 from ..preconditioners.averages import Average, MovingAverage, ZeroStartAverage
-from ..preconditioners.bfgs import BFGS, SKIP_TOLERANCE
+from ..preconditioners.bfgs import BFGS
 from ..preconditioners.by_layer import ByLayer
 from ..preconditioners.diagonal import Diagonal
 from ..preconditioners.factors import Factor
@@ -24,6 +24,7 @@ from ..preconditioners.lbfgs import LBFGS
 from ..preconditioners.mini_block import MiniBlock
 from ..preconditioners.pairs import DampedPair, DoubleDamping, PairDamping, PowellThenLM
 from ..preconditioners.protocol import Events
+from ..preconditioners.skipping import CurvatureTest
 from ..stepsize.guard import NoGuard
 from .trajectory import Settings, Trajectory
 
@@ -171,9 +172,10 @@ def _kbfgs_limited(trajectory: Trajectory, settings: Settings, log: Log) -> Meth
 
 
 def _quasi_newton(trajectory: Trajectory, settings: Settings, log: Log, base: Method) -> Method:
-    threshold = settings.number("skip_threshold", SKIP_TOLERANCE)
-    if threshold != SKIP_TOLERANCE:
-        raise ArgumentError(f"setting 'skip_threshold' must be {SKIP_TOLERANCE}, the library's own, got {threshold}")
+    own = CurvatureTest().tolerance
+    threshold = settings.number("skip_threshold", own)
+    if threshold != own:
+        raise ArgumentError(f"setting 'skip_threshold' must be {own}, the library's own, got {threshold}")
     kronecker = base.preconditioner
     assert isinstance(kronecker, Kronecker)
     decay = settings.number("pair_decay", 0.9)

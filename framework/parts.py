@@ -60,8 +60,12 @@ KINDS: dict[str, dict[str, type]] = {
     "pair damping": _named(
         preconditioners.DoubleDamping,
         preconditioners.PowellThenLM,
+        preconditioners.PowellH,
+        preconditioners.MergedDoubleDamping,
+        preconditioners.PowellB0,
         preconditioners.NoDamping,
     ),
+    "skip rule": _named(preconditioners.CurvatureTest, preconditioners.TwoSidedCurvatureTest),
     "average": _named(
         preconditioners.MovingAverage,
         preconditioners.ZeroStartAverage,

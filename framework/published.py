@@ -15,7 +15,15 @@ from ..preconditioners.factors import Factor
 from ..preconditioners.kronecker import Kronecker
 from ..preconditioners.lbfgs import LBFGS
 from ..preconditioners.mini_block import MiniBlock
-from ..preconditioners.pairs import DoubleDamping, NoDamping, PairDamping, PowellThenLM
+from ..preconditioners.pairs import (
+    DoubleDamping,
+    MergedDoubleDamping,
+    NoDamping,
+    PairDamping,
+    PowellB0,
+    PowellH,
+    PowellThenLM,
+)
 from ..preconditioners.partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutput, PerOutputAveraged
 from ..preconditioners.protocol import Schedule
 from ..stepsize.guard import Backtrack, Guard, NoGuard
@@ -32,13 +40,21 @@ PARTITIONS: dict[str, type[Partition]] = {
 }
 
 
+PAIRS: dict[str, type[PairDamping]] = {
+    "double": DoubleDamping,
+    "powell-then-lm": PowellThenLM,
+    "powell-h": PowellH,
+    "merged": MergedDoubleDamping,
+    "powell-b0": PowellB0,
+    "none": NoDamping,
+}
+
+
 def pair_damping(name: str) -> PairDamping:
-    """A pair damping by name: ``double``, ``powell-then-lm`` or ``none``."""
-    table = {"double": DoubleDamping, "powell-then-lm": PowellThenLM, "none": NoDamping}
-    if name not in table:
-        raise ArgumentError(f"pairs must be one of {', '.join(table)}, got {name!r}")
-    rule: PairDamping = table[name]()
-    return rule
+    """A pair damping by name: ``double``, ``powell-then-lm``, ``powell-h``, ``merged``, ``powell-b0`` or ``none``."""
+    if name not in PAIRS:
+        raise ArgumentError(f"pairs must be one of {', '.join(PAIRS)}, got {name!r}")
+    return PAIRS[name]()
 
 
 def step_guard(growth: float) -> Guard:
@@ -76,7 +92,7 @@ def kbfgs(
     """K-BFGS (arXiv:2006.08877v3): BFGS at the outputs, Hessian-action BFGS at the inputs, double damping.
 
     Args:
-        pairs: ``double`` (needs damping < 1), ``powell-then-lm`` or ``none``.
+        pairs: ``double`` (needs damping < 1), ``powell-then-lm``, ``powell-h``, ``merged``, ``powell-b0`` or ``none``.
         momentum: decay in [0, 1).
         statistics_decay: of A, in [0, 1).
         pair_decay: of the averaged pair; 0 in full-batch mode.
@@ -101,7 +117,7 @@ def kbfgs_limited(
 
     Args:
         memory: p >= 1.
-        pairs: ``double`` (needs damping < 1), ``powell-then-lm`` or ``none``.
+        pairs: ``double`` (needs damping < 1), ``powell-then-lm``, ``powell-h``, ``merged``, ``powell-b0`` or ``none``.
         momentum: decay in [0, 1).
         statistics_decay: of A, in [0, 1).
         pair_decay: of the averaged pair; 0 in full-batch mode.

@@ -10,9 +10,18 @@ from .identity import Identity
 from .kronecker import Kronecker
 from .lbfgs import LBFGS
 from .mini_block import MiniBlock
-from .pairs import DoubleDamping, NoDamping, PairDamping, PowellThenLM
+from .pairs import (
+    DoubleDamping,
+    MergedDoubleDamping,
+    NoDamping,
+    PairDamping,
+    PowellB0,
+    PowellH,
+    PowellThenLM,
+)
 from .partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutput, PerOutputAveraged
 from .protocol import Observation, Preconditioner, Request, Schedule
+from .skipping import CurvatureTest, SkipRule, TwoSidedCurvatureTest
 from .state import NoState, State
 
 __all__ = [
@@ -22,6 +31,7 @@ __all__ = [
     "ByLayer",
     "ConstantDamping",
     "Covariance",
+    "CurvatureTest",
     "Damping",
     "Diagonal",
     "DoubleDamping",
@@ -32,6 +42,7 @@ __all__ = [
     "IdentityFactor",
     "Kernel",
     "Kronecker",
+    "MergedDoubleDamping",
     "MiniBlock",
     "MovingAverage",
     "NoDamping",
@@ -43,13 +54,17 @@ __all__ = [
     "PerOutput",
     "PerOutputAveraged",
     "PlainAverage",
+    "PowellB0",
+    "PowellH",
     "PowellThenLM",
     "Preconditioner",
     "Request",
     "RunningSum",
     "Schedule",
     "SideDamping",
+    "SkipRule",
     "Split",
     "State",
+    "TwoSidedCurvatureTest",
     "ZeroStartAverage",
 ]

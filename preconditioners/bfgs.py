@@ -15,12 +15,10 @@ from .factors import Side, accumulate_second_moment
 from .linalg import Inverse, bfgs_inverse_update_
 from .pairs import DampedPair, DoubleDamping, PairDamping
 from .protocol import Events
+from .skipping import CurvatureTest, SkipRule
 from .state import State
 
 __all__ = ["BFGS", "AveragedPair", "BFGSState", "HessianActionBFGS", "HessianActionState", "average_pair_"]
-
-SKIP_TOLERANCE = 1e-4
-"""A pair is skipped when s'y <= 1e-4 |s|^2 |v| (PAPERS 1.2, skip rules)."""
 
 
 @dataclass
@@ -49,13 +47,6 @@ def average_pair_(pair: AveragedPair, before: LayerStatistics, after: LayerStati
     for value, new in ((pair.step, step), (pair.change, change)):
         value.copy_(torch.where(finite, keep * value + add * new, value))
     return finite
-
-
-def acceptable(step: Tensor, curvature: Tensor, reference: Tensor) -> Tensor:
-    """The skip rule: s'y > 0 and s'y > 1e-4 |s|^2 |v| with v = ``reference``; 0-dimensional bool."""
-    bound: Tensor = SKIP_TOLERANCE * torch.dot(step, step) * torch.linalg.vector_norm(reference)
-    result: Tensor = (curvature > 0) & (curvature > bound) & torch.isfinite(bound)
-    return result
 
 
 def pair_events(pair: DampedPair, accepted: Tensor) -> Events:
@@ -99,12 +90,14 @@ class BFGS(_DenseInverse):
     Args:
         pairs: how a pair is damped before the update.
         average: rule over steps for the undamped pair; decay 0 in full-batch mode.
+        skip: which damped pairs are used.
 
     Memory: d^2 + 2 d numbers.
     """
 
     pairs: PairDamping = field(default_factory=DoubleDamping)
     average: Average = field(default_factory=lambda: ZeroStartAverage(0.9))
+    skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("outputs",))
 
     def needs(self, side: Side) -> Needs:
@@ -134,7 +127,7 @@ class BFGS(_DenseInverse):
         finite = average_pair_(state.pair, before, after, self.average)
         product = state.inverse @ state.pair.change
         pair = self.pairs.damp(state.pair.step, state.pair.change, product, damping)
-        accepted = finite & acceptable(pair.step, torch.dot(pair.step, pair.change), before.mean_gradient)
+        accepted = finite & self.skip.accepts(pair.step, pair.change, before.mean_gradient)
         bfgs_inverse_update_(state.inverse, pair.step, pair.change, state.inverse @ pair.change, accepted)
         return pair_events(pair, accepted)
 
@@ -157,11 +150,13 @@ class HessianActionBFGS(_DenseInverse):
 
     Args:
         average: rule over steps for A.
+        skip: which pairs (s, y) are used.
 
     Memory: 2 d^2 numbers.
     """
 
     average: Average = field(default_factory=lambda: MovingAverage(0.9))
+    skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("inputs",))
 
     def needs(self, side: Side) -> Needs:
@@ -201,6 +196,6 @@ class HessianActionBFGS(_DenseInverse):
         mean = before.mean_input().to(state.inverse.dtype)
         step = state.inverse @ mean
         change = torch.addmv(damping * step, state.second_moment, step)
-        accepted = acceptable(step, torch.dot(step, change), mean)
+        accepted = self.skip.accepts(step, change, mean)
         bfgs_inverse_update_(state.inverse, step, change, state.inverse @ change, accepted)
         return {"rejected_pairs": ~accepted}

@@ -11,11 +11,12 @@ from torch import Tensor
 from ..curvature.statistics import LayerStatistics, Needs
 from ..errors import require_interval, require_positive_integer
 from .averages import Average, ZeroStartAverage
-from .bfgs import AveragedPair, acceptable, average_pair_, pair_events
+from .bfgs import AveragedPair, average_pair_, pair_events
 from .factors import Side
 from .linalg import Inverse, triangular_inverse
 from .pairs import DoubleDamping, PairDamping
 from .protocol import Events
+from .skipping import CurvatureTest, SkipRule
 from .state import State
 
 __all__ = ["LBFGS", "LBFGSState", "append_pair_"]
@@ -83,6 +84,7 @@ class LBFGS:
         pairs: how a pair is damped before it is stored.
         average: rule over steps for the undamped pair; decay 0 in full-batch mode.
         initial: gamma > 0.
+        skip: which damped pairs are stored.
 
     Memory: 2 p d + 3 p^2 + 2 d numbers. Cost: products with H cost 8 p d flops per column, so a layer with
     d < 4 p outputs is served cheaper by the dense ``BFGS``.
@@ -92,6 +94,7 @@ class LBFGS:
     pairs: PairDamping = field(default_factory=DoubleDamping)
     average: Average = field(default_factory=lambda: ZeroStartAverage(0.9))
     initial: float = 1.0
+    skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("outputs",))
 
     def __post_init__(self) -> None:
@@ -141,7 +144,7 @@ class LBFGS:
         finite = average_pair_(state.pair, before, after, self.average)
         product = self.left(state, state.pair.change.unsqueeze(1)).squeeze(1)
         pair = self.pairs.damp(state.pair.step, state.pair.change, product, damping)
-        accepted = finite & acceptable(pair.step, torch.dot(pair.step, pair.change), before.mean_gradient)
+        accepted = finite & self.skip.accepts(pair.step, pair.change, before.mean_gradient)
         append_pair_(state, pair.step, pair.change, accepted)
         return pair_events(pair, accepted)
 

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from ..errors import ArgumentError, require_interval
 
-__all__ = ["DampedPair", "DoubleDamping", "NoDamping", "PairDamping", "PowellThenLM", "powell_on_inverse"]
+__all__ = [
+    "DampedPair",
+    "DoubleDamping",
+    "MergedDoubleDamping",
+    "NoDamping",
+    "PairDamping",
+    "PowellB0",
+    "PowellH",
+    "PowellThenLM",
+    "powell_on_inverse",
+]
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,14 @@ def powell_on_inverse(step: Tensor, change: Tensor, product: Tensor, mu1: float)
     """
     curvature, quadratic = torch.dot(step, change), torch.dot(change, product)
     changed = ~(curvature > mu1 * quadratic)
-    theta = torch.where(changed, (1.0 - mu1) * quadratic / (quadratic - curvature), torch.ones_like(curvature))
-    theta = torch.where(torch.isfinite(theta), theta, torch.ones_like(theta))
+    theta = _weight(curvature, quadratic, mu1, changed)
     return theta * step + (1.0 - theta) * product, changed
+
+
+def _weight(curvature: Tensor, target: Tensor, mu: float, changed: Tensor) -> Tensor:
+    """The theta of Powell's interpolation: theta s'y + (1 - theta) target = mu target; 1 where nothing is changed."""
+    theta = torch.where(changed, (1.0 - mu) * target / (target - curvature), torch.ones_like(curvature))
+    return torch.where(torch.isfinite(theta), theta, torch.ones_like(theta))
 
 
 @dataclass(frozen=True)
@@ -97,8 +112,7 @@ class DoubleDamping:
         step, first = powell_on_inverse(step, change, product, self.mu1)
         curvature, square = torch.dot(step, change), torch.dot(step, step)
         second = ~(curvature > damping * square)
-        theta = torch.where(second, (1.0 - damping) * square / (square - curvature), torch.ones_like(curvature))
-        theta = torch.where(torch.isfinite(theta), theta, torch.ones_like(theta))
+        theta = _weight(curvature, square, damping, second)
         return DampedPair(step, theta * change + (1.0 - theta) * step, first, second)
 
 
@@ -125,3 +139,99 @@ class PowellThenLM:
         step, first = powell_on_inverse(step, change, product, self.mu1)
         always = torch.ones((), dtype=torch.bool, device=step.device)
         return DampedPair(step, change + damping * step, first, always)
+
+
+@dataclass(frozen=True)
+class PowellH:
+    """Powell on H alone (PAPERS 1.3, "Powell-H only"): s'y >= mu1 y'Hy afterwards, y as it is.
+
+    Keeps H positive definite, H+ >= mu1 H / (1 + mu1), but puts no bound on |H+| (PAPERS 1.4, U4): a small y that
+    points along s is a good pair here, and teaches an H as large as |s| / |y|. The damping mu2 does not enter.
+
+    Args:
+        mu1: in (0, 1), threshold.
+    """
+
+    mu1: float = 0.2
+
+    def __post_init__(self) -> None:
+        require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
+
+    def validate(self, damping: float) -> None:
+        """Any damping."""
+
+    def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
+        """The first stage of double damping."""
+        step, first = powell_on_inverse(step, change, product, self.mu1)
+        return DampedPair(step, change, first, torch.zeros_like(first))
+
+
+@dataclass(frozen=True)
+class MergedDoubleDamping:
+    """One of the two stages, whichever has the larger target (PAPERS 1.3, "merged DD").
+
+    With sigma = max(y'Hy, s's) and s'y > mu1 sigma the pair stays. Otherwise s is damped with H where y'Hy >= s's, else
+    y with B = I, both to mu1. Afterwards, with M and mu the largest and smallest eigenvalue of H:
+
+        s'y >= mu1 / max(1, M) |s|^2,   y'Hy <= max(1, M) / mu1 s'y,   |y|^2 <= max(1, 1 / mu) / mu1 s'y
+
+    (ours, proved as D2-D4 in PAPERS 1.4). The bounds contain M where double damping has mu2: D2 with mu2 does *not*
+    hold, and the damping mu2 does not enter.
+
+    Args:
+        mu1: in (0, 1), threshold of both.
+    """
+
+    mu1: float = 0.2
+
+    def __post_init__(self) -> None:
+        require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
+
+    def validate(self, damping: float) -> None:
+        """Any damping."""
+
+    def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
+        """At most one of the stages."""
+        curvature, quadratic = torch.dot(step, change), torch.dot(change, product)
+        square = torch.dot(step, step)
+        low = ~(curvature > self.mu1 * torch.maximum(quadratic, square))
+        first, second = low & (quadratic >= square), low & (quadratic < square)
+        on_step = _weight(curvature, quadratic, self.mu1, first)
+        on_change = _weight(curvature, square, self.mu1, second)
+        damped = on_step * step + (1.0 - on_step) * product
+        return DampedPair(damped, on_change * change + (1.0 - on_change) * step, first, second)
+
+
+@dataclass(frozen=True)
+class PowellB0:
+    """Powell's damping of y with a multiple of the identity, B0 = gamma I, gamma = max(y'y / s'y, floor).
+
+    The damping of SdLBFGS (Wang, Ma, Goldfarb, Liu, SIAM J. Opt. 27 (2017), section 3, with H0 = I / gamma). PAPERS 1.3
+    writes B0 = I / gamma; we follow the SIAM paper, where gamma has the units of curvature, as B0 must. For s'y <= 0
+    gamma is the floor. Afterwards s'y >= mu1 gamma |s|^2 >= mu1 floor |s|^2. What it does not bound:
+    |y|^2 / s'y, so H+ may become nearly singular. H and the damping mu2 do not enter.
+
+    Args:
+        mu1: in (0, 1), threshold; 0.25 in the paper.
+        floor: > 0 and finite, smallest curvature that gamma may claim.
+    """
+
+    mu1: float = 0.25
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
+        require_interval("floor", self.floor, 0.0, float("inf"), closed="()")
+
+    def validate(self, damping: float) -> None:
+        """Any damping."""
+
+    def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
+        """One stage, on y."""
+        curvature, square = torch.dot(step, change), torch.dot(step, step)
+        gamma = (torch.dot(change, change) / curvature).clamp(min=self.floor)
+        gamma = torch.where((curvature > 0) & torch.isfinite(gamma), gamma, torch.full_like(gamma, self.floor))
+        second = ~(curvature > self.mu1 * gamma * square)
+        theta = _weight(curvature, gamma * square, self.mu1, second)
+        damped = theta * change + (1.0 - theta) * gamma * step
+        return DampedPair(step, damped, torch.zeros_like(second), second)

@@ -79,6 +79,17 @@ def merged_double_damping(s: Array, y: Array, H: Array, alpha: float = 0.2) -> D
     return DampedPair(s, theta * y + (1 - theta) * s, lm=True)
 
 
+def powell_b0(s: Array, y: Array, alpha: float = 0.25, floor: float = 0.1) -> DampedPair:
+    """SdLBFGS: B0 = gamma I, gamma = max(y.y / s.y, floor), the floor alone for s.y <= 0; then s.y >= alpha s.B0 s."""
+    sy = s @ y
+    gamma = max((y @ y) / sy, floor) if sy > 0 else floor
+    sBs = gamma * (s @ s)
+    if sy > alpha * sBs:
+        return DampedPair(s, y)
+    theta = (1 - alpha) * sBs / (sBs - sy)
+    return DampedPair(s, theta * y + (1 - theta) * gamma * s, lm=True)
+
+
 def reason_to_skip(s: Array, y: Array, scale: Array, threshold: float) -> int:
     """0: take the pair; 1: s.y <= 0; 2: s.y <= threshold (s.s) |scale|."""
     if s @ y <= 0:
