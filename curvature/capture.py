@@ -79,6 +79,13 @@ class Capture:
         self._wanted = {name: record for name, record in wanted.items() if record}
         self._kind = kind
 
+    def extended(self, layers: Sequence[Layer]) -> Capture:
+        """A capture of more layers in place of this one, whose hooks are removed and whose records are dropped."""
+        self.close()
+        result = Capture(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
+        result.step = self.step
+        return result
+
     def close(self) -> None:
         """Remove all hooks from the model."""
         for handle in self._handles:

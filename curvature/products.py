@@ -24,13 +24,14 @@ class GraphKeepingBackward(TorchFunctionMode):
     """Context in which ``loss.backward()`` keeps the graph of the gradient.
 
     Args:
-        layers: layers whose parameters are differentiated.
+        layers: layers whose parameters are differentiated; a parameter that is frozen during the backward counts as
+            constant.
     """
 
     def __init__(self, layers: Sequence[Layer]):
         super().__init__()
         self.layers = list(layers)
-        self.parameters = [parameter for layer in layers for parameter in layer.parameters.values()]
+        self.parameters = [p for layer in layers for p in layer.parameters.values() if p.requires_grad]
         self.gradients: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,20 +50,26 @@ class GraphKeepingBackward(TorchFunctionMode):
 
     def product(self, directions: Mapping[str, Tensors]) -> dict[str, Tensors]:
         """H d per layer, for one direction per layer; callable any number of times until :meth:`release`."""
-        vector = [value for layer in self.layers for value in directions[layer.name]]
+        moving = {id(parameter) for parameter in self.parameters}
+        vector = [
+            value
+            for layer in self.layers
+            for parameter, value in zip(layer.parameters.values(), directions[layer.name], strict=True)
+            if id(parameter) in moving
+        ]
         pairs = [(slope, along) for slope, along in zip(self.gradients, vector, strict=True) if slope.requires_grad]
         total = tuple(torch.zeros_like(parameter) for parameter in self.parameters)
         if pairs:  # a gradient that does not depend on any parameter contributes nothing
             slopes, alongs = zip(*pairs, strict=True)
             with torch.enable_grad():
                 total = torch.autograd.grad(slopes, self.parameters, alongs, retain_graph=True, materialize_grads=True)
-        result: dict[str, Tensors] = {}
-        position = 0
-        for layer in self.layers:
-            count = len(layer.parameters)
-            result[layer.name] = total[position : position + count]
-            position += count
-        return result
+        columns = {id(parameter): value for parameter, value in zip(self.parameters, total, strict=True)}
+        return {
+            layer.name: tuple(
+                columns[id(p)] if id(p) in columns else torch.zeros_like(p) for p in layer.parameters.values()
+            )
+            for layer in self.layers
+        }
 
     def release(self) -> None:
         """Free the graph."""

@@ -75,10 +75,10 @@ def sampled_backward(
     Returns:
         Per layer of ``layers`` its parameter gradients, summed over samples; zero where the output does not depend.
     """
-    parameters = [parameter for layer in layers for parameter in layer.parameters.values()]
+    trainable = [p for layer in layers for p in layer.parameters.values() if p.requires_grad]
     targets = likelihood.sample(output.detach(), generator)
     loss = likelihood.negative_log_likelihood(output, targets)
-    inputs: list[Any] = [*(call.edge for call in calls), *parameters]
+    inputs: list[Any] = [*(call.edge for call in calls), *trainable]
     with extra_backward():
         gradients = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
     for call, gradient in zip(calls, gradients, strict=False):
@@ -86,9 +86,7 @@ def sampled_backward(
     rest = iter(gradients[len(calls) :])
     sums: dict[str, ParameterSum] = {}
     for layer in layers:
-        values = tuple(
-            torch.zeros_like(parameter) if gradient is None else gradient
-            for parameter, gradient in zip(layer.parameters.values(), rest, strict=False)
-        )
+        found = [(p, next(rest) if p.requires_grad else None) for p in layer.parameters.values()]
+        values = tuple(torch.zeros_like(p) if gradient is None else gradient for p, gradient in found)
         sums[layer.name] = ParameterSum(pass_index, output.shape[0], values)
     return sums

@@ -12,14 +12,14 @@ from torch import Tensor
 from ..curvature.layers import Layer
 from ..curvature.statistics import Tensors
 from ..errors import CompatibilityError
-from ..preconditioners.by_layer import ByLayer, require_matching_keys, select
+from ..preconditioners.by_layer import ByLayer, select
 from ..preconditioners.kronecker import Kronecker
 from ..preconditioners.protocol import Preconditioner
 from ..preconditioners.state import State
 from .momentum import Momentum
 from .report import LayerRow
 
-__all__ = ["Block", "make_blocks"]
+__all__ = ["Block", "make_blocks", "present_gradients"]
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Block:
 
     The momentum lives in the structure's own layout, ``storage``: one matrix ``[W | b]`` or one tensor per parameter.
     ``views`` shows the same memory in the shapes of the parameters, so nothing is packed or unpacked in a step.
+    ``born`` is the step before which the block was added: its schedule counts from there.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Block:
     storage: Tensors
     updates: int = 0
     positions: int = 1
+    born: int = 0
     parameters: Tensors = field(init=False)
     views: Tensors = field(init=False)
 
@@ -60,16 +62,28 @@ class Block:
                 views.append(weight.unflatten(1, parameter.shape[1:]) if parameter.ndim > 2 else weight)
         return tuple(views)
 
+    def statistics_due(self, step: int, warm: bool) -> bool:
+        """Whether step ``step`` updates the statistics; a block that was added later starts cold."""
+        return self.part.schedule.statistics_due(step - self.born, warm and not self.born)
+
+    def inverses_due(self, step: int) -> bool:
+        """Whether step ``step`` recomputes the inverses."""
+        return self.part.schedule.inverses_due(step - self.born)
+
     def gradients(self) -> Tensors | None:
         """Gradients of the parameters; ``None`` if one is missing (the block sits this step out)."""
-        found = [parameter.grad for parameter in self.parameters]
-        present = [gradient for gradient in found if gradient is not None]
-        return tuple(present) if len(present) == len(found) else None
+        return present_gradients(self.parameters)
 
-    def accumulate(self, momentum: Momentum, gradients: Tensors, decay: float) -> None:
-        """One recurrence of the momentum on g + decay * theta; ``gradients`` stay as they are."""
+    def accumulate(self, momentum: Momentum, gradients: Tensors, decays: Sequence[float]) -> None:
+        """One recurrence of the momentum on g + decay * theta; ``gradients`` stay as they are.
+
+        Args:
+            momentum: the recurrence.
+            gradients: one per parameter.
+            decays: coupled weight decay of each parameter.
+        """
         keep, add = momentum.coefficients()
-        for view, gradient, parameter in zip(self.views, gradients, self.parameters, strict=True):
+        for view, gradient, parameter, decay in zip(self.views, gradients, self.parameters, decays, strict=True):
             view.mul_(keep).add_(gradient, alpha=add)
             if decay:
                 view.add_(parameter, alpha=add * decay)
@@ -99,6 +113,7 @@ class Block:
             "momentum": list(self.storage),
             "updates": self.updates,
             "positions": self.positions,
+            "born": self.born,
         }
 
     def load_dict(self, values: dict[str, Any]) -> None:
@@ -107,6 +122,26 @@ class Block:
         for own, saved in zip(self.storage, values["momentum"], strict=True):
             own.copy_(saved)
         self.updates, self.positions = int(values["updates"]), int(values["positions"])
+        self.born = int(values["born"])
+
+
+def present_gradients(parameters: Sequence[Tensor]) -> Tensors | None:
+    """Gradients of parameters that take part in a step together.
+
+    Returns:
+        One gradient per parameter; zeros for one that is frozen while others are not. ``None`` if all are frozen, or if
+        the backward pass did not reach one that is trainable.
+    """
+    found = [parameter.grad if parameter.requires_grad else None for parameter in parameters]
+    if all(gradient is not None for gradient in found):
+        return tuple(gradient for gradient in found if gradient is not None)
+    missing = [p for p, gradient in zip(parameters, found, strict=True) if gradient is None and p.requires_grad]
+    if missing or all(gradient is None for gradient in found):
+        return None
+    return tuple(
+        torch.zeros_like(parameter) if gradient is None else gradient
+        for parameter, gradient in zip(parameters, found, strict=True)
+    )
 
 
 def describe(part: Preconditioner) -> str:
@@ -125,8 +160,6 @@ def make_blocks(
     Raises:
         CompatibilityError: if ``strict`` and something is left over; the message lists it.
     """
-    if isinstance(preconditioner, ByLayer):
-        require_matching_keys(preconditioner, layers)
     blocks: list[Block] = []
     left: list[str] = []
     for layer in layers:

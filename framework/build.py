@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,7 @@ def build(
     seed: int = 0,
     strict: bool = False,
     on_nonfinite: str = "raise",
+    groups: Sequence[Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> SecondOrder:
     """Build an optimizer.
@@ -43,6 +45,10 @@ def build(
         seed: of the sampled labels.
         strict: refuse parameters that no part serves.
         on_nonfinite: ``"raise"`` or ``"skip"``.
+        groups: torch's parameter groups, ``[{"params": ["*.bias"], "weight_decay": 0.0}, ...]``: ``"params"`` holds
+            parameters or shell patterns of their names; ``lr``, ``damping`` and ``weight_decay`` default to the
+            values above. Parameters in no group form one more, the last. ``lr`` and ``damping`` are one number per
+            layer; ``weight_decay`` may differ within a layer.
         **options: options of the registered method, e.g. ``memory=20`` for ``kbfgs-l``.
 
     Example:
@@ -78,4 +84,5 @@ def build(
         seed=seed,
         strict=strict,
         on_nonfinite=on_nonfinite,
+        groups=groups,
     )

@@ -27,30 +27,42 @@ def observe(
     method: Method,
     statistics: Mapping[str, LayerStatistics],
     gradients: Mapping[str, Tensors | None],
-    decay: float,
+    decays: Mapping[str, tuple[float, ...]],
     step: int,
     warm: bool,
 ) -> None:
-    """Momentum and, where they are due, statistics of every block that has a gradient."""
+    """Momentum and, where they are due, statistics of every block that has a gradient.
+
+    Raises:
+        ArgumentError: if a structure does not find what it declared; no block has been changed.
+    """
+    records = {
+        block.key: fill(method.curvature, block.layer, statistics.get(block.layer.name))
+        for block in blocks
+        if gradients[block.key] is not None
+    }
+    for block in blocks:
+        record = records.get(block.key)
+        if record is not None and block.statistics_due(step, warm):
+            require_filled(block, record)
     for block in blocks:
         values = gradients[block.key]
         if values is None:
             continue
-        block.accumulate(method.momentum, values, decay)
-        record = fill(method.curvature, block.layer, statistics.get(block.layer.name))
+        block.accumulate(method.momentum, values, decays[block.key])
+        record = records[block.key]
         if record is None and block.part.needs:
             continue
         if record is not None and statistics.get(block.layer.name) is not None:
             block.positions = record.positions
-        if block.part.schedule.statistics_due(step, warm):
-            if record is not None:
-                require_filled(block, record)
-            block.part.update(block.state, Observation(record, values, block.storage, decay, block.parameters))
+        if block.statistics_due(step, warm):
+            observation = Observation(record, values, block.storage, decays[block.key], block.parameters)
+            block.part.update(block.state, observation)
 
 
 def refresh(blocks: Sequence[Block], sides: Callable[[Block], SideDamping], step: int) -> tuple[int, int]:
     """Invert what is due, all layers in one batched request. Returns (matrices, rescues)."""
-    due = [block for block in blocks if block.part.schedule.inverses_due(step)]
+    due = [block for block in blocks if block.inverses_due(step)]
     requests = [(block, block.part.matrices(block.state, sides(block))) for block in due]
     flat = [request for _, entries in requests for request in entries]
     if not flat:

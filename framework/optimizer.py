@@ -6,29 +6,31 @@ error before it leaves the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..curvature.capture import Capture
-from ..curvature.layers import discover_layers
+from ..curvature.capture import Capture, Record
+from ..curvature.layers import Layer, discover_layers
 from ..curvature.likelihoods import Likelihood, resolve_likelihood
 from ..curvature.products import GraphKeepingBackward
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import ArgumentError, ClosureRequiredError, NumericalError
-from ..preconditioners.by_layer import leaves
+from ..preconditioners.by_layer import ByLayer, require_matching_keys
 from ..preconditioners.damping import SideDamping
 from .blocks import Block, make_blocks
 from .evaluation import Closure, Snapshot, run_closure
+from .groups import GroupValues, chosen_parameters, split_into_groups
+from .growing import late_layers, require_nobody_left_out, unowned_parameters
 from .lookback import LookBack
 from .method import Method
 from .observing import observe, refresh, warm_up
 from .recording import records_for_step, require_sampled
 from .report import LayerRow, StepReport
-from .saving import require_same_layout
+from .saving import restore_state, saved_state
 from .stepping import Proposal, StepRule
 
 __all__ = ["SecondOrder"]
@@ -50,6 +52,8 @@ class SecondOrder(torch.optim.Optimizer):
         strict: refuse parameters that would get the fallback.
         on_nonfinite: ``"raise"`` (default) or ``"skip"`` when a gradient is not finite. One number is fetched from the
             device per step for this check.
+        groups: parameter groups with their own ``lr``, ``damping``, ``weight_decay``, see
+            :func:`osculate.framework.groups.split_into_groups`; what they leave over forms one more group.
 
     Raises:
         ArgumentError: for values out of range.
@@ -69,6 +73,7 @@ class SecondOrder(torch.optim.Optimizer):
         seed: int = 0,
         strict: bool = False,
         on_nonfinite: str = "raise",
+        groups: Sequence[Mapping[str, Any]] | None = None,
     ):
         if loss_reduction not in ("mean", "sum"):
             raise ArgumentError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
@@ -85,15 +90,21 @@ class SecondOrder(torch.optim.Optimizer):
         layers = discover_layers(model)
         if not layers:
             raise ArgumentError(f"{type(model).__name__} has no trainable parameters")
+        if isinstance(method.preconditioner, ByLayer):
+            require_matching_keys(method.preconditioner, layers)
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
+        self._strict, self._values, self._ready = strict, GroupValues(), False
         self.blocks = make_blocks(layers, method.preconditioner, method.fallback, strict=strict)
+        super().__init__(split_into_groups(model, layers, groups), values)
+        self._values.assign(layers, self.param_groups)
+        self._check_values()
         self.capture = Capture(model, layers, resolved, loss_reduction, seed)
-        super().__init__([p for layer in layers for p in layer.parameters.values()], values)
         self.last_report = StepReport(-1)
         self.gradient_evaluations = 0
-        self._step, self._warm = 0, False
+        self._step, self._warm, self._ready = 0, False, True
         self._rule = StepRule(method.step_size, layers, seed)
         self._look_back = LookBack(self)
+        self._unowned = unowned_parameters(model, layers)
         self._arm()
 
     # -- what a user asks --------------------------------------------------------------------------------------------
@@ -115,28 +126,53 @@ class SecondOrder(torch.optim.Optimizer):
 
     def penalty(self) -> Tensor:
         """(tau / 2) |theta|^2 for coupled weight decay, 0 for decoupled: what the method adds to the loss."""
-        factor = self.method.weight_decay.gradient_factor(self._value("weight_decay"))
-        parameters: list[Tensor] = [parameter.detach() for parameter in self.param_groups[0]["params"]]
-        if factor == 0.0:
-            return parameters[0].new_zeros(())
-        return 0.5 * factor * torch.stack(torch._foreach_norm(parameters)).square().sum()
+        total: Tensor = self.param_groups[0]["params"][0].detach().new_zeros(())
+        for group in self.param_groups:
+            factor = self.method.weight_decay.gradient_factor(float(group["weight_decay"]))
+            if factor:
+                parameters = [parameter.detach() for parameter in group["params"]]
+                total = total + 0.5 * factor * torch.stack(torch._foreach_norm(parameters)).square().sum()
+        return total
 
     def close(self) -> None:
         """Remove the hooks from the model; the optimizer cannot step afterwards."""
         self.capture.close()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only the constructor adds the one group.
+        """Take over parameters of the model that were frozen when the optimizer was built (gradual unfreezing).
+
+        Their layers get fresh blocks, served by the same method; their schedules start at the next step. Call it
+        between two steps: statistics that a forward pass has recorded since the last step are dropped.
+
+        Args:
+            param_group: ``"params"`` (parameters of the model or patterns of their names, trainable and owned by no
+                group yet) and any of ``lr``, ``damping``, ``weight_decay``, ``name``; the rest as built.
 
         Raises:
-            ArgumentError: for a second group; mix methods by layer with ``ByLayer`` instead.
+            ArgumentError: if a parameter is frozen, owned already or not of this model, or a number out of range;
+                nothing has been changed.
         """
-        if self.param_groups:
-            raise ArgumentError(
-                "osculate optimizers have one parameter group; give layers different parts with ByLayer({...}), or "
-                "freeze parameters before osculate.build"
-            )
-        super().add_param_group(param_group)
+        if not self._ready:
+            super().add_param_group(param_group)
+            return
+        chosen = chosen_parameters(self.model, param_group)
+        added = late_layers(self.model, self.layers, chosen)
+        numbers = {name: float(param_group.get(name, self.defaults[name])) for name in self.defaults}
+        self.method.check_values(**numbers)
+        blocks = make_blocks(added, self.method.preconditioner, self.method.fallback, strict=self._strict)
+        super().add_param_group({**param_group, "params": chosen})
+        for block in blocks:
+            block.born = self._step
+        self._adopt([*self.layers, *added], [*self.blocks, *blocks])
+
+    def _adopt(self, layers: list[Layer], blocks: list[Block]) -> None:
+        """Serve more layers than before."""
+        self.layers, self.blocks = layers, blocks
+        self._values.assign(layers, self.param_groups)
+        self.capture = self.capture.extended(layers)
+        self._rule.grow(layers)
+        self._unowned = unowned_parameters(self.model, layers)
+        self._arm()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics that belong to them."""
@@ -163,19 +199,24 @@ class SecondOrder(torch.optim.Optimizer):
         """
         if closure is None and self.needs_closure:
             raise ClosureRequiredError(_CLOSURE_MESSAGE)
-        self.method.check_values(**{name: self._value(name) for name in ("lr", "damping", "weight_decay")})
+        self._check_values()
         self._look_back.prepare()
         loss, products = self._evaluate(closure)
+        require_nobody_left_out(self._unowned)
         statistics = self.capture.collect()
         gradients = {block.key: block.gradients() for block in self.blocks}
         trouble = self._trouble(loss, gradients)
         if trouble is not None:
             return self._refuse(trouble, loss)
         require_sampled(self.method.step_size, self._step, statistics)
-        decay = self.method.weight_decay.gradient_factor(self._value("weight_decay"))
-        observe(self.blocks, self.method, statistics, gradients, decay, self._step, self._warm)
+        decays = {block.key: self._decays(block) for block in self.blocks}
+        coupled = {
+            key: tuple(self.method.weight_decay.gradient_factor(value) for value in values)
+            for key, values in decays.items()
+        }
+        observe(self.blocks, self.method, statistics, gradients, coupled, self._step, self._warm)
         refreshes, rescues = refresh(self.blocks, self.sides, self._step)
-        proposal = self._propose(statistics, gradients, products)
+        proposal = self._propose(statistics, gradients, products, decays)
         self._look_back.remember(proposal)
         self._take(proposal, 1.0)
         outcome = self._look_back.run(closure, loss, statistics, proposal) if closure is not None else None
@@ -184,7 +225,7 @@ class SecondOrder(torch.optim.Optimizer):
             loss,
             None if outcome is None else outcome.loss,
             proposal.step_sizes if outcome is None else outcome.scaled(proposal.step_sizes),
-            self._value("damping"),
+            self.damping,
             {} if outcome is None else outcome.events,
             refreshes,
             rescues,
@@ -225,7 +266,7 @@ class SecondOrder(torch.optim.Optimizer):
                 f"step {self._step}: {trouble}; no parameter and no state was changed. Lower lr, raise damping, or "
                 "build with on_nonfinite='skip'"
             )
-        self.last_report = StepReport(self._step, loss, skipped=trouble)
+        self.last_report = StepReport(self._step, loss, damping=self.damping, skipped=trouble)
         return loss
 
     def _propose(
@@ -233,11 +274,14 @@ class SecondOrder(torch.optim.Optimizer):
         statistics: Mapping[str, LayerStatistics],
         gradients: Mapping[str, Tensors | None],
         products: GraphKeepingBackward | None,
+        decays: Mapping[str, tuple[float, ...]],
     ) -> Proposal:
         active = [block for block in self.blocks if gradients[block.key] is not None]
         directions = {block.key: block.direction(self.method.momentum) for block in active}
+        like = next(iter(directions.values()))[0]
+        lr = self._values.per_layer(self.param_groups, self.layers, "lr", like)
         proposal = self._rule.propose(
-            self._step, self._value("lr"), active, directions, self.method.momentum, statistics, products
+            self._step, lr, active, directions, self.method.momentum, statistics, products, decays
         )
         if products is not None:
             products.release()
@@ -245,7 +289,7 @@ class SecondOrder(torch.optim.Optimizer):
 
     def _take(self, proposal: Proposal, fraction: float) -> None:
         """Take a fraction of a proposed step: the only place that writes to parameters."""
-        proposal.take(fraction, self.method.weight_decay, self._value("weight_decay"))
+        proposal.take(fraction, self.method.weight_decay)
 
     # -- warm start --------------------------------------------------------------------------------------------------
 
@@ -274,57 +318,55 @@ class SecondOrder(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit: tensors, numbers and nested dictionaries keyed by layer name."""
-        return {
-            "state": {block.key: block.to_dict() for block in self.blocks},
-            "step_size": self._rule.to_dict(),
-            "progress": {"step": self._step, "warm": self._warm, "gradient_evaluations": self.gradient_evaluations},
-            "param_groups": super().state_dict()["param_groups"],
-        }
+        return saved_state(self, super().state_dict()["param_groups"])
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken; the argument is not modified.
 
+        Groups that the saved optimizer was given by :meth:`add_param_group` are added, if their parameters are
+        trainable by now.
+
         Raises:
             ArgumentError: if layers or parts are missing or unknown, or a shape differs; nothing has been written.
         """
-        own = {"state": {block.key: block.to_dict() for block in self.blocks}, "step_size": self._rule.to_dict()}
-        require_same_layout(own, {key: state_dict.get(key, {}) for key in own})
-        for block in self.blocks:
-            block.load_dict(state_dict["state"][block.key])
-        self._rule.load_dict(state_dict["step_size"])
-        progress = state_dict["progress"]
-        self._step, self._warm = int(progress["step"]), bool(progress["warm"])
-        self.gradient_evaluations = int(progress["gradient_evaluations"])
-        for group, values in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({name: value for name, value in values.items() if name != "params"})
+        restore_state(self, state_dict)
         self._arm()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def sides(self, block: Block) -> SideDamping:
         """Damping of a block's matrices."""
-        return self.method.damping.sides(self._value("damping"), block.positions)
+        value = self._values.of_layer(self.param_groups, block.layer.name, "damping")
+        return self.method.damping.sides(value, block.positions)
+
+    @property
+    def damping(self) -> float | dict[str, float]:
+        """lambda; per layer where parameter groups differ."""
+        return self._values.common(self.param_groups, "damping")
 
     def snapshot(self) -> Snapshot:
         """Random state and buffers now."""
         return Snapshot.take(self.model)
 
-    def _value(self, name: str) -> float:
-        return float(self.param_groups[0][name])
+    def _decays(self, block: Block) -> tuple[float, ...]:
+        return self._values.of_block(self.param_groups, block, "weight_decay")
 
-    @property
-    def _samples_labels(self) -> bool:
-        due = any(part.schedule.statistics_due(self._step, self._warm) for part in leaves(self.method.preconditioner))
-        sampled = Needs.SCORES | Needs.BATCH_SCORES
-        scores = bool(self.method.step_size.needs & sampled) and self.method.step_size.due(self._step)
-        return scores or (due and self.method.curvature.needs_likelihood)
+    def _check_values(self) -> None:
+        """The numbers of all groups are in range, and agree within each layer."""
+        for group in self.param_groups:
+            self.method.check_values(**{name: float(group[name]) for name in ("lr", "damping", "weight_decay")})
+        for key in ("lr", "damping") if len(self.param_groups) > 1 else ():
+            self._values.common(self.param_groups, key)
 
     def _arm(self) -> None:
         """Tell the capture what the coming forward passes must record."""
         self.capture.step = self._step
         self.capture.clear()
-        self.capture.arm(records_for_step(self.blocks, self.layers, self.method, self._step, self._warm))
+        records = records_for_step(self.blocks, self.layers, self.method, self._step, self._warm)
+        self.capture.arm(records)
+        sampled = Record.SAMPLED | Record.SAMPLED_PARAMETERS
+        self._samples_labels = any(record & sampled for record in records.values())
 
 
 _CLOSURE_MESSAGE = """this method evaluates the mini-batch itself; give step() a closure:

@@ -11,7 +11,7 @@ from ..curvature.layers import Layer
 from ..curvature.statistics import LayerStatistics, Needs
 from ..errors import ArgumentError
 from ..stepsize.protocol import StepSize
-from .blocks import Block
+from .blocks import Block, present_gradients
 from .method import Method
 
 __all__ = ["fill", "records_for_forward", "records_for_step", "require_filled", "require_sampled"]
@@ -24,7 +24,7 @@ def records_for_step(
     wanted: dict[str, Record] = {}
     for block in blocks:
         needs = block.part.needs
-        if not block.part.schedule.statistics_due(step, warm):
+        if not block.statistics_due(step, warm):
             # Parts that look back use the mean input of every step; the rest sits this step out.
             needs = needs & (Needs.PAIRS | Needs.INPUTS) if Needs.PAIRS in needs else Needs.NOTHING
         _add(wanted, block.layer.name, method.curvature.records(needs))
@@ -49,14 +49,13 @@ def fill(estimator: Estimator, layer: Layer, record: LayerStatistics | None) -> 
 
     A layer that no hook recorded still has its gradients, which is all that ``BatchMean`` uses.
     """
-    gradients = [parameter.grad for parameter in layer.parameters.values()]
-    present = tuple(gradient for gradient in gradients if gradient is not None)
+    gradients = present_gradients(tuple(layer.parameters.values()))
     if record is None:
-        if len(present) < len(gradients):
+        if gradients is None:
             return None
         record = LayerStatistics(layer, 1, 1)
-    if len(present) == len(gradients):
-        record = replace(record, gradients=present)
+    if gradients is not None:
+        record = replace(record, gradients=gradients)
     return estimator.fill(record)
 
 

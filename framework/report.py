@@ -20,7 +20,7 @@ class StepReport:
         loss: mini-batch loss before the step, if the step was given a closure.
         loss_after: loss of the same mini-batch after it, for methods that look back.
         step_sizes: alpha per layer, as applied.
-        damping: lambda.
+        damping: lambda; one number, or one per layer where parameter groups give them different values.
         events: counts by name: ``rejected_pairs``, ``damped_first``, ``damped_second`` over all layers.
         refreshes: how many matrices were inverted.
         rescues: how often a factorisation needed more damping; failed ones keep the last good inverse.
@@ -32,7 +32,7 @@ class StepReport:
     loss: Tensor | float | None = None
     loss_after: Tensor | float | None = None
     step_sizes: Mapping[str, Tensor | float] = field(default_factory=dict)
-    damping: float = 0.0
+    damping: float | Mapping[str, float] = 0.0
     events: Mapping[str, Tensor] = field(default_factory=dict)
     refreshes: int = 0
     rescues: int = 0
@@ -52,7 +52,7 @@ class StepReport:
             "loss": None if self.loss is None else float(self.loss),
             "loss_after": None if self.loss_after is None else float(self.loss_after),
             "step_sizes": {name: float(value) for name, value in self.step_sizes.items()},
-            "damping": self.damping,
+            "damping": dict(self.damping) if isinstance(self.damping, Mapping) else self.damping,
             "refreshes": self.refreshes,
             "skipped_because": self.skipped,
         } | self.counts()

@@ -1,17 +1,91 @@
-"""Saved states: what does not fit is found and named before anything is written."""
+"""Saving and loading: what does not fit is found and named before anything is written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArgumentError
 
-__all__ = ["require_same_layout"]
+if TYPE_CHECKING:
+    from .optimizer import SecondOrder
+
+__all__ = ["require_same_layout", "restore_state", "saved_state"]
 
 _WAY_OUT = "load into an optimizer built for the same model and method"
+
+
+def saved_state(optimizer: SecondOrder, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Tensors, numbers and nested dictionaries keyed by name; tensors are not copied.
+
+    Args:
+        optimizer: whose state.
+        groups: its parameter groups as torch saves them, parameters numbered.
+    """
+    return {
+        "state": {block.key: block.to_dict() for block in optimizer.blocks},
+        "step_size": optimizer._rule.to_dict(),
+        "progress": {
+            "step": optimizer._step,
+            "warm": optimizer._warm,
+            "gradient_evaluations": optimizer.gradient_evaluations,
+            "seed": optimizer.capture.seed,
+        },
+        "param_groups": list(groups),
+        "group_of": _group_of(optimizer),
+    }
+
+
+def restore_state(optimizer: SecondOrder, saved: Mapping[str, Any]) -> None:
+    """Copy a saved state into an optimizer; ``saved`` is not modified.
+
+    Raises:
+        ArgumentError: if layers, parts or groups are missing or unknown, or a shape differs; no tensor was written.
+    """
+    _add_missing_groups(optimizer, saved)
+    own = saved_state(optimizer, optimizer.param_groups)
+    nested = ("state", "step_size")
+    require_same_layout({key: own[key] for key in nested}, {key: saved.get(key, {}) for key in nested})
+    if own["group_of"] != saved["group_of"]:
+        raise ArgumentError(f"saved parameter groups differ from this optimizer's; {_WAY_OUT} and groups")
+    for block in optimizer.blocks:
+        block.load_dict(saved["state"][block.key])
+    optimizer._rule.load_dict(saved["step_size"])
+    progress = saved["progress"]
+    optimizer._step, optimizer._warm = int(progress["step"]), bool(progress["warm"])
+    optimizer.gradient_evaluations = int(progress["gradient_evaluations"])
+    optimizer.capture.seed = optimizer._rule.seed = int(progress["seed"])
+    for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({name: value for name, value in values.items() if name != "params"})
+
+
+def _group_of(optimizer: SecondOrder) -> dict[str, int]:
+    """Index of the group of every parameter, by the parameter's name in the model."""
+    names = {id(parameter): name for name, parameter in optimizer.model.named_parameters()}
+    groups = enumerate(optimizer.param_groups)
+    return {names[id(parameter)]: index for index, group in groups for parameter in group["params"]}
+
+
+def _add_missing_groups(optimizer: SecondOrder, saved: Mapping[str, Any]) -> None:
+    """Groups that joined the saved optimizer in the middle of its run join this one too."""
+    if "group_of" not in saved or "param_groups" not in saved:
+        raise ArgumentError(f"not a state of an osculate optimizer: it has {sorted(map(str, saved))}; {_WAY_OUT}")
+    parameters: dict[str, nn.Parameter] = dict(optimizer.model.named_parameters())
+    owned = _group_of(optimizer)
+    for index in range(len(optimizer.param_groups), len(saved["param_groups"])):
+        names = [name for name, group in saved["group_of"].items() if group == index]
+        if any(name not in parameters or name in owned or not parameters[name].requires_grad for name in names):
+            raise ArgumentError(
+                f"saved parameter group {index} ({', '.join(names)}) was added during the run, and cannot be added "
+                "here: its parameters must be in the model, unfrozen, and in no group of this optimizer yet"
+            )
+        values = {key: value for key, value in saved["param_groups"][index].items() if key != "params"}
+        optimizer.add_param_group(
+            {"params": [parameters[name] for name in names]}
+            | {key: values[key] for key in ("lr", "damping", "weight_decay")}
+        )
 
 
 def require_same_layout(own: Any, saved: Any, where: str = "") -> None:

@@ -24,15 +24,26 @@ __all__ = ["Move", "Proposal", "StepRule"]
 
 @dataclass(frozen=True)
 class Move:
-    """One block's part of a step: theta <- theta - step_size * direction."""
+    """One block's part of a step: theta <- theta - step_size * direction, for every parameter that is not frozen.
+
+    Attributes:
+        parameters: what is moved.
+        directions: one per parameter.
+        step_size: of the layer.
+        decays: weight decay of each parameter.
+    """
 
     parameters: Tensors
     directions: Tensors
     step_size: float | Tensor
+    decays: tuple[float, ...]
 
-    def take(self, fraction: float, shrinkage: float | Tensor) -> None:
+    def take(self, fraction: float, weight_decay: WeightDecay) -> None:
         """theta <- (1 - fraction shrinkage) theta - fraction step_size direction."""
-        for parameter, direction in zip(self.parameters, self.directions, strict=True):
+        for parameter, direction, decay in zip(self.parameters, self.directions, self.decays, strict=True):
+            if not parameter.requires_grad:
+                continue
+            shrinkage = weight_decay.shrinkage(decay, self.step_size)
             if isinstance(shrinkage, Tensor) or shrinkage:
                 parameter.mul_(1.0 - fraction * shrinkage)
             if isinstance(self.step_size, Tensor):
@@ -48,10 +59,10 @@ class Proposal:
     moves: list[Move]
     step_sizes: dict[str, float | Tensor]
 
-    def take(self, fraction: float, weight_decay: WeightDecay, value: float) -> None:
+    def take(self, fraction: float, weight_decay: WeightDecay) -> None:
         """Take a fraction in (0, 1] of the step, decoupled weight decay first."""
         for move in self.moves:
-            move.take(fraction, weight_decay.shrinkage(value, move.step_size))
+            move.take(fraction, weight_decay)
 
 
 class StepRule:
@@ -61,6 +72,19 @@ class StepRule:
         self.rule, self.layers, self.seed = rule, layers, seed
         example = next(iter(layers[0].parameters.values())).detach()
         self.state = rule.init(len(layers), example)
+
+    def grow(self, layers: Sequence[Layer]) -> None:
+        """Make room for layers that were added behind the present ones; what was gathered stays."""
+        example = next(iter(self.layers[0].parameters.values())).detach()
+        old, self.layers = self.to_dict(), layers
+        self.state = self.rule.init(len(layers), example)
+        fresh = self.to_dict()
+        for name, value in old.items():
+            if isinstance(value, Tensor) and value.shape != fresh[name].shape:
+                fresh[name][tuple(slice(0, size) for size in value.shape)] = value
+            else:
+                fresh[name] = value
+        self.load_dict(fresh)
 
     def to_dict(self) -> dict[str, Any]:
         """Saved state; empty for rules without one."""
@@ -74,12 +98,13 @@ class StepRule:
     def propose(
         self,
         step: int,
-        lr: float,
+        lr: float | Tensor,
         blocks: Sequence[Block],
         directions: Mapping[str, Tensors],
         momentum: Momentum,
         statistics: Mapping[str, LayerStatistics],
         products: GraphKeepingBackward | None,
+        decays: Mapping[str, tuple[float, ...]],
     ) -> Proposal:
         """Moves of all blocks; on the CPU step sizes become plain numbers, elsewhere they stay on the device."""
         evidence = self._evidence(step, lr, blocks, directions, momentum, statistics, products)
@@ -101,13 +126,16 @@ class StepRule:
                 f"step {step}: {type(self.rule).__name__} proposed a step size that is not finite for layers "
                 f"{', '.join(bad)}; no parameter was changed. Raise its damping, or put it into RelativeBound"
             )
-        moves = [Move(block.parameters, directions[block.key], by_layer[block.layer.name]) for block in blocks]
+        moves = [
+            Move(block.parameters, directions[block.key], by_layer[block.layer.name], decays[block.key])
+            for block in blocks
+        ]
         return Proposal(moves, by_layer)
 
     def _evidence(
         self,
         step: int,
-        lr: float,
+        lr: float | Tensor,
         blocks: Sequence[Block],
         directions: Mapping[str, Tensors],
         momentum: Momentum,

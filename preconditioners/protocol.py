@@ -72,22 +72,26 @@ class Observation:
         statistics: measured by the backend and the estimator.
         gradients: gradient of the data loss for the block's parameters.
         momentum: the block's momentum in the part's storage layout (one matrix, or one tensor per parameter).
-        decay: coupled weight decay tau >= 0, whose gradient tau * parameter is not contained in ``gradients``.
+        decay: coupled weight decay tau >= 0, whose gradient tau * parameter is not contained in ``gradients``; one
+            number for all parameters, or one for each.
         parameters: the block's parameters.
     """
 
     statistics: LayerStatistics | None
     gradients: Tensors
     momentum: Tensors
-    decay: float = 0.0
+    decay: float | tuple[float, ...] = 0.0
     parameters: Tensors = ()
 
     def regularised(self) -> Tensors:
         """Gradients with the weight-decay term; no copy when there is none."""
-        if self.decay == 0.0:
+        decays = self.decay if isinstance(self.decay, tuple) else (self.decay,) * len(self.gradients)
+        if not any(decays):
             return self.gradients
-        pairs = zip(self.gradients, self.parameters, strict=True)
-        return tuple(torch.add(gradient, parameter, alpha=self.decay) for gradient, parameter in pairs)
+        entries = zip(self.gradients, self.parameters, decays, strict=True)
+        return tuple(
+            torch.add(gradient, parameter, alpha=decay) if decay else gradient for gradient, parameter, decay in entries
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ __all__ = ["ConstantStep"]
 
 @dataclass(frozen=True)
 class ConstantStep:
-    """alpha_l = lr of the parameter group; schedulers act on it."""
+    """alpha_l = lr of the layer's parameter group; schedulers act on it."""
 
     needs = Needs.NOTHING
     curvature = None
@@ -27,6 +27,6 @@ class ConstantStep:
         """No state."""
         return
 
-    def propose(self, state: None, evidence: StepEvidence) -> float:
+    def propose(self, state: None, evidence: StepEvidence) -> float | Tensor:
         """The learning rate."""
         return evidence.lr

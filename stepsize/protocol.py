@@ -25,7 +25,8 @@ class StepEvidence:
 
     Attributes:
         names: layer names, in the model's order.
-        lr: ``lr`` of the parameter group, > 0: the step for ``ConstantStep``, a multiplier (default 1) elsewhere.
+        lr: ``lr`` of the parameter group, >= 0: the step for ``ConstantStep``, a multiplier (default 1) elsewhere.
+            One number, or (L,) where parameter groups give layers different values: multiply, never compare.
         slopes: (L,) r_l = <momentum_l, d_l>, an estimate of minus the derivative along the step; None unless asked.
         gradient_slopes: (L,) <gradient_l, d_l> with the mini-batch gradient itself; None unless asked.
         squared_norms: (L,) |d_l|^2; None unless asked.
@@ -34,7 +35,7 @@ class StepEvidence:
     """
 
     names: Sequence[str]
-    lr: float
+    lr: float | Tensor
     slopes: Tensor | None = None
     gradient_slopes: Tensor | None = None
     squared_norms: Tensor | None = None

@@ -186,14 +186,6 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
         refusal(lambda model=model: osc.build("sgdm", model), "no trainable parameters")
 
 
-def test_a_second_parameter_group_is_refused() -> None:
-    model = make()
-    optimizer = osc.build("sgdm", model)
-    extra = {"params": [nn.Parameter(torch.zeros(1))]}
-    refusal(lambda: optimizer.add_param_group(extra), "one parameter group", "ByLayer")
-    assert len(optimizer.param_groups) == 1
-
-
 @pytest.mark.parametrize("name", WITHOUT_CLOSURE)
 def test_a_step_without_a_gradient_is_refused(name: str) -> None:
     model = make()
