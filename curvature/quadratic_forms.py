@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import CompatibilityError
 from .statistics import LayerStatistics, Needs, Tensors
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "SampledBatchScores",
     "SampledScores",
     "SignedHessian",
+    "require_coupled",
 ]
 
 
@@ -47,12 +49,29 @@ class DirectionalEvidence:
 
 
 class QuadraticForm(Protocol):
-    """A way to measure M."""
+    """A way to measure M.
+
+    A form that knows the blocks between layers may be summed to the form of the common direction; one that does not
+    says so with a class attribute ``couples = False``.
+    """
 
     needs: Needs
 
     def measure(self, evidence: DirectionalEvidence) -> Tensor:
         """(L, L) matrix."""
+
+
+def require_coupled(rule: str, form: QuadraticForm) -> None:
+    """Check that a form knows the curvature between layers.
+
+    Raises:
+        CompatibilityError: naming the rule and the forms that do.
+    """
+    if not getattr(form, "couples", True):
+        raise CompatibilityError(
+            f"{rule} sums the curvature of all layers along their common step, and {type(form).__name__} does not "
+            "measure it between layers; use SampledScores(), SampledBatchScores() or ExactHessian()"
+        )
 
 
 def _inner(left: Tensors, right: Tensors) -> Tensor:
@@ -135,6 +154,8 @@ class SignedHessian(_HessianForm):
     Cross terms carry a product of two signs and average out. May be negative: use with an average and a floor.
     """
 
+    couples = False
+
     def measure(self, evidence: DirectionalEvidence) -> Tensor:
         """Diagonal matrix."""
         example = evidence.directions[evidence.names[0]][0]
@@ -170,6 +191,8 @@ class ExactHessian(_HessianForm):
 @dataclass(frozen=True)
 class HessianRowSums(_HessianForm):
     """(d) Row sums d_l' (H d)_l from one plain product: cheap, but *not* block diagonal. For ablations only."""
+
+    couples = False
 
     def measure(self, evidence: DirectionalEvidence) -> Tensor:
         """Diagonal matrix."""

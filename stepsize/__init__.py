@@ -2,22 +2,28 @@
 
 from .bounded import RelativeBound
 from .constant import ConstantStep
+from .global_quadratic import GlobalQuadratic
 from .guard import Backtrack, Guard, NoGuard
 from .joint import JointLayerwise
+from .kl_clip import KLClip
 from .layerwise import LayerwiseQuadratic, LeadingSlope, MomentumSlope, RowSums, Separate
 from .protocol import StepEvidence, StepSize
+from .self_concordant import SelfConcordant
 
 __all__ = [
     "Backtrack",
     "ConstantStep",
+    "GlobalQuadratic",
     "Guard",
     "JointLayerwise",
+    "KLClip",
     "LayerwiseQuadratic",
     "LeadingSlope",
     "MomentumSlope",
     "NoGuard",
     "RelativeBound",
     "RowSums",
+    "SelfConcordant",
     "Separate",
     "StepEvidence",
     "StepSize",

@@ -40,6 +40,20 @@ class AveragedForms:
         """Average the slopes; one that is not finite does not enter."""
         _average_(self.slopes, slopes, self.slopes_weight, decay)
 
+    def along_all(self, forms: Tensor | None, squared_norms: Tensor, decay: float) -> Tensor:
+        """d' C d along the direction of all layers together, 0-dimensional, from averaged forms.
+
+        Args:
+            forms: (L, L) of this step along the directions themselves, or ``None`` where none was measured; a form of
+                an earlier step is scaled to the present lengths.
+            squared_norms: (L,) |d_l|^2.
+            decay: of the average, in [0, 1).
+        """
+        norms = squared_norms.clamp(min=torch.finfo(squared_norms.dtype).tiny).sqrt()
+        if forms is not None:
+            self.take_forms(forms / torch.outer(norms, norms), decay)
+        return torch.dot(norms, self.forms @ norms)
+
     def to_dict(self) -> dict[str, Any]:
         """Tensors by name."""
         weights = {"forms_weight": self.forms_weight, "slopes_weight": self.slopes_weight}

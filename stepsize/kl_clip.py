@@ -1,0 +1,68 @@
+"""A bound on the Kullback-Leibler divergence that a step causes, around any rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..curvature.quadratic_forms import QuadraticForm
+from ..curvature.statistics import Needs
+from ..errors import require_interval
+from .constant import ConstantStep
+from .protocol import StepEvidence, StepSize
+
+__all__ = ["KLClip"]
+
+
+@dataclass(frozen=True)
+class KLClip:
+    """alpha <- nu alpha with nu = min(1, sqrt(kappa / |sum_l alpha_l^2 <g_l, d_l>|)), one nu for all layers.
+
+    The clipping of distributed K-FAC (Ba, Grosse, Martens, ICLR 2017, section 5) in the form that K-FAC libraries for
+    PyTorch share. Where d_l = F_l^{-1} g_l, the sum is the squared length of the step in the Fisher metric, twice the
+    divergence between the predictions before and after it to second order; no form is measured. For other directions
+    (momentum, damping) it is an estimate of that; its absolute value is used, as those libraries do. With one learning
+    rate this is their sqrt(kappa / (lr^2 |sum_l <g_l, d_l>|)).
+
+    Args:
+        rule: the rule to clip.
+        kappa: > 0 (``inf``: never clips), bound on the sum after clipping, so on twice the predicted divergence.
+    """
+
+    rule: StepSize = field(default_factory=ConstantStep)
+    kappa: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require_interval("kappa of KLClip", self.kappa, 0.0, float("inf"), closed="(]")
+
+    @property
+    def needs(self) -> Needs:
+        """What the inner rule needs, and slopes of the raw gradient."""
+        return self.rule.needs | Needs.SLOPES
+
+    @property
+    def curvature(self) -> QuadraticForm | None:
+        """The inner rule's."""
+        return self.rule.curvature
+
+    def due(self, step: int) -> bool:
+        """As the inner rule."""
+        return self.rule.due(step)
+
+    def init(self, count: int, like: Tensor) -> Any:
+        """The inner rule's state."""
+        return self.rule.init(count, like)
+
+    def propose(self, state: Any, evidence: StepEvidence) -> Tensor:
+        """Clipped step sizes; no synchronisation."""
+        assert evidence.gradient_slopes is not None
+        slopes = evidence.gradient_slopes
+        proposed = torch.as_tensor(self.rule.propose(state, evidence), dtype=slopes.dtype, device=slopes.device)
+        # The largest step size is taken out before squaring: alpha^2 <g, d> may leave the range of half precision.
+        largest = proposed.abs().max()
+        length = largest * ((proposed / largest).square() * slopes).sum().abs().sqrt()
+        scale = (self.kappa**0.5 / length).clamp(max=1.0)
+        return proposed.expand_as(slopes) * torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
