@@ -110,6 +110,15 @@ class Method:
         scores = Needs.SCORES | Needs.BATCH_SCORES
         return self.curvature.needs_likelihood or bool(self.step_size.needs & scores)
 
+    def reference(self) -> Method:
+        """The same composition with dense matrices: every structure solves with its ``to_dense`` in double precision.
+
+        Build it on a small float64 model beside the method itself; the two trajectories agree to rounding.
+        """
+        from .reference import reference_of
+
+        return reference_of(self)
+
     def hyperparameters(self, given: Mapping[str, float | None]) -> dict[str, float]:
         """``lr``, ``damping`` and ``weight_decay``: the given values, defaults where they are ``None``."""
         names = ("lr", "damping", "weight_decay")

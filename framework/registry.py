@@ -14,10 +14,21 @@ from typing import Any
 
 from ..errors import ArgumentError, UnknownNameError
 from . import baselines, published, variants
+from .compositions import Composition, compositions
 from .method import Method
 from .parts import EXAMPLES, KINDS, default_examples, label, structure_examples
 
-__all__ = ["MethodEntry", "examples", "method", "methods", "parts", "register", "register_part"]
+__all__ = [
+    "MethodEntry",
+    "compatible_methods",
+    "examples",
+    "method",
+    "methods",
+    "parts",
+    "refused_compositions",
+    "register",
+    "register_part",
+]
 
 _K_BFGS = "arXiv:2006.08877"
 _MBF = "arXiv:2202.04124"
@@ -143,6 +154,16 @@ def examples() -> dict[str, dict[str, Any]]:
     covers_all = [part for part in found["partition"] if part.joint]
     found["structure"] += structure_examples(covers_all, found["factor"], found["pair damping"])
     return {kind: {label(part): part for part in entries} for kind, entries in found.items()}
+
+
+def compatible_methods() -> list[Composition]:
+    """Every legal composition of registered parts; see :mod:`osculate.framework.compositions` for what is crossed."""
+    return [entry for entry in compositions(examples()) if entry.method is not None]
+
+
+def refused_compositions() -> list[Composition]:
+    """Every composition that is refused at construction, each with the reason."""
+    return [entry for entry in compositions(examples()) if entry.method is None]
 
 
 def register_part(kind: str, cls: type, *instances: Any) -> None:

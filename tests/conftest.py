@@ -37,6 +37,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(RootIsAPlainFolder(), "root-is-a-plain-folder")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the suite enumerated: the sums over all passed tests of ``record_property("count: ...", number)``."""
+    totals: dict[str, int] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in getattr(report, "user_properties", []):
+            if name.startswith("count: "):
+                key = name.removeprefix("count: ")
+                totals[key] = totals.get(key, 0) + int(value)
+    if totals:
+        terminalreporter.section("enumerated")
+    for key, total in sorted(totals.items()):
+        terminalreporter.write_line(f"{total:6d} {key}")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test starts from the same state of torch's generator."""
