@@ -21,6 +21,7 @@ from .quadratic_forms import (
     SignedHessian,
 )
 from .statistics import LayerStatistics, Needs
+from .with_pairs import WithPairs
 
 __all__ = [
     "BatchMean",
@@ -46,5 +47,6 @@ __all__ = [
     "SampledScores",
     "SecantPairs",
     "SignedHessian",
+    "WithPairs",
     "discover_layers",
 ]

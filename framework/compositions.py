@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ..curvature.estimators import InputsOnly
+from ..curvature.estimators import InputsOnly, SecantPairs
 from ..curvature.statistics import Needs
 from ..errors import ArgumentError
 from ..preconditioners.by_layer import leaves
@@ -71,8 +71,9 @@ def _superfluous(preconditioner: Any, curvature: Any, damping: Any) -> bool:
     needs = Needs.NOTHING
     for part in leaves(preconditioner):
         needs |= part.needs
-    reads_curvature = bool(needs & ~Needs.INPUTS)
-    unread = not reads_curvature and type(curvature) is not InputsOnly
+    read = needs & ~Needs.INPUTS
+    plain = {Needs.NOTHING: InputsOnly, Needs.PAIRS: SecantPairs}.get(read)
+    unread = plain is not None and read in curvature.provides and type(curvature) is not plain
     undamped = not needs and not isinstance(damping, ConstantDamping)
     return unread or undamped
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from ..curvature.estimators import BatchMean, EmpiricalFisher, Estimator, InputsOnly, SampledFisher, SecantPairs
+from ..curvature.estimators import Estimator, InputsOnly
 from ..curvature.statistics import Needs
 from ..errors import ArgumentError, CompatibilityError, require_finite_nonnegative
 from ..preconditioners.by_layer import ByLayer, leaves
@@ -22,13 +22,8 @@ from .momentum import EMA, Coupled, Momentum, WeightDecay
 
 __all__ = ["Method"]
 
-_SUPPLIERS: dict[Needs, tuple[type, ...]] = {
-    Needs.ROOTS: (EmpiricalFisher, SampledFisher),
-    Needs.VECTORS: (BatchMean, EmpiricalFisher, SampledFisher),
-    Needs.MATRIX: (BatchMean, EmpiricalFisher, SampledFisher),
-    Needs.PAIRS: (SecantPairs,),
-}
-_DEFINITE = (EmpiricalFisher, SampledFisher)
+_MEASURED = (Needs.ROOTS, Needs.VECTORS, Needs.MATRIX, Needs.PAIRS)
+"""What only an estimator can provide."""
 
 _VERBS = {
     "preconditioner": "precondition",
@@ -161,20 +156,28 @@ class Method:
 
     def _check_needs(self, role: str, estimator: Estimator) -> None:
         for part in leaves(self.preconditioner):
-            for need in _SUPPLIERS:
+            for need in _MEASURED:
                 if need in part.needs and need not in estimator.provides:
-                    suppliers = ", ".join(f"{supplier.__name__}()" for supplier in _SUPPLIERS[need])
                     raise CompatibilityError(
                         f"{_describe(part)} needs {_names(need)}, which the {role} {type(estimator).__name__} does not "
-                        f"provide; estimators that do: {suppliers}"
+                        f"provide; estimators that do: {_suppliers(part.needs)}"
                     )
             if Needs.MATRIX in part.needs and not (estimator.definite or getattr(part, "takes_indefinite", False)):
-                suppliers = ", ".join(f"{supplier.__name__}()" for supplier in _DEFINITE)
                 raise CompatibilityError(
                     f"{_describe(part)} inverts a positive semi-definite matrix, but the {role} "
-                    f"{type(estimator).__name__} may have negative eigenvalues; take {suppliers}, or a structure that "
-                    "declares takes_indefinite (Dense with a rule for its spectrum)"
+                    f"{type(estimator).__name__} may have negative eigenvalues; take {_suppliers(part.needs)}, or a "
+                    "structure that declares takes_indefinite (Dense with a rule for its spectrum)"
                 )
+
+
+def _suppliers(needs: Needs) -> str:
+    """Registered estimators that provide all of ``needs`` with a matrix that has no negative eigenvalue."""
+    from . import registry
+
+    entries = [part for part in registry.examples()["curvature"].values() if part.definite]
+    wanted = [need for need in _MEASURED if need in needs]
+    names = dict.fromkeys(type(part).__name__ for part in entries if all(need in part.provides for need in wanted))
+    return ", ".join(f"{name}()" for name in names) or "none that is registered"
 
 
 def _require_positive_damping(part: Preconditioner, damping: float) -> None:

@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, type]] = {
         curvature.EmpiricalFisher,
         curvature.SampledFisher,
         curvature.SecantPairs,
+        curvature.WithPairs,
     ),
     "quadratic form": _named(
         curvature.SampledScores,

@@ -1,0 +1,49 @@
+"""Secant pairs beside another estimator's curvature, for structures that mix both kinds of factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .capture import Record
+from .estimators import EmpiricalFisher, Estimator
+from .statistics import LayerStatistics, Needs
+
+__all__ = ["WithPairs"]
+
+
+@dataclass(frozen=True)
+class WithPairs:
+    """The curvature of ``estimator``, and the secant pairs of K-BFGS from a second evaluation after the step. Ours.
+
+    For hybrids such as ``Kronecker(inputs=HessianActionBFGS(), outputs=Covariance())``, whose input side learns after
+    every step while its output side reads per-sample gradients.
+
+    Args:
+        estimator: provides the curvature; any estimator.
+    """
+
+    estimator: Estimator = field(default_factory=EmpiricalFisher)
+
+    @property
+    def provides(self) -> Needs:
+        """What the estimator provides, and pairs."""
+        return self.estimator.provides | Needs.INPUTS | Needs.PAIRS
+
+    @property
+    def needs_likelihood(self) -> bool:
+        """As the estimator."""
+        return self.estimator.needs_likelihood
+
+    @property
+    def definite(self) -> bool:
+        """As the estimator."""
+        return self.estimator.definite
+
+    def records(self, needs: Needs) -> Record:
+        """The estimator's records, and batch means at the pre-activations."""
+        means = Record.MEANS if Needs.PAIRS in needs else Record.NOTHING
+        return self.estimator.records(needs) | means
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        """As the estimator: the means are in the record already."""
+        return self.estimator.fill(statistics)
