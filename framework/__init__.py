@@ -3,7 +3,7 @@
 from . import registry
 from .build import build
 from .method import Method
-from .momentum import EMA, CorrectedEMA, Coupled, Decoupled, HeavyBall, NoMomentum
+from .momentum import EMA, CorrectedEMA, Coupled, Decoupled, HeavyBall, Nesterov, NoMomentum
 from .optimizer import SecondOrder
 from .report import LayerRow, StepReport
 
@@ -15,6 +15,7 @@ __all__ = [
     "HeavyBall",
     "LayerRow",
     "Method",
+    "Nesterov",
     "NoMomentum",
     "SecondOrder",
     "StepReport",

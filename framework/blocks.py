@@ -29,6 +29,7 @@ class Block:
     The momentum lives in the structure's own layout, ``storage``: one matrix ``[W | b]`` or one tensor per parameter.
     ``views`` shows the same memory in the shapes of the parameters, so nothing is packed or unpacked in a step.
     ``born`` is the step before which the block was added: its schedule counts from there.
+    ``vector`` is what is preconditioned: the storage itself, unless the momentum blends in the gradient.
     """
 
     key: str
@@ -43,10 +44,12 @@ class Block:
     born: int = 0
     parameters: Tensors = field(init=False)
     views: Tensors = field(init=False)
+    vector: Tensors = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = tuple(self.layer.parameters[name] for name in self.names)
         self.views = self.parameter_views(self.storage)
+        self.vector = self.storage
 
     def parameter_views(self, storage: Tensors) -> Tensors:
         """Storage in the shapes of the parameters, without a copy."""
@@ -83,16 +86,29 @@ class Block:
             decays: coupled weight decay of each parameter.
         """
         keep, add = momentum.coefficients()
-        for view, gradient, parameter, decay in zip(self.views, gradients, self.parameters, decays, strict=True):
+        self._combine(self.views, keep, add, gradients, decays)
+        on_momentum, on_gradient = momentum.blend()
+        self.vector = self.storage
+        if (on_momentum, on_gradient) != (1.0, 0.0):
+            self.vector = tuple(value.clone() for value in self.storage)
+            self._combine(self.parameter_views(self.vector), on_momentum, on_gradient, gradients, decays)
+        self.updates += 1
+
+    def _combine(self, views: Tensors, keep: float, add: float, gradients: Tensors, decays: Sequence[float]) -> None:
+        """View <- keep * view + add * (g + decay * theta)."""
+        for view, gradient, parameter, decay in zip(views, gradients, self.parameters, decays, strict=True):
             view.mul_(keep).add_(gradient, alpha=add)
             if decay:
                 view.add_(parameter, alpha=add * decay)
-        self.updates += 1
 
     def direction(self, momentum: Momentum) -> Tensors:
         """Preconditioned momentum in the shapes of the parameters. May share memory with the momentum."""
-        result = self.part.precondition(self.state, self.storage)
         factor = momentum.correction(self.updates)
+        if not getattr(self.part, "linear", True):
+            return self.parameter_views(
+                self.part.precondition(self.state, tuple(factor * value for value in self.vector))
+            )
+        result = self.part.precondition(self.state, self.vector)
         if factor != 1.0:
             result = tuple(factor * value for value in result)
         return self.parameter_views(result)

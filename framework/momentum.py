@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from ..errors import require_finite_nonnegative, require_interval
 
-__all__ = ["EMA", "CorrectedEMA", "Coupled", "Decoupled", "HeavyBall", "Momentum", "NoMomentum", "WeightDecay"]
+__all__ = [
+    "EMA",
+    "CorrectedEMA",
+    "Coupled",
+    "Decoupled",
+    "HeavyBall",
+    "Momentum",
+    "Nesterov",
+    "NoMomentum",
+    "WeightDecay",
+]
 
 
 class Momentum(Protocol):
-    """A linear recurrence M <- keep M + add g, and the factor that turns M into the vector to precondition."""
+    """A linear recurrence M <- keep M + add g, and the vector a M + b g that is preconditioned, up to a factor."""
 
     def coefficients(self) -> tuple[float, float]:
         """(keep, add)."""
 
+    def blend(self) -> tuple[float, float]:
+        """(a, b): the vector to precondition is a M + b g, with M after the recurrence. (1, 0): M itself."""
+
     def correction(self, updates: int) -> float:
-        """Factor on M after ``updates`` >= 1 recurrences."""
+        """Factor on that vector after ``updates`` >= 1 recurrences."""
+
+
+class _Plain:
+    """What is preconditioned is M itself."""
+
+    def blend(self) -> tuple[float, float]:
+        """(1, 0)."""
+        return 1.0, 0.0
 
 
 @dataclass(frozen=True)
-class EMA:
+class EMA(_Plain):
     """M <- decay M + (1 - decay) g from 0, no bias correction (K-BFGS and K-FAC, PAPERS 1.2 item 2).
 
     Args:
@@ -54,7 +75,7 @@ class CorrectedEMA(EMA):
 
 
 @dataclass(frozen=True)
-class HeavyBall:
+class HeavyBall(_Plain):
     """M <- decay M + g (MBF, and torch.optim.SGD).
 
     Args:
@@ -76,7 +97,7 @@ class HeavyBall:
 
 
 @dataclass(frozen=True)
-class NoMomentum:
+class NoMomentum(_Plain):
     """The gradient itself."""
 
     def coefficients(self) -> tuple[float, float]:
@@ -86,6 +107,32 @@ class NoMomentum:
     def correction(self, updates: int) -> float:
         """None."""
         return 1.0
+
+
+@dataclass(frozen=True)
+class Nesterov:
+    """One recurrence ahead: the vector keep M + add g, with M <- keep M + add g as another momentum has it.
+
+    ``Nesterov(HeavyBall(mu))`` is ``torch.optim.SGD(nesterov=True)``; ``Nesterov(EMA(mu))`` is what
+    ``torch.optim.Muon`` hands to its iteration, the same up to the factor 1 - mu.
+
+    Args:
+        momentum: the recurrence, and its bias correction.
+    """
+
+    momentum: Momentum = field(default_factory=HeavyBall)
+
+    def coefficients(self) -> tuple[float, float]:
+        """Those of the recurrence."""
+        return self.momentum.coefficients()
+
+    def blend(self) -> tuple[float, float]:
+        """(keep, add)."""
+        return self.momentum.coefficients()
+
+    def correction(self, updates: int) -> float:
+        """That of the recurrence."""
+        return self.momentum.correction(updates)
 
 
 class WeightDecay(Protocol):

@@ -12,14 +12,14 @@ from ..curvature.estimators import Estimator
 from ..curvature.statistics import LayerStatistics, Tensors
 from ..preconditioners.averages import PlainAverage
 from ..preconditioners.damping import SideDamping
-from ..preconditioners.linalg import inverse_of_many
-from ..preconditioners.protocol import Observation
+from ..preconditioners.operations import compute_many
+from ..preconditioners.protocol import Observation, Refining
 from .blocks import Block
 from .evaluation import Closure, preserved
 from .method import Method
 from .recording import fill, records_for_forward, require_filled
 
-__all__ = ["observe", "refresh", "warm_up"]
+__all__ = ["observe", "refine", "refresh", "warm_up"]
 
 
 def observe(
@@ -30,8 +30,11 @@ def observe(
     decays: Mapping[str, tuple[float, ...]],
     step: int,
     warm: bool,
-) -> None:
+) -> list[tuple[Block, Observation]]:
     """Momentum and, where they are due, statistics of every block that has a gradient.
+
+    Returns:
+        The blocks that were updated, with what they were given: :func:`refine` goes on from there.
 
     Raises:
         ArgumentError: if a structure does not find what it declared; no block has been changed.
@@ -45,6 +48,7 @@ def observe(
         record = records.get(block.key)
         if record is not None and block.statistics_due(step, warm):
             require_filled(block, record)
+    updated: list[tuple[Block, Observation]] = []
     for block in blocks:
         values = gradients[block.key]
         if values is None:
@@ -56,23 +60,32 @@ def observe(
         if record is not None and statistics.get(block.layer.name) is not None:
             block.positions = record.positions
         if block.statistics_due(step, warm):
-            observation = Observation(record, values, block.storage, decays[block.key], block.parameters)
+            observation = Observation(record, values, block.vector, decays[block.key], block.parameters)
             block.part.update(block.state, observation)
+            updated.append((block, observation))
+    return updated
+
+
+def refine(updated: Sequence[tuple[Block, Observation]]) -> None:
+    """Statistics that are measured in what the refresh of this step has installed."""
+    for block, observation in updated:
+        if isinstance(block.part, Refining):
+            block.part.refine(block.state, observation)
 
 
 def refresh(blocks: Sequence[Block], sides: Callable[[Block], SideDamping], step: int) -> tuple[int, int]:
-    """Invert what is due, all layers in one batched request. Returns (matrices, rescues)."""
+    """Compute what is due, all layers in one batched request. Returns (matrices, rescues)."""
     due = [block for block in blocks if block.inverses_due(step)]
     requests = [(block, block.part.matrices(block.state, sides(block))) for block in due]
     flat = [request for _, entries in requests for request in entries]
     if not flat:
         return 0, 0
-    inverses = inverse_of_many([entry.matrix for entry in flat], [entry.damping for entry in flat])
+    results = compute_many(flat)
     position = 0
     for block, entries in requests:
-        block.part.install(block.state, inverses[position : position + len(entries)])
+        block.part.install(block.state, results[position : position + len(entries)])
         position += len(entries)
-    return len(flat), sum(inverse.rescues for inverse in inverses)
+    return len(flat), sum(result.rescues for result in results)
 
 
 def warm_up(

@@ -27,7 +27,7 @@ from .groups import GroupValues, chosen_parameters, split_into_groups
 from .growing import late_layers, require_nobody_left_out, unowned_parameters
 from .lookback import LookBack
 from .method import Method
-from .observing import observe, refresh, warm_up
+from .observing import observe, refine, refresh, warm_up
 from .recording import records_for_step, require_sampled
 from .report import LayerRow, StepReport
 from .saving import restore_state, saved_state
@@ -214,8 +214,9 @@ class SecondOrder(torch.optim.Optimizer):
             key: tuple(self.method.weight_decay.gradient_factor(value) for value in values)
             for key, values in decays.items()
         }
-        observe(self.blocks, self.method, statistics, gradients, coupled, self._step, self._warm)
+        updated = observe(self.blocks, self.method, statistics, gradients, coupled, self._step, self._warm)
         refreshes, rescues = refresh(self.blocks, self.sides, self._step)
+        refine(updated)
         proposal = self._propose(statistics, gradients, products, decays)
         self._look_back.remember(proposal)
         self._take(proposal, 1.0)

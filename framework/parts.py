@@ -41,6 +41,9 @@ KINDS: dict[str, dict[str, type]] = {
         preconditioners.Diagonal,
         preconditioners.MiniBlock,
         preconditioners.Kronecker,
+        preconditioners.Eigenbasis,
+        preconditioners.Dense,
+        preconditioners.Spectral,
         preconditioners.ByLayer,
     ),
     "partition": _named(
@@ -56,6 +59,18 @@ KINDS: dict[str, dict[str, type]] = {
         preconditioners.BFGS,
         preconditioners.LBFGS,
         preconditioners.IdentityFactor,
+        preconditioners.Root,
+        preconditioners.GradientCovariance,
+    ),
+    "moments": _named(preconditioners.LayerMoments, preconditioners.GradientMoments),
+    "spectrum": _named(preconditioners.Semidefinite, preconditioners.Absolute),
+    "update scale": _named(preconditioners.AspectRatio, preconditioners.MatchAdam),
+    "operation": _named(
+        preconditioners.Inverse,
+        preconditioners.InverseRoot,
+        preconditioners.AbsoluteInverse,
+        preconditioners.Eigenvectors,
+        preconditioners.PowerIteration,
     ),
     "damping": _named(preconditioners.ConstantDamping, preconditioners.Split),
     "pair damping": _named(
@@ -73,7 +88,7 @@ KINDS: dict[str, dict[str, type]] = {
         preconditioners.PlainAverage,
         preconditioners.RunningSum,
     ),
-    "momentum": _named(momentum.EMA, momentum.CorrectedEMA, momentum.HeavyBall, momentum.NoMomentum),
+    "momentum": _named(momentum.EMA, momentum.CorrectedEMA, momentum.HeavyBall, momentum.Nesterov, momentum.NoMomentum),
     "weight decay": _named(momentum.Coupled, momentum.Decoupled),
     "step size": _named(
         stepsize.ConstantStep,
@@ -95,6 +110,14 @@ EXAMPLES: dict[type, tuple[Any, ...]] = {
         preconditioners.ByLayer({"Linear": MiniBlock()}, otherwise=preconditioners.Diagonal(source="momentum")),
     ),
     preconditioners.Diagonal: (preconditioners.Diagonal(), preconditioners.Diagonal(power=1.0, epsilon=0.1)),
+    preconditioners.Dense: (
+        preconditioners.Dense(schedule=Schedule(inverses=2)),
+        preconditioners.Dense(preconditioners.Absolute(), schedule=Schedule(inverses=2)),
+    ),
+    preconditioners.Eigenbasis: (
+        preconditioners.Eigenbasis(schedule=Schedule(inverses=2)),
+        preconditioners.Eigenbasis(preconditioners.GradientMoments(), power=0.5, schedule=Schedule(inverses=2)),
+    ),
     preconditioners.LBFGS: (preconditioners.LBFGS(memory=3),),
     stepsize.RelativeBound: (stepsize.RelativeBound(stepsize.JointLayerwise()),),
 }

@@ -23,8 +23,8 @@ from ..preconditioners.by_layer import ByLayer
 from ..preconditioners.damping import SideDamping
 from ..preconditioners.identity import Identity
 from ..preconditioners.kronecker import Kronecker, KroneckerState
-from ..preconditioners.linalg import Inverse
-from ..preconditioners.protocol import Events, Observation, Preconditioner, Request, Schedule
+from ..preconditioners.linalg import Computed
+from ..preconditioners.protocol import Events, Observation, Preconditioner, Refining, Request, Schedule
 from ..preconditioners.state import State
 
 if TYPE_CHECKING:
@@ -99,6 +99,11 @@ class DenseReference:
         return self.part.needs
 
     @property
+    def takes_indefinite(self) -> bool:
+        """As the structure."""
+        return bool(getattr(self.part, "takes_indefinite", False))
+
+    @property
     def schedule(self) -> Schedule:
         """As the structure."""
         return self.part.schedule
@@ -128,10 +133,15 @@ class DenseReference:
             target.copy_(torch.tensor([damping.whole, damping.inputs, damping.outputs], dtype=torch.float64))
         return self.part.matrices(state.live, damping)
 
-    def install(self, state: ReferenceState, inverses: Sequence[Inverse]) -> None:
+    def install(self, state: ReferenceState, results: Sequence[Computed]) -> None:
         """Remember what this refresh saw."""
-        self.part.install(state.live, inverses)
+        self.part.install(state.live, results)
         state.frozen.load_dict(deepcopy(state.live.to_dict()))
+
+    def refine(self, state: ReferenceState, observation: Observation) -> None:
+        """The structure's own rule, if it has one."""
+        if isinstance(self.part, Refining):
+            self.part.refine(state.live, observation)
 
     def precondition(self, state: ReferenceState, momentum: Tensors) -> Tensors:
         """Solve with the dense matrix over (weight row-major, then bias)."""
@@ -160,8 +170,8 @@ class DenseReference:
 def _mixed(part: Preconditioner, state: ReferenceState) -> State:
     """The state that the structure multiplies with now.
 
-    Quasi-Newton factors change after every step, structures without inverses at every step; what is inverted on a
-    schedule stays as the last refresh saw it.
+    Quasi-Newton factors change after every step, structures without inverses at every step, and so do squares in an
+    eigenbasis; what is inverted on a schedule stays as the last refresh saw it.
     """
     if isinstance(part, Kronecker):
         live, frozen = state.live, state.frozen
@@ -169,7 +179,7 @@ def _mixed(part: Preconditioner, state: ReferenceState) -> State:
         inputs = live.inputs if Needs.PAIRS in part.inputs.needs("inputs") else frozen.inputs
         outputs = live.outputs if Needs.PAIRS in part.outputs.needs("outputs") else frozen.outputs
         return KroneckerState(inputs, outputs)
-    return state.frozen if part.needs else state.live
+    return state.frozen if part.needs and not isinstance(part, Refining) else state.live
 
 
 def _order_of_entries(part: Preconditioner, layer: Layer, momentum: Tensors) -> Tensor:

@@ -192,7 +192,7 @@ class StepRule:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One parameter's direction, momentum with its bias correction, and gradient."""
+    """One parameter's direction, the vector it was made from with its bias correction, and gradient."""
 
     direction: Tensor
     momentum: Tensor
@@ -213,7 +213,7 @@ def _pieces(
         gradients = block.gradients()
         assert gradients is not None
         for name, direction, view, gradient in zip(
-            block.names, directions[block.key], block.views, gradients, strict=True
+            block.names, directions[block.key], block.parameter_views(block.vector), gradients, strict=True
         ):
             found[block.layer.name][name] = _Piece(direction, view, factor, gradient)
     result: _Pieces = {}

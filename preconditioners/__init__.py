@@ -4,12 +4,17 @@ from .averages import Average, MovingAverage, PlainAverage, RunningSum, ZeroStar
 from .bfgs import BFGS, HessianActionBFGS
 from .by_layer import ByLayer
 from .damping import ConstantDamping, Damping, SideDamping, Split
+from .dense import Absolute, Dense, Semidefinite
 from .diagonal import Diagonal
+from .eigenbasis import Eigenbasis
 from .factors import Covariance, Factor, IdentityFactor
+from .gradient_covariance import GradientCovariance
 from .identity import Identity
 from .kronecker import Kronecker
 from .lbfgs import LBFGS
 from .mini_block import MiniBlock
+from .moments import GradientMoments, LayerMoments, Moments
+from .operations import AbsoluteInverse, Eigenvectors, Inverse, InverseRoot, PowerIteration
 from .pairs import (
     DoubleDamping,
     MergedDoubleDamping,
@@ -20,30 +25,45 @@ from .pairs import (
     PowellThenLM,
 )
 from .partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutput, PerOutputAveraged
-from .protocol import Observation, Preconditioner, Request, Schedule
+from .protocol import Observation, Preconditioner, Refining, Request, Schedule
+from .root import Root
 from .skipping import CurvatureTest, SkipRule, TwoSidedCurvatureTest
+from .spectral import AspectRatio, MatchAdam, Spectral
 from .state import NoState, State
 
 __all__ = [
     "BFGS",
     "LBFGS",
+    "Absolute",
+    "AbsoluteInverse",
+    "AspectRatio",
     "Average",
     "ByLayer",
     "ConstantDamping",
     "Covariance",
     "CurvatureTest",
     "Damping",
+    "Dense",
     "Diagonal",
     "DoubleDamping",
+    "Eigenbasis",
+    "Eigenvectors",
     "Factor",
     "FlatChunk",
+    "GradientCovariance",
+    "GradientMoments",
     "HessianActionBFGS",
     "Identity",
     "IdentityFactor",
+    "Inverse",
+    "InverseRoot",
     "Kernel",
     "Kronecker",
+    "LayerMoments",
+    "MatchAdam",
     "MergedDoubleDamping",
     "MiniBlock",
+    "Moments",
     "MovingAverage",
     "NoDamping",
     "NoState",
@@ -57,12 +77,17 @@ __all__ = [
     "PowellB0",
     "PowellH",
     "PowellThenLM",
+    "PowerIteration",
     "Preconditioner",
+    "Refining",
     "Request",
+    "Root",
     "RunningSum",
     "Schedule",
+    "Semidefinite",
     "SideDamping",
     "SkipRule",
+    "Spectral",
     "Split",
     "State",
     "TwoSidedCurvatureTest",

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..curvature.statistics import LayerStatistics, Needs
 from .averages import Average, MovingAverage, ZeroStartAverage
 from .factors import Side, accumulate_second_moment
-from .linalg import Inverse, bfgs_inverse_update_
+from .linalg import Computed, bfgs_inverse_update_
+from .operations import Inverse
 from .pairs import DampedPair, DoubleDamping, PairDamping
 from .protocol import Events
 from .skipping import CurvatureTest, SkipRule
@@ -75,7 +76,7 @@ class _DenseInverse:
 
 @dataclass
 class BFGSState(State):
-    """Inverse approximation H_g and the averaged pair."""
+    """Computed approximation H_g and the averaged pair."""
 
     inverse: Tensor
     pair: AveragedPair
@@ -99,6 +100,7 @@ class BFGS(_DenseInverse):
     average: Average = field(default_factory=lambda: ZeroStartAverage(0.9))
     skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("outputs",))
+    operation = Inverse()
 
     def needs(self, side: Side) -> Needs:
         """Secant pairs."""
@@ -116,7 +118,7 @@ class BFGS(_DenseInverse):
         """Never inverts."""
         return ()
 
-    def install(self, state: BFGSState, inverses: Sequence[Inverse]) -> None:
+    def install(self, state: BFGSState, results: Sequence[Computed]) -> None:
         """Nothing."""
 
     def observe_step(
@@ -158,6 +160,7 @@ class HessianActionBFGS(_DenseInverse):
     average: Average = field(default_factory=lambda: MovingAverage(0.9))
     skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("inputs",))
+    operation = Inverse()
 
     def needs(self, side: Side) -> Needs:
         """Layer inputs, and to be called after every step: it learns there."""
@@ -179,10 +182,10 @@ class HessianActionBFGS(_DenseInverse):
         """A, for the exact inverse at the first step."""
         return (state.second_moment,)
 
-    def install(self, state: HessianActionState, inverses: Sequence[Inverse]) -> None:
+    def install(self, state: HessianActionState, results: Sequence[Computed]) -> None:
         """The exact inverse."""
-        if inverses[0].value is not None:
-            state.inverse = inverses[0].value
+        if results[0].value is not None:
+            state.inverse = results[0].value
 
     def observe_step(
         self,

@@ -15,19 +15,39 @@ from torch import Tensor
 
 from ..curvature.statistics import LayerStatistics, Needs
 from .averages import Average, MovingAverage
-from .linalg import Inverse, accumulate_gram_, accumulate_homogeneous_gram_, add_to_diagonal
+from .linalg import Computed, accumulate_gram_, accumulate_homogeneous_gram_
+from .operations import Inverse, Operation, Request
+from .partitions import joint_matrix
 from .protocol import Events
 from .state import NoState, State
 
-__all__ = ["Covariance", "CovarianceState", "Factor", "IdentityFactor", "Side", "accumulate_second_moment"]
+__all__ = [
+    "AveragedMatrix",
+    "Covariance",
+    "CovarianceState",
+    "Factor",
+    "IdentityFactor",
+    "Side",
+    "accumulate_gradient_products",
+    "accumulate_second_moment",
+]
 
 Side = Literal["inputs", "outputs"]
 
 
 class Factor(Protocol):
-    """One side of a Kronecker product. ``sides`` says on which sides it makes sense."""
+    """One side of a Kronecker product.
 
-    sides: frozenset[Side]
+    ``sides`` says on which sides it makes sense, ``operation`` what is computed of its matrices.
+    """
+
+    @property
+    def sides(self) -> frozenset[Side]:
+        """Where it makes sense."""
+
+    @property
+    def operation(self) -> Operation:
+        """What is computed of :meth:`matrices`."""
 
     def needs(self, side: Side) -> Needs:
         """What it asks of the estimator on this side."""
@@ -39,9 +59,9 @@ class Factor(Protocol):
         """Take in new statistics."""
 
     def matrices(self, state: Any) -> Sequence[Tensor]:
-        """Matrices whose damped inverses it wants (none or one)."""
+        """Matrices of which it wants ``operation`` (none or one)."""
 
-    def install(self, state: Any, inverses: Sequence[Inverse]) -> None:
+    def install(self, state: Any, results: Sequence[Computed]) -> None:
         """Store them."""
 
     def left(self, state: Any, value: Tensor) -> Tensor:
@@ -78,6 +98,20 @@ def accumulate_second_moment(moment: Tensor, statistics: LayerStatistics, side: 
     accumulate_gram_(moment, rows.to(moment.dtype), keep, add * factor**2 / (statistics.samples * statistics.positions))
 
 
+def accumulate_gradient_products(
+    moment: Tensor, statistics: LayerStatistics, side: Side, keep: float, add: float
+) -> None:
+    """``moment <- keep * moment + add * new`` with the gradients' products of one side.
+
+    For gradient vectors G_v of the layer as matrices [W | b]: the mean over v of G_v' G_v (inputs) or G_v G_v'
+    (outputs). A batch-mean estimator has one vector, the mini-batch gradient.
+    """
+    assert statistics.vectors is not None
+    matrices = joint_matrix(statistics.vectors()).to(moment.dtype)
+    rows = (matrices if side == "inputs" else matrices.mT).reshape(-1, moment.shape[0])
+    accumulate_gram_(moment, rows, keep, add / matrices.shape[0])
+
+
 @dataclass
 class CovarianceState(State):
     """Averaged second moment, undamped, and the last good inverse of its damped version."""
@@ -87,40 +121,24 @@ class CovarianceState(State):
     weight: float
 
 
-@dataclass(frozen=True)
-class Covariance:
-    """Averaged second moment with a damped inverse: both sides of K-FAC (arXiv:1503.05671v7, section 3).
+class AveragedMatrix:
+    """Verbs of a factor that averages a matrix and multiplies by what was computed of it, kept as ``inverse``."""
 
-    Args:
-        average: rule over steps; K-FAC in the K-BFGS code uses 0.9 (PAPERS 1.7).
-
-    Memory: 2 d^2 numbers.
-    """
-
-    average: Average = field(default_factory=lambda: MovingAverage(0.9))
     sides = frozenset[Side](("inputs", "outputs"))
-
-    def needs(self, side: Side) -> Needs:
-        """Layer inputs, or curvature-bearing gradient rows."""
-        return Needs.INPUTS if side == "inputs" else Needs.ROOTS
+    operation: Operation = Inverse()
 
     def init(self, size: int, like: Tensor) -> CovarianceState:
         """Nothing gathered; the identity as inverse."""
         return CovarianceState(like.new_zeros(size, size), torch.eye(size, dtype=like.dtype, device=like.device), 0.0)
 
-    def update(self, state: CovarianceState, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
-        """Average the second moment of this side."""
-        keep, add, state.weight = (average or self.average).coefficients(state.weight)
-        accumulate_second_moment(state.second_moment, statistics, side, keep, add)
-
     def matrices(self, state: CovarianceState) -> Sequence[Tensor]:
         """The second moment."""
         return (state.second_moment,)
 
-    def install(self, state: CovarianceState, inverses: Sequence[Inverse]) -> None:
+    def install(self, state: CovarianceState, results: Sequence[Computed]) -> None:
         """Keep the last good inverse if the factorisation failed."""
-        if inverses[0].value is not None:
-            state.inverse = inverses[0].value
+        if results[0].value is not None:
+            state.inverse = results[0].value
 
     def left(self, state: CovarianceState, value: Tensor) -> Tensor:
         """Dense product."""
@@ -137,8 +155,32 @@ class Covariance:
         return {}
 
     def to_dense(self, state: CovarianceState, damping: float) -> Tensor:
-        """The exact inverse of the damped second moment; equals ``left`` right after a refresh."""
-        return torch.cholesky_inverse(torch.linalg.cholesky(add_to_diagonal(state.second_moment, damping)))
+        """What a refresh with this damping would install; equals ``left`` right after one."""
+        (matrix,) = self.matrices(state)
+        (found,) = self.operation.compute([Request(matrix, damping)])
+        return state.inverse if found.value is None else found.value
+
+
+@dataclass(frozen=True)
+class Covariance(AveragedMatrix):
+    """Averaged second moment with a damped inverse: both sides of K-FAC (arXiv:1503.05671v7, section 3).
+
+    Args:
+        average: rule over steps; K-FAC in the K-BFGS code uses 0.9 (PAPERS 1.7).
+
+    Memory: 2 d^2 numbers.
+    """
+
+    average: Average = field(default_factory=lambda: MovingAverage(0.9))
+
+    def needs(self, side: Side) -> Needs:
+        """Layer inputs, or curvature-bearing gradient rows."""
+        return Needs.INPUTS if side == "inputs" else Needs.ROOTS
+
+    def update(self, state: CovarianceState, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
+        """Average the second moment of this side."""
+        keep, add, state.weight = (average or self.average).coefficients(state.weight)
+        accumulate_second_moment(state.second_moment, statistics, side, keep, add)
 
 
 @dataclass(frozen=True)
@@ -146,6 +188,7 @@ class IdentityFactor:
     """No curvature on this side: H = I. Memory: none."""
 
     sides = frozenset[Side](("inputs", "outputs"))
+    operation = Inverse()
 
     def needs(self, side: Side) -> Needs:
         """Nothing."""
@@ -162,7 +205,7 @@ class IdentityFactor:
         """None."""
         return ()
 
-    def install(self, state: NoState, inverses: Sequence[Inverse]) -> None:
+    def install(self, state: NoState, results: Sequence[Computed]) -> None:
         """Nothing."""
 
     def left(self, state: NoState, value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..curvature.layers import Layer
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from .averages import Average
 from .damping import SideDamping
-from .linalg import Inverse
+from .linalg import Computed
 from .protocol import Events, Observation, Request, Schedule
 from .state import NoState
 
@@ -22,15 +23,15 @@ __all__ = ["Identity", "Stateless"]
 class Stateless:
     """Verbs that do nothing; structures override what they need."""
 
-    def matrices(self, state: NoState, damping: SideDamping) -> Sequence[Request]:
+    def matrices(self, state: Any, damping: SideDamping) -> Sequence[Request]:
         """Nothing to invert."""
         return ()
 
-    def install(self, state: NoState, inverses: Sequence[Inverse]) -> None:
+    def install(self, state: Any, results: Sequence[Computed]) -> None:
         """Nothing to store."""
 
     def observe_step(
-        self, state: NoState, before: LayerStatistics, after: LayerStatistics | None, damping: SideDamping
+        self, state: Any, before: LayerStatistics, after: LayerStatistics | None, damping: SideDamping
     ) -> Events:
         """Nothing to learn from the step."""
         return {}

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ..curvature.layers import Layer
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
-from ..errors import CompatibilityError
+from ..errors import CompatibilityError, require_positive_integer
 from .averages import Average
 from .damping import SideDamping
 from .factors import Factor, IdentityFactor
-from .linalg import Inverse
+from .linalg import Computed
 from .protocol import Events, Observation, Request, Schedule
 from .state import State
 
-__all__ = ["Kronecker", "KroneckerState"]
+__all__ = ["Kronecker", "KroneckerState", "in_layer_order"]
 
 
 @dataclass
@@ -34,12 +34,14 @@ class Kronecker:
     """Preconditioned momentum ``H_g [M_W | M_b] H_a`` with the bias as last column.
 
     ``Covariance`` on both sides is K-FAC; ``HessianActionBFGS`` inside and ``BFGS`` outside is K-BFGS; ``LBFGS``
-    outside is K-BFGS(L).
+    outside is K-BFGS(L); ``Root(4)`` on both sides is Shampoo, ``GradientCovariance`` is TNT.
 
     Args:
         inputs: factor over the layer's inputs (order d_in + 1 with a bias).
         outputs: factor over its outputs (order d_out).
         schedule: when statistics and inverses are renewed.
+        limit: layers with a side of more than this order are declined (the method's fallback takes them, visibly):
+            a matrix of order 8192, the default, is 256 MiB in float32. >= 1.
 
     Raises:
         CompatibilityError: if a factor makes no sense on its side.
@@ -50,9 +52,11 @@ class Kronecker:
     inputs: Factor
     outputs: Factor
     schedule: Schedule = field(default_factory=Schedule)
+    limit: int = 8192
     joint = True
 
     def __post_init__(self) -> None:
+        require_positive_integer("limit", self.limit)
         if "inputs" not in self.inputs.sides:
             raise CompatibilityError(_wrong_side(self.inputs, "inputs"))
         if "outputs" not in self.outputs.sides:
@@ -64,8 +68,8 @@ class Kronecker:
         return self.inputs.needs("inputs") | self.outputs.needs("outputs")
 
     def serves(self, layer: Layer) -> tuple[str, ...]:
-        """Weight and bias of layers that are matrices."""
-        return tuple(layer.parameters) if layer.is_matrix else ()
+        """Weight and bias of layers that are matrices within the limit."""
+        return tuple(layer.parameters) if layer.is_matrix and max(layer.matrix_shape) <= self.limit else ()
 
     def init(self, layer: Layer, parameters: Tensors) -> KroneckerState:
         """Fresh states of both sides."""
@@ -82,14 +86,15 @@ class Kronecker:
 
     def matrices(self, state: KroneckerState, damping: SideDamping) -> Sequence[Request]:
         """Inputs first."""
-        inner = [Request(matrix, damping.inputs) for matrix in self.inputs.matrices(state.inputs)]
-        return inner + [Request(matrix, damping.outputs) for matrix in self.outputs.matrices(state.outputs)]
+        inner = [Request(m, damping.inputs, self.inputs.operation) for m in self.inputs.matrices(state.inputs)]
+        outer = [Request(m, damping.outputs, self.outputs.operation) for m in self.outputs.matrices(state.outputs)]
+        return inner + outer
 
-    def install(self, state: KroneckerState, inverses: Sequence[Inverse]) -> None:
+    def install(self, state: KroneckerState, results: Sequence[Computed]) -> None:
         """Inputs first."""
         count = len(self.inputs.matrices(state.inputs))
-        self.inputs.install(state.inputs, inverses[:count])
-        self.outputs.install(state.outputs, inverses[count:])
+        self.inputs.install(state.inputs, results[:count])
+        self.outputs.install(state.outputs, results[count:])
 
     def precondition(self, state: KroneckerState, momentum: Tensors) -> Tensors:
         """H_g M H_a."""
@@ -107,18 +112,23 @@ class Kronecker:
         return events
 
     def to_dense(self, state: KroneckerState, layer: Layer, damping: SideDamping) -> Tensor:
-        """Inverse of H_g (x) H_a as a matrix over (weight row-major, then bias)."""
+        """Computed of H_g (x) H_a as a matrix over (weight row-major, then bias)."""
         rows, columns = layer.matrix_shape
         weight = layer.parameters["weight"].detach()
         inner = _dense(self.inputs, state.inputs, damping.inputs, columns, weight)
         outer = _dense(self.outputs, state.outputs, damping.outputs, rows, weight)
         inner, outer = (torch.cholesky_inverse(torch.linalg.cholesky(side)) for side in (inner, outer))
-        dense = torch.kron(outer, inner)
-        if not layer.has_bias:
-            return dense
-        index = torch.arange(rows * columns).reshape(rows, columns)
-        order = torch.cat([index[:, :-1].flatten(), index[:, -1]])
-        return dense[order][:, order]
+        return in_layer_order(layer, torch.kron(outer, inner))
+
+
+def in_layer_order(layer: Layer, dense: Tensor) -> Tensor:
+    """A matrix over [W | b] row by row as one over (weight row-major, then bias); a copy where there is a bias."""
+    if not layer.has_bias:
+        return dense
+    rows, columns = layer.matrix_shape
+    index = torch.arange(rows * columns, device=dense.device).reshape(rows, columns)
+    order = torch.cat([index[:, :-1].flatten(), index[:, -1]])
+    return dense[order][:, order]
 
 
 def _dense(factor: Factor, state: State, damping: float, size: int, like: Tensor) -> Tensor:

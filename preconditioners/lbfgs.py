@@ -13,7 +13,8 @@ from ..errors import require_interval, require_positive_integer
 from .averages import Average, ZeroStartAverage
 from .bfgs import AveragedPair, average_pair_, pair_events
 from .factors import Side
-from .linalg import Inverse, triangular_inverse
+from .linalg import Computed, triangular_inverse
+from .operations import Inverse
 from .pairs import DoubleDamping, PairDamping
 from .protocol import Events
 from .skipping import CurvatureTest, SkipRule
@@ -96,6 +97,7 @@ class LBFGS:
     initial: float = 1.0
     skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("outputs",))
+    operation = Inverse()
 
     def __post_init__(self) -> None:
         require_positive_integer("memory", self.memory)
@@ -119,7 +121,7 @@ class LBFGS:
         """Never inverts."""
         return ()
 
-    def install(self, state: LBFGSState, inverses: Sequence[Inverse]) -> None:
+    def install(self, state: LBFGSState, results: Sequence[Computed]) -> None:
         """Nothing."""
 
     def left(self, state: LBFGSState, value: Tensor) -> Tensor:

@@ -14,20 +14,24 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Inverse",
+    "RETRIES",
+    "Computed",
     "accumulate_gram_",
     "accumulate_homogeneous_gram_",
     "add_to_diagonal",
     "bfgs_inverse_update_",
     "factorisation_dtype",
     "inverse_of_many",
+    "newton_schulz",
+    "stack",
+    "stackable",
     "triangular_inverse",
 ]
 
 _STACK_LIMIT = 64
 """Matrices up to this order are stacked across layers; larger ones gain nothing from a batched call."""
 
-_RETRIES = 4
+RETRIES = 4
 """How often a failed factorisation is tried again with ten times the damping."""
 
 _PANEL = 256
@@ -122,20 +126,50 @@ def triangular_inverse(upper: Tensor) -> Tensor:
     return result
 
 
+def newton_schulz(
+    matrix: Tensor, coefficients: tuple[float, float, float], iterations: int, epsilon: float, dtype: torch.dtype | None
+) -> Tensor:
+    """All singular values of a matrix pushed towards 1 by an odd quintic polynomial, without a decomposition.
+
+    ``X <- a X + (b X X' + c (X X')^2) X`` from ``X / |X|_F``, on the side of the smaller Gram matrix.
+
+    Args:
+        matrix: (rows, columns), not modified.
+        coefficients: (a, b, c).
+        iterations: >= 1.
+        epsilon: > 0, smallest Frobenius norm that is divided by: a zero matrix stays zero.
+        dtype: in which the products run; ``None``: the matrix's own.
+    """
+    a, b, c = coefficients
+    tall = matrix.shape[0] > matrix.shape[1]
+    value = matrix.to(dtype or matrix.dtype)
+    value = value.T if tall else value
+    value = value / value.norm().clamp(min=epsilon)
+    for _ in range(iterations):
+        gram = value @ value.T
+        value = torch.addmm(value, torch.addmm(gram, gram, gram, beta=b, alpha=c), value, beta=a)
+    return (value.T if tall else value).to(matrix.dtype)
+
+
 @dataclass(frozen=True)
-class Inverse:
-    """Result for one request of :func:`inverse_of_many`.
+class Computed:
+    """What one matrix operation found; see :mod:`.operations`.
 
     Attributes:
-        value: inverse of shape (..., d, d), or ``None`` if every retry failed.
+        value: (..., d, d), or ``None`` if every retry failed: then the last good one is kept.
         rescues: how many times the damping had to be raised tenfold.
+        damping: the damping it was computed with, rescues included.
+        spectrum: (..., d) eigenvalues of the undamped matrix, in the order of the columns of ``value``; only from
+            operations whose point is the eigenvectors.
     """
 
     value: Tensor | None
     rescues: int
+    damping: float = 0.0
+    spectrum: Tensor | None = None
 
 
-def inverse_of_many(matrices: Sequence[Tensor], dampings: Sequence[float]) -> list[Inverse]:
+def inverse_of_many(matrices: Sequence[Tensor], dampings: Sequence[float]) -> list[Computed]:
     """Inverses of ``matrix + damping I`` for symmetric positive semi-definite matrices.
 
     Small matrices of one order are stacked, across requests, and inverted by one batched call. A factorisation that
@@ -145,27 +179,38 @@ def inverse_of_many(matrices: Sequence[Tensor], dampings: Sequence[float]) -> li
         matrices: each (..., d, d), undamped, not modified.
         dampings: one number > 0 per request.
     """
-    groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        order = matrix.shape[-1]
-        key = (order if order <= _STACK_LIMIT else -index - 1, matrix.dtype, matrix.device)
-        groups.setdefault(key, []).append(index)
-    results: list[Inverse] = [Inverse(None, 0)] * len(matrices)
-    for indices in groups.values():
+    results: list[Computed] = [Computed(None, 0)] * len(matrices)
+    for indices in stackable(matrices):
         for index, result in zip(indices, _inverse_of_group(matrices, dampings, indices), strict=True):
             results[index] = result
     return results
 
 
-def _inverse_of_group(matrices: Sequence[Tensor], dampings: Sequence[float], indices: list[int]) -> list[Inverse]:
+def stack(matrices: Sequence[Tensor]) -> Tensor:
+    """Matrices (..., d, d) of one order as one batch; a single one stays as it is."""
+    order = matrices[0].shape[-1]
+    return matrices[0] if len(matrices) == 1 else torch.cat([entry.reshape(-1, order, order) for entry in matrices])
+
+
+def stackable(matrices: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of matrices that one batched call may take together: one order (small), dtype and device."""
+    groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        order = matrix.shape[-1]
+        key = (order if order <= _STACK_LIMIT else -index - 1, matrix.dtype, matrix.device)
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def _inverse_of_group(matrices: Sequence[Tensor], dampings: Sequence[float], indices: list[int]) -> list[Computed]:
     damped = [add_to_diagonal(matrices[index], dampings[index]) for index in indices]
-    order = damped[0].shape[-1]
-    stacked = damped[0] if len(damped) == 1 else torch.cat([entry.reshape(-1, order, order) for entry in damped])
+    stacked = stack(damped)
     factor, info = torch.linalg.cholesky_ex(stacked.to(factorisation_dtype(stacked.dtype)))
     if _succeeded(factor, info):
         inverse = _row_major_inverse(factor).to(stacked.dtype)
         parts = inverse.split([entry[..., 0, 0].numel() for entry in damped]) if len(damped) > 1 else [inverse]
-        return [Inverse(part.reshape(entry.shape), 0) for part, entry in zip(parts, damped, strict=True)]
+        found = zip(indices, parts, damped, strict=True)
+        return [Computed(part.reshape(entry.shape), 0, dampings[index]) for index, part, entry in found]
     return [_inverse_with_retries(matrices[index], dampings[index]) for index in indices]
 
 
@@ -183,10 +228,11 @@ def _succeeded(factor: Tensor, info: Tensor) -> bool:
     return bool((info == 0).all() & finite)
 
 
-def _inverse_with_retries(matrix: Tensor, damping: float) -> Inverse:
-    for attempt in range(_RETRIES + 1):
-        damped = add_to_diagonal(matrix, damping * 10.0**attempt)
+def _inverse_with_retries(matrix: Tensor, damping: float) -> Computed:
+    for attempt in range(RETRIES + 1):
+        raised = damping * 10.0**attempt
+        damped = add_to_diagonal(matrix, raised)
         factor, info = torch.linalg.cholesky_ex(damped.to(factorisation_dtype(damped.dtype)))
         if _succeeded(factor, info):
-            return Inverse(_row_major_inverse(factor).to(matrix.dtype), attempt)
-    return Inverse(None, _RETRIES)
+            return Computed(_row_major_inverse(factor).to(matrix.dtype), attempt, raised)
+    return Computed(None, RETRIES, damping)

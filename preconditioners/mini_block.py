@@ -12,7 +12,7 @@ from ..curvature.layers import Layer
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from .averages import Average, MovingAverage
 from .damping import SideDamping
-from .linalg import Inverse, accumulate_gram_, add_to_diagonal
+from .linalg import Computed, accumulate_gram_, add_to_diagonal
 from .partitions import Partition, PerOutput, joint_matrix
 from .protocol import Events, Observation, Request, Schedule
 from .state import State
@@ -98,10 +98,10 @@ class MiniBlock:
         """All blocks of the layer as one request, damped by the whole lambda."""
         return (Request(state.blocks, damping.whole),)
 
-    def install(self, state: MiniBlockState, inverses: Sequence[Inverse]) -> None:
+    def install(self, state: MiniBlockState, results: Sequence[Computed]) -> None:
         """Keep the last good inverses if the factorisation failed."""
-        if inverses[0].value is not None:
-            state.inverse = inverses[0].value
+        if results[0].value is not None:
+            state.inverse = results[0].value
 
     def precondition(self, state: MiniBlockState, momentum: Tensors) -> Tensors:
         """Blockwise product."""

@@ -8,8 +8,8 @@ look back. Hyper-parameters live in frozen dataclasses, everything that changes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import ArgumentError, require_positive_integer
 from .averages import Average
 from .damping import SideDamping
-from .linalg import Inverse
+from .linalg import Computed
+from .operations import Request
 from .state import State
 
-__all__ = ["Events", "Observation", "Preconditioner", "Request", "Schedule"]
+__all__ = ["Events", "Observation", "Preconditioner", "Refining", "Request", "Schedule"]
 
 Events = dict[str, Tensor]
 """Counts of one call, as 0-dimensional tensors (no synchronisation): e.g. ``{"rejected_outputs": 0 or 1}``."""
@@ -94,19 +95,15 @@ class Observation:
         )
 
 
-@dataclass(frozen=True)
-class Request:
-    """A matrix to be inverted as ``matrix + damping I``; the optimizer batches requests of all layers."""
-
-    matrix: Tensor = field(repr=False)
-    damping: float
-
-
 class Preconditioner(Protocol):
     """A structure: how curvature is stored, damped, inverted and applied for one layer.
 
     ``joint`` says in which layout it wants momentum and returns directions: ``True`` for one matrix ``[W | b]``,
     ``False`` for one tensor per parameter.
+
+    Two declarations may be left out. ``linear`` (default ``True``): the direction is a matrix times the momentum, and
+    ``to_dense`` is its inverse. ``takes_indefinite`` (default ``False``): it can take curvature with negative
+    eigenvalues. A structure that measures in what was just computed also has the verb of :class:`Refining`.
     """
 
     @property
@@ -131,10 +128,10 @@ class Preconditioner(Protocol):
         """Take in new statistics; ``average`` overrides the part's own rule (warm start)."""
 
     def matrices(self, state: Any, damping: SideDamping) -> Sequence[Request]:
-        """The matrices whose damped inverses ``precondition`` will use."""
+        """The matrices from which ``precondition`` needs something, and what: by default damped inverses."""
 
-    def install(self, state: Any, inverses: Sequence[Inverse]) -> None:
-        """Store the inverses, in the order of :meth:`matrices`; a failed one (``None``) keeps the last good inverse."""
+    def install(self, state: Any, results: Sequence[Computed]) -> None:
+        """Store the results, in the order of :meth:`matrices`; a failed one (``None``) keeps the last good one."""
 
     def precondition(self, state: Any, momentum: Tensors) -> Tensors:
         """The preconditioned momentum, in the layout of the argument. Does not modify it; may return it."""
@@ -146,3 +143,11 @@ class Preconditioner(Protocol):
 
     def to_dense(self, state: Any, layer: Layer, damping: SideDamping) -> Tensor:
         """The damped curvature matrix over the served parameters (weight row-major, then bias): tests, analysis."""
+
+
+@runtime_checkable
+class Refining(Protocol):
+    """A structure with statistics that are measured in the basis of its last refresh (EKFAC, SOAP)."""
+
+    def refine(self, state: Any, observation: Observation) -> None:
+        """Called like ``update``, at the same steps, but after ``install`` and before ``precondition``."""

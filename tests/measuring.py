@@ -9,7 +9,7 @@ from osculate.curvature import Capture, Layer, LayerStatistics, Record, discover
 from osculate.curvature.likelihoods import Likelihood
 from osculate.curvature.statistics import Tensors
 from osculate.preconditioners import Preconditioner, SideDamping
-from osculate.preconditioners.linalg import inverse_of_many
+from osculate.preconditioners.operations import compute_many
 from torch import Tensor, nn
 
 Loss = Callable[[Tensor], Tensor]
@@ -129,6 +129,5 @@ def served_vector(part: Preconditioner, layer: Layer, storage: Tensors) -> Tenso
 
 
 def refreshed(part: Preconditioner, state: Any, damping: SideDamping) -> None:
-    """Invert what the structure wants inverted."""
-    requests = part.matrices(state, damping)
-    part.install(state, inverse_of_many([r.matrix for r in requests], [r.damping for r in requests]))
+    """Compute what the structure asks for."""
+    part.install(state, compute_many(part.matrices(state, damping)))

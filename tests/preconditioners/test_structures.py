@@ -14,9 +14,14 @@ from osculate.curvature import Gaussian, Layer, LayerStatistics, Needs, Record, 
 from osculate.preconditioners import (
     BFGS,
     LBFGS,
+    Absolute,
     Covariance,
+    Dense,
     Diagonal,
+    Eigenbasis,
     FlatChunk,
+    GradientCovariance,
+    GradientMoments,
     HessianActionBFGS,
     Identity,
     IdentityFactor,
@@ -28,6 +33,8 @@ from osculate.preconditioners import (
     PerOutput,
     PerOutputAveraged,
     Preconditioner,
+    Refining,
+    Root,
     Split,
     State,
 )
@@ -43,11 +50,16 @@ PARTITIONS = {
     "flat chunk": FlatChunk(),
     "kernel": Kernel(),
 }
+SAME = IdentityFactor()
 STRUCTURES: dict[str, Preconditioner] = (
     {f"kronecker {a} x {b}": Kronecker(INNER[a], OUTER[b]) for a in INNER for b in OUTER}
     | {f"blocks {name}": MiniBlock(partition) for name, partition in PARTITIONS.items()}
     | {f"diagonal {power}": Diagonal(power=power, epsilon=1e-3) for power in (0.5, 1.0)}
     | {"diagonal of momentum": Diagonal(source="momentum", epsilon=1e-3), "identity": Identity()}
+    | {"kronecker root x root": Kronecker(Root(), Root()), "kronecker root x identity": Kronecker(Root(2.0), SAME)}
+    | {"kronecker tnt": Kronecker(GradientCovariance(), GradientCovariance())}
+    | {"dense": Dense(), "dense absolute": Dense(Absolute())}
+    | {"ekfac": Eigenbasis(), "soap": Eigenbasis(GradientMoments(), power=0.5)}
 )
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(4, 3), (9, 4)),
@@ -80,8 +92,9 @@ class Case:
         self.momentum = self.random()
         entry = self.observe()
         self.damping = Split().sides(LAMBDA, entry.positions)
-        self.observe()
+        last = self.observe()
         refreshed(self.part, self.state, self.damping)
+        self.refine(last)
         for _ in range(2):
             before, after = self.measured(), self.measured()
             self.events = self.part.observe_step(self.state, before, after, self.damping)
@@ -107,6 +120,10 @@ class Case:
         entry = self.measured()
         self.part.update(self.state, self.observation(entry))
         return entry
+
+    def refine(self, entry: LayerStatistics) -> None:
+        if isinstance(self.part, Refining):
+            self.part.refine(self.state, self.observation(entry))
 
     def snapshot(self) -> list[Tensor]:
         return [tensor.clone() for tensor in self.state.tensors()]
@@ -146,6 +163,7 @@ def test_inputs_and_old_state_stay_as_they_are(name: str, layer: str) -> None:
     case.part.update(case.state, observation)
     case.part.observe_step(case.state, entry, case.measured(), case.damping)
     refreshed(case.part, case.state, case.damping)
+    case.refine(entry)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
@@ -164,6 +182,8 @@ def test_save_load_continue_is_bitwise_the_same(name: str, layer: str) -> None:
     results = []
     for state in (case.state, fresh):
         case.part.update(state, case.observation(entries[0]))
+        if isinstance(case.part, Refining):
+            case.part.refine(state, case.observation(entries[0]))
         case.part.observe_step(state, *entries, case.damping)
         results.append([*state.tensors(), *case.part.precondition(state, momentum)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -174,7 +194,7 @@ def test_save_load_continue_is_bitwise_the_same(name: str, layer: str) -> None:
 
 def numbers(part: Any, order: int) -> int:
     """The docstrings' memory formulas of the factors."""
-    if isinstance(part, Covariance | HessianActionBFGS):
+    if isinstance(part, Covariance | HessianActionBFGS | Root | GradientCovariance):
         return 2 * order**2
     if isinstance(part, BFGS):
         return order**2 + 2 * order
@@ -188,6 +208,11 @@ def expected_numbers(part: Preconditioner, layer: Layer) -> int:
     if isinstance(part, Kronecker):
         rows, columns = layer.matrix_shape
         return numbers(part.inputs, columns) + numbers(part.outputs, rows)
+    if isinstance(part, Eigenbasis):
+        rows, columns = layer.matrix_shape
+        return 2 * (rows**2 + columns**2) + rows * columns
+    if isinstance(part, Dense):
+        return 2 * sum(parameter.numel() for parameter in layer.parameters.values()) ** 2
     if isinstance(part, MiniBlock):
         count, order = part.partition.shape(layer)
         return 2 * order**2 * (1 if part.partition.shared(layer) else count)

@@ -1,0 +1,89 @@
+"""Spectral normalisation against torch and against singular values."""
+
+import osculate as osc
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from measuring import close, generator_of
+from osculate.curvature import discover_layers
+from osculate.preconditioners.linalg import newton_schulz
+from torch import nn
+from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+CUBIC = (1.5, -0.5, 0.0)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 7), st.integers(1, 7))
+def test_newton_schulz_maps_singular_values(seed: int, rows: int, columns: int) -> None:
+    """The iteration is the scalar polynomial on every singular value, and leaves the singular vectors alone."""
+    matrix = torch.randn(rows, columns, generator=generator_of(seed), dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / values.norm()
+    a, b, c = COEFFICIENTS
+    for _ in range(5):
+        values = a * values + b * values**3 + c * values**5
+    close(newton_schulz(matrix, COEFFICIENTS, 5, 1e-7, None), (left * values) @ right, 1e-9)
+
+
+def test_the_cubic_converges_to_the_polar_factor() -> None:
+    matrix = torch.randn(4, 6, generator=generator_of(0), dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    close(newton_schulz(matrix, CUBIC, 40, 1e-7, None), left @ right, 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+def test_newton_schulz_in_bfloat16_is_torchs(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=generator_of(1))
+    ours = newton_schulz(matrix, COEFFICIENTS, 5, 1e-7, torch.bfloat16)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, torch_newton_schulz(matrix, COEFFICIENTS, 5, 1e-7).float())
+
+
+def test_a_zero_matrix_stays_zero() -> None:
+    assert not newton_schulz(torch.zeros(3, 2), COEFFICIENTS, 5, 1e-7, None).any()
+
+
+@pytest.mark.parametrize(("scale", "torchs"), [(osc.AspectRatio(), "original"), (osc.MatchAdam(), "match_rms_adamw")])
+def test_muon_against_torch(scale: object, torchs: str) -> None:
+    """The iteration in bfloat16 as torch runs it, everything else in float64: equal over several steps."""
+
+    def train(make: object) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 8, bias=False)).double()
+        optimizer = make(model)  # type: ignore[operator]
+        x, y = torch.randn(16, 6).double(), torch.randn(16, 8).double()
+        for _ in range(6):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    method = osc.Method(
+        osc.Spectral(scale, dtype=torch.bfloat16),
+        momentum=osc.Nesterov(osc.EMA(0.95)),
+        weight_decay=osc.Decoupled(),
+        defaults={"lr": 0.02, "weight_decay": 0.1},
+    )
+    ours = train(lambda model: osc.build(method, model))
+    reference = train(lambda model: torch.optim.Muon(model.parameters(), lr=0.02, adjust_lr_fn=torchs))
+    for one, other in zip(ours, reference, strict=True):
+        close(one, other, 1e-8)
+
+
+def test_nothing_dense_stands_behind_it() -> None:
+    (layer,) = discover_layers(nn.Linear(2, 3))
+    part = osc.Spectral()
+    assert part.serves(layer) == ("weight",) and not part.linear
+    state = part.init(layer, ())
+    with pytest.raises(osc.CompatibilityError, match="not linear"):
+        part.to_dense(state, layer, osc.SideDamping(1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("values", [{"iterations": 0}, {"epsilon": 0.0}])
+def test_wrong_numbers_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(osc.ArgumentError, match=next(iter(values))):
+        osc.Spectral(**values)  # type: ignore[arg-type]
+    with pytest.raises(osc.ArgumentError, match="scale"):
+        osc.MatchAdam(0.0)
