@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature.capture import Capture, Record
-from ..curvature.layers import Layer, discover_layers
+from ..curvature.layers import discover_layers
 from ..curvature.likelihoods import Likelihood, resolve_likelihood
 from ..curvature.products import GraphKeepingBackward
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import ArgumentError, ClosureRequiredError, NumericalError
 from ..preconditioners.by_layer import ByLayer, require_matching_keys
-from ..preconditioners.damping import SideDamping
-from .blocks import Block, make_blocks
+from .blocks import make_blocks
 from .evaluation import Closure, Snapshot, run_closure
-from .groups import GroupValues, chosen_parameters, split_into_groups
-from .growing import late_layers, require_nobody_left_out, unowned_parameters
+from .grouped import GroupedOptimizer
+from .groups import split_into_groups
+from .growing import require_nobody_left_out, unowned_parameters
 from .lookback import LookBack
 from .method import Method
+from .nonfinite import Undo, find_trouble, is_risky, require_finite_loss
 from .observing import observe, refine, refresh, warm_up
 from .recording import records_for_step, require_sampled
 from .report import LayerRow, StepReport
@@ -36,7 +37,7 @@ from .stepping import Proposal, StepRule
 __all__ = ["SecondOrder"]
 
 
-class SecondOrder(torch.optim.Optimizer):
+class SecondOrder(GroupedOptimizer):
     """A method applied to a model, as an ordinary ``torch.optim.Optimizer``.
 
     Args:
@@ -50,8 +51,9 @@ class SecondOrder(torch.optim.Optimizer):
         loss_reduction: ``"mean"`` or ``"sum"``, how the user's loss combines samples (summed over output coordinates).
         seed: of the sampled labels; the global random state is never used.
         strict: refuse parameters that would get the fallback.
-        on_nonfinite: ``"raise"`` (default) or ``"skip"`` when a gradient is not finite. One number is fetched from the
-            device per step for this check.
+        on_nonfinite: ``"raise"`` (default) or ``"skip"`` when a loss, gradient, statistic or step size is not finite:
+            no state changes, ``skipped_steps`` counts it. One number is fetched from the device per step for this
+            check, and one more where an unguarded method looks back.
         groups: parameter groups with their own ``lr``, ``damping``, ``weight_decay``, see
             :func:`osculate.framework.groups.split_into_groups`; what they leave over forms one more group.
 
@@ -93,15 +95,14 @@ class SecondOrder(torch.optim.Optimizer):
         if isinstance(method.preconditioner, ByLayer):
             require_matching_keys(method.preconditioner, layers)
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
-        self._strict, self._values, self._ready = strict, GroupValues(), False
         self.blocks = make_blocks(layers, method.preconditioner, method.fallback, strict=strict)
+        self._strict = strict
         super().__init__(split_into_groups(model, layers, groups), values)
-        self._values.assign(layers, self.param_groups)
         self._check_values()
         self.capture = Capture(model, layers, resolved, loss_reduction, seed)
         self.last_report = StepReport(-1)
-        self.gradient_evaluations = 0
-        self._step, self._warm, self._ready = 0, False, True
+        self.gradient_evaluations = self.skipped_steps = 0
+        self._step, self._warm = 0, False
         self._rule = StepRule(method.step_size, layers, seed)
         self._look_back = LookBack(self)
         self._unowned = unowned_parameters(model, layers)
@@ -124,55 +125,9 @@ class SecondOrder(torch.optim.Optimizer):
         """Every parameter with the part that serves it, its shape as a matrix and the bytes of its state."""
         return [block.row() for block in self.blocks]
 
-    def penalty(self) -> Tensor:
-        """(tau / 2) |theta|^2 for coupled weight decay, 0 for decoupled: what the method adds to the loss."""
-        total: Tensor = self.param_groups[0]["params"][0].detach().new_zeros(())
-        for group in self.param_groups:
-            factor = self.method.weight_decay.gradient_factor(float(group["weight_decay"]))
-            if factor:
-                parameters = [parameter.detach() for parameter in group["params"]]
-                total = total + 0.5 * factor * torch.stack(torch._foreach_norm(parameters)).square().sum()
-        return total
-
     def close(self) -> None:
         """Remove the hooks from the model; the optimizer cannot step afterwards."""
         self.capture.close()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take over parameters of the model that were frozen when the optimizer was built (gradual unfreezing).
-
-        Their layers get fresh blocks, served by the same method; their schedules start at the next step. Call it
-        between two steps: statistics that a forward pass has recorded since the last step are dropped.
-
-        Args:
-            param_group: ``"params"`` (parameters of the model or patterns of their names, trainable and owned by no
-                group yet) and any of ``lr``, ``damping``, ``weight_decay``, ``name``; the rest as built.
-
-        Raises:
-            ArgumentError: if a parameter is frozen, owned already or not of this model, or a number out of range;
-                nothing has been changed.
-        """
-        if not self._ready:
-            super().add_param_group(param_group)
-            return
-        chosen = chosen_parameters(self.model, param_group)
-        added = late_layers(self.model, self.layers, chosen)
-        numbers = {name: float(param_group.get(name, self.defaults[name])) for name in self.defaults}
-        self.method.check_values(**numbers)
-        blocks = make_blocks(added, self.method.preconditioner, self.method.fallback, strict=self._strict)
-        super().add_param_group({**param_group, "params": chosen})
-        for block in blocks:
-            block.born = self._step
-        self._adopt([*self.layers, *added], [*self.blocks, *blocks])
-
-    def _adopt(self, layers: list[Layer], blocks: list[Block]) -> None:
-        """Serve more layers than before."""
-        self.layers, self.blocks = layers, blocks
-        self._values.assign(layers, self.param_groups)
-        self.capture = self.capture.extended(layers)
-        self._rule.grow(layers)
-        self._unowned = unowned_parameters(self.model, layers)
-        self._arm()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics that belong to them."""
@@ -195,7 +150,8 @@ class SecondOrder(torch.optim.Optimizer):
         Raises:
             ClosureRequiredError: if the method evaluates the loss itself.
             ArgumentError: if no parameter has a gradient.
-            NumericalError: if loss or gradient is not finite (``on_nonfinite="raise"``); nothing has been written.
+            NumericalError: if a loss, gradient, statistic or step size is not finite (``on_nonfinite="raise"``); no
+                parameter and no state has changed.
         """
         if closure is None and self.needs_closure:
             raise ClosureRequiredError(_CLOSURE_MESSAGE)
@@ -205,10 +161,35 @@ class SecondOrder(torch.optim.Optimizer):
         require_nobody_left_out(self._unowned)
         statistics = self.capture.collect()
         gradients = {block.key: block.gradients() for block in self.blocks}
-        trouble = self._trouble(loss, gradients)
+        trouble = find_trouble(loss, gradients, statistics)
         if trouble is not None:
             return self._refuse(trouble, loss)
         require_sampled(self.method.step_size, self._step, statistics)
+        undo = self._undo(gradients) if is_risky(self.method) else None
+        try:
+            self.last_report = self._advance(closure, loss, statistics, gradients, products)
+        except NumericalError as error:
+            if undo is None:
+                raise
+            undo.roll_back()
+            return self._refuse(str(error), loss)
+        self._step += 1
+        self._arm()
+        return loss
+
+    def _advance(
+        self,
+        closure: Closure | None,
+        loss: Tensor | None,
+        statistics: Mapping[str, LayerStatistics],
+        gradients: Mapping[str, Tensors | None],
+        products: GraphKeepingBackward | None,
+    ) -> StepReport:
+        """Observe, propose, apply, look back.
+
+        Raises:
+            NumericalError: if a step size, or the loss after an unguarded step, is not finite.
+        """
         decays = {block.key: self._decays(block) for block in self.blocks}
         coupled = {
             key: tuple(self.method.weight_decay.gradient_factor(value) for value in values)
@@ -221,20 +202,25 @@ class SecondOrder(torch.optim.Optimizer):
         self._look_back.remember(proposal)
         self._take(proposal, 1.0)
         outcome = self._look_back.run(closure, loss, statistics, proposal) if closure is not None else None
-        self.last_report = StepReport(
+        if outcome is not None and self.method.guard.attempts == 0:
+            require_finite_loss(outcome.loss)
+        return StepReport(
             self._step,
             loss,
             None if outcome is None else outcome.loss,
             proposal.step_sizes if outcome is None else outcome.scaled(proposal.step_sizes),
             self.damping,
-            {} if outcome is None else outcome.events,
+            proposal.events if outcome is None else {**proposal.events, **outcome.events},
             refreshes,
             rescues,
             0 if outcome is None else outcome.shortened,
         )
-        self._step += 1
-        self._arm()
-        return loss
+
+    def _undo(self, gradients: Mapping[str, Tensors | None]) -> Undo:
+        active = [block for block in self.blocks if gradients[block.key] is not None]
+        unguarded = self.method.looks_back and self.method.guard.attempts == 0
+        moved = [parameter for block in active for parameter in block.parameters] if unguarded else []
+        return Undo(active, self._rule, moved, self._step, self._warm)
 
     def _evaluate(self, closure: Closure | None) -> tuple[Tensor | None, GraphKeepingBackward | None]:
         self.gradient_evaluations += 1 + self._samples_labels
@@ -247,27 +233,16 @@ class SecondOrder(torch.optim.Optimizer):
             loss = run_closure(closure)
         return loss, products
 
-    def _trouble(self, loss: Tensor | None, gradients: Mapping[str, Tensors | None]) -> str | None:
-        """What is not finite, or ``None``. One synchronisation."""
-        present = [value for values in gradients.values() if values is not None for value in values]
-        if not present:
-            raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
-        total = torch.stack(torch._foreach_norm(present)).sum()
-        if bool(torch.isfinite(total if loss is None else total + loss)):
-            return None
-        if loss is not None and not bool(torch.isfinite(loss)):
-            return f"the loss is {float(loss)}"
-        bad = [key for key, values in gradients.items() if values and not all(bool(v.isfinite().all()) for v in values)]
-        return f"the gradient is not finite in layers {', '.join(bad)}" if bad else None
-
     def _refuse(self, trouble: str, loss: Tensor | None) -> Tensor | None:
+        """Count a step that is not taken, report it, and raise if that is wanted."""
         self._arm()
+        self.skipped_steps += 1
+        self.last_report = StepReport(self._step, loss, damping=self.damping, skipped=trouble)
         if self.on_nonfinite == "raise":
             raise NumericalError(
                 f"step {self._step}: {trouble}; no parameter and no state was changed. Lower lr, raise damping, or "
                 "build with on_nonfinite='skip'"
             )
-        self.last_report = StepReport(self._step, loss, damping=self.damping, skipped=trouble)
         return loss
 
     def _propose(
@@ -336,29 +311,9 @@ class SecondOrder(torch.optim.Optimizer):
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def sides(self, block: Block) -> SideDamping:
-        """Damping of a block's matrices."""
-        value = self._values.of_layer(self.param_groups, block.layer.name, "damping")
-        return self.method.damping.sides(value, block.positions)
-
-    @property
-    def damping(self) -> float | dict[str, float]:
-        """lambda; per layer where parameter groups differ."""
-        return self._values.common(self.param_groups, "damping")
-
     def snapshot(self) -> Snapshot:
         """Random state and buffers now."""
         return Snapshot.take(self.model)
-
-    def _decays(self, block: Block) -> tuple[float, ...]:
-        return self._values.of_block(self.param_groups, block, "weight_decay")
-
-    def _check_values(self) -> None:
-        """The numbers of all groups are in range, and agree within each layer."""
-        for group in self.param_groups:
-            self.method.check_values(**{name: float(group[name]) for name in ("lr", "damping", "weight_decay")})
-        for key in ("lr", "damping") if len(self.param_groups) > 1 else ():
-            self._values.common(self.param_groups, key)
 
     def _arm(self) -> None:
         """Tell the capture what the coming forward passes must record."""

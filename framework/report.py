@@ -25,7 +25,7 @@ class StepReport:
         refreshes: how many matrices were inverted.
         rescues: how often a factorisation needed more damping; failed ones keep the last good inverse.
         shortened: how often the guard shortened this step.
-        skipped: why nothing was done (a non-finite gradient under ``on_nonfinite="skip"``), or ``None``.
+        skipped: why nothing was done (something was not finite), or ``None``.
     """
 
     step: int

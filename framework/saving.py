@@ -31,6 +31,7 @@ def saved_state(optimizer: SecondOrder, groups: Sequence[Mapping[str, Any]]) -> 
             "step": optimizer._step,
             "warm": optimizer._warm,
             "gradient_evaluations": optimizer.gradient_evaluations,
+            "skipped_steps": optimizer.skipped_steps,
             "seed": optimizer.capture.seed,
         },
         "param_groups": list(groups),
@@ -56,6 +57,7 @@ def restore_state(optimizer: SecondOrder, saved: Mapping[str, Any]) -> None:
     progress = saved["progress"]
     optimizer._step, optimizer._warm = int(progress["step"]), bool(progress["warm"])
     optimizer.gradient_evaluations = int(progress["gradient_evaluations"])
+    optimizer.skipped_steps = int(progress["skipped_steps"])
     optimizer.capture.seed = optimizer._rule.seed = int(progress["seed"])
     for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({name: value for name, value in values.items() if name != "params"})

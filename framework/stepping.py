@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..curvature.products import GraphKeepingBackward
 from ..curvature.quadratic_forms import DirectionalEvidence
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import ArgumentError, NumericalError
+from ..preconditioners.protocol import Events
 from ..stepsize.protocol import StepEvidence, StepSize
 from .blocks import Block
 from .momentum import Momentum, WeightDecay
@@ -54,10 +55,11 @@ class Move:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A step that has not been taken yet: the moves of all blocks, and the step size of every layer."""
+    """A step that has not been taken yet: the moves of all blocks, the step size of every layer, and counts."""
 
     moves: list[Move]
     step_sizes: dict[str, float | Tensor]
+    events: Events = field(default_factory=dict)
 
     def take(self, fraction: float, weight_decay: WeightDecay) -> None:
         """Take a fraction in (0, 1] of the step, decoupled weight decay first."""
@@ -110,12 +112,16 @@ class StepRule:
         evidence = self._evidence(step, lr, blocks, directions, momentum, statistics, products)
         sizes = self.rule.propose(self.state, evidence)
         by_layer: dict[str, float | Tensor]
+        events: Events = {}
         if isinstance(sizes, Tensor):
             if sizes.shape != (len(evidence.names),):
                 raise ArgumentError(
                     f"{type(self.rule).__name__}.propose must return one number, or {len(evidence.names)} step sizes "
                     f"(one per layer), got shape {tuple(sizes.shape)}"
                 )
+            if sizes.device.type != "cpu":  # deciding here would synchronise: such a layer stands still instead
+                finite = torch.isfinite(sizes)
+                sizes, events = torch.where(finite, sizes, 0.0), {"nonfinite_step_sizes": (~finite).sum()}
             values = sizes.tolist() if sizes.device.type == "cpu" else list(sizes.unbind())
             by_layer = dict(zip(evidence.names, values, strict=True))
         else:
@@ -123,14 +129,14 @@ class StepRule:
         bad = [name for name, size in by_layer.items() if isinstance(size, float) and not math.isfinite(size)]
         if bad:
             raise NumericalError(
-                f"step {step}: {type(self.rule).__name__} proposed a step size that is not finite for layers "
-                f"{', '.join(bad)}; no parameter was changed. Raise its damping, or put it into RelativeBound"
+                f"{type(self.rule).__name__} proposed a step size that is not finite for layers {', '.join(bad)} "
+                "(raise its damping, or put it into RelativeBound)"
             )
         moves = [
             Move(block.parameters, directions[block.key], by_layer[block.layer.name], decays[block.key])
             for block in blocks
         ]
-        return Proposal(moves, by_layer)
+        return Proposal(moves, by_layer, events)
 
     def _evidence(
         self,

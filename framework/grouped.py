@@ -1,0 +1,116 @@
+"""The part of the optimizer that owns layers, blocks and parameter groups; the loop is in ``optimizer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..curvature.capture import Capture
+from ..curvature.layers import Layer
+from ..preconditioners.damping import SideDamping
+from .blocks import Block, make_blocks
+from .groups import GroupValues, chosen_parameters
+from .growing import late_layers, unowned_parameters
+from .method import Method
+from .stepping import StepRule
+
+__all__ = ["GroupedOptimizer"]
+
+
+class GroupedOptimizer(torch.optim.Optimizer):
+    """An ``Optimizer`` whose parameter groups are read layer by layer, and which layers can join.
+
+    A subclass sets the attributes below before it calls this constructor (``capture`` and what follows: after it).
+
+    Args:
+        groups: torch's parameter groups.
+        numbers: defaults of ``lr``, ``damping`` and ``weight_decay``.
+    """
+
+    model: nn.Module
+    method: Method
+    layers: list[Layer]
+    blocks: list[Block]
+    capture: Capture
+    _strict: bool
+    _step: int
+    _rule: StepRule
+    _unowned: dict[str, Tensor]
+
+    def __init__(self, groups: list[dict[str, Any]], numbers: dict[str, float]):
+        self._values, self._building = GroupValues(), True
+        super().__init__(groups, numbers)
+        self._building = False
+        self._values.assign(self.layers, self.param_groups)
+
+    @property
+    def damping(self) -> float | dict[str, float]:
+        """lambda; per layer where parameter groups differ."""
+        return self._values.common(self.param_groups, "damping")
+
+    def penalty(self) -> Tensor:
+        """(tau / 2) |theta|^2 for coupled weight decay, 0 for decoupled: what the method adds to the loss."""
+        total: Tensor = self.param_groups[0]["params"][0].detach().new_zeros(())
+        for group in self.param_groups:
+            factor = self.method.weight_decay.gradient_factor(float(group["weight_decay"]))
+            if factor:
+                parameters = [parameter.detach() for parameter in group["params"]]
+                total = total + 0.5 * factor * torch.stack(torch._foreach_norm(parameters)).square().sum()
+        return total
+
+    def sides(self, block: Block) -> SideDamping:
+        """Damping of a block's matrices."""
+        value = self._values.of_layer(self.param_groups, block.layer.name, "damping")
+        return self.method.damping.sides(value, block.positions)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take over parameters of the model that were frozen when the optimizer was built (gradual unfreezing).
+
+        Their layers get fresh blocks, served by the same method; their schedules start at the next step. Call it
+        between two steps: statistics that a forward pass has recorded since the last step are dropped.
+
+        Args:
+            param_group: ``"params"`` (parameters of the model or patterns of their names, trainable and owned by no
+                group yet) and any of ``lr``, ``damping``, ``weight_decay``, ``name``; the rest as built.
+
+        Raises:
+            ArgumentError: if a parameter is frozen, owned already or not of this model, or a number out of range;
+                nothing has been changed.
+        """
+        if self._building:
+            super().add_param_group(param_group)
+            return
+        chosen = chosen_parameters(self.model, param_group)
+        added = late_layers(self.model, self.layers, chosen)
+        numbers = {name: float(param_group.get(name, self.defaults[name])) for name in self.defaults}
+        self.method.check_values(**numbers)
+        blocks = make_blocks(added, self.method.preconditioner, self.method.fallback, strict=self._strict)
+        super().add_param_group({**param_group, "params": chosen})
+        for block in blocks:
+            block.born = self._step
+        self._adopt([*self.layers, *added], [*self.blocks, *blocks])
+
+    def _adopt(self, layers: list[Layer], blocks: list[Block]) -> None:
+        """Serve more layers than before."""
+        self.layers, self.blocks = layers, blocks
+        self._values.assign(layers, self.param_groups)
+        self.capture = self.capture.extended(layers)
+        self._rule.grow(layers)
+        self._unowned = unowned_parameters(self.model, layers)
+        self._arm()
+
+    def _decays(self, block: Block) -> tuple[float, ...]:
+        return self._values.of_block(self.param_groups, block, "weight_decay")
+
+    def _check_values(self) -> None:
+        """The numbers of all groups are in range, and agree within each layer."""
+        for group in self.param_groups:
+            self.method.check_values(**{name: float(group[name]) for name in ("lr", "damping", "weight_decay")})
+        for key in ("lr", "damping") if len(self.param_groups) > 1 else ():
+            self._values.common(self.param_groups, key)
+
+    def _arm(self) -> None:
+        """Tell the capture what the coming forward passes must record."""
+        raise NotImplementedError
