@@ -82,7 +82,7 @@ class Undo:
     """Copies of what a step is about to write.
 
     Args:
-        blocks: blocks that take part; a state is copied only if this step writes it.
+        blocks: all blocks; a state is copied only if this step writes it.
         rule: the step-size rule.
         parameters: what the step moves and a failed look back must restore.
         step: number of the step.

@@ -220,7 +220,7 @@ class SecondOrder(GroupedOptimizer):
         active = [block for block in self.blocks if gradients[block.key] is not None]
         unguarded = self.method.looks_back and self.method.guard.attempts == 0
         moved = [parameter for block in active for parameter in block.parameters] if unguarded else []
-        return Undo(active, self._rule, moved, self._step, self._warm)
+        return Undo(self.blocks, self._rule, moved, self._step, self._warm)
 
     def _evaluate(self, closure: Closure | None) -> tuple[Tensor | None, GraphKeepingBackward | None]:
         self.gradient_evaluations += 1 + self._samples_labels
