@@ -1,10 +1,11 @@
 """Layers: what a module looks like to a second-order method.
 
-A layer is a module together with its trainable parameters. An adapter tells how to read it as a linear map
-``h = W a + b`` applied at ``S`` shared positions of each of ``N`` samples. The axis convention, used everywhere:
+A layer is a module together with its trainable parameters. An adapter (:mod:`.adapters`) tells how to read it as a
+linear map ``h = W a + b`` applied at ``S`` shared positions of each of ``N`` samples. The axis convention, used
+everywhere:
 
-    ``n`` samples, ``s`` positions (``Linear``: 1 or the sequence length, ``Conv2d``: output sites),
-    ``i`` inputs of the map (``Conv2d``: channels x kernel), ``o`` outputs.
+    ``n`` samples, ``s`` positions (``Linear``: 1 or the sequence length, convolutions: output sites),
+    ``i`` inputs of the map (convolutions: channels x kernel), ``o`` outputs.
 
 The bias is the last column of the layer matrix ``[W | b]`` (homogeneous coordinate last, as in the K-BFGS paper).
 A module that no adapter recognises is a layer of kind ``"Other"``: it has parameters but no statistics, and gets the
@@ -15,157 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.parameter import UninitializedParameter
 
-__all__ = ["BatchNormAdapter", "Conv2dAdapter", "Layer", "LayerAdapter", "LinearAdapter", "discover_layers"]
+from ..errors import ArgumentError, CompatibilityError
+from .adapters import ADAPTERS, LayerAdapter
+from .attention import attention_parts, is_attention, sequence_first
 
-
-class LayerAdapter(Protocol):
-    """How to read one kind of module as a linear map at shared positions."""
-
-    kind: str
-    is_matrix: bool
-    batched_ndim: int
-
-    def matches(self, module: nn.Module) -> bool:
-        """Whether this adapter can read ``module``."""
-
-    def positions(self, module: nn.Module, output: Tensor) -> int:
-        """Number S of positions that share the map, from one output of the module."""
-
-    def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
-        """What is kept of an input during the forward pass, batch axis first."""
-
-    def expand_input(self, module: nn.Module, value: Tensor) -> Tensor:
-        """A recorded input as (N, S, d_in), without the homogeneous 1."""
-
-    def expand_output(self, module: nn.Module, value: Tensor) -> Tensor:
-        """Output of the module, or a gradient with respect to it, as (N, S, d_out)."""
-
-    def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The output's derivative along a parameter direction: ``weight``, ``bias`` applied to a recorded input."""
-
-
-class LinearAdapter:
-    """``nn.Linear`` on inputs (N, d_in) or (N, ..., d_in); the middle axes are positions."""
-
-    kind = "Linear"
-    is_matrix = True
-    batched_ndim = 2
-
-    def matches(self, module: nn.Module) -> bool:
-        """``nn.Linear`` and subclasses that keep its forward, but for the one whose forward attention never calls."""
-        uncalled = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not uncalled
-
-    def positions(self, module: nn.Module, output: Tensor) -> int:
-        """Product of the middle axes."""
-        return output[0, ..., 0].numel()
-
-    def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
-        """The input as it is."""
-        return value
-
-    def expand_input(self, module: nn.Module, value: Tensor) -> Tensor:
-        """(N, ..., d_in) to (N, S, d_in)."""
-        return value.reshape(value.shape[0], -1, value.shape[-1])
-
-    expand_output = expand_input
-
-    def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """``a @ weight.T + bias``; a missing direction counts as zero."""
-        if weight is None:
-            assert bias is not None
-            return bias.expand(*value.shape[:-1], bias.shape[0]).clone()
-        return functional.linear(value, weight, bias)
-
-
-class Conv2dAdapter:
-    """``nn.Conv2d`` with one group and zero padding; a position is an output site, an input row is a patch."""
-
-    kind = "Conv2d"
-    is_matrix = True
-    batched_ndim = 4
-
-    def matches(self, module: nn.Module) -> bool:
-        """One group, zero padding given in numbers."""
-        return (
-            isinstance(module, nn.Conv2d)
-            and type(module).forward is nn.Conv2d.forward
-            and module.groups == 1
-            and module.padding_mode == "zeros"
-            and not isinstance(module.padding, str)
-        )
-
-    def positions(self, module: nn.Module, output: Tensor) -> int:
-        """Height times width of the output."""
-        return output.shape[-2] * output.shape[-1]
-
-    def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
-        """The input as it is."""
-        return value
-
-    def expand_input(self, module: nn.Module, value: Tensor) -> Tensor:
-        """Patches (N, S, channels x kernel height x kernel width), channel slowest as in ``weight.flatten(1)``."""
-        assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
-        patches = functional.unfold(value, module.kernel_size, module.dilation, module.padding, module.stride)
-        return patches.transpose(1, 2)
-
-    def expand_output(self, module: nn.Module, value: Tensor) -> Tensor:
-        """(N, d_out, H, W) to (N, S, d_out)."""
-        return value.flatten(2).transpose(1, 2)
-
-    def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The convolution with ``weight`` and ``bias`` in the place of the module's own."""
-        assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
-        kernel = torch.zeros_like(module.weight) if weight is None else weight
-        return functional.conv2d(value, kernel, bias, module.stride, module.padding, module.dilation)
-
-
-class BatchNormAdapter:
-    """``nn.BatchNorm1d/2d/3d`` with scale and shift: linear in (scale, shift), but not a matrix.
-
-    In training mode the batch statistics couple the samples; as in the papers that coupling is ignored, which makes
-    per-sample quantities of this layer (and of those below it) an approximation.
-    """
-
-    kind = "BatchNorm"
-    is_matrix = False
-    batched_ndim = 2
-
-    def matches(self, module: nn.Module) -> bool:
-        """Any batch normalisation with affine parameters."""
-        return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine
-
-    def positions(self, module: nn.Module, output: Tensor) -> int:
-        """Product of the axes after the channel axis."""
-        return output[0, 0].numel()
-
-    def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
-        """The normalised input, with the statistics that this call uses; buffers stay untouched."""
-        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if module.training or module.running_mean is None:
-            return functional.batch_norm(value, None, None, training=True, eps=module.eps)
-        return functional.batch_norm(value, module.running_mean, module.running_var, eps=module.eps)
-
-    def expand_input(self, module: nn.Module, value: Tensor) -> Tensor:
-        """(N, channels, ...) to (N, S, channels)."""
-        return value.reshape(value.shape[0], value.shape[1], -1).transpose(1, 2)
-
-    expand_output = expand_input
-
-    def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """``normalised * weight + bias``; a missing direction counts as zero."""
-        shape = (1, -1) + (1,) * (value.ndim - 2)
-        moved = torch.zeros_like(value) if weight is None else value * weight.view(shape)
-        return moved if bias is None else moved.add_(bias.view(shape))
-
-
-ADAPTERS: tuple[LayerAdapter, ...] = (LinearAdapter(), Conv2dAdapter(), BatchNormAdapter())
+__all__ = ["Layer", "LayerAdapter", "discover_layers"]
 
 
 @dataclass(frozen=True)
@@ -174,10 +34,13 @@ class Layer:
 
     Attributes:
         name: qualified name of the module in the model (``"(root)"`` for the model itself).
-        kind: ``"Linear"``, ``"Conv2d"``, ``"BatchNorm"`` or ``"Other"``.
+        kind: ``"Linear"``, ``"Conv2d"``, ``"Attention"``, ... (:data:`.adapters.KINDS`) or ``"Other"``.
         module: the module.
-        parameters: its own trainable parameters by name, in the module's order (``weight`` before ``bias``).
+        parameters: its own trainable parameters by name, ``weight`` before ``bias``.
         adapter: how to read it; ``None`` for kind ``"Other"``.
+        others: further modules with the same parameters; their calls count as calls of this layer.
+        batch_axis: the axis of its input and output that counts samples: 0, or 1 inside torch's own transformer layers
+            built with ``batch_first=False``.
     """
 
     name: str
@@ -185,11 +48,18 @@ class Layer:
     module: nn.Module = field(repr=False)
     parameters: dict[str, nn.Parameter] = field(repr=False)
     adapter: LayerAdapter | None = field(repr=False)
+    others: tuple[nn.Module, ...] = field(default=(), repr=False)
+    batch_axis: int = 0
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Every module whose calls are calls of this layer."""
+        return (self.module, *self.others)
 
     @property
     def is_matrix(self) -> bool:
         """Whether the layer has a trainable weight that can be read as a matrix (d_out, d_in)."""
-        return self.adapter is not None and self.adapter.is_matrix and "weight" in self.parameters
+        return self.adapter is not None and "weight" in self.parameters and self.adapter.has_matrix(self.module)
 
     @property
     def has_bias(self) -> bool:
@@ -197,10 +67,16 @@ class Layer:
         return "bias" in self.parameters
 
     @property
+    def groups(self) -> int:
+        """Number G of groups: row o of the matrix sees the inputs of its own group."""
+        return 1 if self.adapter is None else self.adapter.groups(self.module)
+
+    @property
     def weight_shape(self) -> tuple[int, int]:
         """Shape (d_out, d_in) of the weight as a matrix, without the bias column."""
-        weight = self.parameters["weight"]
-        return weight.shape[0], weight[0].numel()
+        shape = self.parameters["weight"].shape
+        rows, columns = self._reader().weight_as_matrix(self.module, torch.empty(shape, device="meta")).shape
+        return rows, columns
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -208,29 +84,103 @@ class Layer:
         rows, columns = self.weight_shape
         return rows, columns + self.has_bias
 
+    def joint_matrix(self, values: Sequence[Tensor]) -> Tensor:
+        """Tensors in the shapes of (weight, bias), with any leading axes, as matrices (..., d_out, d_in [+ 1])."""
+        weight = self._reader().weight_as_matrix(self.module, values[0])
+        return torch.cat([weight, values[1].unsqueeze(-1)], -1) if len(values) > 1 else weight
+
+    def parameter_views(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """A joint matrix (..., d_out, d_in [+ 1]) in the shapes of (weight, bias), without a copy."""
+        weight = matrix[..., :-1] if self.has_bias else matrix
+        reshaped = self._reader().matrix_as_weight(self.module, weight)
+        return (reshaped, matrix[..., -1]) if self.has_bias else (reshaped,)
+
+    def entries(self) -> Tensor:
+        """(d,) For every entry of weight and bias, in the parameters' own order, its place in the joint matrix.
+
+        The place counts row by row: a matrix over the joint matrix's entries, indexed by this on both axes, is one over
+        the parameters' entries.
+        """
+        rows, columns = self.matrix_shape
+        places = torch.arange(rows * columns).reshape(rows, columns)
+        return torch.cat([view.flatten() for view in self.parameter_views(places)])
+
+    def _reader(self) -> LayerAdapter:
+        if self.adapter is None:
+            raise CompatibilityError(
+                f"layer {self.name!r} ({type(self.module).__name__}) is of kind 'Other' and no matrix; serve it by a "
+                "part that works on tensors (Diagonal, Identity)"
+            )
+        return self.adapter
+
 
 def discover_layers(model: nn.Module, adapters: Sequence[LayerAdapter] = ADAPTERS) -> list[Layer]:
     """All layers of ``model`` with at least one trainable parameter, in the model's order.
 
-    A parameter that several modules share belongs to the first of them, and every module that shares one is of kind
-    ``"Other"``: its statistics would count only one of its uses.
+    Modules of one kind and configuration that share all their parameters are one layer, under the first one's name.
+    Any other shared parameter belongs to the first module that has it, and every module with a part in it is of kind
+    ``"Other"``: statistics would count only some of its uses.
+
+    Raises:
+        ArgumentError: if a parameter is not initialised yet, or a trainable embedding has sparse gradients.
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owners = _owners(model)
+    sequences = sequence_first(model)
     layers: list[Layer] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        own = {
-            key: parameter
-            for key, parameter in module.named_parameters(recurse=False)
-            if parameter.requires_grad and id(parameter) not in seen
-        }
-        if not own:
-            continue
+        own = _unseen(name, module, seen)
+        if is_attention(module) and all(len(owners[id(p)]) == 1 for p in module.parameters()):
+            own |= _unseen(name, module.out_proj, seen)
+            layers += [Layer(*part) for part in attention_parts(name, module, own)]
+        elif own:
+            layers.append(_layer(name, module, own, owners, adapters, id(module) in sequences))
         seen.update(id(parameter) for parameter in own.values())
-        tied = any(owners[id(parameter)] > 1 for parameter in own.values())
-        adapter = None if tied else next((entry for entry in adapters if entry.matches(module)), None)
-        layers.append(Layer(name or "(root)", adapter.kind if adapter else "Other", module, own, adapter))
     return layers
+
+
+def _layer(
+    name: str,
+    module: nn.Module,
+    own: dict[str, nn.Parameter],
+    owners: dict[int, list[nn.Module]],
+    adapters: Sequence[LayerAdapter],
+    sequence: bool,
+) -> Layer:
+    adapter = next((entry for entry in adapters if entry.matches(module)), None)
+    users = list({id(user): user for parameter in own.values() for user in owners[id(parameter)]}.values())
+    others = tuple(user for user in users if user is not module)
+    if adapter is not None and not all(_interchangeable(module, other) for other in others):
+        adapter, others = None, ()
+    axis = int(sequence and adapter is not None)
+    return Layer(name or "(root)", adapter.kind if adapter else "Other", module, own, adapter, others, axis)
+
+
+def _interchangeable(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two modules are the same function: one type, one configuration, the same parameters."""
+    own, other = dict(first.named_parameters(recurse=False)), dict(second.named_parameters(recurse=False))
+    same = own.keys() == other.keys() and all(own[name] is other[name] for name in own)
+    return same and type(first) is type(second) and first.extra_repr() == second.extra_repr()
+
+
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Which modules have each parameter."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return owners
+
+
+def _unseen(name: str, module: nn.Module, seen: set[int]) -> dict[str, nn.Parameter]:
+    """A module's own trainable parameters that belong to no earlier layer."""
+    own: dict[str, nn.Parameter] = {}
+    for key, parameter in module.named_parameters(recurse=False):
+        if isinstance(parameter, UninitializedParameter):
+            raise ArgumentError(
+                f"parameter {key!r} of {name or 'the model'!r} is not initialised yet; run the model once before "
+                "building the optimizer"
+            )
+        if parameter.requires_grad and id(parameter) not in seen:
+            own[key] = parameter
+    return own

@@ -1,0 +1,63 @@
+"""``nn.Linear``, and the projections inside ``nn.MultiheadAttention``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .protocol import LayerAdapter, MatrixAdapter
+
+__all__ = ["LinearAdapter", "ProjectionAdapter", "ProjectionBiasAdapter"]
+
+
+class LinearAdapter(MatrixAdapter):
+    """``nn.Linear`` on inputs (N, d_in) or (N, ..., d_in); the middle axes are positions."""
+
+    kind = "Linear"
+
+    def matches(self, module: nn.Module) -> bool:
+        """``nn.Linear`` and subclasses that keep its forward, but for the one whose forward attention never calls."""
+        uncalled = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not uncalled
+
+    def batched_ndim(self, module: nn.Module) -> int:
+        """Samples and outputs."""
+        return 2
+
+    def positions(self, module: nn.Module, output: Tensor) -> int:
+        """Product of the middle axes."""
+        return output[0, ..., 0].numel()
+
+    def as_positions(self, module: nn.Module, value: Tensor) -> tuple[Tensor, LayerAdapter]:
+        """The expanded input is an input too."""
+        return self.expand_input(module, value), self
+
+    def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """``a @ weight.T + bias``; a missing direction counts as zero."""
+        if weight is None:
+            assert bias is not None
+            return bias.expand(*value.shape[:-1], bias.shape[0]).clone()
+        return functional.linear(value, weight, bias)
+
+
+class ProjectionAdapter(LinearAdapter):
+    """A weight of ``nn.MultiheadAttention`` and its bias: inputs (N, S, d_in), one position per token.
+
+    Packed projections of cross-attention are one matrix whose rows see different inputs: the tokens of query, key and
+    value are positions one after another, and a token's output gradient is zero in the rows that do not see it. The sum
+    over positions of g a' is then the gradient, exactly.
+    """
+
+    kind = "Attention"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Nothing: these layers are made by the handler of the attention module, not found by type."""
+        return False
+
+
+class ProjectionBiasAdapter(ProjectionAdapter):
+    """The packed bias of separate projections, whose inputs may have different widths: no inputs are kept."""
+
+    def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
+        """The first feature; only its shape (N, S) matters."""
+        return value[..., :1]
