@@ -1,5 +1,6 @@
 """Floor 1: what is measured. Layers, statistics, capture, likelihoods, estimators, quadratic forms."""
 
+from .adapters import KINDS
 from .capture import Capture, Record
 from .estimators import (
     BatchMean,
@@ -24,6 +25,7 @@ from .statistics import LayerStatistics, Needs
 from .with_pairs import WithPairs
 
 __all__ = [
+    "KINDS",
     "BatchMean",
     "Bernoulli",
     "Capture",

@@ -179,7 +179,7 @@ def _first_row(weight: Tensor, whole: Tensor) -> int | None:
         return 0
     if weight.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or weight.stride() != whole.stride():
         return None
-    first, offset = divmod(weight.storage_offset() - whole.storage_offset(), whole.stride(0))
+    first, offset = divmod(int(weight.storage_offset()) - int(whole.storage_offset()), whole.stride(0))
     return first if offset == 0 and 0 <= first <= whole.shape[0] - weight.shape[0] else None
 
 

@@ -175,7 +175,7 @@ class Capture:
             call = Call(self._pass, output.shape[0] if output.ndim else 1, 1)
             self._calls[layer.name].append(call)
             return call
-        if output.ndim < layer.adapter.batched_ndim:
+        if output.ndim < layer.adapter.batched_ndim(layer.module):
             raise ArgumentError(f"layer {layer.name!r} was called on one unbatched sample; give it a batch of size 1")
         call = Call(self._pass, output.shape[0], layer.adapter.positions(layer.module, output))
         if Record.INPUTS in wanted:

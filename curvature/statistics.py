@@ -101,12 +101,12 @@ class LayerStatistics:
         return replace(self, vectors=vectors, matrix=matrix)
 
     def input_rows(self) -> Tensor:
-        """Inputs of the linear map, (N*S, d_in), without the homogeneous 1."""
+        """Inputs of the linear map, (N*S*G, d_in), without the homogeneous 1; the group (mostly G = 1) is fastest."""
         adapter, value = self._adapter(), self._require(self.inputs, "inputs")
         return adapter.expand_input(self.layer.module, value).flatten(0, 1)
 
     def mean_input(self) -> Tensor:
-        """Mean input over samples and positions, (d_in [+1],), with the homogeneous 1 if the layer has a bias."""
+        """Mean input over samples, positions and groups, (d_in [+1],), with the homogeneous 1 if there is a bias."""
         mean = self.input_rows().mean(0)
         return torch.cat([mean, mean.new_ones(1)]) if self.layer.has_bias else mean
 
@@ -136,18 +136,14 @@ class LayerStatistics:
         Returns:
             One tensor (N, *parameter.shape) per parameter of the layer. Memory N times the layer.
         """
+        adapter, module = self._adapter(), self.layer.module
         upstream: Tensor = rows.unflatten(0, (self.samples, -1))
         result: list[Tensor] = []
         for name, parameter in self.layer.parameters.items():
             if name == "bias":
-                result.append(upstream.sum(1))
-                continue
-            value: Tensor = self.input_rows().unflatten(0, (self.samples, -1))
-            if self._adapter().is_matrix:
-                product: Tensor = torch.einsum("nso,nsi->noi", upstream, value)
+                result.append(upstream.sum(1).reshape(-1, *parameter.shape))
             else:
-                product = (upstream * value).sum(1)
-            result.append(product.reshape(-1, *parameter.shape))
+                result.append(adapter.per_sample(module, self._require(self.inputs, "inputs"), upstream))
         return tuple(result)
 
     def scores(self, directions: Tensors) -> Tensor:
@@ -162,7 +158,7 @@ class LayerStatistics:
         named = dict(zip(self.layer.parameters, directions, strict=True))
         inputs = self._require(self.inputs, "inputs")
         moved = self._adapter().directional(self.layer.module, inputs, named.get("weight"), named.get("bias"))
-        product = moved.mul_(self._require(self.sampled_gradient, "sampled_gradient"))
+        product = moved.mul_(self._require(self.sampled_gradient, "sampled_gradient").reshape(moved.shape))
         return product.reshape(self.samples, -1).sum(1)
 
     def _adapter(self) -> LayerAdapter:

@@ -56,14 +56,7 @@ class Block:
         if not self.part.joint:
             return storage
         (matrix,) = storage
-        views: list[Tensor] = []
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            if name == "bias":
-                views.append(matrix[:, -1])
-            else:
-                weight = matrix[:, : parameter[0].numel()]
-                views.append(weight.unflatten(1, parameter.shape[1:]) if parameter.ndim > 2 else weight)
-        return tuple(views)
+        return self.layer.parameter_views(matrix)
 
     def statistics_due(self, step: int, warm: bool) -> bool:
         """Whether step ``step`` updates the statistics; a block that was added later starts cold."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..curvature.adapters import KINDS
 from ..curvature.estimators import BatchMean, InputsOnly, SampledBatchMean, SecantPairs
 from ..errors import ArgumentError
 from ..preconditioners.averages import Average, MovingAverage, ZeroStartAverage
@@ -128,13 +129,19 @@ def kbfgs_limited(
     return _quasi_newton(outputs, MovingAverage(statistics_decay), momentum, statistics_every, step_guard(growth))
 
 
+_CONVOLUTIONS = tuple(kind for kind in KINDS if kind.startswith("Conv"))
+
+
 def _mini_block(partition: Partition, schedule: Schedule, lr: float, damping: float) -> Method:
     # e / (sqrt(v_e) + 1e-8) with e the 0.9/0.1 average equals M / (sqrt(v_M) + 1e-7) with heavy-ball M = 10 e.
     adam_type = Diagonal(average=MovingAverage(0.999), epsilon=1e-7, source="momentum")
     average = MovingAverage(0.9)
     return Method(
         preconditioner=ByLayer(
-            {"Linear": MiniBlock(partition, average, schedule), "Conv2d": MiniBlock(Kernel(), average, schedule)},
+            {
+                **dict.fromkeys(("Linear", "Attention"), MiniBlock(partition, average, schedule)),
+                **dict.fromkeys(_CONVOLUTIONS, MiniBlock(Kernel(), average, schedule)),
+            },
             otherwise=adam_type,
         ),
         curvature=BatchMean(),

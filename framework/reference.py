@@ -184,7 +184,4 @@ def _mixed(part: Preconditioner, state: ReferenceState) -> State:
 
 def _order_of_entries(part: Preconditioner, layer: Layer, momentum: Tensors) -> Tensor:
     """Where the entries (weight row-major, then bias) stand in the flattened storage."""
-    if not part.joint or not layer.has_bias:
-        return torch.arange(sum(value.numel() for value in momentum))
-    index = torch.arange(momentum[0].numel()).reshape(momentum[0].shape)
-    return torch.cat([index[:, :-1].flatten(), index[:, -1]])
+    return layer.entries() if part.joint else torch.arange(sum(value.numel() for value in momentum))

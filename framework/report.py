@@ -64,7 +64,7 @@ class LayerRow:
 
     Attributes:
         layer: qualified name.
-        kind: ``Linear``, ``Conv2d``, ``BatchNorm`` or ``Other``.
+        kind: ``Linear``, ``Conv2d``, ``Attention``, ... or ``Other``.
         parameters: names within the layer.
         shape: as a matrix (rows, columns with the bias) where it is one, else the number of entries.
         part: the structure, e.g. ``Kronecker(HessianActionBFGS, BFGS)``.

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from ..curvature.adapters import KINDS
 from ..curvature.layers import Layer
 from ..curvature.statistics import Needs
 from ..errors import ArgumentError, UnknownNameError
@@ -17,16 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["ByLayer", "leaves", "require_matching_keys", "select"]
 
-KINDS = ("Linear", "Conv2d", "BatchNorm", "Other")
-
 
 @dataclass(frozen=True)
 class ByLayer:
     """Structures chosen by layer; not a structure itself but a table of them.
 
     Args:
-        table: from a layer's kind (``"Linear"``, ``"Conv2d"``, ``"BatchNorm"``, ``"Other"``) or a shell pattern of its
-            qualified name (``"encoder.*"``) to a structure. Names win over kinds; among names the first match wins.
+        table: from a layer's kind (``"Linear"``, ``"Conv1d"``, ``"ConvTranspose2d"``, ``"Embedding"``, ``"LayerNorm"``,
+            ``"Attention"``, ``"Other"``, ...; ``osculate.curvature.KINDS``) or a shell pattern of its qualified name
+            (``"encoder.*"``) to a structure. Names win over kinds; among names the first match wins.
         otherwise: the structure for every parameter that its layer's entry does not serve (a convolution's bias under
             kernel blocks) and for layers without an entry. ``None``: they get the method's fallback.
 

@@ -17,7 +17,6 @@ from ..curvature.statistics import LayerStatistics, Needs
 from .averages import Average, MovingAverage
 from .linalg import Computed, accumulate_gram_, accumulate_homogeneous_gram_
 from .operations import Inverse, Operation, Request
-from .partitions import joint_matrix
 from .protocol import Events
 from .state import NoState, State
 
@@ -83,11 +82,12 @@ def accumulate_second_moment(moment: Tensor, statistics: LayerStatistics, side: 
     """``moment <- keep * moment + add * new`` with the second moment of one side.
 
     Inputs: mean over samples of the *sum* over positions of a a' (a with its trailing 1); outputs: mean over samples
-    and positions of g g' (PAPERS 1.6; one position: the plain mean).
+    and positions of g g' (PAPERS 1.6; one position: the plain mean). A grouped layer's inputs are averaged over groups:
+    all groups share one matrix.
     """
     if side == "inputs":
         rows = statistics.input_rows().to(moment.dtype)
-        scale = add / statistics.samples
+        scale = add / (statistics.samples * statistics.layer.groups)
         if statistics.layer.has_bias:
             accumulate_homogeneous_gram_(moment, rows, keep, scale, rows.mean(0), float(rows.shape[0]))
         else:
@@ -107,7 +107,7 @@ def accumulate_gradient_products(
     (outputs). A batch-mean estimator has one vector, the mini-batch gradient.
     """
     assert statistics.vectors is not None
-    matrices = joint_matrix(statistics.vectors()).to(moment.dtype)
+    matrices = statistics.layer.joint_matrix(statistics.vectors()).to(moment.dtype)
     rows = (matrices if side == "inputs" else matrices.mT).reshape(-1, moment.shape[0])
     accumulate_gram_(moment, rows, keep, add / matrices.shape[0])
 

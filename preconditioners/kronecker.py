@@ -122,12 +122,8 @@ class Kronecker:
 
 
 def in_layer_order(layer: Layer, dense: Tensor) -> Tensor:
-    """A matrix over [W | b] row by row as one over (weight row-major, then bias); a copy where there is a bias."""
-    if not layer.has_bias:
-        return dense
-    rows, columns = layer.matrix_shape
-    index = torch.arange(rows * columns, device=dense.device).reshape(rows, columns)
-    order = torch.cat([index[:, :-1].flatten(), index[:, -1]])
+    """A matrix over [W | b] row by row as one over the parameters' own entries (weight, then bias)."""
+    order = layer.entries().to(dense.device)
     return dense[order][:, order]
 
 

@@ -13,7 +13,7 @@ from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from .averages import Average, MovingAverage
 from .damping import SideDamping
 from .linalg import Computed, accumulate_gram_, add_to_diagonal
-from .partitions import Partition, PerOutput, joint_matrix
+from .partitions import Partition, PerOutput
 from .protocol import Events, Observation, Request, Schedule
 from .state import State
 
@@ -78,7 +78,7 @@ class MiniBlock:
         named = dict(zip(statistics.layer.parameters, statistics.vectors(), strict=True))
         values = tuple(named[name].to(state.blocks.dtype) for name in served)
         if self.joint:
-            values = (joint_matrix(values),)
+            values = (statistics.layer.joint_matrix(values),)
         total = values[0].shape[0]
         for start in range(0, total, _CHUNK):
             chunk = tuple(value[start : start + _CHUNK] for value in values)
@@ -127,7 +127,7 @@ class MiniBlock:
         values = tuple(
             piece.reshape(parameter.shape).unsqueeze(0) for piece, parameter in zip(pieces, served, strict=True)
         )
-        storage = (joint_matrix(values)[0],) if self.joint else tuple(value[0] for value in values)
+        storage = (layer.joint_matrix(values)[0],) if self.joint else tuple(value[0] for value in values)
         order_of_entries = self.partition.split(storage)
         dense = torch.zeros(labels.numel(), labels.numel(), dtype=damped.dtype, device=damped.device)
         for block, entries in zip(damped, order_of_entries, strict=True):

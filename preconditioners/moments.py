@@ -11,7 +11,6 @@ from torch import Tensor
 from ..curvature.statistics import LayerStatistics, Needs
 from .factors import accumulate_gradient_products, accumulate_second_moment
 from .operations import Eigenvectors, Operation, PowerIteration
-from .partitions import joint_matrix
 
 __all__ = ["GradientMoments", "LayerMoments", "Moments"]
 
@@ -70,6 +69,8 @@ class LayerMoments:
         """Mean over samples of (U_g' G_n U_a)^2, G_n the sum over positions of g a'; never all G_n at a time."""
         assert statistics.roots is not None
         rows, factor = statistics.roots
+        if statistics.layer.groups > 1 or rows.shape[0] != statistics.samples * statistics.positions:
+            return self._squares_of_vectors(statistics, inputs_basis, outputs_basis)
         left = rows.to(outputs_basis.dtype) @ outputs_basis
         inputs = statistics.input_rows().to(inputs_basis.dtype)
         right = inputs @ inputs_basis[: inputs.shape[1]]
@@ -85,6 +86,15 @@ class LayerMoments:
         for some, others in zip(left.split(count), right.split(count), strict=True):
             total += torch.bmm(some.mT, others).square_().sum(0)
         return total * scale
+
+    def _squares_of_vectors(self, statistics: LayerStatistics, inputs_basis: Tensor, outputs_basis: Tensor) -> Tensor:
+        """The same from whole gradients: groups see different inputs, or there are several roots per sample."""
+        assert statistics.vectors is not None
+        gradients = statistics.layer.joint_matrix(statistics.vectors()).to(inputs_basis.dtype)
+        total = torch.zeros_like(gradients[0])
+        for some in gradients.split(max(1, _CHUNK // total.numel())):
+            total += (outputs_basis.T @ some @ inputs_basis).square_().sum(0)
+        return total / gradients.shape[0]
 
     def initial(self, squares: Tensor, inputs: Tensor, outputs: Tensor, first: bool) -> tuple[Tensor, float]:
         """K-FAC's eigenvalues, as a full average."""
@@ -114,7 +124,7 @@ class GradientMoments:
     def squares(self, statistics: LayerStatistics, inputs_basis: Tensor, outputs_basis: Tensor) -> Tensor:
         """(Q_L' G Q_R)^2; its mean where the estimator has several gradients."""
         assert statistics.vectors is not None
-        gradients = joint_matrix(statistics.vectors()).to(inputs_basis.dtype)
+        gradients = statistics.layer.joint_matrix(statistics.vectors()).to(inputs_basis.dtype)
         return (outputs_basis.T @ gradients @ inputs_basis).square_().mean(0)
 
     def initial(self, squares: Tensor, inputs: Tensor, outputs: Tensor, first: bool) -> tuple[Tensor, float] | None:

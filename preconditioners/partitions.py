@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from ..curvature.layers import Layer
@@ -147,13 +146,16 @@ class FlatChunk(_Joint):
 
 @dataclass(frozen=True)
 class Kernel:
-    """Convolutions: one k^2 x k^2 matrix per (output channel, input channel) pair; biases are not covered."""
+    """Convolutions of any kind: one matrix per (output channel, input channel) pair; biases are not covered.
+
+    Its order is the size of a kernel: k in one dimension, k^2 in two, k^3 in three.
+    """
 
     joint = False
 
     def serves(self, layer: Layer) -> tuple[str, ...]:
         """The weight of a convolution."""
-        return ("weight",) if layer.kind == "Conv2d" and layer.is_matrix else ()
+        return ("weight",) if layer.kind.startswith("Conv") and "weight" in layer.parameters else ()
 
     def shared(self, layer: Layer) -> bool:
         """One matrix per kernel."""
@@ -171,9 +173,3 @@ class Kernel:
     def join(self, vectors: Tensor, like: Tensors) -> Tensors:
         """Back to the kernel tensor."""
         return (vectors.reshape(like[0].shape),)
-
-
-def joint_matrix(values: Tensors) -> Tensor:
-    """Parameters (weight, bias) with a leading batch axis V to joint matrices (V, d_out, d_in [+1])."""
-    weight = values[0].flatten(2)
-    return torch.cat([weight, values[1].unsqueeze(2)], 2) if len(values) > 1 else weight

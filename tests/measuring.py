@@ -76,9 +76,19 @@ def measure(
 
 
 def joint(values: Tensors) -> Tensor:
-    """(weight, bias) of one layer as the matrix [W | b]."""
+    """(weight, bias) of a dense or convolutional layer as the matrix [W | b]."""
     weight = values[0].flatten(1)
     return torch.cat([weight, values[1].unsqueeze(1)], 1) if len(values) > 1 else weight
+
+
+def products(statistics: LayerStatistics) -> tuple[Tensor, ...]:
+    """g'a summed over samples, positions and calls, in the shapes of the layer's parameters; rows see their group."""
+    groups, layer = statistics.layer.groups, statistics.layer
+    rows, gradients = statistics.input_rows(), statistics.gradient_rows()
+    if layer.has_bias:
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+    blocks = [g.T @ rows[index::groups] for index, g in enumerate(gradients.chunk(groups, 1))]
+    return layer.parameter_views(torch.cat(blocks))
 
 
 def flat(values: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,6 @@ class _Sites(MatrixAdapter):
     """What both directions share: outputs (N, d_out, *sites) and a weight with ``dimensions`` trailing axes."""
 
     dimensions: int
-    kind: str
 
     def groups(self, module: nn.Module) -> int:
         """The module's."""
@@ -95,7 +94,8 @@ class ConvolutionAdapter(_Sites):
             columns = functional.unfold(value, conv.kernel_size, conv.dilation, padding, conv.stride)
             if groups == 1:
                 return columns.transpose(1, 2)
-            return columns.unflatten(1, (groups, -1)).permute(0, 3, 1, 2).flatten(1, 2)
+            grouped: Tensor = columns.unflatten(1, (groups, -1))
+            return grouped.permute(0, 3, 1, 2).flatten(1, 2)
         if any(padding):
             value = functional.pad(value, [entry for entry in reversed(padding) for _ in range(2)])
         return self._patches(_windows(value, conv.kernel_size, conv.dilation, conv.stride), groups)
@@ -116,7 +116,8 @@ class ConvolutionAdapter(_Sites):
     def matrix_as_weight(self, module: nn.Module, matrix: Tensor) -> Tensor:
         """Rows as kernels."""
         conv = _convolution(module)
-        return matrix.unflatten(-1, (conv.in_channels // conv.groups, *conv.kernel_size))
+        kernels: Tensor = matrix.unflatten(-1, (conv.in_channels // conv.groups, *conv.kernel_size))
+        return kernels
 
     def _padding(self, conv: Any) -> tuple[int, ...]:
         """What is still to be padded with zeros in a recorded input."""
@@ -158,7 +159,8 @@ class TransposedConvolutionAdapter(_Sites):
         conv, d = _convolution(module), self.dimensions
         shape = [(size - 1) * step + 1 for size, step in zip(value.shape[2:], conv.stride, strict=True)]
         spread = value.new_zeros(*value.shape[:2], *shape)
-        spread[(..., *(slice(None, None, step) for step in conv.stride))] = value
+        sites: tuple[Any, ...] = (..., *(slice(None, None, step) for step in conv.stride))
+        spread[sites] = value
         reach = [dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True)]
         sides: list[int] = []
         for axis in reversed(range(d)):
@@ -187,16 +189,17 @@ class TransposedConvolutionAdapter(_Sites):
     def weight_as_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
         """Weights into one output channel in a row; a copy, because two axes change places."""
         conv, lead = _convolution(module), weight.ndim - self.dimensions - 2
-        grouped = weight.unflatten(lead, (conv.groups, -1)).transpose(lead + 1, lead + 2)  # (..., G, O/G, C/G, *kernel)
-        return grouped.flatten(lead + 2).flatten(lead, lead + 1)
+        grouped: Tensor = weight.unflatten(lead, (conv.groups, -1))
+        return grouped.transpose(lead + 1, lead + 2).flatten(lead + 2).flatten(lead, lead + 1)
 
     def matrix_as_weight(self, module: nn.Module, matrix: Tensor) -> Tensor:
         """Rows as kernels, input channel first."""
         conv, lead = _convolution(module), matrix.ndim - 2
-        kernels = matrix.unflatten(-1, (conv.in_channels // conv.groups, *conv.kernel_size))
+        kernels: Tensor = matrix.unflatten(-1, (conv.in_channels // conv.groups, *conv.kernel_size))
         if conv.groups == 1:
             return kernels.transpose(lead, lead + 1)
-        return kernels.squeeze(lead + 1).unflatten(lead, (conv.groups, -1))
+        split: Tensor = kernels.squeeze(lead + 1).unflatten(lead, (conv.groups, -1))
+        return split
 
 
 def _convolution(module: nn.Module) -> Any:

@@ -99,5 +99,3 @@ class EmbeddingAdapter(MatrixAdapter):
 def _table(module: nn.Module) -> nn.Embedding:
     assert isinstance(module, nn.Embedding)
     return module
-
-

@@ -16,8 +16,6 @@ __all__ = ["BatchNormAdapter", "GroupNormAdapter", "InstanceNormAdapter", "Layer
 class _Trailing(ScaleAdapter):
     """Scale and shift over the last axes of the input; the axes between batch and these are positions."""
 
-    kind: str
-
     def batched_ndim(self, module: nn.Module) -> int:
         """Samples and the normalised axes."""
         return 1 + len(_norm(module).normalized_shape)
@@ -79,8 +77,6 @@ class RMSNormAdapter(_Trailing):
 class _Channels(ScaleAdapter):
     """Scale and shift per channel, axis 1; the axes after it are positions."""
 
-    kind: str
-
     def batched_ndim(self, module: nn.Module) -> int:
         """Samples and channels."""
         return 2
@@ -135,7 +131,7 @@ class BatchNormAdapter(_Channels):
 
     def matches(self, module: nn.Module) -> bool:
         """Any batch normalisation with affine parameters."""
-        return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine
+        return isinstance(module, nn.modules.batchnorm._BatchNorm) and bool(module.affine)
 
     def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """The normalised input, with the statistics that this call uses; buffers stay untouched."""
@@ -153,7 +149,7 @@ class GroupNormAdapter(_Channels):
     def matches(self, module: nn.Module) -> bool:
         """Any group normalisation with affine parameters."""
         own = isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward
-        return own and module.affine
+        return own and bool(module.affine)
 
     def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """The normalised input."""
@@ -168,7 +164,7 @@ class InstanceNormAdapter(_Channels):
 
     def matches(self, module: nn.Module) -> bool:
         """Any instance normalisation with affine parameters."""
-        return isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.affine
+        return isinstance(module, nn.modules.instancenorm._InstanceNorm) and bool(module.affine)
 
     def batched_ndim(self, module: nn.Module) -> int:
         """Samples, channels, sites."""

@@ -7,6 +7,7 @@ rows per position, the group fastest.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -67,8 +68,30 @@ class LayerAdapter(Protocol):
         """Matrices (..., d_out, d_in), of any strides, in the shape of the weight: always a view."""
 
 
-class MatrixAdapter:
+class MatrixAdapter(ABC):
     """What adapters share whose weight is a matrix (d_out, d_in) as it stands."""
+
+    kind: str
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether this adapter can read ``module``."""
+
+    @abstractmethod
+    def batched_ndim(self, module: nn.Module) -> int:
+        """Smallest number of axes of the output of a batch."""
+
+    @abstractmethod
+    def positions(self, module: nn.Module, output: Tensor) -> int:
+        """Number S of positions that share the map."""
+
+    @abstractmethod
+    def as_positions(self, module: nn.Module, value: Tensor) -> tuple[Tensor, LayerAdapter]:
+        """A recorded input whose second axis is the positions, and the adapter that reads it in that form."""
+
+    @abstractmethod
+    def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The output's derivative along a parameter direction."""
 
     def has_matrix(self, module: nn.Module) -> bool:
         """Always."""
@@ -164,8 +187,42 @@ class PatchAdapter(MatrixAdapter):
         return self.inner.matrix_as_weight(module, matrix)
 
 
-class ScaleAdapter:
+class ScaleAdapter(ABC):
     """What normalisations share: linear in (scale, shift), entry by entry, but not a matrix."""
+
+    kind: str
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether this adapter can read ``module``."""
+
+    @abstractmethod
+    def batched_ndim(self, module: nn.Module) -> int:
+        """Smallest number of axes of the output of a batch."""
+
+    @abstractmethod
+    def positions(self, module: nn.Module, output: Tensor) -> int:
+        """Number S of positions that share the map."""
+
+    @abstractmethod
+    def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
+        """The normalised input."""
+
+    @abstractmethod
+    def expand_input(self, module: nn.Module, value: Tensor) -> Tensor:
+        """Normalised input as (N, S, entries)."""
+
+    @abstractmethod
+    def expand_output(self, module: nn.Module, value: Tensor) -> Tensor:
+        """Output, or a gradient with respect to it, as (N, S, entries)."""
+
+    @abstractmethod
+    def as_positions(self, module: nn.Module, value: Tensor) -> tuple[Tensor, LayerAdapter]:
+        """A recorded input whose second axis is the positions, and the adapter that reads it in that form."""
+
+    @abstractmethod
+    def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The output's derivative along a parameter direction."""
 
     def has_matrix(self, module: nn.Module) -> bool:
         """Never."""
@@ -174,10 +231,6 @@ class ScaleAdapter:
     def groups(self, module: nn.Module) -> int:
         """One."""
         return 1
-
-    def expand_input(self, module: nn.Module, value: Tensor) -> Tensor:
-        """Normalised input as (N, S, entries)."""
-        raise NotImplementedError
 
     def per_sample(self, module: nn.Module, value: Tensor, upstream: Tensor) -> Tensor:
         """Entrywise product, summed over positions."""

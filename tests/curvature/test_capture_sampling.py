@@ -19,7 +19,7 @@ NETS = {
     "sequences": lambda: nn.Sequential(
         nn.Unflatten(1, (2, 2)), nn.Linear(2, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(6, 3)
     ),
-    "other": lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)),
+    "other": lambda: nn.Sequential(nn.Linear(4, 5), nn.PReLU(5), nn.Linear(5, 3)),
     "normalised": lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).eval(),
 }
 

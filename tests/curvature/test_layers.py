@@ -26,22 +26,23 @@ class Renamed(nn.Linear):
         (Renamed(2, 3), "Linear"),
         (Shifted(2, 3), "Other"),
         (nn.Conv2d(2, 3, 2), "Conv2d"),
-        (nn.Conv2d(2, 4, 2, groups=2), "Other"),
-        (nn.Conv2d(2, 3, 2, padding="same"), "Other"),
-        (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), "Other"),
-        (nn.ConvTranspose2d(2, 3, 2), "Other"),
-        (nn.Conv1d(2, 3, 2), "Other"),
+        (nn.Conv2d(2, 4, 2, groups=2), "Conv2d"),
+        (nn.Conv2d(2, 3, 2, padding="same"), "Conv2d"),
+        (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), "Conv2d"),
+        (nn.ConvTranspose2d(2, 3, 2), "ConvTranspose2d"),
+        (nn.Conv1d(2, 3, 2), "Conv1d"),
         (nn.BatchNorm1d(3), "BatchNorm"),
         (nn.BatchNorm2d(3), "BatchNorm"),
-        (nn.LayerNorm(3), "Other"),
-        (nn.Embedding(4, 3), "Other"),
+        (nn.LayerNorm(3), "LayerNorm"),
+        (nn.Embedding(4, 3), "Embedding"),
+        (nn.Embedding(4, 3, scale_grad_by_freq=True), "Other"),
         (nn.PReLU(), "Other"),
     ],
 )
 def test_kinds(module: nn.Module, kind: str) -> None:
     (layer,) = discover_layers(module)
     assert (layer.name, layer.kind) == ("(root)", kind)
-    assert layer.is_matrix == (kind in ("Linear", "Conv2d"))
+    assert layer.is_matrix == (kind not in ("BatchNorm", "LayerNorm", "Other"))
     (inside,) = discover_layers(nn.Sequential(nn.Tanh(), module))
     assert (inside.name, inside.kind) == ("1", kind)
 
@@ -85,7 +86,7 @@ def test_one_module_under_two_names_is_one_layer() -> None:
 
 
 def test_what_was_not_recorded_is_named() -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)).double()
+    model = nn.Sequential(nn.Linear(3, 2), nn.PReLU(2)).double()
     capture = capture_of(model, Record.MEANS)
     half_squares(model(torch.randn(4, 3, dtype=torch.float64))).backward()
     statistics = capture.collect()
@@ -101,7 +102,7 @@ def test_what_was_not_recorded_is_named() -> None:
     ):
         with pytest.raises(OsculateError, match=f"{word} of layer '0' was not recorded"):
             attempt()
-    with pytest.raises(OsculateError, match="LayerNorm"):
+    with pytest.raises(OsculateError, match="PReLU"):
         statistics["1"].input_rows()
 
 

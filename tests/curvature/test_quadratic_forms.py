@@ -30,7 +30,7 @@ NETS = {
     "in-place": (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), (5, 3)),
     "conv": (lambda: nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)), (4, 1, 3, 3)),
     "normalised": (lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)), (5, 3)),
-    "other": (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), (5, 3)),
+    "other": (lambda: nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2)), (5, 3)),
     "no bias": (lambda: nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2)), (5, 3)),
 }
 
@@ -234,7 +234,7 @@ def test_scores_of_a_module_called_twice_over_two_micro_batches() -> None:
 
 
 def test_forms_of_a_model_without_any_supported_layer() -> None:
-    model, x = nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3)).double(), torch.randn(5, 3, dtype=torch.float64)
+    model, x = nn.Sequential(nn.PReLU(3), nn.PReLU(3)).double(), torch.randn(5, 3, dtype=torch.float64)
     statistics = measure(model, [x], Record.SAMPLED_PARAMETERS, likelihood=Gaussian())
     layers = discover_layers(model)
     d = random_directions(layers)

@@ -167,13 +167,13 @@ def test_methods_that_sample_labels_ask_for_a_likelihood() -> None:
 
 @pytest.mark.parametrize("name", ["kbfgs", "kfac"])
 def test_strict_refuses_what_gets_the_fallback(name: str) -> None:
-    refusal(lambda: build(name, make("tokens"), strict=True), "embedding (Embedding): weight", "norm (LayerNorm)")
+    refusal(lambda: build(name, make("tokens"), strict=True), "norm (LayerNorm): weight, bias")
     rows = {row.layer: row for row in build(name, make("tokens")).layer_table()}
     assert {layer: row.fallback for layer, row in rows.items()} == {
-        "embedding": True, "mix": False, "norm": True, "head": False,
+        "embedding": False, "mix": False, "norm": True, "head": False,
     }  # fmt: skip
     assert rows["mix"].part.startswith("Kronecker(") and rows["norm"].part == "Identity"
-    assert rows["mix"].shape == (4, 6) and rows["mix"].kind == "Linear" and rows["embedding"].kind == "Other"
+    assert rows["mix"].shape == (4, 6) and rows["mix"].kind == "Linear" and rows["embedding"].kind == "Embedding"
     build(name, make("mlp"), strict=True)
     build("sgdm", make("tokens"), strict=True)
 

@@ -29,7 +29,7 @@ def layers() -> dict[str, Layer]:
     model = nn.ModuleDict(
         {
             "encoder": nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(4, 3)),
-            "decoder": nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Conv2d(1, 2, 3, bias=False)),
+            "decoder": nn.Sequential(nn.Linear(3, 4), nn.Bilinear(2, 2, 4), nn.Conv2d(1, 2, 3, bias=False)),
         }
     )
     return {layer.name: layer for layer in discover_layers(model)}
