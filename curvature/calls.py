@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["Call", "ParameterSum", "join", "mean_of_sums", "total"]
+__all__ = ["Call", "Calls", "ParameterSum", "join", "mean_of_sums", "total"]
 
 
 @dataclass
@@ -26,6 +27,43 @@ class Call:
     gradient_sum: Tensor | None = None
     edge: GradientEdge | None = None
     complete: bool = False
+
+
+class Calls:
+    """The calls of one layer in the order they were made, while somebody holds them.
+
+    A call is held by the autograd graph it belongs to until its gradient arrives, and by this list from then on: an
+    evaluation pass whose graph is thrown away leaves nothing behind, whether or not it ran under ``torch.no_grad()``.
+    """
+
+    def __init__(self) -> None:
+        self._references: list[weakref.ref[Call]] = []
+        self._kept: list[Call] = []
+
+    def __iter__(self) -> Iterator[Call]:
+        """Calls that are still alive."""
+        return iter([call for call in (reference() for reference in self._references) if call is not None])
+
+    def append(self, call: Call) -> None:
+        """Note a call without holding it."""
+        self._references = [reference for reference in self._references if reference() is not None]
+        self._references.append(weakref.ref(call))
+
+    def keep(self, call: Call) -> None:
+        """Hold a call from now on."""
+        if not any(call is other for other in self._kept):
+            self._kept.append(call)
+
+    def discard_complete(self) -> None:
+        """Forget the calls that have a gradient."""
+        self._references = [weakref.ref(call) for call in self if not call.complete]
+        self._kept = [call for call in self._kept if not call.complete]
+
+    def clear(self) -> None:
+        """Forget every call, and let go of graphs that nobody ran backward."""
+        for call in self:
+            call.edge = None
+        self._references, self._kept = [], []
 
 
 @dataclass

@@ -8,7 +8,6 @@ output never received a gradient (an evaluation pass, the first of two passes un
 from __future__ import annotations
 
 import enum
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..errors import ArgumentError
-from .calls import Call, ParameterSum, join, mean_of_sums, total
+from .calls import Call, Calls, ParameterSum, join, mean_of_sums, total
+from .hooks import attach
 from .layers import Layer
 from .likelihoods import Likelihood
 from .sampling import is_extra_backward, require_predictive, sampled_backward
@@ -60,12 +60,12 @@ class Capture:
         self.seed = seed
         self.step = 0
         self._wanted: dict[str, Record] = {}
-        self._calls: dict[str, list[Call]] = {layer.name: [] for layer in layers}
+        self._calls = {layer.name: Calls() for layer in layers}
         self._parameter_sums: dict[str, list[ParameterSum]] = {}
         self._pass = 0
         self._kind: PassKind = "gradient"
         self._inside = False
-        self._handles = _register(self)
+        self._handles = attach(self)
 
     def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
         """Choose what the following forward passes record, per layer name.
@@ -86,6 +86,16 @@ class Capture:
         result.step = self.step
         return result
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what was recorded, and the hooks, belong to the original."""
+        fresh = {name: Calls() for name in self._calls}
+        return {**self.__dict__, "_handles": [], "_calls": fresh, "_parameter_sums": {}, "_pass": 0, "_inside": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy places hooks on its own model."""
+        self.__dict__.update(state)
+        self._handles = attach(self)
+
     def close(self) -> None:
         """Remove all hooks from the model."""
         for handle in self._handles:
@@ -94,8 +104,8 @@ class Capture:
     def discard_complete(self) -> None:
         """Forget calls that already have a gradient: the user threw that gradient away (``zero_grad``)."""
         done = self._completed_passes()
-        for name, calls in self._calls.items():
-            self._calls[name] = [call for call in calls if not call.complete]
+        for calls in self._calls.values():
+            calls.discard_complete()
         for name, sums in self._parameter_sums.items():
             self._parameter_sums[name] = [entry for entry in sums if entry.pass_index not in done]
 
@@ -155,7 +165,7 @@ class Capture:
         if not self._inside and self._pass in self._completed_passes():
             self._pass += 1  # parts of the model are called one by one, and a backward has ended the last pass
         if self._kind == "forward":
-            self._new_call(layer, wanted, args[0], output)
+            self._calls[layer.name].keep(self._new_call(layer, wanted, args[0], output))
             return None
         replaced = None
         if not output.requires_grad:
@@ -167,7 +177,7 @@ class Capture:
             # Linear on (N, ..., d) returns a view; an in-place activation would cut it off from the hook below.
             output = replaced = torch.ops.aten._unsafe_view(output, output.shape)
         call = self._new_call(layer, wanted, args[0], output)
-        output.register_hook(_gradient_hook(layer, call, wanted))
+        output.register_hook(_gradient_hook(layer, call, wanted, self._calls[layer.name]))
         return replaced
 
     def _new_call(self, layer: Layer, wanted: Record, value: Tensor, output: Tensor) -> Call:
@@ -200,8 +210,15 @@ class Capture:
         layers = [layer for layer in self.layers if layer.name in whole]
         generator = self._generator(output.device)
         sums = sampled_backward(output, likelihood, generator, self._pass, calls, layers)
+        self._forget_abandoned_sums()
         for name, entry in sums.items():
             self._parameter_sums.setdefault(name, []).append(entry)
+
+    def _forget_abandoned_sums(self) -> None:
+        """Sums of passes whose graph was thrown away without a backward."""
+        alive = {call.pass_index for calls in self._calls.values() for call in calls}
+        for name, sums in self._parameter_sums.items():
+            self._parameter_sums[name] = [entry for entry in sums if entry.pass_index in alive]
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """A generator that depends on (seed, step, number of completed passes), so that idle passes leave no trace."""
@@ -211,42 +228,17 @@ class Capture:
         return generator
 
 
-def _gradient_hook(layer: Layer, call: Call, wanted: Record) -> Callable[[Tensor], None]:
+def _gradient_hook(layer: Layer, call: Call, wanted: Record, calls: Calls) -> Callable[[Tensor], None]:
+    """The hook owns its call until the gradient comes: with a graph that is thrown away, its records vanish."""
+
     def hook(gradient: Tensor) -> None:
         if is_extra_backward():  # it runs through the same tensors
             return
         call.complete = True
+        calls.keep(call)
         if Record.GRADIENTS in wanted:
             call.gradient = gradient.detach()
         if Record.MEANS in wanted and layer.adapter is not None:
             call.gradient_sum = layer.adapter.expand_output(layer.module, gradient.detach()).sum((0, 1))
 
     return hook
-
-
-def _register(capture: Capture) -> list[Any]:
-    """Hooks hold the capture weakly: when its optimizer is gone they do nothing."""
-    reference = weakref.ref(capture)
-
-    def layer_hook(layer: Layer) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            alive = reference()
-            return None if alive is None else alive._on_layer(layer, args, output)
-
-        return hook
-
-    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
-        alive = reference()
-        if alive is not None:
-            alive._pass, alive._inside = alive._pass + 1, True
-
-    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive._inside = False
-            alive._on_model(output)
-
-    handles: list[Any] = [layer.module.register_forward_hook(layer_hook(layer)) for layer in capture.layers]
-    handles.append(capture.model.register_forward_pre_hook(begin))
-    handles.append(capture.model.register_forward_hook(end))
-    return handles

@@ -51,6 +51,15 @@ class Block:
         self.views = self.parameter_views(self.storage)
         self.vector = self.storage
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the views: a pickle would not keep their shared memory."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("parameters", "views", "vector")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy: views of its own storage."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
     def parameter_views(self, storage: Tensors) -> Tensors:
         """Storage in the shapes of the parameters, without a copy."""
         if not self.part.joint:

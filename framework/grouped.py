@@ -45,6 +45,16 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._building = False
         self._values.assign(self.layers, self.param_groups)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, the model included, so that a copy or a pickle is whole; step hooks stay behind, as in torch."""
+        own = self.__dict__.items()
+        return {name: value for name, value in own if name != "step" and not name.startswith("_optimizer_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy."""
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it; here every default is a number of the method
+
     @property
     def damping(self) -> float | dict[str, float]:
         """lambda; per layer where parameter groups differ."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 from ..curvature.estimators import Estimator, InputsOnly
 from ..curvature.statistics import Needs
@@ -80,6 +82,11 @@ class Method:
                 "modules without statistics; use Identity() or Diagonal()"
             )
         self.check_values(**self.hyperparameters({}))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles: a read-only view of a dictionary has neither."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return partial(type(self), **(values | {"defaults": dict(self.defaults)})), ()
 
     @property
     def needs(self) -> Needs:

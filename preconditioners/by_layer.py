@@ -42,6 +42,10 @@ class ByLayer:
             raise ArgumentError("ByLayer needs at least one entry, e.g. ByLayer({'Linear': MiniBlock()})")
         object.__setattr__(self, "table", MappingProxyType(dict(self.table)))
 
+    def __reduce__(self) -> tuple[type[ByLayer], tuple[dict[str, Preconditioner], Preconditioner | None]]:
+        """For copies and pickles: a read-only view of a dictionary has neither."""
+        return type(self), (dict(self.table), self.otherwise)
+
     @property
     def needs(self) -> Needs:
         """Union over all entries."""

@@ -1,0 +1,74 @@
+"""The hooks that a capture places on a model: they hold it weakly, and belong to the modules they were placed on.
+
+When the capture's optimizer is gone they do nothing. A copy of the model (a teacher, an exponential moving average) and
+a pickled model carry hooks without a capture, which do nothing either.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .capture import Capture
+    from .layers import Layer
+
+__all__ = ["BeginHook", "EndHook", "LayerHook", "attach"]
+
+
+class _Hook:
+    """Holds a capture weakly."""
+
+    def __init__(self, capture: Capture | None = None, layer: Layer | None = None):
+        self._capture = None if capture is None else weakref.ref(capture)
+        self._layer = layer
+
+    def capture(self) -> Capture | None:
+        """The capture, if it is still there."""
+        return None if self._capture is None else self._capture()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        """A copy of the model, or the model in a file, is nobody's model."""
+        return type(self), ()
+
+
+class LayerHook(_Hook):
+    """Forward hook of one layer's module."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Record the call."""
+        capture = self.capture()
+        if capture is None or self._layer is None or module is not self._layer.module:  # a replica shares its hooks
+            return None
+        return capture._on_layer(self._layer, args, output)
+
+
+class BeginHook(_Hook):
+    """Forward pre-hook of the model."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A new pass begins."""
+        capture = self.capture()
+        if capture is not None and module is capture.model:
+            capture._pass, capture._inside = capture._pass + 1, True
+
+
+class EndHook(_Hook):
+    """Forward hook of the model."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The pass is complete: its output is the model's."""
+        capture = self.capture()
+        if capture is not None and module is capture.model:
+            capture._inside = False
+            capture._on_model(output)
+
+
+def attach(capture: Capture) -> list[Any]:
+    """Place the hooks of a capture; returns their handles."""
+    handles: list[Any] = [layer.module.register_forward_hook(LayerHook(capture, layer)) for layer in capture.layers]
+    handles.append(capture.model.register_forward_pre_hook(BeginHook(capture)))
+    handles.append(capture.model.register_forward_hook(EndHook(capture)))
+    return handles
