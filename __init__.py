@@ -3,6 +3,9 @@
 ``build`` applies a registered method or your own ``Method`` to a model; everything else here is a part to compose with.
 """
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from .curvature import *  # noqa: F403
 from .curvature import __all__ as _curvature
 from .errors import (
@@ -34,3 +37,16 @@ __all__ = [
     "OsculateError",
     "UnknownNameError",
 ]
+
+_LAZY = ("contracts",)
+
+
+def __getattr__(name: str) -> _Any:
+    """``osculate.contracts`` is imported when first asked for."""
+    if name in _LAZY:
+        return _importlib.import_module(f".framework.{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

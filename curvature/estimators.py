@@ -24,7 +24,11 @@ __all__ = [
 
 
 class Estimator(Protocol):
-    """Which curvature matrix is measured, and from what."""
+    """Which curvature matrix is measured, and from what.
+
+    Optional: ``per_sample = False`` if the matrix is in the units of the user's loss (N times the gradient for a summed
+    loss), ``estimates = "fisher"`` if its mean is the Fisher information.
+    """
 
     provides: Needs
     needs_likelihood: bool
@@ -72,6 +76,7 @@ class BatchMean(InputsOnly):
     """
 
     provides = Needs.INPUTS | Needs.VECTORS | Needs.MATRIX
+    per_sample = False
 
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """One vector: the mean gradient itself."""
@@ -145,6 +150,7 @@ class SampledFisher:
     provides = Needs.INPUTS | Needs.ROOTS | Needs.VECTORS | Needs.MATRIX | Needs.SCORES
     needs_likelihood = True
     definite = True
+    estimates = "fisher"
 
     def records(self, needs: Needs) -> Record:
         """Sampled output gradients; inputs too where whole gradient vectors or scores are built."""

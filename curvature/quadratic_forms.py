@@ -53,6 +53,8 @@ class QuadraticForm(Protocol):
 
     A form that knows the blocks between layers may be summed to the form of the common direction; one that does not
     says so with a class attribute ``couples = False``.
+    Optional: ``definite = True`` if M never has a negative eigenvalue; ``estimates = "fisher"`` or ``"hessian"`` if the
+    mean of its diagonal is that of this matrix.
     """
 
     needs: Needs
@@ -88,6 +90,8 @@ class SampledScores:
     """
 
     needs = Needs.SCORES
+    definite = True
+    estimates = "fisher"
 
     def measure(self, evidence: DirectionalEvidence) -> Tensor:
         """One product of the (L, N) score matrix with itself."""
@@ -120,6 +124,8 @@ class SampledBatchScores:
     """
 
     needs = Needs.BATCH_SCORES
+    definite = True
+    estimates = "fisher"
 
     def measure(self, evidence: DirectionalEvidence) -> Tensor:
         """Rank one."""
@@ -155,6 +161,7 @@ class SignedHessian(_HessianForm):
     """
 
     couples = False
+    estimates = "hessian"
 
     def measure(self, evidence: DirectionalEvidence) -> Tensor:
         """Diagonal matrix."""
@@ -175,6 +182,8 @@ class SignedHessian(_HessianForm):
 @dataclass(frozen=True)
 class ExactHessian(_HessianForm):
     """(c) One Hessian-vector product per layer: exact M_kl = d_k' H_kl d_l. Cost L products; a reference."""
+
+    estimates = "hessian"
 
     def measure(self, evidence: DirectionalEvidence) -> Tensor:
         """Full symmetric matrix."""

@@ -13,6 +13,7 @@ from rich.panel import Panel
 
 from ..errors import OsculateError
 from .catalogue import Bench, Methods, Problems
+from .certify import Certify
 from .commands import Compare, Replay, Train
 
 __all__ = ["execute", "main"]
@@ -24,6 +25,7 @@ Command = (
     | Annotated[Methods, tyro.conf.subcommand("methods")]
     | Annotated[Problems, tyro.conf.subcommand("problems")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Certify, tyro.conf.subcommand("certify")]
 )
 
 DESCRIPTION = """Second-order optimizers for deep networks, composed from small parts.

@@ -23,7 +23,10 @@ __all__ = [
 
 
 class Momentum(Protocol):
-    """A linear recurrence M <- keep M + add g, and the vector a M + b g that is preconditioned, up to a factor."""
+    """A linear recurrence M <- keep M + add g, and the vector a M + b g that is preconditioned, up to a factor.
+
+    Optional: ``unbiased = True`` promises that the vector of a constant gradient is that gradient at every step.
+    """
 
     def coefficients(self) -> tuple[float, float]:
         """(keep, add)."""
@@ -69,6 +72,8 @@ class EMA(_Plain):
 class CorrectedEMA(EMA):
     """The same with Adam's bias correction: M / (1 - decay^t)."""
 
+    unbiased = True
+
     def correction(self, updates: int) -> float:
         """1 / (1 - decay^t)."""
         return 1.0 / (1.0 - self.decay**updates)
@@ -99,6 +104,8 @@ class HeavyBall(_Plain):
 @dataclass(frozen=True)
 class NoMomentum(_Plain):
     """The gradient itself."""
+
+    unbiased = True
 
     def coefficients(self) -> tuple[float, float]:
         """(0, 1)."""

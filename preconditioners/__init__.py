@@ -25,7 +25,7 @@ from .pairs import (
     PowellThenLM,
 )
 from .partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutput, PerOutputAveraged
-from .protocol import Observation, Preconditioner, Refining, Request, Schedule
+from .protocol import Observation, Preconditioner, Refining, Request, ScalingLaw, Schedule
 from .root import Root
 from .skipping import CurvatureTest, SkipRule, TwoSidedCurvatureTest
 from .spectral import AspectRatio, MatchAdam, Spectral
@@ -83,6 +83,7 @@ __all__ = [
     "Request",
     "Root",
     "RunningSum",
+    "ScalingLaw",
     "Schedule",
     "Semidefinite",
     "SideDamping",

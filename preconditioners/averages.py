@@ -15,7 +15,11 @@ __all__ = ["Average", "MovingAverage", "PlainAverage", "RunningSum", "ZeroStartA
 
 
 class Average(Protocol):
-    """A rule for combining an average with a new value."""
+    """A rule for combining an average with a new value.
+
+    Optional: ``normalised = False`` if the coefficients do not sum to one, ``unbiased = False`` if the average of a
+    constant is not that constant from the first value on.
+    """
 
     def coefficients(self, weight: float) -> tuple[float, float, float]:
         """(keep, add, new weight) for an average that has gathered ``weight`` so far (0: nothing yet)."""
@@ -52,6 +56,7 @@ class ZeroStartAverage:
     """
 
     decay: float = 0.9
+    unbiased = False
 
     def __post_init__(self) -> None:
         require_interval("decay", self.decay, 0.0, 1.0)
@@ -73,6 +78,9 @@ class PlainAverage:
 @dataclass(frozen=True)
 class RunningSum:
     """Sum of all values so far (AdaGrad)."""
+
+    normalised = False
+    unbiased = False
 
     def coefficients(self, weight: float) -> tuple[float, float, float]:
         """Keep everything, add everything."""

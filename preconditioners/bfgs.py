@@ -106,6 +106,10 @@ class BFGS(_DenseInverse):
         """Secant pairs."""
         return Needs.PAIRS
 
+    def numbers(self, size: int) -> int:
+        """H and the averaged pair."""
+        return size**2 + 2 * size
+
     def init(self, size: int, like: Tensor) -> BFGSState:
         """H = I."""
         pair = AveragedPair(like.new_zeros(size), like.new_zeros(size), 0.0)
@@ -165,6 +169,14 @@ class HessianActionBFGS(_DenseInverse):
     def needs(self, side: Side) -> Needs:
         """Layer inputs, and to be called after every step: it learns there."""
         return Needs.INPUTS | Needs.PAIRS
+
+    def scaling(self, side: Side) -> tuple[float, float]:
+        """Inputs do not grow with the loss."""
+        return 0.0, 0.0
+
+    def numbers(self, size: int) -> int:
+        """A and H."""
+        return 2 * size**2
 
     def init(self, size: int, like: Tensor) -> HessianActionState:
         """Nothing gathered."""

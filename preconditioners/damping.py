@@ -21,7 +21,10 @@ class SideDamping:
 
 
 class Damping(Protocol):
-    """A rule from lambda >= 0 and the number S >= 1 of shared positions to the damping of each matrix."""
+    """A rule from lambda >= 0 and the number S >= 1 of shared positions to the damping of each matrix.
+
+    Optional: ``splits = True`` promises that the dampings of the two sides multiply to that of the whole.
+    """
 
     def sides(self, value: float, positions: int) -> SideDamping:
         """Damping of a layer with ``positions`` shared positions."""
@@ -43,6 +46,8 @@ class Split:
 
     The product of the sides is lambda in both cases; for a convolution A sums over positions, so its damping does too.
     """
+
+    splits = True
 
     def sides(self, value: float, positions: int) -> SideDamping:
         """(lambda, sqrt(lambda S), sqrt(lambda / S))."""

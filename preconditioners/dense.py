@@ -16,7 +16,7 @@ from .averages import Average, MovingAverage
 from .damping import SideDamping
 from .linalg import Computed, add_to_diagonal
 from .operations import AbsoluteInverse, Inverse, Operation
-from .protocol import Events, Observation, Request, Schedule
+from .protocol import Events, Observation, Request, ScalingLaw, Schedule
 from .state import State
 
 __all__ = ["Absolute", "Dense", "DenseState", "Semidefinite", "Spectrum"]
@@ -95,6 +95,7 @@ class Dense:
     limit: int = 4096
 
     needs = Needs.MATRIX
+    scaling = ScalingLaw(2.0, whole=2.0)
     joint = False
 
     def __post_init__(self) -> None:
@@ -109,6 +110,14 @@ class Dense:
         """Every parameter of a layer with statistics, within the limit."""
         size = sum(parameter.numel() for parameter in layer.parameters.values())
         return tuple(layer.parameters) if layer.adapter is not None and size <= self.limit else ()
+
+    def numbers(self, layer: Layer) -> int:
+        """Matrix and inverse."""
+        return 2 * sum(parameter.numel() for parameter in layer.parameters.values()) ** 2
+
+    def bounds(self, state: DenseState, layer: Layer, damping: SideDamping) -> tuple[float, float]:
+        """(lambda, infinity)."""
+        return damping.whole, float("inf")
 
     def init(self, layer: Layer, parameters: Tensors) -> DenseState:
         """Zero matrix, identity inverse."""

@@ -14,7 +14,7 @@ from ..errors import ArgumentError, require_finite_nonnegative
 from .averages import Average, MovingAverage, PlainAverage
 from .damping import SideDamping
 from .identity import Stateless
-from .protocol import Observation, Schedule
+from .protocol import Observation, ScalingLaw, Schedule
 from .state import State
 
 __all__ = ["Diagonal", "DiagonalState"]
@@ -62,6 +62,19 @@ class Diagonal(Stateless):
         if self.source not in ("gradient", "momentum"):
             raise ArgumentError(f"source must be 'gradient' or 'momentum', got {self.source!r}")
         require_finite_nonnegative("epsilon", self.epsilon)
+
+    @property
+    def scaling(self) -> ScalingLaw:
+        """v^power; the damping does not enter."""
+        return ScalingLaw(2.0 * self.power, offset=self.epsilon)
+
+    def numbers(self, layer: Layer) -> int:
+        """One per parameter."""
+        return sum(parameter.numel() for parameter in layer.parameters.values())
+
+    def bounds(self, state: DiagonalState, layer: Layer, damping: SideDamping) -> tuple[float, float]:
+        """(epsilon, infinity)."""
+        return self.epsilon, float("inf")
 
     def serves(self, layer: Layer) -> tuple[str, ...]:
         """Every parameter of every layer."""

@@ -18,7 +18,7 @@ from .kronecker import in_layer_order
 from .linalg import Computed
 from .moments import LayerMoments, Moments
 from .operations import Eigenvectors
-from .protocol import Observation, Request, Schedule
+from .protocol import Observation, Request, ScalingLaw, Schedule
 from .state import State
 
 __all__ = ["Eigenbasis", "EigenbasisState"]
@@ -85,6 +85,20 @@ class Eigenbasis(Stateless):
     def needs(self) -> Needs:
         """As the moments say."""
         return self.moments.needs
+
+    @property
+    def scaling(self) -> ScalingLaw:
+        """Squares to the power, damped like them."""
+        return ScalingLaw(2.0 * self.power, whole=2.0 * self.power)
+
+    def numbers(self, layer: Layer) -> int:
+        """Matrices and bases of both sides, and the squares."""
+        rows, columns = layer.matrix_shape
+        return 2 * (rows**2 + columns**2) + rows * columns
+
+    def bounds(self, state: EigenbasisState, layer: Layer, damping: SideDamping) -> tuple[float, float]:
+        """(lambda, infinity)."""
+        return damping.whole, float("inf")
 
     def serves(self, layer: Layer) -> tuple[str, ...]:
         """Weight and bias of layers that are matrices within the limit."""

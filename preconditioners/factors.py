@@ -37,7 +37,9 @@ Side = Literal["inputs", "outputs"]
 class Factor(Protocol):
     """One side of a Kronecker product.
 
-    ``sides`` says on which sides it makes sense, ``operation`` what is computed of its matrices.
+    ``sides`` says on which sides it makes sense, ``operation`` what is computed of its matrices. Optional, as for
+    structures: ``numbers(size)``; ``scaling(side)``, powers of c by which the inverse of H and its damping grow when
+    every gradient grows by c; ``additive``, ``linear``, ``definite``, ``dtypes``.
     """
 
     @property
@@ -127,6 +129,10 @@ class AveragedMatrix:
     sides = frozenset[Side](("inputs", "outputs"))
     operation: Operation = Inverse()
 
+    def numbers(self, size: int) -> int:
+        """Moment and inverse."""
+        return 2 * size**2
+
     def init(self, size: int, like: Tensor) -> CovarianceState:
         """Nothing gathered; the identity as inverse."""
         return CovarianceState(like.new_zeros(size, size), torch.eye(size, dtype=like.dtype, device=like.device), 0.0)
@@ -173,6 +179,10 @@ class Covariance(AveragedMatrix):
 
     average: Average = field(default_factory=lambda: MovingAverage(0.9))
 
+    def scaling(self, side: Side) -> tuple[float, float]:
+        """Squared gradients at the outputs, nothing at the inputs."""
+        return (0.0, 0.0) if side == "inputs" else (2.0, 2.0)
+
     def needs(self, side: Side) -> Needs:
         """Layer inputs, or curvature-bearing gradient rows."""
         return Needs.INPUTS if side == "inputs" else Needs.ROOTS
@@ -193,6 +203,14 @@ class IdentityFactor:
     def needs(self, side: Side) -> Needs:
         """Nothing."""
         return Needs.NOTHING
+
+    def scaling(self, side: Side) -> tuple[float, float]:
+        """None."""
+        return 0.0, 0.0
+
+    def numbers(self, size: int) -> int:
+        """None."""
+        return 0
 
     def init(self, size: int, like: Tensor) -> NoState:
         """Nothing."""

@@ -36,6 +36,11 @@ class GradientCovariance(AveragedMatrix):
     """
 
     average: Average = field(default_factory=lambda: MovingAverage(0.9))
+    additive = False
+
+    def scaling(self, side: Side) -> tuple[float, float]:
+        """Squared gradients, shared between the sides in equal parts."""
+        return 1.0, 1.0
 
     def needs(self, side: Side) -> Needs:
         """Gradients of the whole layer, on both sides."""

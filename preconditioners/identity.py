@@ -14,7 +14,7 @@ from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from .averages import Average
 from .damping import SideDamping
 from .linalg import Computed
-from .protocol import Events, Observation, Request, Schedule
+from .protocol import Events, Observation, Request, ScalingLaw, Schedule
 from .state import NoState
 
 __all__ = ["Identity", "Stateless"]
@@ -44,6 +44,7 @@ class Identity(Stateless):
     needs = Needs.NOTHING
     schedule = Schedule()
     joint = False
+    scaling = ScalingLaw(0.0)
 
     def serves(self, layer: Layer) -> tuple[str, ...]:
         """Every parameter of every layer."""
@@ -59,6 +60,14 @@ class Identity(Stateless):
     def precondition(self, state: NoState, momentum: Tensors) -> Tensors:
         """The momentum itself, not a copy."""
         return momentum
+
+    def numbers(self, layer: Layer) -> int:
+        """None."""
+        return 0
+
+    def bounds(self, state: NoState, layer: Layer, damping: SideDamping) -> tuple[float, float]:
+        """(1, 1)."""
+        return 1.0, 1.0
 
     def to_dense(self, state: NoState, layer: Layer, damping: SideDamping) -> Tensor:
         """The identity of the layer's size."""

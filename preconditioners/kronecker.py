@@ -13,9 +13,9 @@ from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import CompatibilityError, require_positive_integer
 from .averages import Average
 from .damping import SideDamping
-from .factors import Factor, IdentityFactor
+from .factors import Factor, IdentityFactor, Side
 from .linalg import Computed
-from .protocol import Events, Observation, Request, Schedule
+from .protocol import Events, Observation, Request, ScalingLaw, Schedule
 from .state import State
 
 __all__ = ["Kronecker", "KroneckerState", "in_layer_order"]
@@ -66,6 +66,21 @@ class Kronecker:
     def needs(self) -> Needs:
         """Union over both sides."""
         return self.inputs.needs("inputs") | self.outputs.needs("outputs")
+
+    @property
+    def scaling(self) -> ScalingLaw | None:
+        """The product of both sides' laws; ``None`` if one side states none."""
+        inner, outer = _law(self.inputs, "inputs"), _law(self.outputs, "outputs")
+        if inner is None or outer is None:
+            return None
+        return ScalingLaw(inner[0] + outer[0], inputs=inner[1], outputs=outer[1])
+
+    def numbers(self, layer: Layer) -> int | None:
+        """Both sides; ``None`` if one side states none."""
+        rows, columns = layer.matrix_shape
+        found = [getattr(side, "numbers", None) for side in (self.inputs, self.outputs)]
+        counts = [int(number(size)) for number, size in zip(found, (columns, rows), strict=True) if number is not None]
+        return sum(counts) if len(counts) == 2 else None
 
     def serves(self, layer: Layer) -> tuple[str, ...]:
         """Weight and bias of layers that are matrices within the limit."""
@@ -131,6 +146,11 @@ def _dense(factor: Factor, state: State, damping: float, size: int, like: Tensor
     if isinstance(factor, IdentityFactor):
         return torch.eye(size, dtype=like.dtype, device=like.device)
     return factor.to_dense(state, damping)
+
+
+def _law(factor: Factor, side: Side) -> tuple[float, float] | None:
+    law = getattr(factor, "scaling", None)
+    return None if law is None else law(side)
 
 
 def _wrong_side(factor: Factor, side: str) -> str:

@@ -107,6 +107,10 @@ class LBFGS:
         """Secant pairs."""
         return Needs.PAIRS
 
+    def numbers(self, size: int) -> int:
+        """Pairs, three small matrices and the averaged pair."""
+        return 2 * self.memory * size + 3 * self.memory**2 + 2 * size
+
     def init(self, size: int, like: Tensor) -> LBFGSState:
         """An empty store: H = gamma I."""
         p = self.memory

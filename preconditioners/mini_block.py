@@ -14,7 +14,7 @@ from .averages import Average, MovingAverage
 from .damping import SideDamping
 from .linalg import Computed, accumulate_gram_, add_to_diagonal
 from .partitions import Partition, PerOutput
-from .protocol import Events, Observation, Request, Schedule
+from .protocol import Events, Observation, Request, ScalingLaw, Schedule
 from .state import State
 
 __all__ = ["MiniBlock", "MiniBlockState"]
@@ -51,6 +51,7 @@ class MiniBlock:
     average: Average = field(default_factory=lambda: MovingAverage(0.9))
     schedule: Schedule = field(default_factory=lambda: Schedule(statistics=2, inverses=25, eager=25))
     needs = Needs.VECTORS
+    scaling = ScalingLaw(2.0, whole=2.0)
 
     @property
     def joint(self) -> bool:
@@ -60,6 +61,15 @@ class MiniBlock:
     def serves(self, layer: Layer) -> tuple[str, ...]:
         """What the partition covers."""
         return self.partition.serves(layer)
+
+    def numbers(self, layer: Layer) -> int:
+        """Blocks and inverses."""
+        count, order = self.partition.shape(layer)
+        return 2 * order**2 * (1 if self.partition.shared(layer) else count)
+
+    def bounds(self, state: MiniBlockState, layer: Layer, damping: SideDamping) -> tuple[float, float]:
+        """(lambda, infinity)."""
+        return damping.whole, float("inf")
 
     def init(self, layer: Layer, parameters: Tensors) -> MiniBlockState:
         """Zero blocks, identity inverses."""

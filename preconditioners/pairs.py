@@ -38,7 +38,11 @@ class DampedPair:
 
 
 class PairDamping(Protocol):
-    """A rule that modifies a secant pair before it updates H."""
+    """A rule that modifies a secant pair before it updates H.
+
+    Optional: ``keeps_positive = True`` promises s'y > 0 afterwards for every pair with s or y not zero;
+    ``curvature_floor(damping)`` states c with s'y >= c s's.
+    """
 
     def validate(self, damping: float) -> None:
         """Raise ``ArgumentError`` if the rule is not defined for this mu2."""
@@ -94,9 +98,14 @@ class DoubleDamping:
     """
 
     mu1: float = 0.2
+    keeps_positive = True
 
     def __post_init__(self) -> None:
         require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
+
+    def curvature_floor(self, damping: float) -> float:
+        """mu2."""
+        return damping
 
     def validate(self, damping: float) -> None:
         """The second stage interpolates between y and s only for mu2 < 1."""
@@ -125,9 +134,14 @@ class PowellThenLM:
     """
 
     mu1: float = 0.2
+    keeps_positive = True
 
     def __post_init__(self) -> None:
         require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
+
+    def curvature_floor(self, damping: float) -> float:
+        """mu2: the first stage leaves s'y >= mu1 y'Hy >= 0."""
+        return damping
 
     def validate(self, damping: float) -> None:
         """Any positive damping."""
@@ -153,6 +167,7 @@ class PowellH:
     """
 
     mu1: float = 0.2
+    keeps_positive = True
 
     def __post_init__(self) -> None:
         require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
@@ -183,6 +198,7 @@ class MergedDoubleDamping:
     """
 
     mu1: float = 0.2
+    keeps_positive = True
 
     def __post_init__(self) -> None:
         require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
@@ -218,10 +234,15 @@ class PowellB0:
 
     mu1: float = 0.25
     floor: float = 0.1
+    keeps_positive = True
 
     def __post_init__(self) -> None:
         require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
         require_interval("floor", self.floor, 0.0, float("inf"), closed="()")
+
+    def curvature_floor(self, damping: float) -> float:
+        """mu1 times the smallest gamma."""
+        return self.mu1 * self.floor
 
     def validate(self, damping: float) -> None:
         """Any damping."""

@@ -23,7 +23,7 @@ from .linalg import Computed
 from .operations import Request
 from .state import State
 
-__all__ = ["Events", "Observation", "Preconditioner", "Refining", "Request", "Schedule"]
+__all__ = ["Events", "Observation", "Preconditioner", "Refining", "Request", "ScalingLaw", "Schedule"]
 
 Events = dict[str, Tensor]
 """Counts of one call, as 0-dimensional tensors (no synchronisation): e.g. ``{"rejected_outputs": 0 or 1}``."""
@@ -95,15 +95,47 @@ class Observation:
         )
 
 
+@dataclass(frozen=True)
+class ScalingLaw:
+    """How a structure follows a loss c times as large: powers of c.
+
+    ``to_dense - offset I`` grows by ``c**curvature`` when the dampings of its whole, input and output matrices grow by
+    ``c**whole``, ``c**inputs`` and ``c**outputs`` and every gradient by c.
+
+    Args:
+        curvature: 2 for a second moment of gradients, 1 for its square root, 0 for none.
+        whole: power of :attr:`SideDamping.whole`.
+        inputs: power of :attr:`SideDamping.inputs`.
+        outputs: power of :attr:`SideDamping.outputs`.
+        offset: constant on the diagonal that follows no loss, like Adam's epsilon.
+    """
+
+    curvature: float
+    whole: float = 0.0
+    inputs: float = 0.0
+    outputs: float = 0.0
+    offset: float = 0.0
+
+
 class Preconditioner(Protocol):
     """A structure: how curvature is stored, damped, inverted and applied for one layer.
 
     ``joint`` says in which layout it wants momentum and returns directions: ``True`` for one matrix ``[W | b]``,
     ``False`` for one tensor per parameter.
 
-    Two declarations may be left out. ``linear`` (default ``True``): the direction is a matrix times the momentum, and
-    ``to_dense`` is its inverse. ``takes_indefinite`` (default ``False``): it can take curvature with negative
-    eigenvalues. A structure that measures in what was just computed also has the verb of :class:`Refining`.
+    A part may declare more, from which the contract suite reads what to check and what not:
+
+    - ``linear = False``: directions are no linear function of the momentum; else the direction is a matrix times the
+      momentum, and ``to_dense`` is its inverse;
+    - ``takes_indefinite = True``: it can take curvature with negative eigenvalues;
+    - ``definite = False``: ``to_dense`` may have negative eigenvalues;
+    - ``numbers(layer)``: how many numbers its state holds; ``bounds(state, layer, damping)``: (lowest, highest)
+      eigenvalue of ``to_dense``;
+    - ``scaling``: its :class:`ScalingLaw`, or ``None``;
+    - ``additive = False``: its matrices are no means over samples;
+    - ``dtypes``: precisions beyond float32 and float64, e.g. ``(torch.bfloat16,)``.
+
+    A structure that measures in what was just computed also has the verb of :class:`Refining`.
     """
 
     @property

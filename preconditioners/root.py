@@ -44,6 +44,10 @@ class Root(AveragedMatrix):
         """The inverse p-th root."""
         return InverseRoot(self.p)
 
+    def scaling(self, side: Side) -> tuple[float, float]:
+        """The p-th root of squared gradients, on both sides."""
+        return 2.0 / self.p, 2.0
+
     def needs(self, side: Side) -> Needs:
         """Gradients of the whole layer, on both sides."""
         return Needs.VECTORS

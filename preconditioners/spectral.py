@@ -94,6 +94,10 @@ class Spectral(Stateless):
         require_positive_integer("iterations", self.iterations)
         require_interval("epsilon", self.epsilon, 0.0, float("inf"), closed="()")
 
+    def numbers(self, layer: Layer) -> int:
+        """None."""
+        return 0
+
     def serves(self, layer: Layer) -> tuple[str, ...]:
         """The weight of layers that are matrices."""
         return ("weight",) if layer.is_matrix else ()

@@ -38,6 +38,11 @@ class RelativeBound:
         return self.rule.needs | Needs.NORMS
 
     @property
+    def length_free(self) -> bool:
+        """As the inner rule: the bound is on the step itself."""
+        return bool(getattr(self.rule, "length_free", False))
+
+    @property
     def curvature(self) -> QuadraticForm | None:
         """The inner rule's."""
         return self.rule.curvature

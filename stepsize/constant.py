@@ -17,6 +17,7 @@ class ConstantStep:
     """alpha_l = lr of the layer's parameter group; schedulers act on it."""
 
     needs = Needs.NOTHING
+    proportional = True
     curvature = None
 
     def due(self, step: int) -> bool:

@@ -36,6 +36,7 @@ class GlobalQuadratic:
     damping: float = 0.0
     every: int = 1
     decay: float = 0.0
+    length_free = True
 
     def __post_init__(self) -> None:
         require_coupled("GlobalQuadratic", self.curvature)

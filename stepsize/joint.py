@@ -41,6 +41,7 @@ class JointLayerwise:
     decay: float = 0.8
     ridge: float = 0.0
     relative_ridge: float = 0.1
+    length_free = True
 
     def __post_init__(self) -> None:
         require_positive_integer("every", self.every)

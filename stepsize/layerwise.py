@@ -24,7 +24,10 @@ __all__ = ["Coupling", "LayerwiseQuadratic", "LeadingSlope", "MomentumSlope", "R
 
 
 class Coupling(Protocol):
-    """How much curvature a layer meets along the common step."""
+    """How much curvature a layer meets along the common step.
+
+    Optional: ``majorises = True`` promises that along the common step it is no less than that of all layers together.
+    """
 
     def curvature(self, forms: Tensor, norms: Tensor) -> Tensor:
         """(L,) curvature per layer along normalised directions.
@@ -51,6 +54,8 @@ class RowSums:
     For a common scaling of all steps the model's curvature is at most that of the diagonal matrix of these row sums, so
     all layers can move at once without the factor 1/L; layers that do not interact keep their own step.
     """
+
+    majorises = True
 
     def curvature(self, forms: Tensor, norms: Tensor) -> Tensor:
         """Weighted row sums."""
@@ -118,6 +123,7 @@ class LayerwiseQuadratic:
     coupling: Coupling = field(default_factory=RowSums)
     slope: Slope = field(default_factory=LeadingSlope)
     factor: float = 2.0
+    length_free = True
 
     def __post_init__(self) -> None:
         require_positive_integer("every", self.every)

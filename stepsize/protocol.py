@@ -44,7 +44,11 @@ class StepEvidence:
 
 
 class StepSize(Protocol):
-    """A step-size rule for all layers together."""
+    """A step-size rule for all layers together.
+
+    Optional: ``signed = True`` if steps may go against their direction; ``length_free = True`` if directions c times as
+    long get steps 1/c times as long; ``proportional = True`` if the step is lr and depends on nothing else.
+    """
 
     @property
     def needs(self) -> Needs:

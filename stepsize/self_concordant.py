@@ -42,6 +42,7 @@ class SelfConcordant:
     constant: float = 1.0
     every: int = 1
     decay: float = 0.0
+    length_free = True
 
     def __post_init__(self) -> None:
         require_coupled("SelfConcordant", self.curvature)

@@ -22,7 +22,7 @@ def test_help_explains_every_command(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit, match="0"):
         execute(["--help"])
     shown = capsys.readouterr().out
-    for command in ("train", "compare", "replay", "methods", "problems", "bench"):
+    for command in ("train", "compare", "replay", "methods", "problems", "bench", "certify"):
         assert f" {command} " in shown
 
 

@@ -1,0 +1,20 @@
+"""All contracts."""
+
+from __future__ import annotations
+
+from . import estimators, invariances, likelihoods, methods, pairs, partitions, rules, steps, structures
+from .contract import Contract
+
+__all__ = ["CONTRACTS"]
+
+CONTRACTS: tuple[Contract, ...] = (
+    *structures.CONTRACTS,
+    *invariances.CONTRACTS,
+    *partitions.CONTRACTS,
+    *pairs.CONTRACTS,
+    *rules.CONTRACTS,
+    *estimators.CONTRACTS,
+    *steps.CONTRACTS,
+    *likelihoods.CONTRACTS,
+    *methods.CONTRACTS,
+)

@@ -1,0 +1,172 @@
+"""Certifying: every contract of a part's kind, on every small network, as a table of what held and what did not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ...errors import ArgumentError
+from .cases import CASES, Case
+from .catalogue import CONTRACTS
+from .contract import Contract, ContractViolation, NotApplicable
+from .subjects import Subject, subjects_of, views
+
+__all__ = ["Certificate", "Row", "certify", "contracts_for"]
+
+Status = Literal["held", "violated", "not applicable"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contract on one subject.
+
+    Attributes:
+        subject: name of the part or method.
+        kind: its kind.
+        contract: name of the contract.
+        status: ``"held"``, ``"violated"`` or ``"not applicable"``.
+        detail: what was violated and where, or the declaration that exempts the part; empty if it held.
+    """
+
+    subject: str
+    kind: str
+    contract: str
+    status: Status
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What :func:`certify` found.
+
+    Attributes:
+        rows: one per subject and contract.
+    """
+
+    rows: tuple[Row, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was violated."""
+        return not self.violations
+
+    @property
+    def violations(self) -> tuple[Row, ...]:
+        """Rows of broken contracts."""
+        return tuple(row for row in self.rows if row.status == "violated")
+
+    def counts(self) -> dict[str, int]:
+        """How many rows held, were violated, and were not applicable."""
+        found = Counter(row.status for row in self.rows)
+        return {status: found[status] for status in ("held", "violated", "not applicable")}
+
+    def summary(self) -> str:
+        """One line."""
+        subjects = len({(row.kind, row.subject) for row in self.rows})
+        counts = self.counts()
+        return (
+            f"{subjects} subjects, {len(self.rows)} contracts: {counts['held']} held, {counts['violated']} violated, "
+            f"{counts['not applicable']} not applicable"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"ok": self.ok, "counts": self.counts(), "rows": [vars(row) for row in self.rows]}
+
+    def require(self) -> None:
+        """Raise if a contract is violated.
+
+        Raises:
+            ContractViolation: listing every violation.
+        """
+        if not self.ok:
+            lines = [f"{row.kind} {row.subject}, {row.contract}: {row.detail}" for row in self.violations]
+            raise ContractViolation("\n".join([f"{len(lines)} contracts violated", *lines]))
+
+
+def contracts_for(kind: str) -> tuple[Contract, ...]:
+    """All contracts of a kind of part."""
+    return tuple(contract for contract in CONTRACTS if kind in contract.kinds)
+
+
+def certify(
+    target: Any,
+    *,
+    name: str | None = None,
+    contracts: Iterable[str] | None = None,
+    cases: Sequence[Case] = CASES,
+    device: str = "cpu",
+    progress: Callable[[Subject, int, int], None] = lambda subject, done, total: None,
+) -> Certificate:
+    """Check everything a part promises.
+
+    Args:
+        target: a part, a ``Method``, a class or factory that needs no arguments, a module, or a collection of these;
+            the package ``osculate`` stands for everything registered.
+        name: as shown; default: from the object.
+        contracts: names; default: all that apply to the kind.
+        cases: small networks with data; default: the shipped ones.
+        device: where the cases live.
+        progress: called with (subject, index, total) before each subject.
+
+    Returns:
+        A table; nothing is raised for a broken contract, see :meth:`Certificate.require`.
+
+    Raises:
+        ArgumentError: if the target is no part, or a contract is unknown.
+
+    Example:
+        >>> import osculate as osc
+        >>> osc.contracts.certify(osc.DoubleDamping()).ok
+        True
+    """
+    subjects = subjects_of(target, name)
+    chosen = _chosen(contracts)
+    placed = [case.to(device=device) for case in cases]
+    rows: list[Row] = []
+    for index, subject in enumerate(subjects):
+        progress(subject, index, len(subjects))
+        rows.extend(_rows(subject, chosen, placed))
+    return Certificate(tuple(rows))
+
+
+def _chosen(names: Iterable[str] | None) -> tuple[Contract, ...]:
+    if names is None:
+        return CONTRACTS
+    wanted = set(names)
+    unknown = wanted - {contract.name for contract in CONTRACTS}
+    if unknown:
+        known = sorted({contract.name for contract in CONTRACTS})
+        raise ArgumentError(f"unknown contracts {sorted(unknown)}; known: {', '.join(known)}")
+    return tuple(contract for contract in CONTRACTS if contract.name in wanted)
+
+
+def _rows(subject: Subject, contracts: Sequence[Contract], cases: Sequence[Case]) -> Iterator[Row]:
+    for contract in contracts:
+        if subject.kind in contract.kinds:
+            status, detail = _verdict(contract, subject, cases)
+            yield Row(subject.name, subject.kind, contract.name, status, detail)
+
+
+def _verdict(contract: Contract, subject: Subject, cases: Sequence[Case]) -> tuple[Status, str]:
+    """Held if at least one case had something to say and none was violated."""
+    held, reasons = False, [""]
+    for part in views(subject):
+        reason = contract.excuse(part)
+        if reason is not None:
+            reasons.append(reason)
+            continue
+        for case in cases:
+            try:
+                contract.check(part, case)
+            except NotApplicable as silent:
+                reasons.append(str(silent))
+            except ContractViolation as violation:
+                return "violated", f"on {case.name!r}: {violation}"
+            except Exception as error:  # whatever a part raises is the finding
+                return "violated", f"on {case.name!r}: raised {type(error).__name__}: {error}"
+            else:
+                held = True
+    return ("held", "") if held else ("not applicable", reasons[-1])

@@ -1,0 +1,199 @@
+"""What a contract is: one sentence that every part of a kind promises, and a check that can fail.
+
+Whether a contract applies is read from what the part declares (``needs``, ``linear``, ``sides``, ``keeps_positive``,
+...), never from its name. A check hands out copies of everything, so that a part which breaks one promise is caught by
+that contract and by no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import OsculateError
+from .cases import Case
+
+__all__ = [
+    "Contract",
+    "ContractViolation",
+    "NotApplicable",
+    "contract",
+    "require",
+    "require_close",
+    "require_equal",
+    "require_finite",
+    "require_same_state",
+]
+
+Check = Callable[[Any, Case], None]
+Excuse = Callable[[Any], str | None]
+
+
+class ContractViolation(OsculateError, AssertionError):  # noqa: N818 - the word that users read in a report
+    """A part does not keep a contract.
+
+    Args:
+        message: what was found, and where.
+        value: the measured number, if there is one.
+        bound: what it may be at most (or must equal).
+
+    Attributes:
+        ratio: ``value / bound``; ``None`` unless both are numbers and the bound is not zero.
+    """
+
+    def __init__(self, message: str, *, value: float | None = None, bound: float | None = None):
+        self.value, self.bound = value, bound
+        self.ratio = value / bound if value is not None and bound else None
+        numbers = ""
+        if value is not None and bound is not None:
+            numbers = f": {value:.6g}, bound {bound:.6g}"
+            numbers += f", ratio {self.ratio:.3g}" if self.ratio is not None else ""
+        super().__init__(message + numbers)
+
+
+class NotApplicable(Exception):  # noqa: N818 - not an error: a case that says nothing about this part
+    """A case says nothing about a part, e.g. because the part serves no layer of its network."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One promise of every part of some kinds.
+
+    Args:
+        name: short, with hyphens.
+        kinds: kinds of part it is about, as in :func:`osculate.registry.parts`, or ``"method"``.
+        claim: the promise in one sentence.
+        check: ``check(part, case)`` raises :class:`ContractViolation` if the promise is broken in this case, and
+            :class:`NotApplicable` if the case says nothing about the part.
+        excuse: from a part to the declaration that exempts it, or ``None``.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    claim: str
+    check: Check
+    excuse: Excuse = lambda part: None
+
+
+def contract(
+    name: str, kinds: str | tuple[str, ...], claim: str, *, unless: Excuse | Iterable[Excuse] = ()
+) -> Callable[[Check], Contract]:
+    """Decorator that turns a check into a :class:`Contract`.
+
+    Args:
+        name: short, with hyphens.
+        kinds: one kind or several.
+        claim: the promise in one sentence.
+        unless: excuses; the first that returns a reason exempts the part.
+
+    Example:
+        >>> @contract("even", "average", "the weight is even")
+        ... def even(part, case):
+        ...     require(part.weight % 2 == 0, "odd weight")
+        >>> even.name
+        'even'
+    """
+    excuses = (unless,) if callable(unless) else tuple(unless)
+
+    def excuse(part: Any) -> str | None:
+        return next((reason for reason in (rule(part) for rule in excuses) if reason), None)
+
+    def wrap(check: Check) -> Contract:
+        return Contract(name, (kinds,) if isinstance(kinds, str) else kinds, claim, check, excuse)
+
+    return wrap
+
+
+def require(condition: bool, message: str, *, value: float | None = None, bound: float | None = None) -> None:
+    """Check a condition.
+
+    Raises:
+        ContractViolation: if it is false.
+    """
+    if not condition:
+        raise ContractViolation(message, value=value, bound=bound)
+
+
+def require_finite(what: str, *tensors: Tensor) -> None:
+    """Check that every entry is finite.
+
+    Raises:
+        ContractViolation: naming the first entry that is not.
+    """
+    for tensor in tensors:
+        bad = ~torch.isfinite(tensor)
+        if bool(bad.any()):
+            index = tuple(torch.nonzero(bad)[0].tolist())
+            raise ContractViolation(f"{what} is not finite: entry {index} is {float(tensor[index])}")
+
+
+def require_equal(what: str, actual: Tensor, expected: Tensor) -> None:
+    """Check that two tensors are bitwise equal (NaN equals NaN).
+
+    Raises:
+        ContractViolation: naming the first entry that differs.
+    """
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise ContractViolation(
+            f"{what} has shape {tuple(actual.shape)} and {actual.dtype}, expected {tuple(expected.shape)} and "
+            f"{expected.dtype}"
+        )
+    different = (actual != expected) & ~((actual != actual) & (expected != expected))
+    if bool(different.any()):
+        index = tuple(torch.nonzero(different)[0].tolist())
+        one, other = float(actual[index]), float(expected[index])
+        raise ContractViolation(f"{what} is not bitwise the same: entry {index} is {one!r}, expected {other!r}")
+
+
+def require_close(
+    what: str, actual: Tensor, expected: Tensor, *, tolerance: float = 1e-8, scale: Tensor | None = None
+) -> None:
+    """Check that two tensors agree up to ``tolerance`` times the largest entry of ``scale`` (default: expected).
+
+    Raises:
+        ContractViolation: with the worst entry, both values, the bound and the ratio.
+    """
+    if actual.shape != expected.shape:
+        raise ContractViolation(f"{what} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    require_finite(what, actual)
+    if not actual.numel():
+        return
+    size = float((expected if scale is None else scale).abs().max())
+    bound = tolerance * size if size else tolerance
+    error = (actual - expected).abs()
+    worst = float(error.max())
+    if not worst <= bound:
+        index = tuple(torch.nonzero(error == error.max())[0].tolist())
+        raise ContractViolation(
+            f"{what}: entry {index} is {float(actual[index]):.9g}, expected {float(expected[index]):.9g}; error",
+            value=worst,
+            bound=bound,
+        )
+
+
+def require_same_state(what: str, actual: Any, expected: Any, *, tolerance: float | None = None) -> None:
+    """Compare two nested saved states entry by entry, bitwise or to a tolerance.
+
+    Raises:
+        ContractViolation: naming the path of the first difference.
+    """
+    if isinstance(expected, dict):
+        require(isinstance(actual, dict) and set(actual) == set(expected), f"{what} has other entries")
+        for key in expected:
+            require_same_state(f"{what}/{key}", actual[key], expected[key], tolerance=tolerance)
+    elif isinstance(expected, list | tuple):
+        require(len(actual) == len(expected), f"{what} has another length")
+        for index, pair in enumerate(zip(actual, expected, strict=True)):
+            require_same_state(f"{what}[{index}]", *pair, tolerance=tolerance)
+    elif isinstance(expected, Tensor):
+        if tolerance is None or not expected.is_floating_point():
+            require_equal(what, actual, expected)
+        else:
+            require_close(what, actual, expected, tolerance=tolerance)
+    else:
+        same = actual == expected or (actual != actual and expected != expected)
+        require(bool(same), f"{what} is {actual!r}, expected {expected!r}")

@@ -1,0 +1,192 @@
+"""Contracts of one structure by itself: its matrix, what it leaves alone, what it saves, what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...curvature.statistics import LayerStatistics
+from ...preconditioners.protocol import Refining
+from .cases import Case
+from .contract import Contract, contract, require, require_close, require_equal, require_same_state
+from .workbench import Workbench, declared, saved_copy
+
+__all__ = ["CONTRACTS"]
+
+_KINDS = ("structure", "factor")
+
+
+def _nonlinear(part: Any) -> str | None:
+    return None if declared(part, "linear", True) else "declares linear = False: it has no matrix"
+
+
+def _indefinite(part: Any) -> str | None:
+    return None if declared(part, "definite", True) else "declares definite = False"
+
+
+def _no_bounds(part: Any) -> str | None:
+    return None if hasattr(part, "bounds") else "states no bounds(state, layer, damping)"
+
+
+@contract("dense-solve", _KINDS, "precondition equals a solve with to_dense, right after a refresh", unless=_nonlinear)
+def dense_solve(part: Any, case: Case) -> None:
+    """Residual of the direction, relative to the momentum."""
+    bench = Workbench(part, case).run()
+    for block in bench.blocks:
+        momentum = bench.momentum(block)
+        expected = bench.vector(block, momentum)
+        direction, dense = bench.direction(block, momentum), bench.dense(block)
+        scale = expected.abs() + dense.abs() @ direction.abs()
+        require_close(f"to_dense @ direction of layer {block.layer.name!r}", dense @ direction, expected, scale=scale)
+
+
+@contract("positive-definite", _KINDS, "to_dense is symmetric positive definite", unless=(_nonlinear, _indefinite))
+def positive_definite(part: Any, case: Case) -> None:
+    """Symmetry to rounding, smallest eigenvalue above zero."""
+    bench = Workbench(part, case).run()
+    for block in bench.blocks:
+        dense = bench.dense(block)
+        where = f"of layer {block.layer.name!r}"
+        require_close(f"to_dense {where}, transposed", dense.T, dense, tolerance=1e-9)
+        smallest = float(torch.linalg.eigvalsh(0.5 * (dense + dense.T))[0])
+        require(smallest > 0.0, f"smallest eigenvalue of to_dense {where} is not > 0", value=smallest, bound=0.0)
+
+
+@contract(
+    "spectrum-bounds", _KINDS, "the spectrum of to_dense lies inside the stated bounds", unless=(_nonlinear, _no_bounds)
+)
+def spectrum_bounds(part: Any, case: Case) -> None:
+    """``bounds(state, layer, damping)`` gives (lowest, highest)."""
+    bench = Workbench(part, case).run()
+    for block in bench.blocks:
+        eigenvalues = torch.linalg.eigvalsh(bench.dense(block))
+        low, high = declared(block.part, "bounds")(block.state, block.layer, bench.sides(block))
+        slack = 1e-9 * float(eigenvalues.abs().max())
+        least, most = float(eigenvalues[0]), float(eigenvalues[-1])
+        where = f"eigenvalue of to_dense of layer {block.layer.name!r}"
+        require(least >= low - slack, f"smallest {where}", value=least, bound=low)
+        require(most <= high + slack, f"largest {where}", value=most, bound=high)
+
+
+def _given(statistics: LayerStatistics) -> list[Tensor]:
+    rows = [] if statistics.roots is None else [statistics.roots[0]]
+    single = (
+        statistics.inputs,
+        statistics.output_gradient,
+        statistics.sampled_gradient,
+        statistics.mean_preactivation,
+        statistics.mean_gradient,
+    )
+    return [value for value in (*single, *(statistics.gradients or ()), *rows) if value is not None]
+
+
+@contract("purity", _KINDS, "what a part is given stays bitwise as it was, and asking changes no state")
+def purity(part: Any, case: Case) -> None:
+    """Momentum, statistics, gradients and parameters; then the state while directions are asked for."""
+    bench = Workbench(part, case).run()
+    before, after = bench.measure(), bench.measure(case.batch(1))
+    for block in bench.blocks:
+        own, where = block.part, f"of layer {block.layer.name!r}"
+        momentum, state = bench.momentum(block), [tensor.clone() for tensor in block.state.tensors()]
+        kept = [value.clone() for value in momentum]
+        first = [value.clone() for value in own.precondition(block.state, momentum)]
+        own.to_dense(block.state, block.layer, bench.sides(block)) if _nonlinear(own) is None else None
+        own.matrices(block.state, bench.sides(block))
+        for value, copy in zip(block.state.tensors(), state, strict=True):
+            require_equal(f"the state {where} after asking for a direction", value, copy)
+        for value, copy in zip(momentum, kept, strict=True):
+            require_equal(f"the momentum {where}", value, copy)
+        for value, copy in zip(own.precondition(block.state, bench.momentum(block)), first, strict=True):
+            require_equal(f"a second direction {where}", value, copy)
+        one, other = before[block.layer.name], after[block.layer.name]
+        observation = bench.observation(block, one)
+        given = [*_given(one), *_given(other), *observation.gradients, *observation.momentum, *observation.parameters]
+        copies = [value.clone() for value in given]
+        own.update(block.state, observation)
+        if isinstance(own, Refining):
+            own.refine(block.state, observation)
+        own.observe_step(block.state, one, other, bench.sides(block))
+        for value, copy in zip(given, copies, strict=True):
+            require_equal(f"what update and observe_step {where} were given", value, copy)
+
+
+@contract("save-load-continue", _KINDS, "a saved and loaded state continues bit for bit")
+def save_load_continue(part: Any, case: Case) -> None:
+    """Through a file, loaded with ``weights_only=True``; what was saved is not changed by going on."""
+    original, resumed = Workbench(part, case).run(), Workbench(part, case)
+    saved = saved_copy([block.state.to_dict() for block in original.blocks])
+    for block, values in zip(resumed.blocks, saved, strict=True):
+        block.state.load_dict(values)
+        block.positions = original.blocks[resumed.blocks.index(block)].positions
+    for bench in (original, resumed):
+        bench.step(case.batch(2))
+        bench.look_back(2, case.batch(2))
+    for one, other in zip(original.blocks, resumed.blocks, strict=True):
+        where = f"of layer {one.layer.name!r}"
+        require_same_state(f"the continued state {where}", other.state.to_dict(), one.state.to_dict())
+        require_equal(f"the continued direction {where}", resumed.direction(other), original.direction(one))
+    again = Workbench(part, case)
+    for block, values, other in zip(again.blocks, saved, saved_copy(saved), strict=True):
+        block.state.load_dict(values)
+        require_same_state("what was saved, after loading and going on,", values, other)
+
+
+@contract("dtype-and-device", _KINDS, "directions have the precision and device of the parameters, states no less")
+def dtype_and_device(part: Any, case: Case) -> None:
+    """float64 and float32, and bfloat16 where the part lists it under ``dtypes``."""
+    extra = tuple(declared(part, "dtypes", ()))
+    for dtype in dict.fromkeys((torch.float64, torch.float32, *extra)):
+        bench = Workbench(part, case.to(dtype=dtype)).run()
+        for block in bench.blocks:
+            where = f"of layer {block.layer.name!r} in {dtype}"
+            for value in block.part.precondition(block.state, bench.momentum(block)):
+                require(value.dtype == dtype, f"the direction {where} has {value.dtype}")
+                require(value.device == block.parameters[0].device, f"the direction {where} lies on {value.device}")
+            for value in block.state.tensors():
+                precise = not value.is_floating_point() or torch.finfo(value.dtype).eps <= torch.finfo(dtype).eps
+                require(precise, f"a tensor of the state {where} has only {value.dtype}")
+                require(value.device == block.parameters[0].device, f"the state {where} lies on {value.device}")
+
+
+@contract("memory", _KINDS, "the state holds as many numbers as numbers(layer) says, and does not grow")
+def memory(part: Any, case: Case) -> None:
+    """Fresh and after use; without ``numbers`` only growth is checked."""
+    fresh, used = Workbench(part, case), Workbench(part, case).run()
+    for one, other in zip(fresh.blocks, used.blocks, strict=True):
+        counts = [sum(tensor.numel() for tensor in block.state.tensors()) for block in (one, other)]
+        where = f"numbers in the state of layer {one.layer.name!r}"
+        require(counts[0] == counts[1], f"{where} grew", value=counts[1], bound=counts[0])
+        stated = one.part.numbers(one.layer) if hasattr(one.part, "numbers") else None
+        if stated is not None:
+            require(counts[0] == stated, f"{where} differ from the formula", value=counts[0], bound=stated)
+
+
+@contract("renamed-layers", _KINDS, "the name of a layer changes nothing")
+def renamed_layers(part: Any, case: Case) -> None:
+    """States and directions, bitwise."""
+    plain, other = Workbench(part, case).run(), Workbench(part, case, names="renamed.").run()
+    for one, two in zip(plain.tensors() + plain.directions(), other.tensors() + other.directions(), strict=True):
+        require_equal("state or direction of a renamed layer", two, one)
+
+
+@contract("declared-needs", _KINDS, "a part reads nothing that its needs do not name")
+def declared_needs(part: Any, case: Case) -> None:
+    """States and directions are the same when everything else is left out of the statistics."""
+    whole, bare = Workbench(part, case).run(), Workbench(part, case, only_declared=True).run()
+    for one, two in zip(whole.tensors() + whole.directions(), bare.tensors() + bare.directions(), strict=True):
+        require_equal("state or direction with only the declared statistics", two, one)
+
+
+CONTRACTS: tuple[Contract, ...] = (
+    dense_solve,
+    positive_definite,
+    spectrum_bounds,
+    purity,
+    save_load_continue,
+    dtype_and_device,
+    memory,
+    renamed_layers,
+    declared_needs,
+)
