@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...curvature.layers import Layer, discover_layers
-from ...preconditioners.partitions import joint_matrix
 from .cases import Case
 from .contract import Contract, NotApplicable, contract, require, require_equal
 
@@ -29,7 +28,7 @@ def _storages(part: Any, case: Case, *, labels: bool = False) -> list[tuple[Laye
             start += parameter.numel()
             values.append(value.reshape(parameter.shape) if labels else case.randn(*parameter.shape, key=index))
         batched = tuple(value.unsqueeze(0) for value in values)
-        found.append((layer, (joint_matrix(batched)[0],) if part.joint else tuple(values)))
+        found.append((layer, (layer.joint_matrix(batched)[0],) if part.joint else tuple(values)))
     if not found:
         raise NotApplicable(f"it serves no layer of the network {case.name!r}")
     return found
