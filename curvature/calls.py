@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["Call", "Calls", "ParameterSum", "join", "mean_of_sums", "total"]
+__all__ = ["Call", "Calls", "ParameterSum", "column_sum", "join", "mean_of_sums", "total"]
 
 
 @dataclass
@@ -92,6 +92,12 @@ def _side_by_side(values: Sequence[Tensor]) -> Tensor:
     if any(value.shape != values[0].shape for value in values):  # no common samples: rows for outer products only
         return torch.cat(list(values))
     return torch.stack(list(values), 1).flatten(0, 1)
+
+
+def column_sum(value: Tensor) -> Tensor:
+    """Sum over samples and positions, half precision in float32: secant pairs are differences of such sums."""
+    half = value.dtype in (torch.float16, torch.bfloat16)
+    return value.sum((0, 1), dtype=torch.float32 if half else None)
 
 
 def total(values: Sequence[Tensor | None]) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..errors import ArgumentError
-from .calls import Call, Calls, ParameterSum, join, mean_of_sums, total
+from .calls import Call, Calls, ParameterSum, column_sum, join, mean_of_sums, total
 from .hooks import attach
 from .layers import Layer
 from .likelihoods import Likelihood
@@ -191,7 +191,7 @@ class Capture:
         if Record.INPUTS in wanted:
             call.input = layer.adapter.recorded_input(layer.module, value.detach())
         if Record.MEANS in wanted:
-            call.output_sum = layer.adapter.expand_output(layer.module, output.detach()).sum((0, 1))
+            call.output_sum = column_sum(layer.adapter.expand_output(layer.module, output.detach()))
         if Record.SAMPLED in wanted and output.requires_grad:
             call.edge = get_gradient_edge(output)
         self._calls[layer.name].append(call)
@@ -239,6 +239,6 @@ def _gradient_hook(layer: Layer, call: Call, wanted: Record, calls: Calls) -> Ca
         if Record.GRADIENTS in wanted:
             call.gradient = gradient.detach()
         if Record.MEANS in wanted and layer.adapter is not None:
-            call.gradient_sum = layer.adapter.expand_output(layer.module, gradient.detach()).sum((0, 1))
+            call.gradient_sum = column_sum(layer.adapter.expand_output(layer.module, gradient.detach()))
 
     return hook

@@ -76,6 +76,7 @@ def sampled_backward(
         Per layer of ``layers`` its parameter gradients, summed over samples; zero where the output does not depend.
     """
     trainable = [p for layer in layers for p in layer.parameters.values() if p.requires_grad]
+    output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output  # autocast
     targets = likelihood.sample(output.detach(), generator)
     loss = likelihood.negative_log_likelihood(output, targets)
     inputs: list[Any] = [*(call.edge for call in calls), *trainable]

@@ -19,7 +19,7 @@ from ..preconditioners.state import State
 from .momentum import Momentum
 from .report import LayerRow
 
-__all__ = ["Block", "make_blocks", "present_gradients"]
+__all__ = ["Block", "full_precision", "make_blocks", "present_gradients"]
 
 
 @dataclass
@@ -76,8 +76,9 @@ class Block:
         return self.part.schedule.inverses_due(step - self.born)
 
     def gradients(self) -> Tensors | None:
-        """Gradients of the parameters; ``None`` if one is missing (the block sits this step out)."""
-        return present_gradients(self.parameters)
+        """Gradients of the parameters, half precision as float32; ``None`` if one is missing (it sits out)."""
+        found = present_gradients(self.parameters)
+        return None if found is None else tuple(full_precision(gradient) for gradient in found)
 
     def accumulate(self, momentum: Momentum, gradients: Tensors, decays: Sequence[float]) -> None:
         """One recurrence of the momentum on g + decay * theta; ``gradients`` stay as they are.
@@ -143,6 +144,11 @@ class Block:
         self.born = int(values["born"])
 
 
+def full_precision(value: Tensor) -> Tensor:
+    """Half precision as float32, in which states and momentum of half-precision parameters are kept."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
 def present_gradients(parameters: Sequence[Tensor]) -> Tensors | None:
     """Gradients of parameters that take part in a step together.
 
@@ -200,7 +206,7 @@ def make_blocks(
 
 
 def _block(key: str, layer: Layer, names: tuple[str, ...], part: Preconditioner, fallback: bool) -> Block:
-    parameters = tuple(layer.parameters[name].detach() for name in names)
+    parameters = tuple(full_precision(layer.parameters[name].detach()) for name in names)
     storage: Tensors
     if part.joint:
         storage = (torch.zeros(layer.matrix_shape, dtype=parameters[0].dtype, device=parameters[0].device),)

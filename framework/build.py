@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..curvature.likelihoods import Likelihood
@@ -29,6 +30,7 @@ def build(
     strict: bool = False,
     on_nonfinite: str = "raise",
     groups: Sequence[Mapping[str, Any]] | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
     **options: Any,
 ) -> SecondOrder:
     """Build an optimizer.
@@ -49,6 +51,7 @@ def build(
             parameters or shell patterns of their names; ``lr``, ``damping`` and ``weight_decay`` default to the
             values above. Parameters in no group form one more, the last. ``lr`` and ``damping`` are one number per
             layer; ``weight_decay`` may differ within a layer.
+        grad_scaler: the ``torch.amp.GradScaler`` of the loop, if there is one.
         **options: options of the registered method, e.g. ``memory=20`` for ``kbfgs-l``.
 
     Example:
@@ -85,4 +88,5 @@ def build(
         strict=strict,
         on_nonfinite=on_nonfinite,
         groups=groups,
+        grad_scaler=grad_scaler,
     )

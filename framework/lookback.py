@@ -89,7 +89,7 @@ class LookBack:
         with preserved(optimizer.model), frozen([p for layer in served for p in layer.parameters.values()]):
             self._before.restore(optimizer.model)
             loss = run_closure(closure)
-        return loss, optimizer.capture.collect()
+        return loss, optimizer.collect()
 
     def _observe(self, before: Mapping[str, LayerStatistics], after: Mapping[str, LayerStatistics]) -> Events:
         events: Events = {}

@@ -29,6 +29,7 @@ from .lookback import LookBack
 from .method import Method
 from .nonfinite import Undo, find_trouble, is_risky, require_finite_loss
 from .observing import observe, refine, refresh, warm_up
+from .precision import Scaling, widened
 from .recording import records_for_step, require_sampled
 from .report import LayerRow, StepReport
 from .saving import restore_state, saved_state
@@ -56,11 +57,16 @@ class SecondOrder(GroupedOptimizer):
             check, and one more where an unguarded method looks back.
         groups: parameter groups with their own ``lr``, ``damping``, ``weight_decay``, see
             :func:`osculate.framework.groups.split_into_groups`; what they leave over forms one more group.
+        grad_scaler: the ``torch.amp.GradScaler`` that scales the loss; needed by methods that read gradients inside the
+            model if the gradients are unscaled for clipping, and by closures.
 
     Raises:
         ArgumentError: for values out of range.
         CompatibilityError: if parts do not fit, or ``strict`` and a parameter is left over.
     """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler calls step in any case and says what it found
+    _inverse_scale: Tensor | None = None
 
     def __init__(
         self,
@@ -76,6 +82,7 @@ class SecondOrder(GroupedOptimizer):
         strict: bool = False,
         on_nonfinite: str = "raise",
         groups: Sequence[Mapping[str, Any]] | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ):
         if loss_reduction not in ("mean", "sum"):
             raise ArgumentError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
@@ -96,7 +103,7 @@ class SecondOrder(GroupedOptimizer):
             require_matching_keys(method.preconditioner, layers)
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
         self.blocks = make_blocks(layers, method.preconditioner, method.fallback, strict=strict)
-        self._strict = strict
+        self._strict, self.grad_scaler = strict, grad_scaler
         super().__init__(split_into_groups(model, layers, groups), values)
         self._check_values()
         self.capture = Capture(model, layers, resolved, loss_reduction, seed)
@@ -156,10 +163,17 @@ class SecondOrder(GroupedOptimizer):
         if closure is None and self.needs_closure:
             raise ClosureRequiredError(_CLOSURE_MESSAGE)
         self._check_values()
+        scaling = Scaling(self)
         self._look_back.prepare()
+        if closure is not None:
+            scaling.before_closure()
         loss, products = self._evaluate(closure)
         require_nobody_left_out(self._unowned)
-        statistics = self.capture.collect()
+        scaling.unscale_gradients()
+        if scaling.found_inf is not None and bool(scaling.found_inf):
+            return self._skip("the GradScaler found a gradient that is not finite", loss)
+        self._inverse_scale = scaling.inverse(self._records_gradients)
+        statistics = self.collect()
         gradients = {block.key: block.gradients() for block in self.blocks}
         trouble = find_trouble(loss, gradients, statistics)
         if trouble is not None:
@@ -233,11 +247,16 @@ class SecondOrder(GroupedOptimizer):
             loss = run_closure(closure)
         return loss, products
 
-    def _refuse(self, trouble: str, loss: Tensor | None) -> Tensor | None:
-        """Count a step that is not taken, report it, and raise if that is wanted."""
+    def _skip(self, trouble: str, loss: Tensor | None) -> Tensor | None:
+        """Count and report a step that is not taken."""
         self._arm()
         self.skipped_steps += 1
         self.last_report = StepReport(self._step, loss, damping=self.damping, skipped=trouble)
+        return loss
+
+    def _refuse(self, trouble: str, loss: Tensor | None) -> Tensor | None:
+        """Skip a step, and raise if that is wanted."""
+        self._skip(trouble, loss)
         if self.on_nonfinite == "raise":
             raise NumericalError(
                 f"step {self._step}: {trouble}; no parameter and no state was changed. Lower lr, raise damping, or "
@@ -311,6 +330,10 @@ class SecondOrder(GroupedOptimizer):
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
+    def collect(self) -> dict[str, LayerStatistics]:
+        """What the backend has recorded, without loss scale and in full precision."""
+        return widened(self.capture.collect(), self._inverse_scale)
+
     def snapshot(self) -> Snapshot:
         """Random state and buffers now."""
         return Snapshot.take(self.model)
@@ -323,6 +346,8 @@ class SecondOrder(GroupedOptimizer):
         self.capture.arm(records)
         sampled = Record.SAMPLED | Record.SAMPLED_PARAMETERS
         self._samples_labels = any(record & sampled for record in records.values())
+        own = Record.GRADIENTS | Record.MEANS
+        self._records_gradients = any(record & own for record in records.values())
 
 
 _CLOSURE_MESSAGE = """this method evaluates the mini-batch itself; give step() a closure:

@@ -17,7 +17,7 @@ from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import ArgumentError, NumericalError
 from ..preconditioners.protocol import Events
 from ..stepsize.protocol import StepEvidence, StepSize
-from .blocks import Block
+from .blocks import Block, full_precision
 from .momentum import Momentum, WeightDecay
 
 __all__ = ["Move", "Proposal", "StepRule"]
@@ -72,12 +72,12 @@ class StepRule:
 
     def __init__(self, rule: StepSize, layers: Sequence[Layer], seed: int):
         self.rule, self.layers, self.seed = rule, layers, seed
-        example = next(iter(layers[0].parameters.values())).detach()
+        example = full_precision(next(iter(layers[0].parameters.values())).detach())
         self.state = rule.init(len(layers), example)
 
     def grow(self, layers: Sequence[Layer]) -> None:
         """Make room for layers that were added behind the present ones; what was gathered stays."""
-        example = next(iter(self.layers[0].parameters.values())).detach()
+        example = full_precision(next(iter(self.layers[0].parameters.values())).detach())
         old, self.layers = self.to_dict(), layers
         self.state = self.rule.init(len(layers), example)
         fresh = self.to_dict()
@@ -190,7 +190,7 @@ class StepRule:
 
     def _norms(self) -> Tensor:
         """(L,) norms of the layers' parameters."""
-        parameters = [parameter.detach() for layer in self.layers for parameter in layer.parameters.values()]
+        parameters = [full_precision(p.detach()) for layer in self.layers for p in layer.parameters.values()]
         norms = iter(torch._foreach_norm(parameters))
         per_layer = [torch.stack([next(norms) for _ in layer.parameters]) for layer in self.layers]
         return torch.stack([torch.linalg.vector_norm(values) for values in per_layer])
@@ -224,7 +224,11 @@ def _pieces(
             found[block.layer.name][name] = _Piece(direction, view, factor, gradient)
     result: _Pieces = {}
     for layer in layers:
-        zeros = {name: torch.zeros_like(p) for name, p in layer.parameters.items() if name not in found[layer.name]}
+        zeros = {
+            name: torch.zeros_like(full_precision(p))
+            for name, p in layer.parameters.items()
+            if name not in found[layer.name]
+        }
         missing = {name: _Piece(zero, zero, 1.0, zero) for name, zero in zeros.items()}
         result[layer.name] = {name: (found[layer.name] | missing)[name] for name in layer.parameters}
     return result

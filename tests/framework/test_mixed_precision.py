@@ -1,0 +1,235 @@
+"""Autocast, GradScaler and half-precision parameters: parts see float32 statistics without the loss scale."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import osculate as osc
+import pytest
+import torch
+from small_nets import (
+    METHODS,
+    WITHOUT_CLOSURE,
+    batches,
+    build,
+    cross_entropy,
+    data,
+    differences,
+    everything,
+    flat,
+    leaves,
+    make,
+    train,
+)
+from torch import Tensor, nn
+
+FLOAT = torch.float32
+
+
+def scaler_of(scale: float = 2.0**12) -> torch.amp.GradScaler:
+    """A scaler on the CPU whose scale is a power of two: dividing by it is exact."""
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+
+
+def state_of(optimizer: osc.SecondOrder) -> dict[str, Any]:
+    return leaves(optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("name", WITHOUT_CLOSURE)
+def test_a_scaled_loop_is_the_plain_loop(name: str, unscaled: bool) -> None:
+    """Parameters, buffers and every state, bit for bit: gradients and statistics lose the scale."""
+    results = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = make("cnn")
+        scaler = scaler_of()
+        optimizer = build(name, model, grad_scaler=scaler if scaled and unscaled else None)
+        for x, y in batches("cnn", 4):
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            if not scaled:
+                loss.backward()
+                optimizer.step()
+                continue
+            scaler.scale(loss).backward()
+            if unscaled:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append((everything(model), leaves(optimizer.state_dict()["state"])))
+    assert differences(*results) == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_scaled_closure_is_the_plain_closure(name: str) -> None:
+    results = []
+    for scaled in (False, True):
+        model = make()
+        scaler = scaler_of()
+        optimizer = build(name, model, grad_scaler=scaler if scaled else None)
+        for x, y in batches(count=4):
+
+            def closure(x=x, y=y, model=model, optimizer=optimizer, scaler=scaler, scaled=scaled):  # type: ignore[no-untyped-def]
+                optimizer.zero_grad()
+                loss = cross_entropy(model(x), y)
+                (scaler.scale(loss) if scaled else loss).backward()
+                return loss
+
+            optimizer.step(closure)
+            if scaled:
+                scaler.update()
+        results.append((everything(model), leaves(optimizer.state_dict()["state"])))
+    assert differences(*results) == []
+
+
+def test_clipping_between_unscale_and_step() -> None:
+    results = []
+    for scaled in (False, True):
+        model = make()
+        scaler = scaler_of()
+        optimizer = build("kfac", model, statistics="empirical", grad_scaler=scaler if scaled else None)
+        for x, y in batches(count=4):
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            (scaler.scale(loss) if scaled else loss).backward()
+            if scaled:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+            if scaled:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        results.append((everything(model), state_of(optimizer)))
+    assert differences(*results) == []
+
+
+def float_states(optimizer: osc.SecondOrder) -> set[torch.dtype]:
+    values = state_of(optimizer).values()
+    return {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+
+
+@pytest.mark.parametrize("name", ["kfac-empirical", "kfac", "adam", "mbf"])
+def test_an_unknown_scale_is_refused_where_it_matters(name: str) -> None:
+    """After scaler.unscale_ torch does not say what the scale was; methods that read no inner gradient do not care."""
+    model = make()
+    optimizer = build("kfac", model, statistics="empirical") if name == "kfac-empirical" else build(name, model)
+    scaler = scaler_of()
+    x, y = data()
+    scaler.scale(cross_entropy(model(x), y)).backward()
+    scaler.unscale_(optimizer)
+    if name == "kfac-empirical":
+        with pytest.raises(osc.ArgumentError, match="grad_scaler=scaler"):
+            scaler.step(optimizer)
+    else:
+        scaler.step(optimizer)
+
+
+def test_a_closure_inside_the_scalers_step_is_refused() -> None:
+    model = make()
+    optimizer = build("kbfgs", model)
+    scaler = scaler_of()
+    x, y = data()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        return loss
+
+    closure()
+    with pytest.raises(osc.ArgumentError, match=r"optimizer.step\(closure\)(.|\n)*scaler.update"):
+        scaler.step(optimizer, closure)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("name", WITHOUT_CLOSURE)
+def test_an_overflow_skips_the_whole_step_and_lowers_the_scale(name: str, given: bool) -> None:
+    model = make()
+    scaler = scaler_of()
+    optimizer = build(name, model, grad_scaler=scaler if given else None)
+    for index, (x, y) in enumerate(batches(count=4)):
+        before, scale = (everything(model), state_of(optimizer)), None
+        loss = cross_entropy(model(x), y) * (math.inf if index == 1 else 1.0)
+        scaler.scale(loss).backward()
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        model.zero_grad()  # not the optimizer's: the records of the skipped pass must be gone all the same
+        same = differences(before, (everything(model), state_of(optimizer))) == []
+        assert same == (index == 1) and (scaler.get_scale() < scale) == (index == 1)
+        assert (optimizer.last_report.skipped is not None) == (index == 1)
+    assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_under_autocast(name: str) -> None:
+    """bf16 inside, float32 parameters and statistics; close to the float32 run after one step, and it trains."""
+    moves, steps = [], []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = make("mlp", FLOAT)
+        optimizer = build(name, model)
+        start = flat(model)
+        x, y = data(samples=64, dtype=FLOAT)
+
+        def closure(model=model, optimizer=optimizer, x=x, y=y, enabled=enabled):  # type: ignore[no-untyped-def]
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        losses = [float(optimizer.step(closure))]
+        moves.append(flat(model) - start)
+        losses += [float(optimizer.step(closure)) for _ in range(6)]
+        steps.append(losses)
+        assert all(
+            v.dtype == FLOAT for v in state_of(optimizer).values() if isinstance(v, Tensor) and v.is_floating_point()
+        )
+    cosine = torch.nn.functional.cosine_similarity(moves[0], moves[1], dim=0)
+    assert cosine > (0.98 if name not in SAMPLED else 0.5), cosine
+    assert steps[1][-1] < steps[1][0]
+
+
+SAMPLED = {name for name in METHODS if osc.registry.method(name).needs_likelihood}
+"""Their labels are drawn from probabilities that bf16 rounds: a few labels differ."""
+
+
+def test_statistics_of_half_precision_passes_are_summed_in_float32() -> None:
+    """A mean over 4096 samples of values near 1: summed in bf16 the second decimal would be lost."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = build("kbfgs", model, damping=0.3)
+    x = 1 + 1e-2 * torch.randn(4096, 4)
+    seen: list[Tensor] = []
+    original = optimizer.capture.collect
+
+    def spy() -> Any:
+        record = original()
+        seen.append(record["0"].mean_preactivation)
+        return record
+
+    optimizer.capture.collect = spy  # type: ignore[method-assign]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+        cross_entropy(output, torch.zeros(4096, dtype=torch.long)).backward()
+    optimizer.collect()
+    torch.testing.assert_close(seen[0], output.detach().float().mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("net", ["mlp", "cnn", "tokens"])
+@pytest.mark.parametrize("name", METHODS)
+def test_half_precision_parameters_have_float32_states(name: str, net: str) -> None:
+    torch.manual_seed(0)
+    model = make(net, torch.bfloat16)
+    optimizer = build(name, model)
+    x, y = data(net, samples=64, dtype=torch.bfloat16)
+    losses = train(optimizer, model, [(x, y)] * 6)
+    assert all(math.isfinite(loss) for loss in losses) and losses[-1] < losses[0] * 1.05
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert all(
+        v.dtype == FLOAT for v in state_of(optimizer).values() if isinstance(v, Tensor) and v.is_floating_point()
+    )
