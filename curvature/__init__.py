@@ -11,6 +11,7 @@ from .estimators import (
     SampledFisher,
     SecantPairs,
 )
+from .exact_estimators import ExactGGN, ExactHessianBlock
 from .layers import Layer, LayerAdapter, discover_layers
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .quadratic_forms import (
@@ -21,7 +22,7 @@ from .quadratic_forms import (
     SampledScores,
     SignedHessian,
 )
-from .statistics import LayerStatistics, Needs
+from .statistics import LayerStatistics, Needs, SampleGradients
 from .with_pairs import WithPairs
 
 __all__ = [
@@ -32,7 +33,9 @@ __all__ = [
     "Categorical",
     "EmpiricalFisher",
     "Estimator",
+    "ExactGGN",
     "ExactHessian",
+    "ExactHessianBlock",
     "Gaussian",
     "HessianRowSums",
     "InputsOnly",
@@ -43,6 +46,7 @@ __all__ = [
     "Needs",
     "QuadraticForm",
     "Record",
+    "SampleGradients",
     "SampledBatchMean",
     "SampledBatchScores",
     "SampledFisher",

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["Call", "Calls", "ParameterSum", "column_sum", "join", "mean_of_sums", "total"]
+from .layers import Layer
+from .statistics import LayerStatistics
+
+__all__ = ["Call", "Calls", "ParameterSum", "column_sum", "combine", "join", "mean_of_sums", "total"]
 
 
 @dataclass
@@ -23,6 +26,7 @@ class Call:
     input: Tensor | None = None
     gradient: Tensor | None = None
     sampled: Tensor | None = None
+    roots: Tensor | None = None
     output_sum: Tensor | None = None
     gradient_sum: Tensor | None = None
     edge: GradientEdge | None = None
@@ -111,3 +115,38 @@ def mean_of_sums(sums: Sequence[ParameterSum]) -> tuple[Tensor, ...]:
     samples = sum(entry.samples for entry in sums)
     columns = zip(*(entry.gradients for entry in sums), strict=True)
     return tuple(torch.stack(values).sum(0) / samples for values in columns)
+
+
+def combine(
+    layer: Layer, calls: Sequence[Call], sums: Sequence[ParameterSum], loss_reduction: str
+) -> LayerStatistics | None:
+    """The record of one layer from all its calls; ``None`` if there is neither a call nor a parameter sum.
+
+    Args:
+        layer: the layer.
+        calls: of all passes that count, in order.
+        sums: of the same passes.
+        loss_reduction: ``"mean"`` or ``"sum"``, how the user's loss combines samples.
+    """
+    if not calls:
+        samples = sum(entry.samples for entry in sums)
+        return LayerStatistics(layer, samples, 1, sampled_parameter_gradients=mean_of_sums(sums)) if sums else None
+    first_of_pass = {call.pass_index: call.samples for call in reversed(calls)}
+    samples = sum(first_of_pass.values())
+    scale = float(samples) if loss_reduction == "mean" else 1.0
+    rows = sum(call.samples * call.positions for call in calls)
+    output_sum = total([call.output_sum for call in calls])
+    gradient_sum = total([call.gradient_sum for call in calls])
+    return LayerStatistics(
+        layer=layer,
+        samples=samples,
+        positions=rows // samples,
+        gradient_scale=scale,
+        inputs=join(calls, [call.input for call in calls]),
+        output_gradient=join(calls, [call.gradient for call in calls]),
+        sampled_gradient=join(calls, [call.sampled for call in calls]),
+        curvature_roots=join(calls, [call.roots for call in calls]),
+        mean_preactivation=None if output_sum is None else output_sum / rows,
+        mean_gradient=None if gradient_sum is None else gradient_sum * (scale / rows),
+        sampled_parameter_gradients=mean_of_sums(sums) if sums else None,
+    )

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..errors import ArgumentError
-from .calls import Call, Calls, ParameterSum, column_sum, join, mean_of_sums, total
+from .calls import Call, Calls, ParameterSum, column_sum, combine
 from .hooks import attach
 from .layers import Layer
 from .likelihoods import Likelihood
-from .sampling import is_extra_backward, require_predictive, sampled_backward
+from .sampling import is_extra_backward, label_generator, require_predictive, roots_backward, sampled_backward
 from .statistics import LayerStatistics
 
 __all__ = ["Capture", "PassKind", "Record"]
@@ -29,7 +29,12 @@ PassKind = Literal["gradient", "look back", "forward"]
 
 
 class Record(enum.Flag):
-    """What to keep of one layer: its inputs, output gradients, sampled gradients, or only means (cheapest)."""
+    """What to keep of one layer: its inputs, output gradients, sampled gradients, or only means (cheapest).
+
+    ``CURVATURE_ROOTS``: all roots of the likelihood's curvature, backpropagated. ``PER_SAMPLE`` beside ``GRADIENTS``,
+    ``SAMPLED`` or ``CURVATURE_ROOTS``: whole parameter gradients are wanted; a backend may measure them itself, or
+    leave them to be built from the rows. ``COUNT``: nothing but the number of samples.
+    """
 
     NOTHING = 0
     INPUTS = enum.auto()
@@ -37,6 +42,9 @@ class Record(enum.Flag):
     MEANS = enum.auto()
     SAMPLED = enum.auto()
     SAMPLED_PARAMETERS = enum.auto()
+    CURVATURE_ROOTS = enum.auto()
+    PER_SAMPLE = enum.auto()
+    COUNT = enum.auto()
 
 
 class Capture:
@@ -49,6 +57,9 @@ class Capture:
         loss_reduction: ``"mean"`` or ``"sum"``: how the user's loss combines the samples.
         seed: of the sampled labels. The labels of a pass depend on (seed, step, pass) only: no random state is kept.
     """
+
+    name: ClassVar[str] = "hooks"
+    cannot: ClassVar[Mapping[Record, str]] = {}
 
     def __init__(
         self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood | None, loss_reduction: str, seed: int
@@ -120,11 +131,9 @@ class Capture:
                 for entry in self._parameter_sums.get(layer.name, [])
                 if self._kind == "forward" or entry.pass_index in done
             ]
-            if calls:
-                result[layer.name] = self._combine(layer, calls, sums)
-            elif sums:
-                samples = sum(entry.samples for entry in sums)
-                result[layer.name] = LayerStatistics(layer, samples, 1, sampled_parameter_gradients=mean_of_sums(sums))
+            record = combine(layer, calls, sums, self.loss_reduction)
+            if record is not None:
+                result[layer.name] = record
         self.clear()
         return result
 
@@ -137,26 +146,6 @@ class Capture:
 
     def _completed_passes(self) -> set[int]:
         return {call.pass_index for calls in self._calls.values() for call in calls if call.complete}
-
-    def _combine(self, layer: Layer, calls: list[Call], sums: list[ParameterSum]) -> LayerStatistics:
-        first_of_pass = {call.pass_index: call.samples for call in reversed(calls)}
-        samples = sum(first_of_pass.values())
-        scale = float(samples) if self.loss_reduction == "mean" else 1.0
-        rows = sum(call.samples * call.positions for call in calls)
-        output_sum = total([call.output_sum for call in calls])
-        gradient_sum = total([call.gradient_sum for call in calls])
-        return LayerStatistics(
-            layer=layer,
-            samples=samples,
-            positions=rows // samples,
-            gradient_scale=scale,
-            inputs=join(calls, [call.input for call in calls]),
-            output_gradient=join(calls, [call.gradient for call in calls]),
-            sampled_gradient=join(calls, [call.sampled for call in calls]),
-            mean_preactivation=None if output_sum is None else output_sum / rows,
-            mean_gradient=None if gradient_sum is None else gradient_sum * (scale / rows),
-            sampled_parameter_gradients=mean_of_sums(sums) if sums else None,
-        )
 
     def _on_layer(self, layer: Layer, args: tuple[Any, ...], output: Any) -> Any:
         wanted = self._wanted.get(layer.name, Record.NOTHING)
@@ -192,27 +181,36 @@ class Capture:
             call.input = layer.adapter.recorded_input(layer.module, value.detach())
         if Record.MEANS in wanted:
             call.output_sum = column_sum(layer.adapter.expand_output(layer.module, output.detach()))
-        if Record.SAMPLED in wanted and output.requires_grad:
+        if wanted & (Record.SAMPLED | Record.CURVATURE_ROOTS) and output.requires_grad:
             call.edge = get_gradient_edge(output)
         self._calls[layer.name].append(call)
         return call
 
     def _on_model(self, output: Any) -> None:
-        rows = [name for name, record in self._wanted.items() if Record.SAMPLED in record]
         whole = {name for name, record in self._wanted.items() if Record.SAMPLED_PARAMETERS in record}
-        if not (rows or whole) or not torch.is_grad_enabled():
+        extra = Record.SAMPLED | Record.SAMPLED_PARAMETERS | Record.CURVATURE_ROOTS
+        if not any(record & extra for record in self._wanted.values()) or not torch.is_grad_enabled():
             return
         likelihood, output = require_predictive(self.likelihood, output)
         if not output.requires_grad:
             return
-        calls = [call for name in rows for call in self._calls[name] if call.pass_index == self._pass]
-        calls = [call for call in calls if call.edge is not None]
-        layers = [layer for layer in self.layers if layer.name in whole]
-        generator = self._generator(output.device)
-        sums = sampled_backward(output, likelihood, generator, self._pass, calls, layers)
-        self._forget_abandoned_sums()
-        for name, entry in sums.items():
-            self._parameter_sums.setdefault(name, []).append(entry)
+        roots_backward(output, likelihood, self._with_edge(Record.CURVATURE_ROOTS))
+        calls = self._with_edge(Record.SAMPLED)
+        if calls or whole:
+            layers = [layer for layer in self.layers if layer.name in whole]
+            generator = self._generator(output.device)
+            sums = sampled_backward(output, likelihood, generator, self._pass, calls, layers)
+            self._forget_abandoned_sums()
+            for name, entry in sums.items():
+                self._parameter_sums.setdefault(name, []).append(entry)
+        for call in self._with_edge(Record.CURVATURE_ROOTS):
+            call.edge = None
+
+    def _with_edge(self, record: Record) -> list[Call]:
+        """Calls of this pass that want ``record`` and can be reached from the output."""
+        names = [name for name, wanted in self._wanted.items() if record in wanted]
+        calls = [call for name in names for call in self._calls[name] if call.pass_index == self._pass]
+        return [call for call in calls if call.edge is not None]
 
     def _forget_abandoned_sums(self) -> None:
         """Sums of passes whose graph was thrown away without a backward."""
@@ -222,10 +220,7 @@ class Capture:
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """A generator that depends on (seed, step, number of completed passes), so that idle passes leave no trace."""
-        done = self._completed_passes()
-        generator = torch.Generator(device=device)
-        generator.manual_seed((self.seed * 1_000_003 + self.step) * 1_009 + len(done))
-        return generator
+        return label_generator(self.seed, self.step, len(self._completed_passes()), device)
 
 
 def _gradient_hook(layer: Layer, call: Call, wanted: Record, calls: Calls) -> Callable[[Tensor], None]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from .capture import Record
-from .statistics import LayerStatistics, Needs, Tensors
+from .statistics import LayerStatistics, Needs
 
 __all__ = [
     "BatchMean",
@@ -125,19 +125,17 @@ class EmpiricalFisher:
         if Needs.ROOTS in needs:
             wanted |= Record.GRADIENTS
         if needs & _WHOLE:
-            wanted |= Record.GRADIENTS | Record.INPUTS
+            wanted |= Record.GRADIENTS | Record.INPUTS | Record.PER_SAMPLE
         return wanted
 
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """Rows of the user's backward with the factor that makes them per-sample."""
         if statistics.output_gradient is None:
-            return statistics
+            whole = statistics.sample_gradients.loss is not None
+            return statistics.with_vectors(statistics.loss_vectors) if whole else statistics
         scale = statistics.gradient_scale
 
-        def vectors() -> Tensors:
-            return statistics.per_sample_gradients(statistics.gradient_rows() * scale)
-
-        return replace(statistics.with_vectors(vectors), roots=(statistics.gradient_rows(), scale))
+        return replace(statistics.with_vectors(statistics.loss_vectors), roots=(statistics.gradient_rows(), scale))
 
 
 @dataclass(frozen=True)
@@ -159,13 +157,16 @@ class SampledFisher:
             wanted |= Record.SAMPLED
         if needs & (Needs.SCORES | _WHOLE):
             wanted |= Record.INPUTS
+        if needs & _WHOLE:
+            wanted |= Record.PER_SAMPLE
         return wanted
 
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """Rows of the sampled backward; they are per-sample already."""
         if statistics.sampled_gradient is None:
-            return statistics
-        filled = statistics.with_vectors(lambda: statistics.per_sample_gradients(statistics.sampled_rows()))
+            whole = statistics.sample_gradients.sampled is not None
+            return statistics.with_vectors(statistics.sampled_vectors) if whole else statistics
+        filled = statistics.with_vectors(statistics.sampled_vectors)
         return replace(filled, roots=(statistics.sampled_rows(), 1.0))
 
 

@@ -11,30 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .sampling import is_extra_backward
+
 if TYPE_CHECKING:
     from .capture import Capture
     from .layers import Layer
 
-__all__ = ["BeginHook", "EndHook", "LayerHook", "attach"]
+__all__ = ["BeginHook", "EndHook", "Hook", "LayerHook", "attach"]
 
 
-class _Hook:
+class Hook:
     """Holds a capture weakly."""
 
-    def __init__(self, capture: Capture | None = None, layer: Layer | None = None):
+    def __init__(self, capture: Any = None, layer: Layer | None = None):
         self._capture = None if capture is None else weakref.ref(capture)
         self._layer = layer
 
-    def capture(self) -> Capture | None:
-        """The capture, if it is still there."""
-        return None if self._capture is None else self._capture()
+    def capture(self) -> Any:
+        """The capture, if it is still there and what runs now is the user's."""
+        return None if self._capture is None or is_extra_backward() else self._capture()
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         """A copy of the model, or the model in a file, is nobody's model."""
         return type(self), ()
 
 
-class LayerHook(_Hook):
+class LayerHook(Hook):
     """Forward hook of one layer's module."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -45,7 +47,7 @@ class LayerHook(_Hook):
         return capture._on_layer(self._layer, args, output)
 
 
-class BeginHook(_Hook):
+class BeginHook(Hook):
     """Forward pre-hook of the model."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -55,7 +57,7 @@ class BeginHook(_Hook):
             capture._pass, capture._inside = capture._pass + 1, True
 
 
-class EndHook(_Hook):
+class EndHook(Hook):
     """Forward hook of the model."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

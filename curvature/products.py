@@ -35,10 +35,24 @@ class GraphKeepingBackward(TorchFunctionMode):
         self.gradients: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Everything but ``Tensor.backward`` passes through."""
-        if func is not torch.Tensor.backward:
-            return func(*args, **(kwargs or {}))
-        gradients = torch.autograd.grad(args[0], self.parameters, create_graph=True, materialize_grads=True)
+        """Everything but ``Tensor.backward`` and ``torch.autograd.backward`` passes through."""
+        if func is torch.Tensor.backward:
+            self._backward(*_arguments(*args, **(kwargs or {})))
+            return None
+        if func is torch.autograd.backward:
+            self._backward(*_arguments_of_several(*args, **(kwargs or {})))
+            return None
+        return func(*args, **(kwargs or {}))
+
+    def _backward(self, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], inputs: Any) -> None:
+        """Fill ``.grad`` as autograd would, and add the differentiable gradients to the kept ones."""
+        gradients = torch.autograd.grad(
+            tensors, self.parameters, vectors, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        if inputs is not None:
+            chosen = {id(value) for value in ([inputs] if isinstance(inputs, Tensor) else inputs)}
+            pairs = zip(self.parameters, gradients, strict=True)
+            gradients = tuple(value if id(p) in chosen else torch.zeros_like(p) for p, value in pairs)
         if self.gradients:
             self.gradients = [old + new for old, new in zip(self.gradients, gradients, strict=True)]
         else:
@@ -46,7 +60,6 @@ class GraphKeepingBackward(TorchFunctionMode):
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             value = gradient.detach().clone()
             parameter.grad = value if parameter.grad is None else parameter.grad + value
-        return None
 
     def product(self, directions: Mapping[str, Tensors]) -> dict[str, Tensors]:
         """H d per layer, for one direction per layer; callable any number of times until :meth:`release`."""
@@ -74,3 +87,33 @@ class GraphKeepingBackward(TorchFunctionMode):
     def release(self) -> None:
         """Free the graph."""
         self.gradients = []
+
+
+_Backward = tuple[Sequence[Tensor], Sequence[Tensor | None], Any]
+
+
+def _arguments(
+    tensor: Tensor,
+    gradient: Tensor | None = None,
+    retain: Any = None,
+    create: Any = False,
+    inputs: Any = None,
+    **_: Any,
+) -> _Backward:
+    """Of ``Tensor.backward``: tensors, vectors, inputs."""
+    return [tensor], [gradient], inputs
+
+
+def _arguments_of_several(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain: Any = None,
+    create: Any = False,
+    old: Any = None,
+    inputs: Any = None,
+    **_: Any,
+) -> _Backward:
+    """Of ``torch.autograd.backward``: tensors, vectors, inputs."""
+    several = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    vectors = [grad_tensors] if isinstance(grad_tensors, Tensor) or grad_tensors is None else list(grad_tensors)
+    return several, vectors if len(vectors) == len(several) else [None] * len(several), inputs

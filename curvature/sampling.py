@@ -18,14 +18,21 @@ from .calls import Call, ParameterSum
 from .layers import Layer
 from .likelihoods import Likelihood
 
-__all__ = ["extra_backward", "is_extra_backward", "require_predictive", "sampled_backward"]
+__all__ = [
+    "extra_backward",
+    "is_extra_backward",
+    "label_generator",
+    "require_predictive",
+    "roots_backward",
+    "sampled_backward",
+]
 
 _running = [False]
 """Shared by all captures: a second optimizer on the same model sees this one's extra backward through its own hooks."""
 
 
 def is_extra_backward() -> bool:
-    """Whether the gradients that arrive now belong to no user's loss."""
+    """Whether what runs now, forward or backward, is a backend's own business and belongs to no user's loss."""
     return _running[0]
 
 
@@ -37,6 +44,20 @@ def extra_backward() -> Iterator[None]:
         yield
     finally:
         _running[0] = False
+
+
+def label_generator(seed: int, step: int, passes: int, device: torch.device) -> torch.Generator:
+    """The generator of the labels of one pass; every backend draws from it, so all draw the same labels.
+
+    Args:
+        seed: of the optimizer.
+        step: number of the step >= 0.
+        passes: completed passes of this step before the one at hand.
+        device: of the model's output.
+    """
+    generator = torch.Generator(device=device)
+    generator.manual_seed((seed * 1_000_003 + step) * 1_009 + passes)
+    return generator
 
 
 def require_predictive(likelihood: Likelihood | None, output: object) -> tuple[Likelihood, Tensor]:
@@ -91,3 +112,30 @@ def sampled_backward(
         values = tuple(torch.zeros_like(p) if gradient is None else gradient for p, gradient in found)
         sums[layer.name] = ParameterSum(pass_index, output.shape[0], values)
     return sums
+
+
+def roots_backward(output: Tensor, likelihood: Likelihood, calls: Sequence[Call]) -> None:
+    """Backpropagate all V roots of the likelihood's curvature at the output, as one batch where autograd can.
+
+    Args:
+        output: (N, ...) of the model, with its graph.
+        likelihood: the distribution.
+        calls: calls of this pass with an edge; their ``roots`` are set, (N, V, ...).
+    """
+    if not calls:
+        return
+    roots = likelihood.curvature_root(output.detach())
+    edges: list[Any] = [call.edge for call in calls]
+    with extra_backward():
+        for call, gradient in zip(calls, _batched_backward(output, edges, roots), strict=True):
+            call.roots = None if gradient is None else gradient.transpose(0, 1)
+
+
+def _batched_backward(output: Tensor, edges: Sequence[Any], roots: Tensor) -> Sequence[Tensor | None]:
+    """Gradients (V, ...) at each edge, one per root."""
+    try:
+        return torch.autograd.grad(output, edges, roots, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    except RuntimeError:  # an operation of the model has no batching rule: one root at a time
+        found = [torch.autograd.grad(output, edges, root, retain_graph=True, allow_unused=True) for root in roots]
+    columns = zip(*found, strict=True)
+    return [None if values[0] is None else torch.stack(list(values)) for values in columns]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from torch import Tensor
 from ..errors import CompatibilityError
 from .layers import Layer, LayerAdapter
 
-__all__ = ["LayerStatistics", "Needs", "Tensors"]
+__all__ = ["LayerStatistics", "Needs", "SampleGradients", "Tensors"]
 
 Tensors = tuple[Tensor, ...]
+_T = TypeVar("_T")
 
 
 class Needs(enum.Flag):
@@ -52,6 +54,22 @@ class Needs(enum.Flag):
 
 
 @dataclass(frozen=True)
+class SampleGradients:
+    """Whole parameter gradients, sample by sample, as a backend measured them. The ``hooks`` backend leaves them out.
+
+    Attributes:
+        loss: per parameter (N, *shape), raw gradients of the user's loss (times ``gradient_scale`` they belong to each
+            sample's own loss).
+        sampled: per parameter (N, *shape), gradients of -log p(sampled label).
+        roots: per parameter (N, V, *shape), the V roots of the output curvature times the output's Jacobian.
+    """
+
+    loss: Tensors | None = None
+    sampled: Tensors | None = None
+    roots: Tensors | None = None
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
     """One layer on one mini-batch of N samples with S shared positions (S = 1 for a plain ``Linear``).
 
@@ -69,7 +87,13 @@ class LayerStatistics:
         mean_gradient: (d_out,) mean over samples and positions of the per-sample gradient.
         gradients: mean gradient of the data loss per parameter of the layer, no weight decay.
         sampled_parameter_gradients: the same for the mean loss with labels sampled from the model.
-        roots: N*S rows (N*S, d_out) of curvature-bearing gradients, chosen by the estimator.
+        curvature_roots: (N, V, ...): the V roots of the output's curvature (``Likelihood.curvature_root``)
+            backpropagated to the pre-activation, each in the module's output shape.
+        sample_gradients: whole gradients per sample, where the backend measured them itself.
+        hessian: builds the dense Hessian of the mean loss over the layer's parameters, laid out as ``matrix``.
+        roots: rows (V*N*S, d_out) of curvature-bearing gradients and their factor, chosen by the estimator; the
+            curvature at the pre-activation is the sum of outer products over all rows divided by N*S (V = 1 but for
+            the exact Gauss-Newton matrix).
         vectors: per parameter a tensor (V, *shape): V gradient vectors whose mean outer product is the curvature.
         matrix: builds the dense curvature matrix (P, P) over the P parameters of the layer, in the layer's order, each
             flattened row-major (weight in its own layout, then bias). Symmetric; it may have negative eigenvalues if
@@ -87,6 +111,9 @@ class LayerStatistics:
     mean_gradient: Tensor | None = None
     gradients: Tensors | None = None
     sampled_parameter_gradients: Tensors | None = None
+    curvature_roots: Tensor | None = None
+    sample_gradients: SampleGradients = SampleGradients()
+    hessian: Callable[[], Tensor] | None = None
     roots: tuple[Tensor, float] | None = None
     vectors: Callable[[], Tensors] | None = None
     matrix: Callable[[], Tensor] | None = None
@@ -126,6 +153,57 @@ class LayerStatistics:
     def expand(self, value: Tensor) -> Tensor:
         """A tensor in the module's output shape as (N, S, d_out)."""
         return self._adapter().expand_output(self.layer.module, value)
+
+    def root_rows(self) -> Tensor:
+        """All roots of the output's curvature at the pre-activations, (V*N*S, d_out), the root slowest."""
+        value = self._require(self.curvature_roots, "curvature_roots")
+        return self.expand(value.transpose(0, 1).flatten(0, 1)).flatten(0, 1)
+
+    def loss_vectors(self) -> Tensors:
+        """Gradient of every sample's own loss with respect to each parameter, (N, *shape)."""
+        measured = self.sample_gradients.loss
+        if measured is None:
+            return self.per_sample_gradients(self.gradient_rows() * self.gradient_scale)
+        return tuple(value * self.gradient_scale for value in measured)
+
+    def sampled_vectors(self) -> Tensors:
+        """Gradient of every sample's -log p(sampled label) with respect to each parameter, (N, *shape)."""
+        measured = self.sample_gradients.sampled
+        return self.per_sample_gradients(self.sampled_rows()) if measured is None else measured
+
+    def root_vectors(self) -> Tensors:
+        """The V roots of the output's curvature times the Jacobian, (V*N, *shape) per parameter, the root slowest."""
+        measured = self.sample_gradients.roots
+        if measured is not None:
+            return tuple(value.transpose(0, 1).flatten(0, 1) for value in measured)
+        roots = self._require(self.curvature_roots, "curvature_roots").shape[1]
+        stacked = torch.vmap(self.per_sample_gradients)(self.root_rows().unflatten(0, (roots, -1)))
+        return tuple(value.flatten(0, 1) for value in stacked)
+
+    def diagonal(self) -> Tensors:
+        """Diagonal of the curvature matrix, in the parameters' shapes, without building the matrix from vectors."""
+        if self.vectors is not None:
+            return tuple(value.square().mean(0) for value in self.vectors())
+        diagonal = self._require(self.matrix, "a curvature matrix")().diagonal()
+        shapes = [parameter.shape for parameter in self.layer.parameters.values()]
+        pieces = diagonal.split([shape.numel() for shape in shapes])
+        return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
+
+    def squared_gradient_norms(self) -> Tensors:
+        """Squared norm of every sample's own gradient, (N,) per parameter."""
+        return tuple(value.flatten(1).square().sum(1) for value in self.loss_vectors())
+
+    def kronecker_factors(self) -> tuple[Tensor, Tensor]:
+        """K-FAC's factors of the curvature over the layer matrix ``[W | b]``, A (d_in [+1]) and G (d_out).
+
+        A is the mean over samples of the sum over positions of a a', G the mean over samples and positions of g g'
+        (arXiv:1602.01407v2, equation 31 ff., arXiv:1503.05671v7, section 3): A kron G approximates the curvature.
+        """
+        inputs = self.input_rows()
+        if self.layer.has_bias:
+            inputs = torch.cat([inputs, inputs.new_ones(inputs.shape[0], 1)], 1)
+        rows, factor = self._require(self.roots, "roots")
+        return inputs.T @ inputs / self.samples, rows.T @ rows * (factor**2 / (self.samples * self.positions))
 
     def per_sample_gradients(self, rows: Tensor) -> Tensors:
         """Gradient of every sample's own loss with respect to each parameter, built on demand.
@@ -169,7 +247,7 @@ class LayerStatistics:
             )
         return self.layer.adapter
 
-    def _require(self, value: Tensor | None, name: str) -> Tensor:
+    def _require(self, value: _T | None, name: str) -> _T:
         if value is None:
             raise CompatibilityError(
                 f"{name} of layer {self.layer.name!r} was not recorded; declare it in the part's `needs`"

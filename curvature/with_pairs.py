@@ -39,6 +39,12 @@ class WithPairs:
         """As the estimator."""
         return self.estimator.definite
 
+    @property
+    def asks(self) -> Needs:
+        """As the estimator."""
+        asks: Needs = getattr(self.estimator, "asks", Needs.NOTHING)
+        return asks
+
     def records(self, needs: Needs) -> Record:
         """The estimator's records, and batch means at the pre-activations."""
         means = Record.MEANS if Needs.PAIRS in needs else Record.NOTHING

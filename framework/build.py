@@ -31,6 +31,7 @@ def build(
     on_nonfinite: str = "raise",
     groups: Sequence[Mapping[str, Any]] | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
+    backend: str = "hooks",
     **options: Any,
 ) -> SecondOrder:
     """Build an optimizer.
@@ -52,6 +53,7 @@ def build(
             values above. Parameters in no group form one more, the last. ``lr`` and ``damping`` are one number per
             layer; ``weight_decay`` may differ within a layer.
         grad_scaler: the ``torch.amp.GradScaler`` of the loop, if there is one.
+        backend: who measures the curvature: ``"hooks"`` (fast), or ``"func"`` (``torch.func``, exact, slow).
         **options: options of the registered method, e.g. ``memory=20`` for ``kbfgs-l``.
 
     Example:
@@ -89,4 +91,5 @@ def build(
         on_nonfinite=on_nonfinite,
         groups=groups,
         grad_scaler=grad_scaler,
+        backend=backend,
     )

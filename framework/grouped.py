@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..curvature.capture import Capture
+from ..curvature.backends import Backend
 from ..curvature.layers import Layer
 from ..preconditioners.damping import SideDamping
 from .blocks import Block, make_blocks
@@ -33,7 +33,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     method: Method
     layers: list[Layer]
     blocks: list[Block]
-    capture: Capture
+    capture: Backend
     _strict: bool
     _step: int
     _rule: StepRule

@@ -104,7 +104,13 @@ class Method:
     @property
     def needs_closure(self) -> bool:
         """Whether ``step`` must be given a closure."""
-        return self.looks_back or Needs.PRODUCTS in self.step_size.needs
+        return self.looks_back or Needs.PRODUCTS in self.step_size.needs | self.asks
+
+    @property
+    def asks(self) -> Needs:
+        """What the estimator asks of the optimizer itself: ``PRODUCTS``, or nothing."""
+        asks: Needs = getattr(self.curvature, "asks", Needs.NOTHING)
+        return asks
 
     @property
     def needs_likelihood(self) -> bool:

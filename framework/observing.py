@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from ..curvature.capture import Capture
+from ..curvature.backends import Backend
 from ..curvature.estimators import Estimator
 from ..curvature.statistics import LayerStatistics, Tensors
 from ..preconditioners.averages import PlainAverage
@@ -89,7 +89,7 @@ def refresh(blocks: Sequence[Block], sides: Callable[[Block], SideDamping], step
 
 
 def warm_up(
-    model: nn.Module, capture: Capture, blocks: Sequence[Block], estimator: Estimator, closures: Iterable[Closure]
+    model: nn.Module, capture: Backend, blocks: Sequence[Block], estimator: Estimator, closures: Iterable[Closure]
 ) -> bool:
     """Plain averages of the estimator's statistics over the closures' mini-batches. Returns whether there were any.
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..curvature.capture import Capture, Record
+from ..curvature.backends import make_backend, require_supported
+from ..curvature.capture import Record
 from ..curvature.layers import discover_layers
 from ..curvature.likelihoods import Likelihood, resolve_likelihood
 from ..curvature.products import GraphKeepingBackward
-from ..curvature.statistics import LayerStatistics, Needs, Tensors
+from ..curvature.statistics import LayerStatistics, Tensors
 from ..errors import ArgumentError, ClosureRequiredError, NumericalError
 from ..preconditioners.by_layer import ByLayer, require_matching_keys
 from .blocks import make_blocks
@@ -30,7 +31,7 @@ from .method import Method
 from .nonfinite import Undo, find_trouble, is_risky, require_finite_loss
 from .observing import observe, refine, refresh, warm_up
 from .precision import Scaling, widened
-from .recording import records_for_step, require_sampled
+from .recording import all_records, products_due, records_for_step, require_sampled, with_hessians
 from .report import LayerRow, StepReport
 from .saving import restore_state, saved_state
 from .stepping import Proposal, StepRule
@@ -59,6 +60,7 @@ class SecondOrder(GroupedOptimizer):
             :func:`osculate.framework.groups.split_into_groups`; what they leave over forms one more group.
         grad_scaler: the ``torch.amp.GradScaler`` that scales the loss; needed by methods that read gradients inside the
             model if the gradients are unscaled for clipping, and by closures.
+        backend: who measures, a name of :data:`osculate.curvature.backends.BACKENDS`; all record the same.
 
     Raises:
         ArgumentError: for values out of range.
@@ -83,6 +85,7 @@ class SecondOrder(GroupedOptimizer):
         on_nonfinite: str = "raise",
         groups: Sequence[Mapping[str, Any]] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        backend: str = "hooks",
     ):
         if loss_reduction not in ("mean", "sum"):
             raise ArgumentError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
@@ -106,7 +109,8 @@ class SecondOrder(GroupedOptimizer):
         self._strict, self.grad_scaler = strict, grad_scaler
         super().__init__(split_into_groups(model, layers, groups), values)
         self._check_values()
-        self.capture = Capture(model, layers, resolved, loss_reduction, seed)
+        self.capture = make_backend(backend, model, layers, resolved, loss_reduction, seed)
+        require_supported(self.capture, all_records(self.blocks, layers, method))
         self.last_report = StepReport(-1)
         self.gradient_evaluations = self.skipped_steps = 0
         self._step, self._warm = 0, False
@@ -173,7 +177,7 @@ class SecondOrder(GroupedOptimizer):
         if scaling.found_inf is not None and bool(scaling.found_inf):
             return self._skip("the GradScaler found a gradient that is not finite", loss)
         self._inverse_scale = scaling.inverse(self._records_gradients)
-        statistics = self.collect()
+        statistics = with_hessians(self.collect(), self, products)
         gradients = {block.key: block.gradients() for block in self.blocks}
         trouble = find_trouble(loss, gradients, statistics)
         if trouble is not None:
@@ -241,7 +245,7 @@ class SecondOrder(GroupedOptimizer):
         if closure is None:
             return None, None
         self._arm()  # an interrupted look back or warm start may have left the hooks in another mode
-        wanted = Needs.PRODUCTS in self.method.step_size.needs and self.method.step_size.due(self._step)
+        wanted = products_due(self.blocks, self.method, self._step, self._warm)
         products = GraphKeepingBackward(self.layers) if wanted else None
         with products or nullcontext():
             loss = run_closure(closure)

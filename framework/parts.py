@@ -26,6 +26,8 @@ KINDS: dict[str, dict[str, type]] = {
         curvature.SampledBatchMean,
         curvature.EmpiricalFisher,
         curvature.SampledFisher,
+        curvature.ExactGGN,
+        curvature.ExactHessianBlock,
         curvature.SecantPairs,
         curvature.WithPairs,
     ),

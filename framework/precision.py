@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..curvature.statistics import LayerStatistics
+from ..curvature.statistics import LayerStatistics, SampleGradients
 from ..errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -113,12 +113,19 @@ def _widened(entry: LayerStatistics, inverse_scale: Tensor | None) -> LayerStati
     changes: dict[str, Any] = {}
     for item in fields(entry):
         value = getattr(entry, item.name)
-        wide = _wide(value)
+        wide = _unscaled(value, inverse_scale) if isinstance(value, SampleGradients) else _wide(value)
         if inverse_scale is not None and item.name in _SCALED and isinstance(wide, Tensor):
             wide = wide * inverse_scale
         if wide is not value:
             changes[item.name] = wide
     return replace(entry, **changes) if changes else entry
+
+
+def _unscaled(value: SampleGradients, inverse_scale: Tensor | None) -> SampleGradients:
+    """Whole gradients, of which those of the user's loss carry its scale."""
+    if inverse_scale is None or value.loss is None:
+        return value
+    return replace(value, loss=tuple(entry * inverse_scale for entry in value.loss))
 
 
 def _wide(value: Any) -> Any:

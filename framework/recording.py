@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from ..curvature.capture import Record
 from ..curvature.estimators import Estimator
+from ..curvature.hessian_blocks import hessian_block
 from ..curvature.layers import Layer
+from ..curvature.products import GraphKeepingBackward
 from ..curvature.statistics import LayerStatistics, Needs
 from ..errors import ArgumentError
 from ..stepsize.protocol import StepSize
 from .blocks import Block, present_gradients
 from .method import Method
 
-__all__ = ["fill", "records_for_forward", "records_for_step", "require_filled", "require_sampled"]
+if TYPE_CHECKING:
+    from .optimizer import SecondOrder
+
+__all__ = [
+    "all_records",
+    "fill",
+    "products_due",
+    "records_for_forward",
+    "records_for_step",
+    "require_filled",
+    "require_sampled",
+    "with_hessians",
+]
 
 
 def records_for_step(
@@ -28,12 +46,18 @@ def records_for_step(
             # Parts that look back use the mean input of every step; the rest sits this step out.
             needs = needs & (Needs.PAIRS | Needs.INPUTS) if Needs.PAIRS in needs else Needs.NOTHING
         _add(wanted, block.layer.name, method.curvature.records(needs))
-    scores = method.step_size.needs & (Needs.SCORES | Needs.BATCH_SCORES)
-    if scores and method.step_size.due(step):
-        for layer in layers:
-            rows = layer.adapter is not None and Needs.SCORES in scores
-            _add(wanted, layer.name, Record.SAMPLED | Record.INPUTS if rows else Record.SAMPLED_PARAMETERS)
+    for layer in layers if method.step_size.due(step) else ():
+        _add(wanted, layer.name, _records_for_scores(layer, method))
     return wanted
+
+
+def _records_for_scores(layer: Layer, method: Method) -> Record:
+    """What the step-size rule asks of a layer."""
+    scores = method.step_size.needs & (Needs.SCORES | Needs.BATCH_SCORES)
+    if not scores:
+        return Record.NOTHING
+    rows = layer.adapter is not None and Needs.SCORES in scores
+    return Record.SAMPLED | Record.INPUTS if rows else Record.SAMPLED_PARAMETERS
 
 
 def records_for_forward(blocks: Sequence[Block], estimator: Estimator) -> dict[str, Record]:
@@ -42,6 +66,52 @@ def records_for_forward(blocks: Sequence[Block], estimator: Estimator) -> dict[s
     for block in blocks:
         _add(wanted, block.layer.name, estimator.records(block.part.needs))
     return wanted
+
+
+def all_records(blocks: Sequence[Block], layers: Sequence[Layer], method: Method) -> dict[str, Record]:
+    """What each layer may have to record at any step, in the warm start, or when looking back."""
+    wanted = records_for_forward(blocks, method.warm_start) if method.warm_start is not None else {}
+    for block in blocks:
+        _add(wanted, block.layer.name, method.curvature.records(block.part.needs))
+    for layer in layers:
+        _add(wanted, layer.name, _records_for_scores(layer, method))
+    return wanted
+
+
+def products_due(blocks: Sequence[Block], method: Method, step: int, warm: bool) -> bool:
+    """Whether this step needs products with the Hessian, for the step sizes or for the curvature."""
+    if Needs.PRODUCTS in method.step_size.needs and method.step_size.due(step):
+        return True
+    due = [block for block in blocks if block.part.schedule.statistics_due(step, warm)]
+    return Needs.PRODUCTS in method.asks and any(Needs.MATRIX in block.part.needs for block in due)
+
+
+def with_hessians(
+    statistics: Mapping[str, LayerStatistics],
+    optimizer: SecondOrder,
+    products: GraphKeepingBackward | None,
+) -> dict[str, LayerStatistics]:
+    """The statistics with every layer's dense Hessian to be built on demand, if the estimator asks for products.
+
+    Raises:
+        ArgumentError: if the loss is a sum over samples whose number no hook saw.
+    """
+    result = dict(statistics)
+    if products is None or Needs.PRODUCTS not in optimizer.method.asks:
+        return result
+    unscale = optimizer._inverse_scale
+    for layer in optimizer.layers:
+        record = result.get(layer.name)
+        if record is None and optimizer.capture.loss_reduction == "sum":
+            raise ArgumentError(
+                f"the number of samples that layer {layer.name!r} saw is unknown, so the Hessian of a summed loss "
+                "cannot be scaled; use a mean loss and loss_reduction='mean'"
+            )
+        record = LayerStatistics(layer, 1, 1) if record is None else record
+        scale: float | Tensor = record.gradient_scale / record.samples
+        scale = scale if unscale is None else scale * unscale
+        result[layer.name] = replace(record, hessian=partial(hessian_block, products, layer, scale))
+    return result
 
 
 def fill(estimator: Estimator, layer: Layer, record: LayerStatistics | None) -> LayerStatistics | None:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 import osculate as osc
 import pytest
 import torch
+from backend_nets import SEEN, WantsMatrix
 from measuring import close, measure
 from osculate.curvature import (
     BatchMean,
     EmpiricalFisher,
     Estimator,
     Gaussian,
-    LayerStatistics,
     Needs,
     SampledBatchMean,
     SampledFisher,
@@ -43,22 +43,6 @@ class Indefinite(EmpiricalFisher):
     """Pretends to have negative eigenvalues."""
 
     definite = False
-
-
-@dataclass(frozen=True)
-class WantsMatrix(osc.Identity):
-    """A structure that asks for the dense matrix and takes what it says it takes."""
-
-    needs = Needs.MATRIX
-    takes_indefinite: bool = False
-
-    def update(self, state: object, observation: osc.Observation, average: object = None) -> None:
-        statistics = observation.statistics
-        assert isinstance(statistics, LayerStatistics) and statistics.matrix is not None
-        SEEN.append(statistics.matrix())
-
-
-SEEN: list[Tensor] = []
 
 
 def test_an_indefinite_matrix_goes_only_to_structures_that_take_it() -> None:
