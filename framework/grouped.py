@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..curvature.backends import Backend
 from ..curvature.layers import Layer
 from ..preconditioners.damping import SideDamping
+from ..preconditioners.kronecker import Kronecker, KroneckerState
 from .blocks import Block, make_blocks
 from .groups import GroupValues, chosen_parameters
 from .growing import late_layers, unowned_parameters
@@ -73,7 +74,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def sides(self, block: Block) -> SideDamping:
         """Damping of a block's matrices."""
         value = self._values.of_layer(self.param_groups, block.layer.name, "damping")
-        return self.method.damping.sides(value, block.positions)
+        rule, part = self.method.damping, block.part
+        if getattr(rule, "uses_eigenvalues", False) and isinstance(part, Kronecker):
+            return rule.sides(value, block.positions, part.mean_eigenvalues(cast(KroneckerState, block.state)))
+        return rule.sides(value, block.positions)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take over parameters of the model that were frozen when the optimizer was built (gradual unfreezing).

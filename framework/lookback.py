@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..curvature.capture import Record
 from ..curvature.statistics import LayerStatistics, Needs
 from ..errors import ArgumentError
 from ..preconditioners.protocol import Events
+from ..stepsize.guard import Trial
 from .evaluation import Closure, Snapshot, frozen, preserved, run_closure
 
 if TYPE_CHECKING:
@@ -36,46 +39,90 @@ class Outcome:
 
 
 class LookBack:
-    """The look-back phase of one optimizer. Does nothing for methods that do not need it."""
+    """The look-back phase of one optimizer. Does nothing at steps that do not need it."""
 
     def __init__(self, optimizer: SecondOrder):
         self.optimizer = optimizer
-        self.active = optimizer.method.looks_back
+        self.state = optimizer.method.guard.init()
         self._before: Snapshot | None = None
         self._parameters: list[tuple[Tensor, Tensor]] = []
+        self._slope: Tensor | None = None
+        self._penalty: Tensor | float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Saved state of the guard; empty for guards without one."""
+        return {} if self.state is None else dict(self.state.to_dict())
+
+    def load_dict(self, values: Mapping[str, Any]) -> None:
+        """Load it."""
+        if self.state is not None:
+            self.state.load_dict(dict(values))
 
     def prepare(self) -> None:
         """Remember random state and buffers before the first evaluation."""
-        self._before = Snapshot.take(self.optimizer.model) if self.active else None
+        active = self.optimizer.method.looks_back_at(self.optimizer._step)
+        self._before = Snapshot.take(self.optimizer.model) if active else None
 
     def remember(self, proposal: Proposal) -> None:
-        """Copy the parameters before a step that a guard may shorten: subtracting a huge step again is not exact."""
-        guarded = self.optimizer.method.guard.attempts > 0
-        moved = [parameter for move in proposal.moves for parameter in move.parameters] if guarded else []
+        """What a guard compares with, before the step; and the parameters: to subtract a huge step is not exact."""
+        guard = self.optimizer.method.guard
+        moved = [parameter for move in proposal.moves for parameter in move.parameters] if guard.attempts > 0 else []
         self._parameters = [(parameter, parameter.detach().clone()) for parameter in moved]
+        sloped = guard.attempts > 0 and Needs.SLOPES in guard.needs
+        self._slope = proposal.slope(self.optimizer.method.weight_decay) if sloped else None
+        self._penalty = self.optimizer.penalty() if sloped else 0.0
 
     def run(
         self, closure: Closure, loss: Tensor | None, before: Mapping[str, LayerStatistics], proposal: Proposal
     ) -> Outcome | None:
         """Evaluate again, shorten the step while the guard refuses it, and let the structures observe it."""
-        if not self.active or loss is None:
+        if self._before is None or loss is None:
             return None
         guard, fraction, shortened = self.optimizer.method.guard, 1.0, 0
-        reference = float(loss) if guard.attempts else 0.0
+        whole: Tensor | None = None
         while True:
             loss_after, after = self._evaluate(closure)
-            if guard.attempts == 0 or guard.accepts(reference, float(loss_after)):
+            whole = loss_after if whole is None else whole
+            if guard.attempts == 0 or self._accepts(loss, loss_after, fraction):
                 break
             shortened += 1
             for parameter, saved in self._parameters:
                 parameter.copy_(saved)
             if shortened == guard.attempts:
                 self._parameters = []
+                self._adapt_damping(loss, whole, proposal)
                 return Outcome(loss, {}, shortened, 0.0)
             fraction *= guard.shrink
             self.optimizer._take(proposal, fraction)
         self._parameters = []
-        return Outcome(loss_after, self._observe(before, after), shortened, fraction)
+        events = self._observe(before, after)
+        self._adapt_damping(loss, whole, proposal)
+        return Outcome(loss_after, events, shortened, fraction)
+
+    def _accepts(self, loss: Tensor, loss_after: Tensor, fraction: float) -> bool:
+        """Ask the guard, and let it take in a step that stays. One synchronisation."""
+        guard = self.optimizer.method.guard
+        if self._slope is None:
+            trial = Trial(float(loss), float(loss_after), None, fraction)
+        else:
+            numbers = (loss + self._penalty, loss_after + self.optimizer.penalty(), self._slope)
+            values = torch.stack([number.double() for number in numbers]).tolist()
+            trial = Trial(values[0], values[1], values[2], fraction)
+        accepted = guard.accepts(self.state, trial)
+        if accepted:
+            guard.record(self.state, trial)
+        return accepted
+
+    def _adapt_damping(self, loss: Tensor, loss_after: Tensor, proposal: Proposal) -> None:
+        """Let an adaptive damping rule judge the whole proposed step. One synchronisation where it is due."""
+        rule = self.optimizer.method.adaptive_damping
+        if rule is None or proposal.predicted is None:
+            return
+        numbers = torch.stack([(loss - loss_after).double(), proposal.predicted.double()]).tolist()
+        if self.optimizer.method.guard.attempts == 0 and not math.isfinite(numbers[0]):
+            return  # nobody shortens this step: it will be undone, and lambda with it
+        for group in self.optimizer.param_groups:
+            group["damping"] = rule.adapted(float(group["damping"]), *numbers)
 
     def _evaluate(self, closure: Closure) -> tuple[Tensor, dict[str, LayerStatistics]]:
         """One lean pass: no parameter gradient is computed, gradients and buffers end up as they were."""

@@ -15,6 +15,7 @@ from ..preconditioners.by_layer import ByLayer, leaves
 from ..preconditioners.damping import ConstantDamping, Damping
 from ..preconditioners.identity import Identity
 from ..preconditioners.kronecker import Kronecker
+from ..preconditioners.levenberg_marquardt import AdaptiveDamping
 from ..preconditioners.pairs import PairDamping
 from ..preconditioners.protocol import Preconditioner
 from ..stepsize.constant import ConstantStep
@@ -46,7 +47,7 @@ class Method:
     Args:
         preconditioner: structure of the curvature, or ``ByLayer`` to mix structures.
         curvature: which matrix is measured.
-        damping: how lambda reaches the matrices that are inverted.
+        damping: how lambda reaches the matrices that are inverted, and whether it adapts.
         momentum: recurrence on gradients, before preconditioning.
         weight_decay: coupled or decoupled.
         step_size: how far to go, all layers together.
@@ -81,6 +82,7 @@ class Method:
                 f"fallback {type(self.fallback).__name__} needs {_names(self.fallback.needs)}, but it must serve "
                 "modules without statistics; use Identity() or Diagonal()"
             )
+        self._check_eigenvalues()
         self.check_values(**self.hyperparameters({}))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -97,14 +99,34 @@ class Method:
         return total
 
     @property
+    def adaptive_damping(self) -> AdaptiveDamping | None:
+        """The damping rule, if it also changes lambda."""
+        return self.damping if isinstance(self.damping, AdaptiveDamping) else None
+
+    @property
     def looks_back(self) -> bool:
-        """Whether a step evaluates the same mini-batch again afterwards."""
-        return Needs.PAIRS in self.needs or self.guard.attempts > 0
+        """Whether a step, or some of them, evaluates the same mini-batch again afterwards."""
+        return self.looks_back_at(None)
+
+    def looks_back_at(self, step: int | None) -> bool:
+        """Whether step ``step`` evaluates the same mini-batch again afterwards; ``None``: whether any does."""
+        adaptive = self.adaptive_damping
+        judged = adaptive is not None and (step is None or adaptive.due(step))
+        return judged or Needs.PAIRS in self.needs or self.guard.attempts > 0
+
+    def measures_at(self, step: int | None) -> Needs:
+        """What the quadratic forms of step ``step`` ask of the backend; ``None``: those of any step."""
+        rules = [rule for rule in (self.step_size, self.adaptive_damping) if rule is not None]
+        total = Needs.NOTHING
+        for rule in rules:
+            if step is None or rule.due(step):
+                total |= rule.needs & (Needs.SCORES | Needs.BATCH_SCORES | Needs.PRODUCTS)
+        return total
 
     @property
     def needs_closure(self) -> bool:
         """Whether ``step`` must be given a closure."""
-        return self.looks_back or Needs.PRODUCTS in self.step_size.needs | self.asks
+        return self.looks_back or Needs.PRODUCTS in self.measures_at(None) | self.asks
 
     @property
     def asks(self) -> Needs:
@@ -116,7 +138,7 @@ class Method:
     def needs_likelihood(self) -> bool:
         """Whether some part draws labels from the model during training."""
         scores = Needs.SCORES | Needs.BATCH_SCORES
-        return self.curvature.needs_likelihood or bool(self.step_size.needs & scores)
+        return self.curvature.needs_likelihood or bool(self.measures_at(None) & scores)
 
     def reference(self) -> Method:
         """The same composition with dense matrices: every structure solves with its ``to_dense`` in double precision.
@@ -144,13 +166,33 @@ class Method:
             raise ArgumentError(f"lr must be a finite number >= 0, got {lr!r}")
         require_finite_nonnegative("damping", damping)
         require_finite_nonnegative("weight_decay", weight_decay)
+        dampings = (damping, *self._check_adaptation(damping, weight_decay))
         for part in leaves(self.preconditioner):
             if part.needs & (Needs.VECTORS | Needs.ROOTS | Needs.MATRIX):
                 _require_positive_damping(part, damping)
             if isinstance(part, Kronecker):
                 pairs: PairDamping | None = getattr(part.outputs, "pairs", None)
                 if pairs is not None:
-                    pairs.validate(self.damping.sides(damping, 1).outputs)
+                    for value in dampings:
+                        pairs.validate(self.damping.sides(value, 1).outputs)
+
+    def _check_adaptation(self, damping: float, weight_decay: float) -> tuple[float, ...]:
+        """Check a damping rule that changes lambda; returns the values between which it may move."""
+        rule = self.adaptive_damping
+        if rule is None:
+            return ()
+        name = type(rule).__name__
+        if not rule.minimum <= damping <= rule.maximum:
+            raise ArgumentError(
+                f"damping must lie between the bounds of {name}, [{rule.minimum:g}, {rule.maximum:g}], got {damping!r}"
+                f"; a composed Method names its own with defaults={{'damping': 0.1}}"
+            )
+        if self.weight_decay.shrinkage(weight_decay, 1.0):
+            raise CompatibilityError(
+                f"{name} compares the loss with a model of the step along the directions, and "
+                f"{type(self.weight_decay).__name__} moves the parameters besides; use Coupled() or weight_decay=0"
+            )
+        return rule.minimum, rule.maximum
 
     def _check_parts(self) -> None:
         """Each field holds an object of its kind: a number or a class here would only fail in the first step."""
@@ -166,6 +208,25 @@ class Method:
         unknown = sorted(set(self.defaults) - {"lr", "damping", "weight_decay"})
         if unknown:
             raise ArgumentError(f"defaults has unknown keys {unknown}; known: damping, lr, weight_decay")
+
+    def _check_eigenvalues(self) -> None:
+        """A damping rule that balances Kronecker factors finds two in every Kronecker structure, and one structure."""
+        if not getattr(self.damping, "uses_eigenvalues", False):
+            return
+        name = type(self.damping).__name__
+        structures = [part for part in leaves(self.preconditioner) if isinstance(part, Kronecker)]
+        if not structures:
+            found = ", ".join(sorted({type(part).__name__ for part in leaves(self.preconditioner)}))
+            raise CompatibilityError(
+                f"{name} balances the two factors of Kronecker structures by their traces, and {found} has none; use "
+                "ConstantDamping()"
+            )
+        for part in structures:
+            if part.without_eigenvalues():
+                raise CompatibilityError(
+                    f"{name} balances both factors by their traces, and {' and '.join(part.without_eigenvalues())} in "
+                    f"{_describe(part)} has none; use Split(), or Covariance() on both sides"
+                )
 
     def _check_needs(self, role: str, estimator: Estimator) -> None:
         for part in leaves(self.preconditioner):

@@ -114,7 +114,7 @@ class SecondOrder(GroupedOptimizer):
         self.last_report = StepReport(-1)
         self.gradient_evaluations = self.skipped_steps = 0
         self._step, self._warm = 0, False
-        self._rule = StepRule(method.step_size, layers, seed)
+        self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping)
         self._look_back = LookBack(self)
         self._unowned = unowned_parameters(model, layers)
         self._arm()
@@ -182,7 +182,7 @@ class SecondOrder(GroupedOptimizer):
         trouble = find_trouble(loss, gradients, statistics)
         if trouble is not None:
             return self._refuse(trouble, loss)
-        require_sampled(self.method.step_size, self._step, statistics)
+        require_sampled(self.method, self._step, statistics)
         undo = self._undo(gradients) if is_risky(self.method) else None
         try:
             self.last_report = self._advance(closure, loss, statistics, gradients, products)
@@ -216,7 +216,7 @@ class SecondOrder(GroupedOptimizer):
         updated = observe(self.blocks, self.method, statistics, gradients, coupled, self._step, self._warm)
         refreshes, rescues = refresh(self.blocks, self.sides, self._step)
         refine(updated)
-        proposal = self._propose(statistics, gradients, products, decays)
+        proposal, damping = self._propose(statistics, gradients, products, decays), self.damping
         self._look_back.remember(proposal)
         self._take(proposal, 1.0)
         outcome = self._look_back.run(closure, loss, statistics, proposal) if closure is not None else None
@@ -227,7 +227,7 @@ class SecondOrder(GroupedOptimizer):
             loss,
             None if outcome is None else outcome.loss,
             proposal.step_sizes if outcome is None else outcome.scaled(proposal.step_sizes),
-            self.damping,
+            damping,
             proposal.events if outcome is None else {**proposal.events, **outcome.events},
             refreshes,
             rescues,

@@ -74,7 +74,12 @@ KINDS: dict[str, dict[str, type]] = {
         preconditioners.Eigenvectors,
         preconditioners.PowerIteration,
     ),
-    "damping": _named(preconditioners.ConstantDamping, preconditioners.Split),
+    "damping": _named(
+        preconditioners.ConstantDamping,
+        preconditioners.Split,
+        preconditioners.Factored,
+        preconditioners.LevenbergMarquardt,
+    ),
     "pair damping": _named(
         preconditioners.DoubleDamping,
         preconditioners.PowellThenLM,
@@ -103,7 +108,7 @@ KINDS: dict[str, dict[str, type]] = {
     ),
     "coupling": _named(stepsize.RowSums, stepsize.Separate),
     "slope": _named(stepsize.LeadingSlope, stepsize.MomentumSlope),
-    "guard": _named(stepsize.Backtrack, stepsize.NoGuard),
+    "guard": _named(stepsize.Backtrack, stepsize.Armijo, stepsize.Nonmonotone, stepsize.NoGuard),
 }
 """Every part by kind and by the name under which ``osculate`` exports it."""
 

@@ -16,7 +16,6 @@ from ..curvature.layers import Layer
 from ..curvature.products import GraphKeepingBackward
 from ..curvature.statistics import LayerStatistics, Needs
 from ..errors import ArgumentError
-from ..stepsize.protocol import StepSize
 from .blocks import Block, present_gradients
 from .method import Method
 
@@ -46,14 +45,14 @@ def records_for_step(
             # Parts that look back use the mean input of every step; the rest sits this step out.
             needs = needs & (Needs.PAIRS | Needs.INPUTS) if Needs.PAIRS in needs else Needs.NOTHING
         _add(wanted, block.layer.name, method.curvature.records(needs))
-    for layer in layers if method.step_size.due(step) else ():
-        _add(wanted, layer.name, _records_for_scores(layer, method))
+    for layer in layers:
+        _add(wanted, layer.name, _records_for_scores(layer, method.measures_at(step)))
     return wanted
 
 
-def _records_for_scores(layer: Layer, method: Method) -> Record:
-    """What the step-size rule asks of a layer."""
-    scores = method.step_size.needs & (Needs.SCORES | Needs.BATCH_SCORES)
+def _records_for_scores(layer: Layer, needs: Needs) -> Record:
+    """What quadratic forms with these needs ask of a layer."""
+    scores = needs & (Needs.SCORES | Needs.BATCH_SCORES)
     if not scores:
         return Record.NOTHING
     rows = layer.adapter is not None and Needs.SCORES in scores
@@ -74,15 +73,15 @@ def all_records(blocks: Sequence[Block], layers: Sequence[Layer], method: Method
     for block in blocks:
         _add(wanted, block.layer.name, method.curvature.records(block.part.needs))
     for layer in layers:
-        _add(wanted, layer.name, _records_for_scores(layer, method))
+        _add(wanted, layer.name, _records_for_scores(layer, method.measures_at(None)))
     return wanted
 
 
 def products_due(blocks: Sequence[Block], method: Method, step: int, warm: bool) -> bool:
-    """Whether this step needs products with the Hessian, for the step sizes or for the curvature."""
-    if Needs.PRODUCTS in method.step_size.needs and method.step_size.due(step):
+    """Whether this step needs products with the Hessian, for forms along the step or for the curvature."""
+    if Needs.PRODUCTS in method.measures_at(step):
         return True
-    due = [block for block in blocks if block.part.schedule.statistics_due(step, warm)]
+    due = [block for block in blocks if block.statistics_due(step, warm)]
     return Needs.PRODUCTS in method.asks and any(Needs.MATRIX in block.part.needs for block in due)
 
 
@@ -147,13 +146,13 @@ def require_filled(block: Block, record: LayerStatistics) -> None:
         )
 
 
-def require_sampled(rule: StepSize, step: int, statistics: Mapping[str, LayerStatistics]) -> None:
-    """Check that labels were sampled when the step-size rule measures curvature with them.
+def require_sampled(method: Method, step: int, statistics: Mapping[str, LayerStatistics]) -> None:
+    """Check that labels were sampled when a rule measures curvature along the step with them.
 
     Raises:
         ArgumentError: if no layer has anything from a sampled backward.
     """
-    if not (rule.needs & (Needs.SCORES | Needs.BATCH_SCORES) and rule.due(step)):
+    if not method.measures_at(step) & (Needs.SCORES | Needs.BATCH_SCORES):
         return
     entries = [(entry.sampled_gradient, entry.sampled_parameter_gradients) for entry in statistics.values()]
     if all(rows is None and gradients is None for rows, gradients in entries):

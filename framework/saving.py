@@ -27,6 +27,7 @@ def saved_state(optimizer: SecondOrder, groups: Sequence[Mapping[str, Any]]) -> 
     return {
         "state": {block.key: block.to_dict() for block in optimizer.blocks},
         "step_size": optimizer._rule.to_dict(),
+        "guard": optimizer._look_back.to_dict(),
         "progress": {
             "step": optimizer._step,
             "warm": optimizer._warm,
@@ -47,13 +48,14 @@ def restore_state(optimizer: SecondOrder, saved: Mapping[str, Any]) -> None:
     """
     _add_missing_groups(optimizer, saved)
     own = saved_state(optimizer, optimizer.param_groups)
-    nested = ("state", "step_size")
+    nested = ("state", "step_size", "guard")
     require_same_layout({key: own[key] for key in nested}, {key: saved.get(key, {}) for key in nested})
     if own["group_of"] != saved["group_of"]:
         raise ArgumentError(f"saved parameter groups differ from this optimizer's; {_WAY_OUT} and groups")
     for block in optimizer.blocks:
         block.load_dict(saved["state"][block.key])
     optimizer._rule.load_dict(saved["step_size"])
+    optimizer._look_back.load_dict(saved.get("guard", {}))
     progress = saved["progress"]
     optimizer._step, optimizer._warm = int(progress["step"]), bool(progress["warm"])
     optimizer.gradient_evaluations = int(progress["gradient_evaluations"])

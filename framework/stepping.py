@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..curvature.layers import Layer
 from ..curvature.products import GraphKeepingBackward
-from ..curvature.quadratic_forms import DirectionalEvidence
+from ..curvature.quadratic_forms import DirectionalEvidence, QuadraticForm
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import ArgumentError, NumericalError
+from ..preconditioners.levenberg_marquardt import AdaptiveDamping
 from ..preconditioners.protocol import Events
 from ..stepsize.protocol import StepEvidence, StepSize
 from .blocks import Block, full_precision
@@ -52,14 +53,39 @@ class Move:
             else:
                 parameter.add_(direction, alpha=-fraction * self.step_size)
 
+    def slope(self, weight_decay: WeightDecay) -> Tensor:
+        """Change to first order of loss and coupled penalty along the whole move, 0-dimensional."""
+        total = full_precision(self.parameters[0]).new_zeros(())
+        for parameter, direction, decay in zip(self.parameters, self.directions, self.decays, strict=True):
+            if not parameter.requires_grad or parameter.grad is None:
+                continue
+            value, gradient = full_precision(parameter), full_precision(parameter.grad)
+            gradient = torch.add(gradient, value, alpha=weight_decay.gradient_factor(decay))
+            total = total - self.step_size * torch.sum(gradient * direction)
+            total = total - weight_decay.shrinkage(decay, self.step_size) * torch.sum(gradient * value)
+        return total
+
 
 @dataclass(frozen=True)
 class Proposal:
-    """A step that has not been taken yet: the moves of all blocks, the step size of every layer, and counts."""
+    """A step that has not been taken yet.
+
+    Attributes:
+        moves: of all blocks.
+        step_sizes: of every layer.
+        events: counts for the report.
+        predicted: by how much the quadratic model falls along the whole step, 0-dimensional; ``None`` unless an
+            adaptive damping rule is due.
+    """
 
     moves: list[Move]
     step_sizes: dict[str, float | Tensor]
     events: Events = field(default_factory=dict)
+    predicted: Tensor | None = None
+
+    def slope(self, weight_decay: WeightDecay) -> Tensor:
+        """Change to first order of loss and coupled penalty along the whole step, before it is taken."""
+        return torch.stack([move.slope(weight_decay) for move in self.moves]).sum()
 
     def take(self, fraction: float, weight_decay: WeightDecay) -> None:
         """Take a fraction in (0, 1] of the step, decoupled weight decay first."""
@@ -68,10 +94,10 @@ class Proposal:
 
 
 class StepRule:
-    """A step-size rule with its state and the layers it speaks about."""
+    """A step-size rule with its state and the layers it speaks about; and the judge of its steps, if there is one."""
 
-    def __init__(self, rule: StepSize, layers: Sequence[Layer], seed: int):
-        self.rule, self.layers, self.seed = rule, layers, seed
+    def __init__(self, rule: StepSize, layers: Sequence[Layer], seed: int, judge: AdaptiveDamping | None = None):
+        self.rule, self.layers, self.seed, self.judge = rule, layers, seed, judge
         example = full_precision(next(iter(layers[0].parameters.values())).detach())
         self.state = rule.init(len(layers), example)
 
@@ -109,7 +135,9 @@ class StepRule:
         decays: Mapping[str, tuple[float, ...]],
     ) -> Proposal:
         """Moves of all blocks; on the CPU step sizes become plain numbers, elsewhere they stay on the device."""
-        evidence = self._evidence(step, lr, blocks, directions, momentum, statistics, products)
+        judged = self.judge is not None and self.judge.due(step)
+        pieces = _pieces(self.layers, blocks, directions, momentum) if self.rule.needs or judged else {}
+        evidence = self._evidence(step, lr, pieces, statistics, products)
         sizes = self.rule.propose(self.state, evidence)
         by_layer: dict[str, float | Tensor]
         events: Events = {}
@@ -136,22 +164,39 @@ class StepRule:
             Move(block.parameters, directions[block.key], by_layer[block.layer.name], decays[block.key])
             for block in blocks
         ]
-        return Proposal(moves, by_layer, events)
+        predicted = self._predicted(step, sizes, evidence, pieces, statistics, products) if judged else None
+        return Proposal(moves, by_layer, events, predicted)
+
+    def _predicted(
+        self,
+        step: int,
+        sizes: Tensor | float,
+        evidence: StepEvidence,
+        pieces: _Pieces,
+        statistics: Mapping[str, LayerStatistics],
+        products: GraphKeepingBackward | None,
+    ) -> Tensor:
+        """sum_l alpha_l <g_l, d_l> - alpha' M alpha / 2 with the judge's forms M."""
+        assert self.judge is not None
+        forms = evidence.forms if self.judge.curvature == self.rule.curvature else None
+        if forms is None:
+            forms = self._forms(self.judge.curvature, step, pieces, statistics, products)
+        slopes = self._sums(pieces, lambda piece: _dot(piece.gradient, piece.direction))
+        alpha = torch.as_tensor(sizes, dtype=slopes.dtype, device=slopes.device).expand_as(slopes)
+        return torch.dot(alpha, slopes) - 0.5 * torch.dot(alpha, forms @ alpha)
 
     def _evidence(
         self,
         step: int,
         lr: float | Tensor,
-        blocks: Sequence[Block],
-        directions: Mapping[str, Tensors],
-        momentum: Momentum,
+        pieces: _Pieces,
         statistics: Mapping[str, LayerStatistics],
         products: GraphKeepingBackward | None,
     ) -> StepEvidence:
         names = [layer.name for layer in self.layers]
         if not self.rule.needs:
             return StepEvidence(names, lr)
-        pieces = _pieces(self.layers, blocks, directions, momentum)
+        form = self.rule.curvature if self.rule.due(step) else None
         gradient_slopes = None
         if self.rule.needs & Needs.SLOPES:
             gradient_slopes = self._sums(pieces, lambda piece: _dot(piece.gradient, piece.direction))
@@ -162,25 +207,24 @@ class StepRule:
             gradient_slopes=gradient_slopes,
             squared_norms=self._sums(pieces, lambda piece: _dot(piece.direction, piece.direction)),
             parameter_norms=self._norms() if self.rule.needs & Needs.NORMS else None,
-            forms=self._forms(step, pieces, statistics, products),
+            forms=None if form is None else self._forms(form, step, pieces, statistics, products),
         )
 
     def _forms(
         self,
+        form: QuadraticForm,
         step: int,
         pieces: _Pieces,
         statistics: Mapping[str, LayerStatistics],
         products: GraphKeepingBackward | None,
-    ) -> Tensor | None:
-        """(L, L) quadratic forms along the directions, when they are due."""
-        if self.rule.curvature is None or not self.rule.due(step):
-            return None
+    ) -> Tensor:
+        """(L, L) quadratic forms along the directions."""
         names = [layer.name for layer in self.layers]
         directions = {name: tuple(piece.direction for piece in pieces[name].values()) for name in names}
         generator = torch.Generator(device=directions[names[0]][0].device)
         generator.manual_seed(self.seed * 1_000_003 + step)
         product = products.product if products is not None else None
-        return self.rule.curvature.measure(DirectionalEvidence(names, directions, statistics, product, generator))
+        return form.measure(DirectionalEvidence(names, directions, statistics, product, generator))
 
     def _sums(self, pieces: _Pieces, measure: Callable[[_Piece], Tensor]) -> Tensor:
         """(L,) sums of a number per parameter over each layer."""
@@ -212,7 +256,7 @@ _Pieces = dict[str, dict[str, _Piece]]
 def _pieces(
     layers: Sequence[Layer], blocks: Sequence[Block], directions: Mapping[str, Tensors], momentum: Momentum
 ) -> _Pieces:
-    """Pieces per layer and parameter, in the layer's order; zeros where a parameter has no gradient."""
+    """Pieces per layer and parameter, in the layer's order; zeros where a parameter has no gradient or is frozen."""
     found: dict[str, dict[str, _Piece]] = {layer.name: {} for layer in layers}
     for block in blocks:
         factor = momentum.correction(block.updates)
@@ -221,7 +265,9 @@ def _pieces(
         for name, direction, view, gradient in zip(
             block.names, directions[block.key], block.parameter_views(block.vector), gradients, strict=True
         ):
-            found[block.layer.name][name] = _Piece(direction, view, factor, gradient)
+            # A parameter that is frozen beside one that is not stays where it is, whatever the structure says.
+            moved = direction if block.layer.parameters[name].requires_grad else torch.zeros_like(direction)
+            found[block.layer.name][name] = _Piece(moved, view, factor, gradient)
     result: _Pieces = {}
     for layer in layers:
         zeros = {

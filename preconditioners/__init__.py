@@ -3,7 +3,7 @@
 from .averages import Average, MovingAverage, PlainAverage, RunningSum, ZeroStartAverage
 from .bfgs import BFGS, HessianActionBFGS
 from .by_layer import ByLayer
-from .damping import ConstantDamping, Damping, SideDamping, Split
+from .damping import ConstantDamping, Damping, Factored, MeanEigenvalues, SideDamping, Split
 from .dense import Absolute, Dense, Semidefinite
 from .diagonal import Diagonal
 from .eigenbasis import Eigenbasis
@@ -12,6 +12,7 @@ from .gradient_covariance import GradientCovariance
 from .identity import Identity
 from .kronecker import Kronecker
 from .lbfgs import LBFGS
+from .levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt
 from .mini_block import MiniBlock
 from .moments import GradientMoments, LayerMoments, Moments
 from .operations import AbsoluteInverse, Eigenvectors, Inverse, InverseRoot, PowerIteration
@@ -36,6 +37,7 @@ __all__ = [
     "LBFGS",
     "Absolute",
     "AbsoluteInverse",
+    "AdaptiveDamping",
     "AspectRatio",
     "Average",
     "ByLayer",
@@ -49,6 +51,7 @@ __all__ = [
     "Eigenbasis",
     "Eigenvectors",
     "Factor",
+    "Factored",
     "FlatChunk",
     "GradientCovariance",
     "GradientMoments",
@@ -60,7 +63,9 @@ __all__ = [
     "Kernel",
     "Kronecker",
     "LayerMoments",
+    "LevenbergMarquardt",
     "MatchAdam",
+    "MeanEigenvalues",
     "MergedDoubleDamping",
     "MiniBlock",
     "Moments",

@@ -199,6 +199,10 @@ class HessianActionBFGS(_DenseInverse):
         if results[0].value is not None:
             state.inverse = results[0].value
 
+    def mean_eigenvalue(self, state: HessianActionState) -> Tensor:
+        """Of the undamped second moment, 0-dimensional: what ``Factored`` damping balances."""
+        return state.second_moment.diagonal().mean()
+
     def observe_step(
         self,
         state: HessianActionState,

@@ -146,6 +146,10 @@ class AveragedMatrix:
         if results[0].value is not None:
             state.inverse = results[0].value
 
+    def mean_eigenvalue(self, state: CovarianceState) -> Tensor:
+        """Of the undamped second moment, 0-dimensional: what ``Factored`` damping balances."""
+        return state.second_moment.diagonal().mean()
+
     def left(self, state: CovarianceState, value: Tensor) -> Tensor:
         """Dense product."""
         return state.inverse @ value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..curvature.layers import Layer
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import CompatibilityError, require_positive_integer
 from .averages import Average
-from .damping import SideDamping
+from .damping import MeanEigenvalues, SideDamping
 from .factors import Factor, IdentityFactor, Side
 from .linalg import Computed
 from .protocol import Events, Observation, Request, ScalingLaw, Schedule
@@ -98,6 +99,18 @@ class Kronecker:
         assert observation.statistics is not None
         self.inputs.update(state.inputs, observation.statistics, "inputs", average)
         self.outputs.update(state.outputs, observation.statistics, "outputs", average)
+
+    def without_eigenvalues(self) -> tuple[str, ...]:
+        """Names of the factors that cannot tell their mean eigenvalue, which ``Factored`` damping needs of both."""
+        factors = (self.inputs, self.outputs)
+        return tuple(type(factor).__name__ for factor in factors if not hasattr(factor, "mean_eigenvalue"))
+
+    def mean_eigenvalues(self, state: KroneckerState) -> MeanEigenvalues:
+        """Of both undamped factors; one synchronisation."""
+        inner: Any = self.inputs
+        outer: Any = self.outputs
+        pair = torch.stack([inner.mean_eigenvalue(state.inputs), outer.mean_eigenvalue(state.outputs)])
+        return MeanEigenvalues(*pair.tolist())
 
     def matrices(self, state: KroneckerState, damping: SideDamping) -> Sequence[Request]:
         """Inputs first."""

@@ -3,7 +3,7 @@
 from .bounded import RelativeBound
 from .constant import ConstantStep
 from .global_quadratic import GlobalQuadratic
-from .guard import Backtrack, Guard, NoGuard
+from .guard import Armijo, Backtrack, Guard, NoGuard, Nonmonotone, Trial
 from .joint import JointLayerwise
 from .kl_clip import KLClip
 from .layerwise import LayerwiseQuadratic, LeadingSlope, MomentumSlope, RowSums, Separate
@@ -11,6 +11,7 @@ from .protocol import StepEvidence, StepSize
 from .self_concordant import SelfConcordant
 
 __all__ = [
+    "Armijo",
     "Backtrack",
     "ConstantStep",
     "GlobalQuadratic",
@@ -21,10 +22,12 @@ __all__ = [
     "LeadingSlope",
     "MomentumSlope",
     "NoGuard",
+    "Nonmonotone",
     "RelativeBound",
     "RowSums",
     "SelfConcordant",
     "Separate",
     "StepEvidence",
     "StepSize",
+    "Trial",
 ]

@@ -109,11 +109,15 @@ def test_gradients_buffers_and_random_state_survive_a_shortened_step() -> None:
 
 def test_the_guard_accepts_what_it_says() -> None:
     guard = osc.Backtrack(growth=1.5)
-    assert guard.accepts(1.0, 1.5) and not guard.accepts(1.0, 1.5000001)
-    assert not guard.accepts(1.0, float("nan")) and not guard.accepts(1.0, float("inf"))
-    assert guard.accepts(-1.0, 5.0) and guard.accepts(0.0, 5.0)
-    assert not guard.accepts(-1.0, float("nan"))
-    assert osc.NoGuard().accepts(1.0, float("inf"))
+
+    def accepts(before: float, after: float) -> bool:
+        return guard.accepts(None, osc.Trial(before, after))
+
+    assert accepts(1.0, 1.5) and not accepts(1.0, 1.5000001)
+    assert not accepts(1.0, float("nan")) and not accepts(1.0, float("inf"))
+    assert accepts(-1.0, 5.0) and accepts(0.0, 5.0)
+    assert not accepts(-1.0, float("nan"))
+    assert osc.NoGuard().accepts(None, osc.Trial(1.0, float("inf")))
     for bad in ({"growth": 1.0}, {"growth": float("nan")}, {"shrink": 1.0}, {"shrink": 0.0}, {"attempts": 0}):
         with pytest.raises(osc.ArgumentError):
             osc.Backtrack(**bad)  # type: ignore[arg-type]

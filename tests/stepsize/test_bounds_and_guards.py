@@ -17,6 +17,7 @@ from osculate.stepsize import (
     NoGuard,
     RelativeBound,
     StepEvidence,
+    Trial,
 )
 from torch import Tensor
 
@@ -86,8 +87,8 @@ def test_limits_are_checked(value: float) -> None:
     ],
 )
 def test_backtracking_compares_with_the_allowed_growth(before: float, after: float, accepted: bool) -> None:
-    assert Backtrack(growth=1.1).accepts(before, after) == accepted
-    assert NoGuard().accepts(before, after)
+    assert Backtrack(growth=1.1).accepts(None, Trial(before, after)) == accepted
+    assert NoGuard().accepts(None, Trial(before, after))
     assert NoGuard().attempts == 0
 
 
