@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..curvature.backends import Backend
 from ..curvature.layers import Layer
-from ..preconditioners.damping import SideDamping
-from ..preconditioners.kronecker import Kronecker, KroneckerState
+from ..preconditioners.damping import SideDamping, TwoSided
 from .blocks import Block, make_blocks
 from .groups import GroupValues, chosen_parameters
 from .growing import late_layers, unowned_parameters
@@ -75,8 +74,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """Damping of a block's matrices."""
         value = self._values.of_layer(self.param_groups, block.layer.name, "damping")
         rule, part = self.method.damping, block.part
-        if getattr(rule, "uses_eigenvalues", False) and isinstance(part, Kronecker):
-            return rule.sides(value, block.positions, part.mean_eigenvalues(cast(KroneckerState, block.state)))
+        if getattr(rule, "uses_eigenvalues", False) and isinstance(part, TwoSided) and part.without_eigenvalues() == ():
+            return rule.sides(value, block.positions, part.mean_eigenvalues(block.state))
         return rule.sides(value, block.positions)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from ..curvature.estimators import Estimator, InputsOnly
 from ..curvature.statistics import Needs
 from ..errors import ArgumentError, CompatibilityError, require_finite_nonnegative
 from ..preconditioners.by_layer import ByLayer, leaves
-from ..preconditioners.damping import ConstantDamping, Damping
+from ..preconditioners.damping import ConstantDamping, Damping, TwoSided
 from ..preconditioners.identity import Identity
 from ..preconditioners.kronecker import Kronecker
 from ..preconditioners.levenberg_marquardt import AdaptiveDamping
@@ -166,21 +166,33 @@ class Method:
             raise ArgumentError(f"lr must be a finite number >= 0, got {lr!r}")
         require_finite_nonnegative("damping", damping)
         require_finite_nonnegative("weight_decay", weight_decay)
-        dampings = (damping, *self._check_adaptation(damping, weight_decay))
+        self._check_adaptation(damping, weight_decay)
         for part in leaves(self.preconditioner):
             if part.needs & (Needs.VECTORS | Needs.ROOTS | Needs.MATRIX):
                 _require_positive_damping(part, damping)
             if isinstance(part, Kronecker):
                 pairs: PairDamping | None = getattr(part.outputs, "pairs", None)
                 if pairs is not None:
-                    for value in dampings:
-                        pairs.validate(self.damping.sides(value, 1).outputs)
+                    pairs.validate(self.damping.sides(damping, 1).outputs)
+                    self._check_bounds(pairs)
 
-    def _check_adaptation(self, damping: float, weight_decay: float) -> tuple[float, ...]:
-        """Check a damping rule that changes lambda; returns the values between which it may move."""
+    def _check_bounds(self, pairs: PairDamping) -> None:
+        """A pair damping takes every lambda that an adaptive rule may reach."""
+        rule = self.adaptive_damping
+        for value in () if rule is None else (rule.minimum, rule.maximum):
+            try:
+                pairs.validate(self.damping.sides(value, 1).outputs)
+            except ArgumentError as error:
+                raise CompatibilityError(
+                    f"{type(rule).__name__} may move damping to {value:g}, where {type(pairs).__name__} refuses it: "
+                    f"{error}; or narrow the bounds, e.g. maximum=0.9"
+                ) from None
+
+    def _check_adaptation(self, damping: float, weight_decay: float) -> None:
+        """Check what a damping rule that changes lambda needs of the numbers."""
         rule = self.adaptive_damping
         if rule is None:
-            return ()
+            return
         name = type(rule).__name__
         if not rule.minimum <= damping <= rule.maximum:
             raise ArgumentError(
@@ -192,7 +204,6 @@ class Method:
                 f"{name} compares the loss with a model of the step along the directions, and "
                 f"{type(self.weight_decay).__name__} moves the parameters besides; use Coupled() or weight_decay=0"
             )
-        return rule.minimum, rule.maximum
 
     def _check_parts(self) -> None:
         """Each field holds an object of its kind: a number or a class here would only fail in the first step."""
@@ -214,18 +225,22 @@ class Method:
         if not getattr(self.damping, "uses_eigenvalues", False):
             return
         name = type(self.damping).__name__
-        structures = [part for part in leaves(self.preconditioner) if isinstance(part, Kronecker)]
-        if not structures:
+        missing = {
+            _describe(part): part.without_eigenvalues()
+            for part in leaves(self.preconditioner)
+            if isinstance(part, TwoSided) and part.without_eigenvalues() is not None
+        }
+        if not missing:
             found = ", ".join(sorted({type(part).__name__ for part in leaves(self.preconditioner)}))
             raise CompatibilityError(
                 f"{name} balances the two factors of Kronecker structures by their traces, and {found} has none; use "
                 "ConstantDamping()"
             )
-        for part in structures:
-            if part.without_eigenvalues():
+        for structure, factors in missing.items():
+            if factors:
                 raise CompatibilityError(
-                    f"{name} balances both factors by their traces, and {' and '.join(part.without_eigenvalues())} in "
-                    f"{_describe(part)} has none; use Split(), or Covariance() on both sides"
+                    f"{name} balances both factors by their traces, and {' and '.join(factors)} in {structure} has "
+                    "none; use Split(), or Covariance() on both sides"
                 )
 
     def _check_needs(self, role: str, estimator: Estimator) -> None:

@@ -126,6 +126,7 @@ EXAMPLES: dict[type, tuple[Any, ...]] = {
         preconditioners.Eigenbasis(preconditioners.GradientMoments(), power=0.5, schedule=Schedule(inverses=2)),
     ),
     preconditioners.LBFGS: (preconditioners.LBFGS(memory=3),),
+    preconditioners.LevenbergMarquardt: (preconditioners.LevenbergMarquardt(every=2, maximum=0.9),),
     stepsize.RelativeBound: (stepsize.RelativeBound(stepsize.JointLayerwise()),),
 }
 """Instances to try, for parts whose default construction is missing or not telling."""

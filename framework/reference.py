@@ -20,7 +20,7 @@ from ..curvature.layers import Layer
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..preconditioners.averages import Average
 from ..preconditioners.by_layer import ByLayer
-from ..preconditioners.damping import SideDamping
+from ..preconditioners.damping import MeanEigenvalues, SideDamping, TwoSided
 from ..preconditioners.identity import Identity
 from ..preconditioners.kronecker import Kronecker, KroneckerState
 from ..preconditioners.linalg import Computed
@@ -126,6 +126,15 @@ class DenseReference:
     def update(self, state: ReferenceState, observation: Observation, average: Average | None = None) -> None:
         """The structure's own rule."""
         self.part.update(state.live, observation, average)
+
+    def without_eigenvalues(self) -> tuple[str, ...] | None:
+        """As the structure."""
+        return self.part.without_eigenvalues() if isinstance(self.part, TwoSided) else None
+
+    def mean_eigenvalues(self, state: ReferenceState) -> MeanEigenvalues:
+        """Those of the structure."""
+        assert isinstance(self.part, TwoSided)
+        return self.part.mean_eigenvalues(state.live)
 
     def matrices(self, state: ReferenceState, damping: SideDamping) -> Sequence[Request]:
         """What the structure asks for: states that keep an inverse as their approximation start from it."""

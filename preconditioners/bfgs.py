@@ -200,8 +200,8 @@ class HessianActionBFGS(_DenseInverse):
             state.inverse = results[0].value
 
     def mean_eigenvalue(self, state: HessianActionState) -> Tensor:
-        """Of the undamped second moment, 0-dimensional: what ``Factored`` damping balances."""
-        return state.second_moment.diagonal().mean()
+        """Of the undamped matrix that is inverted, 0-dimensional: what ``Factored`` damping balances."""
+        return self.matrices(state)[0].diagonal().mean()
 
     def observe_step(
         self,

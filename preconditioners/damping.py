@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..errors import require_finite_nonnegative
 
-__all__ = ["ConstantDamping", "Damping", "Factored", "MeanEigenvalues", "SideDamping", "Split"]
+__all__ = ["ConstantDamping", "Damping", "Factored", "MeanEigenvalues", "SideDamping", "Split", "TwoSided"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,17 @@ class MeanEigenvalues:
 
     inputs: float
     outputs: float
+
+
+@runtime_checkable
+class TwoSided(Protocol):
+    """A structure that may have two factors whose mean eigenvalues a damping rule can balance."""
+
+    def without_eigenvalues(self) -> tuple[str, ...] | None:
+        """Names of the factors that cannot tell theirs; ``None`` for a structure without factors."""
+
+    def mean_eigenvalues(self, state: Any) -> MeanEigenvalues:
+        """Of both undamped factors; one synchronisation."""
 
 
 class Damping(Protocol):

@@ -147,8 +147,8 @@ class AveragedMatrix:
             state.inverse = results[0].value
 
     def mean_eigenvalue(self, state: CovarianceState) -> Tensor:
-        """Of the undamped second moment, 0-dimensional: what ``Factored`` damping balances."""
-        return state.second_moment.diagonal().mean()
+        """Of the undamped matrix that is inverted, 0-dimensional: what ``Factored`` damping balances."""
+        return self.matrices(state)[0].diagonal().mean()
 
     def left(self, state: CovarianceState, value: Tensor) -> Tensor:
         """Dense product."""

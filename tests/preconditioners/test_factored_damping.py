@@ -14,6 +14,7 @@ from osculate.preconditioners import (
     ConstantDamping,
     Covariance,
     Factored,
+    GradientCovariance,
     HessianActionBFGS,
     Kronecker,
     LevenbergMarquardt,
@@ -108,6 +109,15 @@ def test_a_kronecker_structure_tells_its_mean_eigenvalues() -> None:
     assert structure.without_eigenvalues() == ()
     assert Kronecker(HessianActionBFGS(), Covariance()).without_eigenvalues() == ()
     assert Kronecker(HessianActionBFGS(), BFGS()).without_eigenvalues() == ("BFGS",)
+
+
+def test_the_mean_is_of_the_matrix_that_is_inverted() -> None:
+    """Tensor normal training scales its second moments to one mean eigenvalue: pi is 1, whatever the moments."""
+    A, G = factors(5, 4, 2)
+    G = G * (A.trace() / 4) / (G.trace() / 2)  # both moments of one gradient have the same trace per number of entries
+    structure = Kronecker(GradientCovariance(), GradientCovariance())
+    found = structure.mean_eigenvalues(KroneckerState(CovarianceState(A, A, 1.0), CovarianceState(G, G, 1.0)))
+    assert found.inputs == pytest.approx(found.outputs) == pytest.approx(math.sqrt(float(A.trace() / 4)))
 
 
 def test_other_rules_take_no_notice() -> None:
