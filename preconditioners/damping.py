@@ -51,8 +51,8 @@ class Damping(Protocol):
     """A rule from lambda >= 0 and what is known of a layer to the damping of each matrix.
 
     A rule that wants the mean eigenvalues says so with a class attribute ``uses_eigenvalues = True``; to others they
-    are not given. They cost one synchronisation per layer whenever inverses are due, or secant pairs are damped. Optional
-    too: ``splits = True`` promises that the dampings of the two sides multiply to that of the whole.
+    are not given. They cost one synchronisation per layer whenever inverses are due, or secant pairs are damped.
+    Optional too: ``splits = True`` promises that the dampings of the two sides multiply to that of the whole.
     """
 
     def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:

@@ -109,6 +109,11 @@ class LevenbergMarquardt:
         """What its curvature needs, and slopes."""
         return self.curvature.needs | Needs.SLOPES
 
+    @property
+    def splits(self) -> bool:
+        """As the inner rule."""
+        return bool(getattr(self.inner, "splits", False))
+
     def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:
         """As the inner rule."""
         if eigenvalues is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...curvature.layers import discover_layers
 from ...errors import ArgumentError
 from ...preconditioners.identity import Identity
+from ...stepsize.guard import Trial
 from ..blocks import Block, make_blocks
 from .cases import Case
 from .contract import Contract, contract, require, require_close, require_equal
@@ -258,24 +259,29 @@ def _passive(rule: Any) -> str | None:
     return None if rule.attempts else "attempts = 0: every step stays"
 
 
+def _accepts(rule: Any, before: float, after: float) -> bool:
+    """The verdict of a guard that has seen nothing yet on a whole step that promised a decrease of 0.5."""
+    return bool(rule.accepts(rule.init(), Trial(before, after, slope=-0.5)))
+
+
 @contract("guard-nonfinite", "guard", "a loss that is not finite is refused", unless=_passive)
 def guard_nonfinite(rule: Any, case: Case) -> None:
     """Infinity and NaN."""
     for after in (math.inf, math.nan):
-        require(not rule.accepts(1.0, after), f"a loss of {after} after the step was accepted")
+        require(not _accepts(rule, 1.0, after), f"a loss of {after} after the step was accepted")
 
 
 @contract("guard-descent", "guard", "a step that lowers the loss enough stays")
 def guard_descent(rule: Any, case: Case) -> None:
     """From 1 to 0.01, and from -1 to -2."""
     for before, after in ((1.0, 0.01), (-1.0, -2.0)):
-        require(bool(rule.accepts(before, after)), f"a step from loss {before:g} to {after:g} was refused")
+        require(_accepts(rule, before, after), f"a step from loss {before:g} to {after:g} was refused")
 
 
 @contract("guard-monotone", "guard", "if a loss is accepted, so is every lower one")
 def guard_monotone(rule: Any, case: Case) -> None:
     """On a grid around the loss before the step."""
-    accepted = [bool(rule.accepts(1.0, 0.05 * index)) for index in range(80)]
+    accepted = [_accepts(rule, 1.0, 0.05 * index) for index in range(80)]
     require(accepted == sorted(accepted, reverse=True), "a higher loss was accepted where a lower one was refused")
 
 
