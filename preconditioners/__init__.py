@@ -9,7 +9,7 @@ from .diagonal import Diagonal
 from .eigenbasis import Eigenbasis
 from .factors import Covariance, Factor, IdentityFactor
 from .gradient_covariance import GradientCovariance
-from .identity import Identity
+from .identity import Identity, Stateless
 from .kronecker import Kronecker
 from .lbfgs import LBFGS
 from .levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt
@@ -96,6 +96,7 @@ __all__ = [
     "Spectral",
     "Split",
     "State",
+    "Stateless",
     "TwoSidedCurvatureTest",
     "ZeroStartAverage",
 ]

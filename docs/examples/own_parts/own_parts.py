@@ -1,0 +1,122 @@
+"""Three parts of one's own: a damping rule, a structure and a step size, and a method made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import osculate as osc
+import torch
+
+
+# damping: begin
+@dataclass(frozen=True)
+class RelativeDamping:
+    """sqrt(lambda) in units of each Kronecker factor's mean eigenvalue: the damping knows no scale of the loss."""
+
+    uses_eigenvalues = True
+
+    def sides(self, value, positions, eigenvalues=None):
+        """(lambda, sqrt(lambda) tr A / d_a, sqrt(lambda) tr G / d_g); where nothing is measured yet, as ``Split``."""
+        split = osc.Split().sides(value, positions)
+        if eigenvalues is None or not 0.0 < eigenvalues.inputs * eigenvalues.outputs < float("inf"):
+            return split
+        return osc.SideDamping(value, value**0.5 * eigenvalues.inputs, value**0.5 * eigenvalues.outputs)
+
+
+# damping: end
+# structure: begin
+@dataclass
+class RowState(osc.State):
+    """Curvature per output neuron, undamped, and the inverse of the damped one: (d_out, 1, 1) each."""
+
+    curvature: torch.Tensor
+    inverse: torch.Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class RowCurvature(osc.Stateless):
+    """direction_o = M_o / (c_o + lambda), c_o the mean square of the gradients into output neuron o."""
+
+    average: osc.MovingAverage = osc.MovingAverage(0.95)
+    needs, schedule, joint = osc.Needs.VECTORS, osc.Schedule(), True
+
+    def serves(self, layer):
+        """Weight and bias of layers that are matrices."""
+        return tuple(layer.parameters) if layer.is_matrix else ()
+
+    def init(self, layer, parameters):
+        """Nothing measured."""
+        zeros = parameters[0].new_zeros(layer.matrix_shape[0], 1, 1)
+        return RowState(zeros, torch.ones_like(zeros), 0.0)
+
+    def update(self, state, observation, average=None):
+        """c_o <- keep c_o + add mean over samples and columns of g_oi^2."""
+        keep, add, state.weight = (average or self.average).coefficients(state.weight)
+        gradients = observation.statistics.layer.joint_matrix(observation.statistics.vectors())
+        state.curvature.mul_(keep).add_(gradients.square().mean((0, 2)).view(-1, 1, 1), alpha=add)
+
+    def matrices(self, state, damping):
+        """The curvatures as 1 x 1 matrices: inverted with every other small matrix of the model, in one call."""
+        return (osc.Request(state.curvature, damping.whole),)
+
+    def install(self, state, results):
+        """Keep the last good inverse if one failed."""
+        state.inverse = state.inverse if results[0].value is None else results[0].value
+
+    def precondition(self, state, momentum):
+        """One factor per row."""
+        return (momentum[0] * state.inverse.view(-1, 1),)
+
+    def to_dense(self, state, layer, damping):
+        """The diagonal matrix over (weight row by row, then bias)."""
+        rows = state.curvature.flatten() + damping.whole
+        weights = rows.repeat_interleave(layer.matrix_shape[1] - layer.has_bias)
+        return torch.diag(torch.cat([weights, rows]) if layer.has_bias else weights)
+
+
+# structure: end
+# step size: begin
+@dataclass(frozen=True)
+class TrustRatio:
+    """alpha_l = lr |theta_l| / |d_l|: every layer moves by the same fraction of its norm (LARS, arXiv:1708.03888)."""
+
+    needs, curvature = osc.Needs.NORMS, None
+
+    def due(self, step):
+        """No curvature is ever measured."""
+        return False
+
+    def init(self, count, like):
+        """No state."""
+        return
+
+    def propose(self, state, evidence):
+        """(L,) step sizes; a layer of norm zero takes the learning rate itself."""
+        norms, directions = evidence.parameter_norms, evidence.squared_norms.sqrt()
+        ratio = norms / directions.clamp(min=torch.finfo(directions.dtype).tiny)
+        return evidence.lr * torch.where((norms > 0) & (directions > 0), ratio, 1.0)
+
+
+# step size: end
+def rows_lars(*, momentum: float = 0.9) -> osc.Method:
+    """One curvature per output neuron, layers moving by equal fractions.
+
+    Args:
+        momentum: decay in [0, 1).
+    """
+    return osc.Method(
+        RowCurvature(),
+        osc.EmpiricalFisher(),
+        momentum=osc.EMA(momentum),
+        step_size=TrustRatio(),
+        defaults={"lr": 0.01, "damping": 1e-3},
+    )
+
+
+def register():
+    """What the entry point of this package calls."""
+    osc.registry.register_part("damping", RelativeDamping)
+    osc.registry.register_part("structure", RowCurvature)
+    osc.registry.register_part("step size", TrustRatio)
+    osc.registry.register("rows-lars", rows_lars, paper="this page")
