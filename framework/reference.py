@@ -153,7 +153,7 @@ class DenseReference:
             self.part.refine(state.live, observation)
 
     def precondition(self, state: ReferenceState, momentum: Tensors) -> Tensors:
-        """Solve with the dense matrix over (weight row-major, then bias)."""
+        """Solve with the dense matrix over the entries of (weight, bias)."""
         layer: Layer = state.layer
         damping = SideDamping(*state.frozen_damping.tolist())
         matrix = self.part.to_dense(_mixed(self.part, state), layer, damping).double()
@@ -192,5 +192,5 @@ def _mixed(part: Preconditioner, state: ReferenceState) -> State:
 
 
 def _order_of_entries(part: Preconditioner, layer: Layer, momentum: Tensors) -> Tensor:
-    """Where the entries (weight row-major, then bias) stand in the flattened storage."""
+    """Where the entries of (weight, bias), in the parameters' own order, stand in the flattened storage."""
     return layer.entries() if part.joint else torch.arange(sum(value.numel() for value in momentum))

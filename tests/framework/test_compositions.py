@@ -10,7 +10,7 @@ import osculate as osc
 import pytest
 import torch
 from osculate.framework.compositions import CROSSED, DEALT, Composition
-from small_nets import batches, flat, make, train
+from small_nets import METHODS, NETS, batches, flat, make, train
 
 LEGAL = osc.registry.compatible_methods()
 REFUSED = osc.registry.refused_compositions()
@@ -28,6 +28,7 @@ def by_structure(entries: list[Composition]) -> dict[str, list[Composition]]:
 
 def trained(method: osc.Method, net: str = "mlp", steps: int = 4) -> torch.Tensor:
     """Parameters after some steps on a small net, float64."""
+    torch.manual_seed(0)  # dropout
     model = make(net)
     optimizer = osc.build(method, model, likelihood="categorical")
     train(optimizer, model, batches(net, count=steps))
@@ -63,6 +64,15 @@ def test_every_other_composition_is_refused_with_the_reason(structure: str, reco
         assert any(named), message
     record_property("count: compositions enumerated", len(entries))
     record_property("count: compositions refused at construction", len(entries))
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_registered_method_equals_its_dense_reference_on_every_net(name: str, net: str) -> None:
+    method = osc.registry.method(name)
+    actual, expected, start = trained(method, net, 3), trained(method.reference(), net, 3), flat(make(net))
+    error = float((actual - expected).abs().max() / (expected - start).abs().max())
+    assert error < 1e-7, error
 
 
 def test_there_are_hundreds() -> None:

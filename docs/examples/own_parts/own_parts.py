@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import osculate as osc
 import torch
@@ -38,7 +38,7 @@ class RowState(osc.State):
 class RowCurvature(osc.Stateless):
     """direction_o = M_o / (c_o + lambda), c_o the mean square of the gradients into output neuron o."""
 
-    average: osc.MovingAverage = osc.MovingAverage(0.95)
+    average: osc.Average = field(default_factory=lambda: osc.MovingAverage(0.95))
     needs, schedule, joint = osc.Needs.VECTORS, osc.Schedule(), True
 
     def serves(self, layer):
