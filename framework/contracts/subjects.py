@@ -63,7 +63,7 @@ def kind_of(part: Any) -> str | None:
     """The kind of a part, read from its verbs; ``None`` if it is none."""
     if isinstance(part, Method):
         return "method"
-    if isinstance(part, type):
+    if isinstance(part, type | ModuleType):
         return None
     known = next((kind for kind, table in registry.parts().items() if type(part) in table.values()), None)
     if known is not None:
@@ -181,11 +181,19 @@ def _own_parts(module: ModuleType) -> Iterator[Subject]:
             continue
         if kind_of(value) is not None:
             yield Subject(name, str(kind_of(value)), value)
-        elif isinstance(value, type) and value.__module__ == module.__name__ and not getattr(value, "_is_protocol", 0):
+        elif getattr(value, "__module__", None) == module.__name__ and _makes_a_part(value):
             try:
                 yield from subjects_of(value, name)
             except (ArgumentError, TypeError):
                 continue
+
+
+def _makes_a_part(value: Any) -> bool:
+    """Classes, and functions that say they return a method: no other function is called to find out."""
+    if isinstance(value, type):
+        return not getattr(value, "_is_protocol", False)
+    made = getattr(value, "__annotations__", {}).get("return")
+    return made is Method or (isinstance(made, str) and made.rpartition(".")[2] == "Method")
 
 
 def _unique(subjects: Iterable[Subject]) -> Iterator[Subject]:
