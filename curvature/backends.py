@@ -20,7 +20,8 @@ __all__ = ["BACKENDS", "Backend", "make_backend", "require_supported"]
 class Backend(Protocol):
     """What the optimizer uses of a backend. Constructed as ``(model, layers, likelihood, loss_reduction, seed)``.
 
-    ``cannot`` maps records that it refuses to the reason; ``step`` and ``seed`` determine the sampled labels.
+    ``cannot`` maps records that it refuses to the reason; ``step``, ``seed`` and ``stream`` (one per
+    process that shares a mini-batch) determine the sampled labels.
     """
 
     name: ClassVar[str]
@@ -29,6 +30,7 @@ class Backend(Protocol):
     loss_reduction: str
     step: int
     seed: int
+    stream: int
 
     def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
         """Choose what the following forward passes record."""

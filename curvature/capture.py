@@ -70,6 +70,7 @@ class Capture:
         self.loss_reduction = loss_reduction
         self.seed = seed
         self.step = 0
+        self.stream = 0  # of the sampled labels: one per process
         self._wanted: dict[str, Record] = {}
         self._calls = {layer.name: Calls() for layer in layers}
         self._parameter_sums: dict[str, list[ParameterSum]] = {}
@@ -220,7 +221,7 @@ class Capture:
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """A generator that depends on (seed, step, number of completed passes), so that idle passes leave no trace."""
-        return label_generator(self.seed, self.step, len(self._completed_passes()), device)
+        return label_generator(self.seed, self.step, len(self._completed_passes()), device, self.stream)
 
 
 def _gradient_hook(layer: Layer, call: Call, wanted: Record, calls: Calls) -> Callable[[Tensor], None]:

@@ -77,6 +77,7 @@ class ReplayBackend(ABC):
         self.loss_reduction = loss_reduction
         self.seed = seed
         self.step = 0
+        self.stream = 0
         self._wanted: dict[str, Record] = {}
         self._references: list[weakref.ref[Pass]] = []
         self._kept: list[Pass] = []
@@ -192,7 +193,9 @@ class ReplayBackend(ABC):
         if not any(record & (Record.SAMPLED | Record.SAMPLED_PARAMETERS) for record in every):
             return None
         done = sum(entry.gradient is not None for entry in self._passes)
-        return likelihood.sample(output.detach(), label_generator(self.seed, self.step, done, output.device))
+        return likelihood.sample(
+            output.detach(), label_generator(self.seed, self.step, done, output.device, self.stream)
+        )
 
 
 class RootHook(Hook):

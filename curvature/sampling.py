@@ -46,7 +46,7 @@ def extra_backward() -> Iterator[None]:
         _running[0] = False
 
 
-def label_generator(seed: int, step: int, passes: int, device: torch.device) -> torch.Generator:
+def label_generator(seed: int, step: int, passes: int, device: torch.device, stream: int = 0) -> torch.Generator:
     """The generator of the labels of one pass; every backend draws from it, so all draw the same labels.
 
     Args:
@@ -54,9 +54,10 @@ def label_generator(seed: int, step: int, passes: int, device: torch.device) -> 
         step: number of the step >= 0.
         passes: completed passes of this step before the one at hand.
         device: of the model's output.
+        stream: number of the process among those that share a mini-batch, each of which draws its own labels.
     """
     generator = torch.Generator(device=device)
-    generator.manual_seed((seed * 1_000_003 + step) * 1_009 + passes)
+    generator.manual_seed((seed * 1_000_003 + step) * 1_009 + passes + stream * 2**48)
     return generator
 
 

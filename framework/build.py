@@ -32,6 +32,7 @@ def build(
     groups: Sequence[Mapping[str, Any]] | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     backend: str = "hooks",
+    process_group: Any = "auto",
     **options: Any,
 ) -> SecondOrder:
     """Build an optimizer.
@@ -54,6 +55,9 @@ def build(
             layer; ``weight_decay`` may differ within a layer.
         grad_scaler: the ``torch.amp.GradScaler`` of the loop, if there is one.
         backend: who measures the curvature: ``"hooks"`` (fast), or ``"func"`` (``torch.func``, exact, slow).
+        process_group: the processes that share a mini-batch: ``"auto"`` (the world group, if ``torch.distributed`` is
+            initialised), ``None`` (every process for itself) or a group. Methods that look back take the
+            ``DistributedDataParallel`` itself as ``model``.
         **options: options of the registered method, e.g. ``memory=20`` for ``kbfgs-l``.
 
     Example:
@@ -92,4 +96,5 @@ def build(
         groups=groups,
         grad_scaler=grad_scaler,
         backend=backend,
+        process_group=process_group,
     )

@@ -135,8 +135,9 @@ class LookBack:
         # Only layers whose outputs the capture makes need a gradient: a loss without any could not run backward.
         with preserved(optimizer.model), frozen([p for layer in served for p in layer.parameters.values()]):
             self._before.restore(optimizer.model)
-            loss = run_closure(closure)
-        return loss, optimizer.collect()
+            with optimizer.ranks.silent():
+                loss = run_closure(closure)
+        return optimizer.ranks.mean(loss), optimizer.collect()
 
     def _observe(self, before: Mapping[str, LayerStatistics], after: Mapping[str, LayerStatistics]) -> Events:
         events: Events = {}

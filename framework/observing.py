@@ -89,7 +89,12 @@ def refresh(blocks: Sequence[Block], sides: Callable[[Block], SideDamping], step
 
 
 def warm_up(
-    model: nn.Module, capture: Backend, blocks: Sequence[Block], estimator: Estimator, closures: Iterable[Closure]
+    model: nn.Module,
+    capture: Backend,
+    collect: Callable[[], Mapping[str, LayerStatistics]],
+    blocks: Sequence[Block],
+    estimator: Estimator,
+    closures: Iterable[Closure],
 ) -> bool:
     """Plain averages of the estimator's statistics over the closures' mini-batches. Returns whether there were any.
 
@@ -103,7 +108,7 @@ def warm_up(
             capture.step = 2**31 + index
             with torch.enable_grad():
                 closure()
-            warm |= _average_in(blocks, estimator, capture.collect())
+            warm |= _average_in(blocks, estimator, collect())
     return warm
 
 

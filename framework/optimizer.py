@@ -22,6 +22,7 @@ from ..curvature.statistics import LayerStatistics, Tensors
 from ..errors import ArgumentError, ClosureRequiredError, NumericalError
 from ..preconditioners.by_layer import ByLayer, require_matching_keys
 from .blocks import make_blocks
+from .distributed import Ranks, unwrapped
 from .evaluation import Closure, Snapshot, run_closure
 from .grouped import GroupedOptimizer
 from .groups import split_into_groups
@@ -30,7 +31,7 @@ from .lookback import LookBack
 from .method import Method
 from .nonfinite import Undo, find_trouble, is_risky, require_finite_loss
 from .observing import observe, refine, refresh, warm_up
-from .precision import Scaling, widened
+from .precision import Scaling, require_plain_loss, widened
 from .recording import all_records, products_due, records_for_step, require_sampled, with_hessians
 from .report import LayerRow, StepReport
 from .saving import restore_state, saved_state
@@ -61,6 +62,8 @@ class SecondOrder(GroupedOptimizer):
         grad_scaler: the ``torch.amp.GradScaler`` that scales the loss; needed by methods that read gradients inside the
             model if the gradients are unscaled for clipping, and by closures.
         backend: who measures, a name of :data:`osculate.curvature.backends.BACKENDS`; all record the same.
+        process_group: the processes that share a mini-batch: ``"auto"`` (the world group, if ``torch.distributed`` is
+            initialised), ``None`` or a group.
 
     Raises:
         ArgumentError: for values out of range.
@@ -86,6 +89,7 @@ class SecondOrder(GroupedOptimizer):
         groups: Sequence[Mapping[str, Any]] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         backend: str = "hooks",
+        process_group: Any = "auto",
     ):
         if loss_reduction not in ("mean", "sum"):
             raise ArgumentError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
@@ -99,6 +103,7 @@ class SecondOrder(GroupedOptimizer):
                 "this method draws labels from the model's own distribution: pass likelihood='categorical', "
                 "'bernoulli' or 'gaussian'"
             )
+        model, wrapper = unwrapped(model)
         layers = discover_layers(model)
         if not layers:
             raise ArgumentError(f"{type(model).__name__} has no trainable parameters")
@@ -106,7 +111,7 @@ class SecondOrder(GroupedOptimizer):
             require_matching_keys(method.preconditioner, layers)
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
         self.blocks = make_blocks(layers, method.preconditioner, method.fallback, strict=strict)
-        self._strict, self.grad_scaler = strict, grad_scaler
+        self._strict, self.grad_scaler, self.ranks = strict, grad_scaler, Ranks(process_group, wrapper)
         super().__init__(split_into_groups(model, layers, groups), values)
         self._check_values()
         self.capture = make_backend(backend, model, layers, resolved, loss_reduction, seed)
@@ -246,10 +251,12 @@ class SecondOrder(GroupedOptimizer):
             return None, None
         self._arm()  # an interrupted look back or warm start may have left the hooks in another mode
         wanted = products_due(self.blocks, self.method, self._step, self._warm)
+        if wanted:
+            require_plain_loss(self.ranks.count, self.grad_scaler)
         products = GraphKeepingBackward(self.layers) if wanted else None
         with products or nullcontext():
             loss = run_closure(closure)
-        return loss, products
+        return self.ranks.mean(loss), products
 
     def _skip(self, trouble: str, loss: Tensor | None) -> Tensor | None:
         """Count and report a step that is not taken."""
@@ -309,7 +316,7 @@ class SecondOrder(GroupedOptimizer):
         if self._step:
             raise ArgumentError(f"warm_start must come before the first step, {self._step} steps have been taken")
         try:
-            self._warm = warm_up(self.model, self.capture, self.blocks, estimator, closures)
+            self._warm = warm_up(self.model, self.capture, self.collect, self.blocks, estimator, closures)
         finally:
             self._arm()
 
@@ -336,7 +343,7 @@ class SecondOrder(GroupedOptimizer):
 
     def collect(self) -> dict[str, LayerStatistics]:
         """What the backend has recorded, without loss scale and in full precision."""
-        return widened(self.capture.collect(), self._inverse_scale)
+        return self.ranks.joint(self.layers, widened(self.capture.collect(), self._inverse_scale))
 
     def snapshot(self) -> Snapshot:
         """Random state and buffers now."""
@@ -344,7 +351,7 @@ class SecondOrder(GroupedOptimizer):
 
     def _arm(self) -> None:
         """Tell the capture what the coming forward passes must record."""
-        self.capture.step = self._step
+        self.capture.step, self.capture.stream = self._step, self.ranks.rank
         self.capture.clear()
         records = records_for_step(self.blocks, self.layers, self.method, self._step, self._warm)
         self.capture.arm(records)

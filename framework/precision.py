@@ -21,7 +21,7 @@ from ..errors import ArgumentError
 if TYPE_CHECKING:
     from .optimizer import SecondOrder
 
-__all__ = ["Scaling", "widened"]
+__all__ = ["Scaling", "require_plain_loss", "widened"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _SCALED = ("output_gradient", "mean_gradient")
@@ -36,6 +36,19 @@ def widened(statistics: Mapping[str, LayerStatistics], inverse_scale: Tensor | N
         inverse_scale: 0-dimensional, 1 / scale of the loss; ``None``: the loss was not scaled.
     """
     return {name: _widened(entry, inverse_scale) for name, entry in statistics.items()}
+
+
+def require_plain_loss(processes: int, scaler: torch.amp.GradScaler | None) -> None:
+    """Check that Hessian products are those of the joint mini-batch's own loss.
+
+    Raises:
+        ArgumentError: in data-parallel training, or if the loss is scaled.
+    """
+    if processes > 1 or (scaler is not None and scaler.is_enabled()):
+        raise ArgumentError(
+            "this method needs products with the Hessian, which are neither exchanged between processes as gradients are "
+            "nor freed from a loss scale; use sampled curvature, bf16 without a GradScaler, or process_group=None"
+        )
 
 
 class Scaling:
@@ -118,6 +131,10 @@ def _widened(entry: LayerStatistics, inverse_scale: Tensor | None) -> LayerStati
             wide = wide * inverse_scale
         if wide is not value:
             changes[item.name] = wide
+    loss = entry.sample_gradients.loss
+    if inverse_scale is not None and loss is not None:
+        unscaled = tuple(value * inverse_scale for value in loss)
+        changes["sample_gradients"] = replace(entry.sample_gradients, loss=unscaled)
     return replace(entry, **changes) if changes else entry
 
 
