@@ -46,8 +46,8 @@ def require_plain_loss(processes: int, scaler: torch.amp.GradScaler | None) -> N
     """
     if processes > 1 or (scaler is not None and scaler.is_enabled()):
         raise ArgumentError(
-            "this method needs products with the Hessian, which are neither exchanged between processes as gradients are "
-            "nor freed from a loss scale; use sampled curvature, bf16 without a GradScaler, or process_group=None"
+            "this method needs products with the Hessian, which are neither exchanged between processes as gradients "
+            "are nor freed from a loss scale; use sampled curvature, bf16 without a GradScaler, or process_group=None"
         )
 
 
