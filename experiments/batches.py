@@ -28,9 +28,14 @@ class BatchOrder:
         samples: samples in the training set.
         batch_size: samples in a batch, in [1, samples].
         seed: decides the whole sequence.
+
+    Raises:
+        ArgumentError: ``batch_size`` is out of range.
     """
 
     def __init__(self, samples: int, batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise ArgumentError(f"batch_size must be >= 1, got {batch_size}")
         if batch_size > samples:
             raise ArgumentError(f"batch_size must be at most the {samples} training samples, got {batch_size}")
         self.samples = samples

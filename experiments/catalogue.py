@@ -12,25 +12,35 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import registry
 from ..errors import UnknownNameError
+from .datafiles import data_folder
 from .environment import choose_device, describe_environment, prepare_process
+from .listing import show_methods, show_parts
 from .problems import PROBLEMS, get_problem
 from .records import write_json
+from .targets import require_file
 
 __all__ = ["Bench", "Methods", "Problems"]
+
+_SMALL = "'osculate train --problem NAME'; all take --problem-option size=small, less data and a narrower network"
+Names = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Methods:
-    """List the methods, with their papers and defaults; or the parts they are composed of."""
+    """List the methods, or show one in full: options with their defaults, paper, what it needs.
 
-    parts: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """List the parts instead."""
+    With --parts, the same for the parts that methods are composed of.
+    """
+
+    names: Names = ()
+    """Names to show in full, or pieces of names to list. With --parts also kinds, such as damping. Default: all."""
+    parts: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """Parts instead of methods."""
 
     def run(self, console: Console) -> int:
-        """Print the table."""
-        console.print(_parts_table() if self.parts else _methods_table())
+        """Print the table or the pages."""
+        (show_parts if self.parts else show_methods)(console, self.names)
         return 0
 
 
@@ -40,7 +50,7 @@ class Problems:
 
     def run(self, console: Console) -> int:
         """Print the table."""
-        table = Table("problem", "summary", "likelihood", "batch", title="problems")
+        table = Table("problem", "summary", "likelihood", "batch", title="problems", caption=_SMALL)
         for name in PROBLEMS:
             problem = get_problem(name)
             table.add_row(f"[bold]{name}", escape(problem.summary), problem.likelihood, str(problem.batch_size))
@@ -62,18 +72,22 @@ class Bench:
     """Threads of one operation on the CPU."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Folder with the data sets. Default: uniform random numbers in [0, 1] instead of images."""
-    only: tuple[str, ...] = ()
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LABEL ...", help_behavior_hint="")] = ()
     """Contestants, by the labels of the table. Default: all."""
-    out: Path | None = None
-    """JSON file to write."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """JSON file to write. Default: none."""
 
     def run(self, console: Console) -> int:
         """Measure, print the table, and write it."""
         from .batches import move_data
         from .bench import CONTESTANTS, benchmark, benchmark_table, random_data
 
+        if self.data_dir is not None:
+            data_folder(self.data_dir)
+        if self.out is not None:
+            require_file(self.out)
         prepare_process(self.threads)
         device = choose_device(self.device)
         known = {contestant.label: contestant for contestant in CONTESTANTS}
@@ -94,21 +108,3 @@ class Bench:
             settings["data"] = "random" if self.data_dir is None else "images"
             write_json(self.out, {"settings": settings, "environment": describe_environment(device), "rows": rows})
         return 0
-
-
-def _methods_table() -> Table:
-    table = Table("method", "summary", "paper", "defaults", title="methods")
-    for name, entry in sorted(registry.methods().items()):
-        defaults = ", ".join(f"{key}={value:g}" for key, value in entry.defaults.items())
-        table.add_row(f"[bold]{name}", escape(entry.summary), escape(entry.paper or ""), defaults)
-    return table
-
-
-def _parts_table() -> Table:
-    table = Table("kind", "part", "what it is", title="parts")
-    for kind, parts in registry.parts().items():
-        for name, part in sorted(parts.items()):
-            first = (part.__doc__ or "").strip().splitlines()
-            table.add_row(kind, f"[bold]{escape(name)}", escape(first[0]) if first else "")
-        table.add_section()
-    return table

@@ -38,7 +38,7 @@ Start with 'osculate compare': it races the methods on an embedded problem and d
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its status: 2 for bad input, else the command's own.
+    """Run the command line and exit with its status: 2 for bad input, 130 for Ctrl-C, else the command's own.
 
     Args:
         arguments: words after the program's name; None takes those of this process.
@@ -61,3 +61,6 @@ def execute(arguments: Sequence[str] | None = None) -> int:
         panel = Panel(escape(str(error)), title=type(error).__name__, title_align="left", border_style="red")
         Console(stderr=True).print(panel)
         return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        return 130

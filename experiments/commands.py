@@ -13,10 +13,12 @@ from rich.table import Table
 
 from ..errors import ArgumentError
 from .config import Budget, RunConfig, WarmStart, parse_options
+from .datafiles import data_folder
 from .environment import prepare_process
 from .problems import get_problem
 from .records import RunFolder
 from .runs import Resume, default_folder, run_in_folder
+from .targets import require_folder, writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,8 +27,13 @@ __all__ = ["Compare", "Replay", "Train"]
 
 DEFAULT_METHODS = ("kbfgs", "kbfgs-l", "mbf", "lw-sgdm", "lw-adamw", "joint-kfac", "adam", "sgdm")
 SHOWN = ["method", "train loss", "test loss", "accuracy", "epochs", "ms/step", "note"]
-_STATUS = {"finished": 0, "broken down": 1, "interrupted": 130}
+FILES = tuple(f"comparison.{ending}" for ending in ("json", "csv", "png", "pdf"))
+_STATUS = {"finished": 0, "broken down": 1, "no step taken": 1, "interrupted": 130}
 
+# The help of these flags says in words what is taken where they are left out; "(default: None)" would contradict it.
+Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+Place = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 Options = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")]
 
 
@@ -35,31 +42,37 @@ class Common:
     """Flags that train and compare share."""
 
     problem: str = "curves-autoencoder"
-    """Problem, one of osculate problems."""
-    lr: float | None = None
+    """Problem; 'osculate problems' lists them."""
+    lr: Number = None
     """Learning rate. Default: the method's own."""
-    damping: float | None = None
+    damping: Number = None
     """Damping. Default: the method's own."""
-    weight_decay: float | None = None
+    weight_decay: Number = None
     """Weight decay. Default: the method's own."""
-    batch_size: int | None = None
+    batch_size: Count = None
     """Samples in a mini-batch. Default: the problem's own."""
     seed: int = 0
     """Seed of the parameters, the order of the data and the method's sampling."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
-    threads: int | None = None
+    threads: Count = None
     """Threads of one operation on the CPU. Default: torch's own choice."""
-    data_dir: Path | None = None
-    """Folder with the data sets. Default: download, or generate."""
-    out: Path | None = None
-    """Folder to write. Default: a folder below runs."""
+    data_dir: Place = None
+    """Folder with the data sets. Default: download, or generate; see also OSCULATE_DATA."""
+    out: Place = None
+    """Folder to write. Default: a folder below runs/, named by what is run."""
     warm_start: WarmStart = WarmStart.AUTO
     """Whether a method with an initial pass over the data runs it."""
     option: Options = ()
-    """Further keyword of the method, repeatable: --option statistics_every=2."""
+    """Further keyword of the method: --option statistics_every=2; 'osculate methods NAME' lists them."""
     problem_option: Options = ()
-    """Further keyword of the problem, repeatable: --problem-option size=small."""
+    """Further keyword of the problem: --problem-option size=small."""
+
+    def prepare(self) -> None:
+        """Check the data folder and set what holds for the whole process."""
+        if self.data_dir is not None:
+            data_folder(self.data_dir)
+        prepare_process(self.threads)
 
     def config(self, method: str, method_options: dict[str, Any]) -> RunConfig:
         """Return the configuration these flags describe."""
@@ -82,22 +95,23 @@ class Common:
 class Train(Common):
     """Train one problem with one method; the run is written to a folder and can be continued.
 
-    Exit status: 0 finished, 1 the method broke down, 2 bad input, 130 interrupted by Ctrl-C.
+    Exit status: 0 finished, 1 the method broke down or the time was over before its first step, 2 bad input, 130
+    interrupted by Ctrl-C.
     """
 
     method: str = "kbfgs"
-    """Method, one of osculate methods."""
-    epochs: int | None = None
-    """Passes over the training data, those before a continuation included. Default: the problem's own, or no bound with
-    --seconds."""
-    seconds: float | None = None
-    """Training time in seconds, evaluation excluded."""
+    """Method; 'osculate methods' lists them."""
+    epochs: Count = None
+    """Passes over the training data, those before a continuation included. Default: no bound where --seconds is given,
+    else the problem's own."""
+    seconds: Number = None
+    """Training time in seconds, warm start included, evaluation excluded. Default: no bound."""
     resume: Resume = Resume.AUTO
     """What to do with a run already in the folder: continue it, start over, or insist on continuing."""
 
     def run(self, console: Console) -> int:
         """Train, show where the run lies, and return the exit status."""
-        prepare_process(self.threads)
+        self.prepare()
         config = self.config(self.method, parse_options(self.option))
         epochs = self.epochs
         if epochs is None and self.seconds is None:
@@ -105,7 +119,10 @@ class Train(Common):
         budget = Budget(epochs, self.seconds)
         folder = RunFolder(self.out or default_folder(config))
         result = run_in_folder(config, budget, folder, self.data_dir, self.resume, console)
-        console.print(f"{result.status}; the run lies in {folder.path}", highlight=False, markup=False, soft_wrap=True)
+        reason = f": {result.reason}" if result.status == "no step taken" else ""
+        idle = ", no step was asked for" if result.status == "finished" and epochs == 0 else ""
+        line = f"{result.status}{reason}{idle}; the run lies in {folder.path}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
         return _STATUS[result.status]
 
 
@@ -118,10 +135,10 @@ class Compare(Common):
     """
 
     methods: tuple[str, ...] = DEFAULT_METHODS
-    """Methods, several of osculate methods."""
+    """Methods, separated by blanks; 'osculate methods' lists them."""
     seconds: float = 15.0
     """Training time of each method in seconds, warm start included, evaluation excluded."""
-    epochs: int | None = None
+    epochs: Count = None
     """Passes over the training data after which a method stops early. Default: no bound."""
     resume: Resume = Resume.NEVER
     """Whether curves already in the folder, of the same configuration, are kept instead of run again."""
@@ -134,10 +151,11 @@ class Compare(Common):
 
         if not self.methods:
             raise ArgumentError("--methods needs at least one name; 'osculate methods' lists them")
-        prepare_process(self.threads)
+        self.prepare()
         budget = Budget(self.epochs, self.seconds)
         configs = method_configs(self.config(self.methods[0], {}), self.methods, parse_options(self.option))
         out = self.out or Path("runs") / f"compare-{self.problem}-{self.seed}"
+        require_folder(out, *FILES)
         file = out / "comparison.json"
         comparison = compare(
             configs, budget, file, self.data_dir, Display(console, budget, line_seconds=1.0), self.resume
@@ -146,8 +164,9 @@ class Compare(Common):
             return _STATUS["interrupted"]
         table = comparison_table(comparison)
         console.print(_rich_table(table, f"{comparison.problem}, best first"))
-        table.to_csv(out / "comparison.csv", index=False)
-        save_figure(comparison_figure(comparison), out / "comparison")
+        with writing(out):
+            table.to_csv(out / "comparison.csv", index=False)
+            save_figure(comparison_figure(comparison), out / "comparison")
         console.print(f"table, curves and figure lie in {out}", highlight=False, markup=False, soft_wrap=True)
         return 0 if len(comparison.curves) == len(configs) else _STATUS["interrupted"]
 
@@ -159,7 +178,7 @@ class Replay:
     Exit status: 0 if every file agrees to 1e-8, else 1.
     """
 
-    files: tyro.conf.Positional[tuple[Path, ...]]
+    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE ...", help_behavior_hint="")]
     """Recorded trajectories (.npz)."""
 
     def run(self, console: Console) -> int:

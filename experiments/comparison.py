@@ -25,6 +25,7 @@ from .problems import Data, Problem, get_problem
 from .progress import Display
 from .records import write_json
 from .runs import Resume, describe_run
+from .targets import exclusive
 from .training import BoundedShare, Schedule, measure, prepare
 
 __all__ = ["Comparison", "Curve", "compare", "comparison_table", "load_comparison", "method_configs"]
@@ -137,7 +138,7 @@ def compare(
     descriptions = [describe_run(config, prepare(config, problem, data), checksum) for config in configs]
     comparison = Comparison(problem.name, budget, describe_environment(device))
     earlier = _earlier(file, comparison, resume)
-    with display, interruptible() as interrupted:
+    with exclusive(file.parent), display, interruptible() as interrupted:
         for config, description in zip(configs, descriptions, strict=True):
             kept = next((curve for curve in earlier if curve.config == description), None)
             curve = kept or _run(config, description, (problem, data), budget, display, interrupted)
@@ -165,14 +166,16 @@ def load_comparison(file: Path) -> Comparison:
 
 def comparison_table(comparison: Comparison) -> pd.DataFrame:
     """Return one row per method, the smallest final training loss first."""
-    return pd.DataFrame([_row(curve) for curve in comparison.ranked()])
+    return pd.DataFrame([_row(curve, comparison.budget) for curve in comparison.ranked()])
 
 
-def _row(curve: Curve) -> dict[str, Any]:
+def _row(curve: Curve, budget: Budget) -> dict[str, Any]:
     last = curve.points[-1] if curve.points else {}
     start = curve.points[0] if curve.points else {}
     iterations = last.get("iterations", 0)
     pure = last.get("seconds", 0.0) - last.get("warm_start_seconds", 0.0)
+    cut = ": the time was over in the warm start" if budget.out_of_time(last.get("seconds", 0.0)) else ""
+    note = "" if iterations or not last else f"no step taken{cut}"
     return {
         "method": curve.method,
         "train loss": curve.final_loss if not curve.failure else math.nan,
@@ -184,7 +187,7 @@ def _row(curve: Curve) -> dict[str, Any]:
         "gradients": last.get("gradient_evaluations", 0),
         "lr": curve.config.get("lr"),
         "damping": curve.config.get("damping"),
-        "note": f"broke down: {curve.failure.partition(';')[0]}" if curve.failure else "",
+        "note": f"broke down: {curve.failure.partition(';')[0]}" if curve.failure else note,
     }
 
 

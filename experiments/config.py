@@ -15,6 +15,14 @@ from ..errors import ArgumentError
 __all__ = ["Budget", "RunConfig", "WarmStart", "differences", "parse_options"]
 
 _NUMBERS = ("lr", "damping", "weight_decay")
+_RESERVED = {
+    "seed": "it has a flag of its own, --seed",
+    "likelihood": "the problem decides it",
+    "loss_reduction": "the problem decides it",
+    "model": "the problem decides it",
+    "method": "it is chosen by --method or --methods",
+}
+_LARGEST_SEED = 2**32 - 1  # the generators of sampled labels multiply it
 
 
 class WarmStart(enum.Enum):
@@ -37,7 +45,7 @@ class RunConfig:
         damping: damping; None is the method's default.
         weight_decay: weight decay; None is the method's default.
         batch_size: samples in a mini-batch, >= 1; None is the problem's own.
-        seed: seed of the initial parameters, the order of the data, dropout and the method's sampling, >= 0.
+        seed: seed of the initial parameters, the order of the data, dropout and the method's sampling, 0 ... 2^32 - 1.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         warm_start: whether the method's initial pass runs.
         problem_options: further keywords of the problem.
@@ -62,11 +70,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
             raise ArgumentError(f"batch_size must be >= 1, got {self.batch_size}; leave it out for the problem's own")
-        if self.seed < 0:
-            raise ArgumentError(f"seed must be >= 0, got {self.seed}")
+        if not 0 <= self.seed <= _LARGEST_SEED:
+            raise ArgumentError(f"seed must be >= 0 and at most {_LARGEST_SEED}, got {self.seed}")
 
     def method_arguments(self) -> dict[str, Any]:
-        """Return the keywords for ``osculate.build``, without those left to the method's defaults."""
+        """Return the keywords for ``osculate.build``, without those left to the method's defaults.
+
+        Raises:
+            ArgumentError: a keyword comes twice, or is not the method's to choose.
+        """
+        for name in _RESERVED.keys() & self.method_options.keys():
+            raise ArgumentError(f"{name!r} is no option of a method: {_RESERVED[name]}")
         given = {name: getattr(self, name) for name in _NUMBERS if getattr(self, name) is not None}
         repeated = sorted(given.keys() & self.method_options.keys())
         if repeated:
@@ -85,7 +99,8 @@ class Budget:
 
     Args:
         epochs: passes over the training data, >= 0; None sets no bound.
-        seconds: training time, evaluation excluded and warm start included, > 0; None sets no bound.
+        seconds: training time, evaluation excluded and warm start included, > 0; None sets no bound. The step (or the
+            mini-batch of the warm start) in progress when they are over is completed.
 
     Raises:
         ArgumentError: a bound is out of range, or there is none.
@@ -101,6 +116,10 @@ class Budget:
             raise ArgumentError(f"epochs must be >= 0, got {self.epochs}")
         if self.seconds is not None and not 0 < self.seconds < math.inf:
             raise ArgumentError(f"seconds must be positive and finite, got {self.seconds}")
+
+    def out_of_time(self, seconds: float) -> bool:
+        """Return whether ``seconds`` seconds use up the time, if that is bounded."""
+        return self.seconds is not None and seconds >= self.seconds
 
     def spent(self, epoch: float, seconds: float) -> float:
         """Return the share of the budget used up by ``epoch`` epochs and ``seconds`` seconds; 1 or more is the end."""

@@ -18,6 +18,7 @@ __all__ = ["choose_device", "describe_environment", "peak_memory_bytes", "prepar
 
 _LIBRARIES = ("osculate", "torch", "numpy", "scipy")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+_MOST_THREADS = 1024
 _PEAK_RESET = Path("/proc/self/clear_refs")
 _PROCESS_STATUS = Path("/proc/self/status")
 
@@ -54,13 +55,15 @@ def prepare_process(threads: int | None = None) -> None:
     Averages that decay into denormal numbers slow a step on the CPU several times; nothing here needs them.
 
     Args:
-        threads: threads of one operation, >= 1; None keeps torch's own choice.
+        threads: threads of one operation, 1 ... 1024; None keeps torch's own choice.
 
     Raises:
-        ArgumentError: ``threads`` is below 1.
+        ArgumentError: ``threads`` is out of range.
     """
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads must be >= 1, got {threads}; leave it out for torch's own choice")
+    if threads is not None and threads > _MOST_THREADS:
+        raise ArgumentError(f"threads must be at most {_MOST_THREADS}, got {threads}; torch crashes on too many")
     torch.set_flush_denormal(True)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -6,7 +6,7 @@
 | ``environment.json`` | versions, platform, device, threads, commit |
 | ``metrics.jsonl`` | one object per evaluation: before training (epoch 0), after every epoch, and at the end |
 | ``checkpoint.pt`` | everything needed to continue bit for bit |
-| ``status.json`` | ``running``, ``finished``, ``interrupted`` or ``broken down``, with the reason |
+| ``status.json`` | ``running``, ``finished``, ``interrupted``, ``broken down`` or ``no step taken``, with the reason |
 
 Every file but ``metrics.jsonl`` is written beside its place and then renamed, so a reader never meets half a file.
 """
@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import ArgumentError
+from .targets import require_folder, writing
 
 __all__ = ["RunFolder", "write_json"]
 
@@ -53,11 +54,20 @@ class RunFolder:
         """Where the metrics lie."""
         return self.path / "metrics.jsonl"
 
+    def check(self) -> None:
+        """See that the folder can be written; nothing is written yet.
+
+        Raises:
+            ArgumentError: it cannot; the message names what is in the way.
+        """
+        require_folder(self.path, "config.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "status.json")
+
     def start(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Create the folder, write both descriptions, and remove what an earlier run left there."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for stale in (self.checkpoint_file, self.metrics_file):
-            stale.unlink(missing_ok=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for stale in (self.checkpoint_file, self.metrics_file):
+                stale.unlink(missing_ok=True)
         write_json(self.path / "config.json", config)
         write_json(self.path / "environment.json", environment)
         self.write_status("running")
@@ -79,17 +89,32 @@ class RunFolder:
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Add one line to the metrics and see it onto the disk."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics written so far; a last line cut short by a crash is left out."""
+        """Return the metrics written so far; a last line cut short by a crash is left out.
+
+        Raises:
+            ArgumentError: a line is no JSON object that counts iterations.
+        """
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        found: list[dict[str, Any]] = []
+        try:
+            for line in self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):
+                    entry = json.loads(line)
+                    int(entry["iterations"])
+                    found.append(entry)
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise ArgumentError(
+                f"{self.metrics_file} cannot be read after line {len(found)} ({type(error).__name__}: {error}); remove "
+                "the damaged line, or start over with --resume never"
+            ) from error
+        return found
 
     def rewind_metrics(self, iterations: int) -> None:
         """Drop the lines written after the checkpoint at ``iterations``; the continued run writes them again."""
@@ -113,13 +138,15 @@ class RunFolder:
             raise ArgumentError(
                 f"{self.checkpoint_file} cannot be read ({type(error).__name__}); start over with --resume never"
             ) from error
-        return dict(state)
+        if not isinstance(state, dict):
+            raise ArgumentError(f"{self.checkpoint_file} holds no state of a run; start over with --resume never")
+        return state
 
     def write_status(self, status: str, **details: object) -> None:
         """Record how the run stands.
 
         Args:
-            status: ``running``, ``finished``, ``interrupted`` or ``broken down``.
+            status: ``running``, ``finished``, ``interrupted``, ``broken down`` or ``no step taken``.
             **details: further plain values, such as the reason.
         """
         write_json(self.path / "status.json", {"status": status, **details})
@@ -130,13 +157,14 @@ def _write(file: BinaryIO, content: bytes) -> None:
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
 
 
 def _finite(value: Any) -> Any:

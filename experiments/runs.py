@@ -20,6 +20,7 @@ from .interrupts import interruptible
 from .problems import get_problem
 from .progress import Display
 from .records import RunFolder
+from .targets import exclusive
 from .training import EveryEpoch, measure, prepare
 from .training_run import TrainingRun
 
@@ -42,9 +43,10 @@ class RunResult:
     """How a run ended.
 
     Args:
-        status: ``finished``, ``interrupted`` or ``broken down``.
-        metrics: the last line of its metrics; None if it broke down before the first.
-        reason: why it broke down, else empty.
+        status: ``finished``, ``interrupted``, ``broken down``, or ``no step taken`` where the seconds were over before
+            the first step.
+        metrics: the last line of its metrics; None if it ended before the first.
+        reason: why it broke down or took no step, else empty.
     """
 
     status: str
@@ -100,27 +102,30 @@ def run_in_folder(
         console: shows the progress.
 
     Raises:
-        ArgumentError: a value is out of range, or the folder holds a run of another configuration.
+        ArgumentError: a value is out of range, the folder cannot be written or is being written by another process,
+            or it holds a run of another configuration or damaged files.
+        OutputError: a file cannot be written.
     """
+    folder.check()
+    if resume is Resume.REQUIRE and not folder.checkpoint_file.exists():
+        raise ArgumentError(f"{folder.path} holds no checkpoint to continue; use --resume auto to start")
     problem = get_problem(config.problem, **config.problem_options)
     data = problem.load(data_dir)
     run = prepare(config, problem, data)
     described = describe_run(config, run, data_checksum(data))
-    if _continues(folder, described, resume):
-        run.load_state_dict(folder.load_checkpoint(run.device))
-        folder.rewind_metrics(run.iterations)
-        console.print(f"continuing after {run.iterations} iterations", highlight=False)
-    else:
-        folder.start(described, describe_environment(run.device))
-    return _train(run, budget, folder, console)
+    with exclusive(folder.path):
+        if _continues(folder, described, resume):
+            _restore(run, folder)
+            spent = budget.spent(run.epoch, run.clock.seconds) >= 1
+            remark = "; its budget is spent, raise --epochs or --seconds to train on" if spent else ""
+            console.print(f"continuing after {run.iterations} iterations{remark}", highlight=False, soft_wrap=True)
+        else:
+            folder.start(described, describe_environment(run.device))
+        return _train(run, budget, folder, console)
 
 
 def _continues(folder: RunFolder, described: dict[str, Any], resume: Resume) -> bool:
-    if resume is Resume.NEVER:
-        return False
-    if not folder.checkpoint_file.exists():
-        if resume is Resume.REQUIRE:
-            raise ArgumentError(f"{folder.path} holds no checkpoint to continue; use --resume auto to start")
+    if resume is Resume.NEVER or not folder.checkpoint_file.exists():
         return False
     lines = differences(folder.read_config(), described)
     if lines:
@@ -132,8 +137,20 @@ def _continues(folder: RunFolder, described: dict[str, Any], resume: Resume) -> 
     return True
 
 
+def _restore(run: TrainingRun, folder: RunFolder) -> None:
+    state = folder.load_checkpoint(run.device)
+    try:
+        run.load_state_dict(state)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ArgumentError(
+            f"{folder.checkpoint_file} does not hold the state of this run ({type(error).__name__}: {error}); start "
+            "over with --resume never, or name another folder with --out"
+        ) from error
+    folder.rewind_metrics(run.iterations)
+
+
 def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console) -> RunResult:
-    reason = ""
+    reason, hard = "", False
     folder.write_status("running")
     with Display(console, budget) as display, interruptible() as interrupted:
         display.begin(run.config.method)
@@ -144,9 +161,16 @@ def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console
         except NumericalError as error:
             reason = str(error)
             display.failed(reason)
-        stopped = interrupted() and budget.spent(run.epoch, run.clock.seconds) < 1
+        except KeyboardInterrupt:  # the second Ctrl-C: the step in progress is lost
+            hard = True
+        except Exception as error:
+            folder.write_status("broken down", reason=f"{type(error).__name__}: {error}", iterations=run.iterations)
+            raise
+        stopped = hard or (interrupted() and budget.spent(run.epoch, run.clock.seconds) < 1)
     status = "broken down" if reason else "interrupted" if stopped else "finished"
     run.clock.pause()
+    if status == "finished" and not run.iterations and budget.epochs != 0:
+        status, reason = "no step taken", _without_step(run)
     details = {"reason": reason} if reason else {}
     folder.write_status(status, epoch=run.epoch, iterations=run.iterations, seconds=run.clock.seconds, **details)
     written = folder.read_metrics()
@@ -157,6 +181,13 @@ def _record(run: TrainingRun, metrics: Metrics, folder: RunFolder) -> None:
     folder.append_metrics(metrics.as_dict())
     if run.iterations:
         folder.save_checkpoint(run.state_dict())
+
+
+def _without_step(run: TrainingRun) -> str:
+    return (
+        f"the time was over after {run.warm_start_batches} of {run.order.batches_per_epoch} mini-batches of the warm "
+        f"start, {run.warm_start_seconds:.3g} s; raise --seconds, or leave the warm start out with --warm-start none"
+    )
 
 
 def _written(value: Any) -> Any:

@@ -91,12 +91,15 @@ def measure(
 ) -> Iterator[Metrics]:
     """Train until the budget is spent, and yield the metrics whenever the schedule asks, at the start and at the end.
 
+    A warm start that uses up the budget's seconds is cut there, and no step is taken.
+
     Args:
         run: a fresh run (it is warm-started first) or one that continues from a checkpoint.
         budget: when to stop.
         schedule: when to evaluate.
         on_step: called after every step.
-        stopping: asked after every step; the run stops where it answers yes.
+        stopping: asked after every step and before every mini-batch of the warm start; the run stops where it answers
+            yes. One that stops within its warm start yields nothing.
 
     Yields:
         Metrics; the run stands exactly where they were taken until the next one is asked for.
@@ -106,7 +109,9 @@ def measure(
     """
     last, cost = run.clock.seconds, 0.0
     if run.iterations == 0:
-        run.warm_start()
+        run.warm_start(lambda: stopping() or budget.out_of_time(run.clock.seconds))
+        if stopping():
+            return
         yield _finite(run.evaluate())
         last = run.clock.seconds
     finished = budget.spent(run.epoch, run.clock.seconds) >= 1 or stopping()

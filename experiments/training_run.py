@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -80,6 +80,7 @@ class TrainingRun:
         self.clock = Stopwatch(self.device)
         self.iterations = 0
         self.warm_start_seconds = 0.0
+        self.warm_start_batches = 0
         self.last_loss: Tensor | None = None
         self._events: dict[str, Tensor | int] = {}
         torch.manual_seed(config.seed)
@@ -95,17 +96,27 @@ class TrainingRun:
         """Whether the last batch of an epoch has just been used."""
         return self.iterations > 0 and self.iterations % self.order.batches_per_epoch == 0
 
-    def warm_start(self) -> None:
-        """Run the method's initial pass over the training data, if it has one and the configuration wants it."""
+    def warm_start(self, halted: Callable[[], bool] = lambda: False) -> None:
+        """Run the method's initial pass over the training data, if it has one and the configuration wants it.
+
+        Args:
+            halted: asked before every mini-batch; the pass ends early where it answers yes, and
+                ``warm_start_batches`` tells how far it came.
+        """
         if self.config.warm_start is WarmStart.NONE or not self.optimizer.has_warm_start:
             return
         self.clock.start()
-        size = self.order.batch_size
-        starts = range(0, self.order.batches_per_epoch * size, size)
-        inputs = self.data.train_inputs
-        self.optimizer.warm_start(partial(self.model, inputs[start : start + size]) for start in starts)
+        self.optimizer.warm_start(self._warm_start_passes(halted))
         self.clock.pause()
         self.warm_start_seconds = self.clock.seconds
+
+    def _warm_start_passes(self, halted: Callable[[], bool]) -> Iterator[Callable[[], Any]]:
+        size, inputs = self.order.batch_size, self.data.train_inputs
+        for number in range(self.order.batches_per_epoch):
+            if halted():
+                return
+            yield partial(self.model, inputs[number * size : (number + 1) * size])
+            self.warm_start_batches = number + 1
 
     def step(self) -> None:
         """Take one optimizer step on the next mini-batch; the clock runs."""

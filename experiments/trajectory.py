@@ -195,6 +195,8 @@ def load_trajectory(path: Path) -> Trajectory:
     Raises:
         ArgumentError: if it is missing, damaged, not of the format, or lacks an array that no replay can do without.
     """
+    if path.is_dir():
+        raise ArgumentError(f"{str(path)!r} is a folder; name the files in it, as in {path.name}/*.npz")
     if not path.is_file():
         raise ArgumentError(f"there is no file {str(path)!r}; give recorded trajectories (.npz)")
     try:

@@ -150,11 +150,15 @@ class Method:
         return reference_of(self)
 
     def hyperparameters(self, given: Mapping[str, float | None]) -> dict[str, float]:
-        """``lr``, ``damping`` and ``weight_decay``: the given values, defaults where they are ``None``."""
+        """``lr``, ``damping`` and ``weight_decay``: the given values, defaults where they are ``None``.
+
+        Raises:
+            ArgumentError: if a value is not a number.
+        """
         names = ("lr", "damping", "weight_decay")
         standard = {"lr": 1e-2, "damping": 0.0, "weight_decay": 0.0} | dict(self.defaults)
         chosen = {name: given.get(name) for name in names}
-        return {name: standard[name] if value is None else float(value) for name, value in chosen.items()}
+        return {name: standard[name] if value is None else _number(name, value) for name, value in chosen.items()}
 
     def check_values(self, *, lr: float, damping: float, weight_decay: float) -> None:
         """Check the numbers that live in the parameter groups.
@@ -267,6 +271,13 @@ def _suppliers(needs: Needs) -> str:
     wanted = [need for need in _MEASURED if need in needs]
     names = dict.fromkeys(type(part).__name__ for part in entries if all(need in part.provides for need in wanted))
     return ", ".join(f"{name}()" for name in names) or "none that is registered"
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{name} must be a number, got {value!r}") from None
 
 
 def _require_positive_damping(part: Preconditioner, damping: float) -> None:

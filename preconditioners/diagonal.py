@@ -40,7 +40,8 @@ class Diagonal(Stateless):
     Args:
         power: 1/2 or 1.
         average: rule for v.
-        epsilon: >= 0, added after the power.
+        epsilon: >= 0, added after the power. With 0 (or too small for the tensor's kind of number) a parameter whose v
+            is 0 gets no step, the pseudo-inverse, instead of 0 / 0.
         source: square the ``"gradient"`` (weight decay included when it is coupled, as torch does) or the
             ``"momentum"``.
 
@@ -94,10 +95,12 @@ class Diagonal(Stateless):
             moment.mul_(keep).addcmul_(value, value, value=add)
 
     def precondition(self, state: DiagonalState, momentum: Tensors) -> Tensors:
-        """momentum / (v^power + epsilon)."""
+        """momentum / (v^power + epsilon), 0 where the denominator is 0."""
         result: list[Tensor] = []
         for moment, value in zip(state.second_moment, momentum, strict=True):
             scale = self._scale(moment)
+            if self.epsilon < torch.finfo(scale.dtype).tiny:  # a larger one keeps every denominator above 0
+                scale.masked_fill_(scale == 0, torch.inf)
             result.append(torch.div(value, scale, out=scale))
         return tuple(result)
 

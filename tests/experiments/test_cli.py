@@ -63,9 +63,29 @@ def test_train_that_breaks_down_exits_with_1(tiny: Any, capsys: pytest.CaptureFi
         (["train", "--method", "adam", "--option", "no_such_thing=1"], "no_such_thing"),
         (["compare", "--methods", "adam", "nothing"], "nothing"),
         (["bench", "--only", "sgd"], "sgd"),
+        (
+            ["bench", "--batch-size", "0", "--problem", "curves-autoencoder", "--only", "sgdm"],
+            "batch_size must be >= 1",
+        ),
+        (["bench", "--out", "."], "is a folder; name a file in it"),
+        (["bench", "--data-dir", "nowhere"], "must be an existing folder, got 'nowhere'"),
+        (["train", "--data-dir", "nowhere"], "must be an existing folder, got 'nowhere'"),
+        (["compare", "--data-dir", "nowhere"], "must be an existing folder, got 'nowhere'"),
+        (["train", "--out", "file"], "'file' is a file; name another folder with --out"),
+        (["train", "--out", "file/below"], "'file' is a file; name another folder with --out"),
+        (["compare", "--out", "file"], "'file' is a file; name another folder with --out"),
+        (["bench", "--out", "file/below.json"], "'file' is a file"),
+        (["train", "--threads", "100000"], "threads must be at most 1024"),
+        (["train", "--seed", "99999999999999999999"], "seed must be >= 0 and at most"),
+        (["train", "--method", "adam", "--option", "seed=3"], "--seed"),
+        (["train", "--method", "adam", "--option", "lr=fast"], "lr must be a number, got 'fast'"),
+        (["replay"], "no files to replay"),
+        (["methods", "kbfs"], "did you mean 'kbfgs'"),
+        (["methods", "--parts", "kronecer"], "did you mean 'Kronecker'"),
     ],
 )
 def test_bad_input_is_one_message(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    Path("file").touch()
     assert execute(words) == 2
     shown = capsys.readouterr()
     assert message in shown.err
@@ -86,6 +106,37 @@ def test_compare_writes_table_curves_and_figure(tmp_path: Path, capsys: pytest.C
     shown = capsys.readouterr().out
     assert "best first" in shown
     assert "train loss" in shown
+
+
+def test_train_without_a_step_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["train", "--method", "kbfgs", "--seconds", "1e-9"]) == 1
+    shown = capsys.readouterr().out
+    assert "no step taken: the time was over after 0 of 4 mini-batches of the warm start" in shown
+    assert "finished" not in shown
+
+
+def test_compare_notes_a_method_without_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["compare", "--methods", "adam", "kbfgs", "--seconds", "1e-9"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "no step taken" in line]
+    assert len(rows) == 1
+    assert "kbfgs" in rows[0]
+
+
+def test_a_run_that_needs_no_more_training_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--method", "adam", "--epochs", "1"]
+    assert execute(words) == execute(words) == 0
+    assert "continuing after 4 iterations; its budget is spent" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_training_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(data_dir: Path | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny, "load", load)
+    assert execute(["train", "--method", "adam"]) == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_methods_and_parts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -292,7 +292,7 @@ def broken(name: str, tmp_path: Path) -> Path:
         ("array", "cannot be read as .npz"),
         ("pickled", "cannot be read as .npz"),
         ("nameless", "has no array 'meta'"),
-        ("folder", "there is no file"),
+        ("folder", "is a folder; name the files in it"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_and_the_others_run(name: str, message: str, tmp_path: Path) -> None:

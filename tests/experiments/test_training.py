@@ -153,6 +153,65 @@ class TestRunFolder:
         with pytest.raises(ArgumentError, match=r"checkpoint\.pt cannot be read.*--resume never"):
             run(RunConfig("tiny", "sgdm"), 2, tmp_path)
 
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b'{"iterations": 0}\n{"iterations": \n', "after line 1"),
+            (b"{}\n", "after line 0"),
+            (b"[]\n", "after line 0"),
+            (b"\xff\xfe\n", "UnicodeDecodeError"),
+        ],
+    )
+    def test_damaged_metrics_are_named(self, tmp_path: Path, content: bytes, message: str) -> None:
+        run(RunConfig("tiny", "sgdm"), 1, tmp_path)
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(ArgumentError, match=rf"metrics\.jsonl cannot be read.*{message}.*--resume never"):
+            run(RunConfig("tiny", "sgdm"), 2, tmp_path)
+
+    @pytest.mark.parametrize("missing", ["model", "optimizer", "order", "random_state", "iterations", None])
+    def test_a_checkpoint_of_something_else_is_refused(self, tmp_path: Path, missing: str | None) -> None:
+        run(RunConfig("tiny", "sgdm"), 1, tmp_path)
+        state: Any = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        if missing is None:
+            state = [1]
+        else:
+            del state[missing]
+        torch.save(state, tmp_path / "checkpoint.pt")
+        with pytest.raises(
+            ArgumentError, match=r"checkpoint\.pt (does not hold the state|holds no state).*--resume never"
+        ):
+            run(RunConfig("tiny", "sgdm"), 2, tmp_path)
+
+    def test_an_error_of_another_kind_does_not_leave_the_run_running(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(self: Display, run: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(Display, "step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(RunConfig("tiny", "sgdm"), 1, tmp_path)
+        status = json.loads((tmp_path / "status.json").read_text())
+        assert (status["status"], status["reason"]) == ("broken down", "RuntimeError: out of memory")
+
+    def test_a_second_ctrl_c_stops_at_once_and_the_run_can_continue(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = RunConfig("tiny", "kbfgs")
+        run(config, 3, tmp_path / "whole")
+
+        def twice(self: Display, run: Any) -> None:
+            if run.iterations == 6:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Display, "step", twice)
+            assert run(config, 3, tmp_path / "parts").status == "interrupted"
+        assert json.loads((tmp_path / "parts" / "status.json").read_text())["status"] == "interrupted"
+        assert run(config, 3, tmp_path / "parts").status == "finished"
+        assert_same_checkpoint(tmp_path / "parts", tmp_path / "whole")
+
     def test_nothing_to_continue(self, tmp_path: Path) -> None:
         with pytest.raises(ArgumentError, match="no checkpoint to continue"):
             run(RunConfig("tiny", "sgdm"), 2, tmp_path, Resume.REQUIRE)
@@ -164,6 +223,40 @@ class TestRunFolder:
         assert result.status == status["status"] == "broken down"
         assert status["reason"] == result.reason != ""
         assert [line["epoch"] for line in RunFolder(tmp_path).read_metrics()] == [0, 1]
+
+
+@pytest.mark.usefixtures("tiny")
+class TestRunsWithoutAStep:
+    def test_time_that_is_over_in_the_warm_start_is_not_finished(self, tmp_path: Path) -> None:
+        console = Console(file=StringIO())
+        config = RunConfig("tiny", "kbfgs")
+        result = run_in_folder(config, Budget(2, 1e-9), RunFolder(tmp_path), None, Resume.AUTO, console)
+        status = json.loads((tmp_path / "status.json").read_text())
+        assert result.status == status["status"] == "no step taken"
+        assert "after 0 of 4 mini-batches of the warm start" in status["reason"]
+        assert "--warm-start none" in status["reason"]
+        assert not (tmp_path / "checkpoint.pt").exists()
+        assert run(config, 2, tmp_path).status == "finished"
+        assert repeatable(tmp_path)[-1]["iterations"] == 8
+
+    def test_without_a_warm_start_one_step_is_taken(self, tmp_path: Path) -> None:
+        config = RunConfig("tiny", "kbfgs", warm_start=WarmStart.NONE)
+        budget = Budget(2, 1e-9)
+        result = run_in_folder(config, budget, RunFolder(tmp_path), None, Resume.AUTO, Console(file=StringIO()))
+        assert (result.status, (result.metrics or {})["iterations"]) == ("finished", 1)
+
+    def test_no_step_may_be_asked_for(self, tmp_path: Path) -> None:
+        assert run(RunConfig("tiny", "kbfgs"), 0, tmp_path).status == "finished"
+
+    def test_ctrl_c_in_the_warm_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+        config = RunConfig("tiny", "kbfgs")
+        run(config, 1, tmp_path / "whole")
+        with monkeypatch.context() as patch:
+            patch.setattr(Display, "begin", lambda self, name: signal.raise_signal(signal.SIGINT))
+            assert run(config, 1, tmp_path / "parts").status == "interrupted"
+        assert RunFolder(tmp_path / "parts").read_metrics() == []
+        assert run(config, 1, tmp_path / "parts").status == "finished"
+        assert_same_checkpoint(tmp_path / "parts", tmp_path / "whole")
 
 
 class TestMeasure:
@@ -207,6 +300,29 @@ class TestMeasure:
         assert warm[0].train_loss == cold[0].train_loss
         assert warm[1].train_loss != cold[1].train_loss
 
+    def test_seconds_bound_the_warm_start_too(self, tiny: Any) -> None:
+        class Late(Stopwatch):
+            """Ten seconds are over after the third question for the time."""
+
+            questions = 0
+
+            @property
+            def seconds(self) -> float:
+                self.questions += 1
+                return 10.0 if self.questions > 3 else 0.0
+
+        run = prepare(RunConfig("tiny", "kbfgs"), tiny, tiny.load(None))
+        run.clock = Late(run.device)
+        lines = list(measure(run, Budget(epochs=2, seconds=10), EveryEpoch()))
+        assert 0 < run.warm_start_batches < run.order.batches_per_epoch
+        assert [line.iterations for line in lines] == [0]
+        assert lines[0].seconds == lines[0].warm_start_seconds == 10
+
+    def test_ctrl_c_ends_the_warm_start(self, tiny: Any) -> None:
+        run = prepare(RunConfig("tiny", "kbfgs"), tiny, tiny.load(None))
+        assert list(measure(run, Budget(2), EveryEpoch(), stopping=lambda: run.warm_start_batches == 2)) == []
+        assert (run.warm_start_batches, run.iterations) == (2, 0)
+
     def test_seconds_bound_the_training(self, tiny: Any) -> None:
         run = prepare(RunConfig("tiny", "sgdm"), tiny, tiny.load(None))
         last = list(measure(run, Budget(seconds=0.05), BoundedShare(0.25, 0.02)))[-1]
@@ -246,7 +362,11 @@ class TestConfig:
         ("build", "message"),
         [
             (lambda: RunConfig("p", "m", batch_size=0), "batch_size must be >= 1, got 0"),
-            (lambda: RunConfig("p", "m", seed=-1), "seed must be >= 0, got -1"),
+            (lambda: RunConfig("p", "m", seed=-1), "seed must be >= 0 and at most 4294967295, got -1"),
+            (lambda: RunConfig("p", "m", seed=2**32), "seed must be"),
+            (lambda: BatchOrder(10, 0, seed=0), "batch_size must be >= 1, got 0"),
+            (lambda: RunConfig("p", "m", method_options={"seed": 2}).method_arguments(), "flag of its own, --seed"),
+            (lambda: RunConfig("p", "m", method_options={"model": 2}).method_arguments(), "the problem decides it"),
             (lambda: Budget(), "give epochs, seconds or both"),
             (lambda: Budget(epochs=-1), "epochs must be >= 0, got -1"),
             (lambda: Budget(seconds=0), "seconds must be positive and finite, got 0"),

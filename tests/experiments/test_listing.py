@@ -1,0 +1,144 @@
+"""What ``osculate methods`` shows: every option with its default, every part under the name one types."""
+
+import re
+from dataclasses import dataclass, field
+from io import StringIO
+
+import osculate as osc
+import pytest
+from osculate.errors import UnknownNameError
+from osculate.experiments.docstrings import describe
+from osculate.experiments.listing import exported_name, show_methods, show_parts
+from rich.console import Console
+
+
+def shown(show: object, *words: str, width: int = 80) -> str:
+    file = StringIO()
+    show(Console(file=file, width=width), words)  # type: ignore[operator]
+    return file.getvalue()
+
+
+def squeezed(text: str) -> str:
+    """Letters alone, so that a text wrapped in a column can be found."""
+    return re.sub(r"[\s│┃]+", "", text)
+
+
+class TestMethods:
+    @pytest.mark.parametrize("width", [60, 80, 200])
+    def test_the_table_wraps_and_leaves_nothing_out(self, width: int) -> None:
+        text = shown(show_methods, width=width)
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width
+        columns = [line.split("│")[1:5] for line in text.splitlines() if line.startswith("│")]
+        summaries = squeezed("".join(row[1] for row in columns))
+        for name, entry in osc.registry.methods().items():
+            assert any(row[0].strip() == name for row in columns)
+            assert squeezed(entry.summary.replace("``", "")) in summaries
+
+    @pytest.mark.parametrize("name", sorted(osc.registry.methods()))
+    def test_a_page_has_every_option_its_default_and_its_meaning(self, name: str) -> None:
+        text, entry = shown(show_methods, name, width=120), osc.registry.methods()[name]
+        assert "…" not in text
+        for option, default in (entry.defaults | entry.options).items():
+            row = next(line for line in text.splitlines() if re.match(rf"│ {option} ", line))
+            _, _, value, meaning, _ = (cell.strip() for cell in row.split("│"))
+            assert value == (f"{default:g}" if option in entry.defaults else str(default))
+            assert meaning, f"the docstring of {name} says nothing about {option}"
+        assert entry.paper in text
+
+    def test_a_page_says_what_the_method_needs(self) -> None:
+        assert re.search(r"closure +needed, step\(closure\)", shown(show_methods, "kbfgs"))
+        assert re.search(r"likelihood +only for the warm start", shown(show_methods, "mbf"))
+        assert re.search(r"likelihood +needed: categorical", shown(show_methods, "joint-kfac"))
+        adam = shown(show_methods, "adam")
+        assert re.search(r"closure +not needed", adam)
+        assert re.search(r"warm start +none", adam)
+
+    def test_pieces_of_names_filter(self) -> None:
+        text = shown(show_methods, "joint", "KBFGS-")
+        for name, listed in {"joint-kfac": True, "joint-sgdm": True, "kbfgs-l": True, "adam": False}.items():
+            assert (f"│ {name} " in text) is listed
+
+    def test_a_name_that_is_nowhere(self) -> None:
+        with pytest.raises(UnknownNameError, match="unknown method 'kbfsg'; did you mean 'kbfgs'"):
+            shown(show_methods, "kbfsg")
+
+
+class TestParts:
+    def test_every_name_can_be_typed(self) -> None:
+        names = [exported_name(part) for parts in osc.registry.parts().values() for part in parts.values()]
+        assert len(set(names)) == len(names)
+        text = shown(show_parts, width=200)
+        for kind, parts in osc.registry.parts().items():
+            assert kind in text
+            for part in parts.values():
+                assert getattr(osc, exported_name(part)) is part
+                assert f" {exported_name(part)} " in text
+
+    def test_a_part_from_elsewhere_has_its_module(self) -> None:
+        assert exported_name(describe) == f"{describe.__module__}.describe"  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("kind", sorted(osc.registry.parts()))
+    def test_a_kind_filters(self, kind: str) -> None:
+        text = shown(show_parts, kind.replace(" ", "-"), width=200)
+        for other, parts in osc.registry.parts().items():
+            for part in parts.values():
+                assert (f"│ {exported_name(part)} " in text) is (other == kind)
+
+    def test_a_piece_of_a_name_and_a_piece_of_a_kind_filter(self) -> None:
+        assert "LBFGS" in shown(show_parts, "bfgs")
+        assert "Split" not in shown(show_parts, "bfgs")
+        assert "PerOutput" in shown(show_parts, "partit")
+
+    def test_every_part_has_a_page_with_its_arguments(self) -> None:
+        for parts in osc.registry.parts().values():
+            for part in parts.values():
+                text = shown(show_parts, exported_name(part), width=160)
+                for argument in describe(part).arguments:
+                    assert f"│ {argument.name} " in text
+
+    def test_a_name_that_is_nowhere(self) -> None:
+        with pytest.raises(UnknownNameError, match="did you mean 'BFGS'"):
+            shown(show_parts, "BFSG")
+
+
+def test_a_docstring_taken_apart() -> None:
+    @dataclass
+    class Inner:
+        size: int = 3
+
+    @dataclass
+    class Part:
+        """What it is,
+        on two lines.
+
+        A paragraph that goes
+        on.
+        - an item
+          that goes on
+
+            formula = 1
+        Args:
+            one: first, see
+                ``two``: below.
+            inner: made anew.
+
+        Raises:
+            ArgumentError: never.
+
+        Memory: none.
+        """
+
+        one: float
+        inner: Inner = field(default_factory=lambda: Inner(5))
+        unsaid: str = "x"
+
+    found = describe(Part)
+    assert found.summary == "What it is, on two lines."
+    assert found.body == "A paragraph that goes on.\n- an item that goes on\n\n    formula = 1"
+    assert found.rest == "Memory: none."
+    assert [(entry.name, entry.default, entry.meaning) for entry in found.arguments] == [
+        ("one", "required", "first, see two: below."),
+        ("inner", "Inner(size=5)", "made anew."),
+        ("unsaid", "x", ""),
+    ]
