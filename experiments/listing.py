@@ -69,13 +69,13 @@ def show_parts(console: Console, words: Sequence[str]) -> None:
         for word in words:
             console.print(_part_page(by_name[word][0], word, by_name[word][1]))
         return
-    chosen = {name for _, name, _ in rows} if not words else set()
+    chosen = {(kind, name) for kind, name, _ in rows} if not words else set()
     for word in words:
         found = _matching(word, [(kind, name) for kind, name, _ in rows])
         if not found:
             raise UnknownNameError("part or kind of part", word, [*by_name, *registry.parts()])
         chosen |= found
-    console.print(_parts_table([row for row in rows if row[1] in chosen]))
+    console.print(_parts_table([row for row in rows if row[:2] in chosen]))
 
 
 def exported_name(part: type) -> str:
@@ -91,11 +91,11 @@ def _unique(parts: Iterable[type]) -> list[type]:
     return sorted(dict.fromkeys(parts), key=lambda part: exported_name(part).lower())
 
 
-def _matching(word: str, rows: Sequence[tuple[str, str]]) -> set[str]:
-    """Names whose kind is ``word``; where there is no such kind, names that hold it in kind or name."""
+def _matching(word: str, rows: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Rows whose kind is ``word``; where there is no such kind, rows that hold it in kind or name."""
     wanted = word.lower().replace("-", " ").replace("_", " ")
-    exact = {name for kind, name in rows if kind == wanted}
-    return exact or {name for kind, name in rows if wanted in kind or wanted in name.lower()}
+    exact = {(kind, name) for kind, name in rows if kind == wanted}
+    return exact or {(kind, name) for kind, name in rows if wanted in kind or wanted in name.lower()}
 
 
 def _methods_table(entries: Sequence[registry.MethodEntry]) -> Table:

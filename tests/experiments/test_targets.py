@@ -42,9 +42,9 @@ def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_refusal_of_the_system_names_the_place(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"'results' cannot be written \(No space left on device\)"):
-        with writing(Path("results")):
-            raise OSError(28, "No space left on device")
+    message = r"'results' cannot be written \(No space left on device\)"
+    with pytest.raises(OutputError, match=message), writing(Path("results")):
+        raise OSError(28, "No space left on device")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="holds of POSIX")

@@ -12,8 +12,16 @@ def directions(part: Diagonal, moments: Tensors, momentum: Tensors) -> Tensors:
     return part.precondition(DiagonalState(moments, 1.0), momentum)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("epsilon", [0.0, 1e-320])
+@pytest.mark.parametrize(
+    ("dtype", "epsilon"),
+    [
+        (torch.float32, 0.0),
+        (torch.float64, 0.0),
+        (torch.bfloat16, 0.0),
+        (torch.float32, 1e-50),
+        (torch.bfloat16, 1e-50),
+    ],
+)
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_without_epsilon_a_zero_curvature_gives_no_step(power: float, epsilon: float, dtype: torch.dtype) -> None:
     moment = torch.tensor([0.0, 4.0, 0.0], dtype=dtype)
