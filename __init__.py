@@ -38,11 +38,11 @@ __all__ = [
     "UnknownNameError",
 ]
 
-_LAZY = ("contracts",)
+_LAZY = ("contracts", "strategies")
 
 
 def __getattr__(name: str) -> _Any:
-    """``osculate.contracts`` is imported when first asked for."""
+    """``osculate.contracts`` and ``osculate.strategies`` (which needs hypothesis) are imported when first asked for."""
     if name in _LAZY:
         return _importlib.import_module(f".framework.{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

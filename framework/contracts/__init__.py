@@ -4,7 +4,7 @@
 torch; :mod:`osculate.strategies` has the same ingredients for Hypothesis.
 """
 
-from .cases import CASES, Case
+from .cases import CASES, Case, MeanOverPositions
 from .catalogue import CONTRACTS
 from .certificate import Certificate, Row, certify, contracts_for
 from .contract import (
@@ -18,6 +18,7 @@ from .contract import (
     require_finite,
     require_same_state,
 )
+from .methods import Training
 from .subjects import KINDS, Subject, kind_of, registered_subjects, resolve, subjects_of
 from .workbench import Workbench
 
@@ -29,9 +30,11 @@ __all__ = [
     "Certificate",
     "Contract",
     "ContractViolation",
+    "MeanOverPositions",
     "NotApplicable",
     "Row",
     "Subject",
+    "Training",
     "Workbench",
     "certify",
     "contract",

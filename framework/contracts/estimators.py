@@ -84,19 +84,6 @@ def estimator_permuted(part: Any, case: Case) -> None:
 
 
 @contract(
-    "estimator-micro-batches",
-    "curvature",
-    "a gradient accumulated over micro-batches has the curvature of the whole mini-batch",
-    unless=(_no_vectors, _sampled),
-)
-def estimator_micro_batches(part: Any, case: Case) -> None:
-    """Two halves."""
-    (inputs, targets), half = case.batch(), case.samples // 2
-    halves = [(inputs[:half], targets[:half]), (inputs[half:], targets[half:])]
-    _compare("over two micro-batches", _matrices(part, case, halves), _matrices(part, case, [(inputs, targets)]))
-
-
-@contract(
     "estimator-mean-versus-sum",
     "curvature",
     "a summed loss gives the same curvature per sample as its mean",
@@ -230,7 +217,6 @@ CONTRACTS: tuple[Contract, ...] = (
     estimator_provides,
     estimator_consistent,
     estimator_permuted,
-    estimator_micro_batches,
     estimator_mean_versus_sum,
     estimator_purity,
     estimator_fisher,

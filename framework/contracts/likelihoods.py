@@ -70,7 +70,7 @@ def likelihood_additive(part: Any, case: Case) -> None:
     """Sample by sample."""
     output = _output(case)
     targets = _draw(part, output, 2)
-    whole = part.negative_log_likelihood(output, targets)
+    whole = part.negative_log_likelihood(output.clone(), targets.clone())
     pieces = [part.negative_log_likelihood(output[n : n + 1], targets[n : n + 1]) for n in range(len(output))]
     require_close("loss of a mini-batch", whole, torch.stack(pieces).sum())
 

@@ -15,7 +15,7 @@ from ...preconditioners.identity import Identity
 from ...stepsize.guard import Trial
 from ..blocks import Block, make_blocks
 from .cases import Case
-from .contract import Contract, contract, require, require_close, require_equal
+from .contract import Contract, contract, require, require_close
 
 __all__ = ["CONTRACTS"]
 
@@ -99,18 +99,6 @@ def _directions(rule: Any, case: Case, sequence: list[tuple[Tensor, ...]]) -> li
     return found
 
 
-@contract("momentum-linear", "momentum", "the momentum of a sum of gradients is the sum of their momenta")
-def momentum_linear(rule: Any, case: Case) -> None:
-    """Five steps of g, of g', and of 2 g - 3 g'."""
-    block = _block(case)
-    first = [_gradients(block, case, key) for key in range(5)]
-    second = [_gradients(block, case, key) for key in range(5, 10)]
-    mixed = [tuple(2.0 * a - 3.0 * b for a, b in zip(*pair, strict=True)) for pair in zip(first, second, strict=True)]
-    one, two, both = (_directions(rule, case, sequence) for sequence in (first, second, mixed))
-    for a, b, c in zip(one, two, both, strict=True):
-        require_close("momentum of 2 g - 3 g'", c, 2.0 * a - 3.0 * b)
-
-
 @contract(
     "momentum-closed-form",
     "momentum",
@@ -151,19 +139,6 @@ def momentum_unbiased(rule: Any, case: Case) -> None:
     constant = _gradients(_block(case), case, 0)
     for found in _directions(rule, case, [constant] * 5):
         require_close("momentum of a constant gradient", found, _flat(constant))
-
-
-@contract("momentum-purity", "momentum", "gradients stay bitwise as they were")
-def momentum_purity(rule: Any, case: Case) -> None:
-    """Three steps with the same tensors."""
-    block = _block(case)
-    given = _gradients(block, case, 0)
-    kept = [value.clone() for value in given]
-    for _ in range(3):
-        block.accumulate(rule, given, [0.0] * len(given))
-        block.direction(rule)
-    for value, copy in zip(given, kept, strict=True):
-        require_equal("a gradient", value, copy)
 
 
 @contract("decay-zero", "weight decay", "a decay of zero does nothing")
@@ -290,11 +265,9 @@ CONTRACTS: tuple[Contract, ...] = (
     damping_monotone,
     damping_product,
     damping_range,
-    momentum_linear,
     momentum_closed_form,
     momentum_stable,
     momentum_unbiased,
-    momentum_purity,
     decay_zero,
     decay_once,
     decay_linear,

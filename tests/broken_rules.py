@@ -1,0 +1,270 @@
+"""Rules on a few numbers, partitions and likelihoods that break one promise each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import osculate as osc
+import torch
+from osculate.curvature import Gaussian
+from osculate.preconditioners import SideDamping
+from osculate.preconditioners.pairs import DampedPair
+from torch import Tensor
+
+
+class PairImpure(osc.PowellThenLM):
+    def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
+        pair = super().damp(step, change, product, damping)
+        change.mul_(2.0)
+        return pair
+
+
+class PairNegative(osc.NoDamping):
+    keeps_positive = True
+
+
+class PairFloor(osc.DoubleDamping):
+    def curvature_floor(self, damping: float) -> float:
+        return 3.0 * damping
+
+
+class PairUnits(osc.PowellThenLM):
+    """A shift with a length of its own."""
+
+    def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
+        pair = super().damp(step, change, product, damping)
+        return replace(pair, change=pair.change + pair.step / (1.0 + pair.step.norm()))
+
+
+class PairCoordinates(osc.PowellThenLM):
+    """The first coordinate is damped more."""
+
+    def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
+        pair = super().damp(step, change, product, damping)
+        first = torch.zeros_like(pair.step)
+        first[0] = 1.0
+        return replace(pair, change=pair.change + first * pair.step)
+
+
+class PairSilent(osc.PowellThenLM):
+    def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
+        pair = super().damp(step, change, product, damping)
+        never = torch.zeros_like(pair.first)
+        return replace(pair, first=never, second=never)
+
+
+class PairDivides(osc.PowellThenLM):
+    def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
+        pair = super().damp(step, change, product, damping)
+        return replace(pair, change=pair.change * torch.dot(step, step) / torch.dot(step, step))
+
+
+class PairUpcasts(osc.PowellThenLM):
+    def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
+        pair = super().damp(step, change, product, damping)
+        return replace(pair, step=pair.step.double(), change=pair.change.double())
+
+
+class DampingNegative(osc.ConstantDamping):
+    def sides(self, value: float, positions: int) -> SideDamping:
+        return replace(super().sides(value, positions), outputs=value - 1e-3)
+
+
+class DampingCapped(osc.ConstantDamping):
+    def sides(self, value: float, positions: int) -> SideDamping:
+        return replace(super().sides(value, positions), whole=min(value, 1.0))
+
+
+class DampingOneSided(osc.Split):
+    def sides(self, value: float, positions: int) -> SideDamping:
+        return replace(super().sides(value, positions), outputs=math.sqrt(value))
+
+
+class DampingUnchecked(osc.ConstantDamping):
+    def sides(self, value: float, positions: int) -> SideDamping:
+        return SideDamping(abs(value), abs(value), abs(value))
+
+
+class MomentumDrifts(osc.EMA):
+    """Other coefficients at each call."""
+
+    def coefficients(self) -> tuple[float, float]:
+        calls = getattr(self, "calls", 0)
+        object.__setattr__(self, "calls", calls + 1)
+        keep = 0.9 if calls % 2 else 0.5
+        return keep, 1.0 - keep
+
+
+class MomentumUnstable(osc.HeavyBall):
+    def coefficients(self) -> tuple[float, float]:
+        return 1.0, 1.0
+
+
+class MomentumBiased(osc.EMA):
+    unbiased = True
+
+
+class DecayAlways(osc.Coupled):
+    def gradient_factor(self, value: float) -> float:
+        return max(super().gradient_factor(value), 1e-3)
+
+
+class DecayTwice(osc.Coupled):
+    def shrinkage(self, value: float, step_size: float | Tensor) -> float | Tensor:
+        return step_size * value
+
+
+class DecaySquared(osc.Coupled):
+    def gradient_factor(self, value: float) -> float:
+        return super().gradient_factor(value) ** 2
+
+
+class DecayUnchecked(osc.Coupled):
+    def gradient_factor(self, value: float) -> float:
+        return value
+
+
+class _Average:
+    normalised = False
+    unbiased = False
+    found = (0.9, 0.1)
+
+    def coefficients(self, weight: float) -> tuple[float, float, float]:
+        return *self.found, 1.0
+
+
+class AverageNegative(_Average):
+    found = (-0.1, 1.1)
+
+
+class AverageWeights(_Average):
+    normalised = True
+    found = (0.9, 0.2)
+
+
+class AverageBiased(_Average):
+    normalised = True
+    unbiased = True
+
+
+class GuardEndless(osc.Backtrack):
+    shrink = 1.0  # type: ignore[misc]
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "growth", 1.1)
+        object.__setattr__(self, "attempts", 3)
+
+
+class GuardBlind(osc.Backtrack):
+    def accepts(self, before: float, after: float) -> bool:
+        return math.isnan(after) or super().accepts(before, after)
+
+
+class GuardStubborn(osc.Backtrack):
+    def accepts(self, before: float, after: float) -> bool:
+        return math.isfinite(after) and after <= before - 0.999 * abs(before)
+
+
+class GuardFickle(osc.Backtrack):
+    def accepts(self, before: float, after: float) -> bool:
+        return super().accepts(before, after) and not 0.5 < after < 0.9
+
+
+class PartitionFlips(osc.PerOutput):
+    def join(self, vectors: Tensor, like: Any) -> Any:
+        return (vectors.flip(0),)
+
+
+class PartitionRepeats(osc.PerOutput):
+    """One row stands in two blocks."""
+
+    def shape(self, layer: Any) -> tuple[int, int]:
+        rows, columns = super().shape(layer)
+        return rows + 1, columns
+
+    def split(self, values: Any) -> Tensor:
+        return torch.cat([values[0], values[0][:1]])
+
+    def join(self, vectors: Tensor, like: Any) -> Any:
+        return (vectors[:-1],)
+
+
+class PartitionMiscounts(osc.PerOutput):
+    def shape(self, layer: Any) -> tuple[int, int]:
+        rows, columns = super().shape(layer)
+        return rows + 1, columns
+
+
+class PartitionImpure(osc.PerOutput):
+    def join(self, vectors: Tensor, like: Any) -> Any:
+        result = vectors.clone()
+        vectors.zero_()
+        return (result,)
+
+
+class LikelihoodCurved(Gaussian):
+    def curvature_root(self, output: Tensor) -> Tensor:
+        return 2.0 * super().curvature_root(output)
+
+
+class LikelihoodShifted(Gaussian):
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        return super().sample(output, generator) + 0.5
+
+
+class LikelihoodCrowded(Gaussian):
+    def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
+        return super().negative_log_likelihood(output, target) + 0.1 * len(output) ** 2
+
+
+class LikelihoodGlobal(Gaussian):
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        return output + torch.randn_like(output)
+
+
+class LikelihoodImpure(Gaussian):
+    def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
+        loss = super().negative_log_likelihood(output, target)
+        target.add_(1.0)
+        return loss
+
+
+RULES: dict[str, Any] = {
+    "pair-purity": PairImpure(),
+    "pair-positive": PairNegative(),
+    "pair-floor": PairFloor(),
+    "pair-scale": PairUnits(),
+    "pair-rotation": PairCoordinates(),
+    "pair-flags": PairSilent(),
+    "pair-degenerate": PairDivides(),
+    "pair-dtype": PairUpcasts(),
+    "damping-nonnegative": DampingNegative(),
+    "damping-monotone": DampingCapped(),
+    "damping-product": DampingOneSided(),
+    "damping-range": DampingUnchecked(),
+    "momentum-closed-form": MomentumDrifts(),
+    "momentum-stable": MomentumUnstable(),
+    "momentum-unbiased": MomentumBiased(),
+    "decay-zero": DecayAlways(),
+    "decay-once": DecayTwice(),
+    "decay-linear": DecaySquared(),
+    "decay-range": DecayUnchecked(),
+    "average-coefficients": AverageNegative(),
+    "average-weights": AverageWeights(),
+    "average-unbiased": AverageBiased(),
+    "guard-numbers": GuardEndless(),
+    "guard-nonfinite": GuardBlind(),
+    "guard-descent": GuardStubborn(),
+    "guard-monotone": GuardFickle(),
+    "partition-bijection": PartitionFlips(),
+    "partition-cover": PartitionRepeats(),
+    "partition-shape": PartitionMiscounts(),
+    "partition-purity": PartitionImpure(),
+    "likelihood-curvature": LikelihoodCurved(),
+    "likelihood-score": LikelihoodShifted(),
+    "likelihood-additive": LikelihoodCrowded(),
+    "likelihood-generator": LikelihoodGlobal(),
+    "likelihood-purity": LikelihoodImpure(),
+}
