@@ -27,7 +27,8 @@ class Estimator(Protocol):
     """Which curvature matrix is measured, and from what.
 
     Optional: ``per_sample = False`` if the matrix is in the units of the user's loss (N times the gradient for a summed
-    loss), ``estimates = "fisher"`` if its mean is the Fisher information.
+    loss), ``estimates = "fisher"`` if its mean is the Fisher information,
+    ``exact = True`` if it needs a likelihood but draws no labels.
     """
 
     provides: Needs

@@ -26,6 +26,7 @@ class ExactGGN:
     needs_likelihood = True
     definite = True
     estimates = "fisher"
+    exact = True
 
     def records(self, needs: Needs) -> Record:
         """Backpropagated roots; inputs too where whole vectors are built."""

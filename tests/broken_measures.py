@@ -43,6 +43,28 @@ class EstimatorUnits(osc.EmpiricalFisher):
         return super().fill(replace(statistics, gradient_scale=1.0))
 
 
+class EstimatorDoubles(osc.EmpiricalFisher):
+    """Another dense matrix than the vectors stand for."""
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        filled = super().fill(statistics)
+        assert filled.matrix is not None
+        made = filled.matrix
+        return replace(filled, matrix=lambda: 2.0 * made())
+
+
+class EstimatorNegative(osc.EmpiricalFisher):
+    """A dense matrix alone, and that with the wrong sign."""
+
+    provides = Needs.INPUTS | Needs.MATRIX
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        filled = super().fill(statistics)
+        assert filled.matrix is not None
+        made = filled.matrix
+        return replace(filled, vectors=None, matrix=lambda: -made())
+
+
 class EstimatorImpure(osc.EmpiricalFisher):
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         assert statistics.output_gradient is not None
@@ -196,6 +218,8 @@ MEASURES: dict[str, Any] = {
     "estimator-consistent": EstimatorInconsistent(),
     "estimator-permuted-samples": EstimatorOrdered(),
     "estimator-mean-versus-sum": EstimatorUnits(),
+    "estimator-matrix": EstimatorDoubles(),
+    "estimator-definite": EstimatorNegative(),
     "estimator-purity": EstimatorImpure(),
     "estimator-fisher": EstimatorPretends(),
     "form-symmetric": FormLopsided(),

@@ -11,6 +11,7 @@ import torch
 from osculate.curvature import Gaussian
 from osculate.preconditioners import SideDamping
 from osculate.preconditioners.pairs import DampedPair
+from osculate.stepsize.guard import Trial
 from torch import Tensor
 
 
@@ -67,23 +68,23 @@ class PairUpcasts(osc.PowellThenLM):
         return replace(pair, step=pair.step.double(), change=pair.change.double())
 
 
-class DampingNegative(osc.ConstantDamping):
-    def sides(self, value: float, positions: int) -> SideDamping:
-        return replace(super().sides(value, positions), outputs=value - 1e-3)
+class DampingGivesUp(osc.ConstantDamping):
+    def sides(self, value: float, positions: int, eigenvalues: Any = None) -> SideDamping:
+        return replace(super().sides(value, positions), outputs=value if value > 1e-6 else 0.0)
 
 
-class DampingCapped(osc.ConstantDamping):
-    def sides(self, value: float, positions: int) -> SideDamping:
-        return replace(super().sides(value, positions), whole=min(value, 1.0))
+class DampingReturns(osc.ConstantDamping):
+    def sides(self, value: float, positions: int, eigenvalues: Any = None) -> SideDamping:
+        return replace(super().sides(value, positions), whole=value if value < 2.0 else 0.5)
 
 
 class DampingOneSided(osc.Split):
-    def sides(self, value: float, positions: int) -> SideDamping:
+    def sides(self, value: float, positions: int, eigenvalues: Any = None) -> SideDamping:
         return replace(super().sides(value, positions), outputs=math.sqrt(value))
 
 
 class DampingUnchecked(osc.ConstantDamping):
-    def sides(self, value: float, positions: int) -> SideDamping:
+    def sides(self, value: float, positions: int, eigenvalues: Any = None) -> SideDamping:
         return SideDamping(abs(value), abs(value), abs(value))
 
 
@@ -158,18 +159,18 @@ class GuardEndless(osc.Backtrack):
 
 
 class GuardBlind(osc.Backtrack):
-    def accepts(self, before: float, after: float) -> bool:
-        return math.isnan(after) or super().accepts(before, after)
+    def accepts(self, state: None, trial: Trial) -> bool:
+        return math.isnan(trial.after) or super().accepts(state, trial)
 
 
 class GuardStubborn(osc.Backtrack):
-    def accepts(self, before: float, after: float) -> bool:
-        return math.isfinite(after) and after <= before - 0.999 * abs(before)
+    def accepts(self, state: None, trial: Trial) -> bool:
+        return math.isfinite(trial.after) and trial.after <= trial.before - 0.999 * abs(trial.before)
 
 
 class GuardFickle(osc.Backtrack):
-    def accepts(self, before: float, after: float) -> bool:
-        return super().accepts(before, after) and not 0.5 < after < 0.9
+    def accepts(self, state: None, trial: Trial) -> bool:
+        return super().accepts(state, trial) and not 0.5 < trial.after < 0.9
 
 
 class PartitionFlips(osc.PerOutput):
@@ -240,8 +241,8 @@ RULES: dict[str, Any] = {
     "pair-flags": PairSilent(),
     "pair-degenerate": PairDivides(),
     "pair-dtype": PairUpcasts(),
-    "damping-nonnegative": DampingNegative(),
-    "damping-monotone": DampingCapped(),
+    "damping-positive": DampingGivesUp(),
+    "damping-monotone": DampingReturns(),
     "damping-product": DampingOneSided(),
     "damping-range": DampingUnchecked(),
     "momentum-closed-form": MomentumDrifts(),

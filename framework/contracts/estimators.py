@@ -19,17 +19,26 @@ _REPEATS = 200
 _DRAWS = 96
 
 
+def _no_matrix(part: Any) -> str | None:
+    return None if part.provides & (Needs.VECTORS | Needs.MATRIX) else "provides no whole curvature matrix"
+
+
 def _no_vectors(part: Any) -> str | None:
     return None if Needs.VECTORS in part.provides else "provides no gradient vectors"
 
 
+def _no_dense_matrix(part: Any) -> str | None:
+    return None if Needs.MATRIX in part.provides else "provides no dense matrix"
+
+
 def _sampled(part: Any) -> str | None:
-    return "draws labels from the model (needs_likelihood)" if part.needs_likelihood else None
+    draws = part.needs_likelihood and not getattr(part, "exact", False)
+    return "draws labels from the model (needs_likelihood, not exact)" if draws else None
 
 
 def _matrices(part: Any, case: Case, batches: list[Batch], **options: Any) -> dict[str, Tensor]:
     measured = Measured(case).statistics(part, batches, **options)
-    return {name: curvature_of(entry)[0] for name, entry in measured.items() if entry.vectors is not None}
+    return {name: curvature_of(entry)[0] for name, entry in measured.items()}
 
 
 def _compare(what: str, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -41,7 +50,8 @@ def _compare(what: str, actual: dict[str, Tensor], expected: dict[str, Tensor]) 
 @contract("estimator-provides", "curvature", "what an estimator declares to provide is there")
 def estimator_provides(part: Any, case: Case) -> None:
     """Of every layer of the network."""
-    fields = {Needs.INPUTS: "inputs", Needs.ROOTS: "roots", Needs.VECTORS: "vectors", Needs.PAIRS: "mean_gradient"}
+    fields = {Needs.INPUTS: "inputs", Needs.ROOTS: "roots", Needs.VECTORS: "vectors"}
+    fields |= {Needs.MATRIX: "matrix", Needs.PAIRS: "mean_gradient"}
     for name, entry in Measured(case).statistics(part, [case.batch()]).items():
         for need, field in fields.items():
             missing = need in part.provides and getattr(entry, field, None) is None
@@ -73,7 +83,7 @@ def estimator_consistent(part: Any, case: Case) -> None:
     "estimator-permuted-samples",
     "curvature",
     "the order of the samples does not matter",
-    unless=(_no_vectors, _sampled),
+    unless=(_no_matrix, _sampled),
 )
 def estimator_permuted(part: Any, case: Case) -> None:
     """The matrix that the vectors stand for."""
@@ -88,7 +98,7 @@ def estimator_permuted(part: Any, case: Case) -> None:
     "curvature",
     "a summed loss gives the same curvature per sample as its mean",
     unless=(
-        _no_vectors,
+        _no_matrix,
         lambda part: None if getattr(part, "per_sample", True) else "declares per_sample = False: units of the loss",
     ),
 )
@@ -103,6 +113,36 @@ def _tensors(entry: LayerStatistics) -> dict[str, Tensor]:
     for name in ("gradients", "sampled_parameter_gradients"):
         found |= {f"{name}[{index}]": value for index, value in enumerate(getattr(entry, name) or ())}
     return found
+
+
+@contract(
+    "estimator-matrix",
+    "curvature",
+    "the dense matrix is the one that the vectors stand for",
+    unless=(_no_vectors, _no_dense_matrix),
+)
+def estimator_matrix(part: Any, case: Case) -> None:
+    """Of every layer."""
+    for name, entry in Measured(case).statistics(part, [case.batch()]).items():
+        assert entry.matrix is not None
+        require_close(f"dense matrix of layer {name!r}", entry.matrix(), curvature_of(entry)[0])
+
+
+@contract(
+    "estimator-definite",
+    "curvature",
+    "the dense matrix is symmetric and has no negative eigenvalue",
+    unless=(_no_dense_matrix, lambda part: None if part.definite else "declares definite = False"),
+)
+def estimator_definite(part: Any, case: Case) -> None:
+    """Of every layer, to rounding."""
+    for name, entry in Measured(case).statistics(part, [case.batch()]).items():
+        assert entry.matrix is not None
+        matrix = entry.matrix()
+        require_close(f"dense matrix of layer {name!r}, transposed", matrix.T, matrix)
+        eigenvalues = torch.linalg.eigvalsh(matrix)
+        least, slack = float(eigenvalues[0]), 1e-10 * float(eigenvalues.abs().max())
+        require(least >= -slack, f"smallest eigenvalue of layer {name!r}", value=least, bound=-slack)
 
 
 @contract("estimator-purity", "curvature", "filling a record leaves what was recorded as it was")
@@ -134,6 +174,7 @@ def estimator_fisher(part: Any, case: Case) -> None:
     statistics = measured.statistics(part, [many])
     for layer in measured.layers:
         found, error = curvature_of(statistics[layer.name])
+        error = torch.zeros_like(error) if getattr(part, "exact", False) else error
         expected = exact_fisher(case, (inputs, targets), layer)
         _require_mean(f"curvature of layer {layer.name!r}", found, expected, error)
 
@@ -218,6 +259,8 @@ CONTRACTS: tuple[Contract, ...] = (
     estimator_consistent,
     estimator_permuted,
     estimator_mean_versus_sum,
+    estimator_matrix,
+    estimator_definite,
     estimator_purity,
     estimator_fisher,
     form_symmetric,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ...curvature.capture import Capture, Record
+from ...curvature.hessian_blocks import hessian_block
 from ...curvature.layers import Layer, discover_layers
 from ...curvature.products import GraphKeepingBackward
 from ...curvature.quadratic_forms import DirectionalEvidence
@@ -36,7 +40,16 @@ class Measured:
     ) -> Mapping[str, LayerStatistics]:
         """What the backend records for an estimator of one gradient over micro-batches, not filled yet."""
         wanted = estimator.records(estimator.provides)
-        return self._capture({layer.name: wanted for layer in self.layers}, batches, reduction, seed)
+        products = GraphKeepingBackward(self.layers) if Needs.PRODUCTS in getattr(estimator, "asks", ()) else None
+        found = self._capture({layer.name: wanted for layer in self.layers}, batches, reduction, seed, products)
+        if products is None:
+            return found
+        scales = {name: entry.gradient_scale / entry.samples for name, entry in found.items()}
+        return {
+            layer.name: replace(found[layer.name], hessian=partial(hessian_block, products, layer, scales[layer.name]))
+            for layer in self.layers
+            if layer.name in found
+        }
 
     def statistics(
         self, estimator: Any, batches: Sequence[Batch], *, reduction: str = "mean", seed: int = 0
@@ -78,13 +91,18 @@ class Measured:
         }
 
     def _capture(
-        self, wanted: Mapping[str, Record], batches: Sequence[Batch], reduction: str, seed: int
+        self,
+        wanted: Mapping[str, Record],
+        batches: Sequence[Batch],
+        reduction: str,
+        seed: int,
+        products: GraphKeepingBackward | None = None,
     ) -> dict[str, LayerStatistics]:
         capture = Capture(self.model, self.layers, self.case.distribution(), reduction, seed)
         capture.arm(wanted)
         self.model.zero_grad()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), products or nullcontext():
                 for inputs, targets in batches:
                     share = 1.0 / len(batches) if reduction == "mean" else 1.0
                     (share * self.case.loss(self.model(inputs), targets, reduction)).backward()
@@ -94,8 +112,11 @@ class Measured:
 
 
 def curvature_of(entry: LayerStatistics) -> tuple[Tensor, Tensor]:
-    """The matrix that an estimator's vectors stand for (P, P), and the standard error of its entries."""
-    assert entry.vectors is not None
+    """The matrix that an estimator's vectors stand for, else the matrix it gives, (P, P); and its standard error."""
+    if entry.vectors is None:
+        assert entry.matrix is not None
+        matrix = entry.matrix()
+        return matrix, torch.zeros_like(matrix)
     rows = torch.cat([value.flatten(1) for value in entry.vectors()], 1)
     outer = torch.einsum("vi,vj->vij", rows, rows)
     error = outer.std(0) / len(rows) ** 0.5 if len(rows) > 1 else torch.zeros_like(outer[0])

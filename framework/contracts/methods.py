@@ -68,7 +68,9 @@ class Training:
 
 
 def _sampled(method: Any) -> str | None:
-    return "draws labels from the model (needs_likelihood)" if method.needs_likelihood else None
+    forms = method.step_size.needs & (Needs.SCORES | Needs.BATCH_SCORES)
+    exact = getattr(method.curvature, "exact", False) and not forms
+    return "draws labels from the model (needs_likelihood)" if method.needs_likelihood and not exact else None
 
 
 def _random_form(method: Any) -> str | None:

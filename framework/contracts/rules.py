@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...curvature.layers import discover_layers
 from ...errors import ArgumentError
+from ...preconditioners.damping import MeanEigenvalues
 from ...preconditioners.identity import Identity
 from ...stepsize.guard import Trial
 from ..blocks import Block, make_blocks
@@ -23,29 +24,39 @@ _VALUES = (0.0, 1e-8, 0.01, 0.3, 1.0, 50.0)
 _POSITIONS = (1, 4, 49)
 
 
-def _sides(rule: Any, value: float, positions: int) -> tuple[float, float, float]:
-    found = rule.sides(value, positions)
+def _known(rule: Any) -> tuple[MeanEigenvalues | None, ...]:
+    """What a rule may be told of a layer's factors."""
+    uses = getattr(rule, "uses_eigenvalues", False)
+    return (None, MeanEigenvalues(4.0, 0.01), MeanEigenvalues(0.0, 1.0)) if uses else (None,)
+
+
+def _sides(rule: Any, value: float, positions: int, known: MeanEigenvalues | None) -> tuple[float, float, float]:
+    found = rule.sides(value, positions, known)
     return float(found.whole), float(found.inputs), float(found.outputs)
 
 
-@contract("damping-nonnegative", "damping", "every damping is finite and not negative, and positive for lambda > 0")
-def damping_nonnegative(rule: Any, case: Case) -> None:
-    """For all lambda and numbers of positions."""
+def _layers(rule: Any) -> list[tuple[int, MeanEigenvalues | None]]:
+    return [(positions, known) for positions in _POSITIONS for known in _known(rule)]
+
+
+@contract("damping-positive", "damping", "every damping is finite, and positive for lambda > 0")
+def damping_positive(rule: Any, case: Case) -> None:
+    """For all lambda, numbers of positions and mean eigenvalues; zero may stay zero."""
     for value in _VALUES:
-        for positions in _POSITIONS:
-            for name, found in zip(("whole", "inputs", "outputs"), _sides(rule, value, positions), strict=True):
+        for positions, known in _layers(rule):
+            for name, found in zip(("whole", "inputs", "outputs"), _sides(rule, value, positions, known), strict=True):
                 fits = math.isfinite(found) and (found > 0.0 or (value == 0.0 and found == 0.0))
                 require(fits, f"{name} for lambda = {value:g}, S = {positions}", value=found, bound=0.0)
 
 
-@contract("damping-monotone", "damping", "a larger lambda damps every matrix more")
+@contract("damping-monotone", "damping", "a larger lambda damps no matrix less")
 def damping_monotone(rule: Any, case: Case) -> None:
-    """Strictly."""
-    for positions in _POSITIONS:
-        table = [_sides(rule, value, positions) for value in _VALUES]
-        for index in range(len(_VALUES) - 1):
-            for less, more in zip(table[index], table[index + 1], strict=True):
-                require(more > less, f"damping at lambda = {_VALUES[index + 1]:g}", value=more, bound=less)
+    """From 0 to 50."""
+    for positions, known in _layers(rule):
+        table = [_sides(rule, value, positions, known) for value in _VALUES]
+        for value, lower, higher in zip(_VALUES[1:], table, table[1:], strict=False):
+            for less, more in zip(lower, higher, strict=True):
+                require(more >= less, f"damping at lambda = {value:g}", value=more, bound=less)
 
 
 @contract(
@@ -57,8 +68,8 @@ def damping_monotone(rule: Any, case: Case) -> None:
 def damping_product(rule: Any, case: Case) -> None:
     """inputs * outputs = whole."""
     for value in _VALUES:
-        for positions in _POSITIONS:
-            whole, inputs, outputs = _sides(rule, value, positions)
+        for positions, known in _layers(rule):
+            whole, inputs, outputs = _sides(rule, value, positions, known)
             error = abs(inputs * outputs - whole)
             require(error <= 1e-12 * whole, f"product of sides at S = {positions}", value=inputs * outputs, bound=whole)
 
@@ -261,7 +272,7 @@ def guard_monotone(rule: Any, case: Case) -> None:
 
 
 CONTRACTS: tuple[Contract, ...] = (
-    damping_nonnegative,
+    damping_positive,
     damping_monotone,
     damping_product,
     damping_range,
