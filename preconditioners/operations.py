@@ -7,14 +7,15 @@ one order are stacked; a matrix that defeats every retry gives ``value=None`` an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import require_interval
+from ..errors import require_finite_nonnegative, require_interval
 from .linalg import RETRIES, Computed, factorisation_dtype, inverse_of_many, stack, stackable
 
 __all__ = [
@@ -102,12 +103,31 @@ class AbsoluteInverse:
 
 @dataclass(frozen=True)
 class Eigenvectors:
-    """Orthonormal eigenvectors of M as columns, largest eigenvalue first, with the eigenvalues as ``spectrum``."""
+    """Orthonormal eigenvectors of M as columns, largest eigenvalue first, with the eigenvalues as ``spectrum``.
+
+    Args:
+        ramp: >= 0, in units of sqrt(u) |M|_F, u the unit of the dtype: 0 ... ramp is added along the diagonal. Without
+            it (0) the basis of a space where eigenvalues are equal, the null space above all, is decided by rounding.
+    """
+
+    ramp: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_finite_nonnegative("ramp", self.ramp)
+
+    def _ramped(self, request: Request) -> Request:
+        matrix = request.matrix.to(factorisation_dtype(request.matrix.dtype))
+        slope = self.ramp * _noise(matrix).unsqueeze(-1)
+        steps = torch.linspace(0.0, 1.0, matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        ramped = matrix.clone()
+        ramped.diagonal(dim1=-2, dim2=-1).add_(slope * steps)
+        return replace(request, matrix=ramped)
 
     def compute(self, requests: Sequence[Request]) -> list[Computed]:
         """One eigendecomposition per group. The damping plays no part but is passed on."""
         results: list[Computed] = []
-        for request, (values, vectors) in zip(requests, _spectra(requests), strict=True):
+        ramped = [self._ramped(request) for request in requests] if self.ramp else requests
+        for request, (values, vectors) in zip(requests, _spectra(ramped), strict=True):
             if values is None or vectors is None:
                 results.append(Computed(None, RETRIES, request.damping))
                 continue
@@ -125,7 +145,18 @@ class PowerIteration:
     Implements: arXiv:2409.11321v2, Algorithm 4. As in the authors' code the columns are orthogonalised in the order
     of their Rayleigh quotients, largest first; the result is put back into the order of ``start``, so column j
     continues column j and whatever is stored per column stays valid. So do the signs.
+
+    Departs from both: Q of (M + shift I) start. A column that M maps to zero then stays where it is, instead of
+    becoming normalised rounding errors.
+
+    Args:
+        shift: >= 0, in units of sqrt(u) |M|_F, u the unit of the dtype; 0 is the paper's.
     """
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_finite_nonnegative("shift", self.shift)
 
     def compute(self, requests: Sequence[Request]) -> list[Computed]:
         """One product, one QR and one synchronisation per request; a matrix that is not finite gives ``None``."""
@@ -135,7 +166,9 @@ class PowerIteration:
         assert request.start is not None
         dtype = factorisation_dtype(request.matrix.dtype)
         start = request.start.to(dtype)
-        moved = request.matrix.to(dtype) @ start
+        matrix = request.matrix.to(dtype)
+        moved = matrix @ start
+        moved += self.shift * _noise(matrix) * start
         if not bool(moved.isfinite().all()):
             return Computed(None, RETRIES, request.damping)
         quotients = (start * moved).sum(-2)
@@ -181,6 +214,12 @@ def compute_many(requests: Sequence[Request]) -> list[Computed]:
     return results
 
 
+def _noise(matrix: Tensor) -> Tensor:
+    """sqrt(u) |M|_F, (...): far above the rounding errors of M's entries, far below what matters of its spectrum."""
+    norm: Tensor = torch.linalg.matrix_norm(matrix)
+    return norm * math.sqrt(torch.finfo(matrix.dtype).eps)
+
+
 def _spectra(requests: Sequence[Request]) -> list[tuple[Tensor | None, Tensor | None]]:
     """Eigenvalues (..., d), ascending, and eigenvectors (..., d, d) of every request, or ``None`` twice."""
     results: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(requests)
@@ -191,9 +230,30 @@ def _spectra(requests: Sequence[Request]) -> list[tuple[Tensor | None, Tensor | 
         kept = [(index, matrix) for index, matrix, good in zip(indices, found, finite, strict=True) if good]
         if not kept:
             continue
-        values, vectors = torch.linalg.eigh(stack([matrix for _, matrix in kept]))
+        values, vectors = _decomposition(stack([matrix for _, matrix in kept]))
+        if values is None or vectors is None:
+            for index, matrix in kept:
+                results[index] = _in_double_precision(matrix)
+            continue
         counts = [matrix[..., 0, 0].numel() for _, matrix in kept]
         pieces = zip(values.split(counts), vectors.split(counts), strict=True) if len(kept) > 1 else [(values, vectors)]
         for (index, matrix), (value, vector) in zip(kept, pieces, strict=True):
             results[index] = value.reshape(matrix.shape[:-1]), vector.reshape(matrix.shape)
     return results
+
+
+def _decomposition(matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Eigenvalues and eigenvectors, or ``None`` twice where LAPACK gives up or, silently, answers with NaN."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None, None
+    return (values, vectors) if bool(vectors.isfinite().all() & values.isfinite().all()) else (None, None)
+
+
+def _in_double_precision(matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The second try: LAPACK's float32 decomposition fails on matrices with many zero rows (dead units and pixels)."""
+    values, vectors = _decomposition(matrix.double())
+    if values is None or vectors is None:
+        return None, None
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
