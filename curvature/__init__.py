@@ -1,6 +1,5 @@
 """Floor 1: what is measured. Layers, statistics, capture, likelihoods, estimators, quadratic forms."""
 
-from .adapters import KINDS
 from .capture import Capture, Record
 from .estimators import (
     BatchMean,
@@ -26,7 +25,6 @@ from .statistics import LayerStatistics, Needs, SampleGradients
 from .with_pairs import WithPairs
 
 __all__ = [
-    "KINDS",
     "BatchMean",
     "Bernoulli",
     "Capture",

@@ -10,13 +10,17 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..errors import ArgumentError
 from .adapters import LayerAdapter, ProjectionAdapter, ProjectionBiasAdapter
+
+if TYPE_CHECKING:
+    from .layers import Layer
 
 __all__ = ["Arrangement", "ProjectionCall", "ProjectionWatch", "attention_parts", "is_attention", "sequence_first"]
 
@@ -122,24 +126,35 @@ class ProjectionWatch(TorchFunctionMode):
     """Tells ``record`` about every projection while one attention module runs.
 
     Args:
-        module: the attention module.
-        names: of its layers, by projection: ``in_proj``, ``q_proj``, ``k_proj``, ``v_proj``, ``out_proj``.
+        layers: layers of one attention module.
         record: what to do with a projection.
     """
 
-    def __init__(self, module: nn.MultiheadAttention, names: Mapping[str, str], record: Recorder):
+    def __init__(self, layers: Sequence[Layer], record: Recorder):
         super().__init__()
+        module = layers[0].module
+        assert isinstance(module, nn.MultiheadAttention)
         self.record = record
         self.samples = 1
         self.inside = False
-        self.uses = list(_uses(module, names))
+        self.uses = list(_uses(module, {layer.name.rpartition(".")[2]: layer.name for layer in layers}))
+
+    def start(self) -> None:
+        """Watch from now on."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """``linear`` is recorded, the attention function is entered, everything else passes."""
         kwargs = kwargs or {}
         if func is functional.multi_head_attention_forward and not self.inside:
             query = args[0] if args else kwargs["query"]
-            self.samples, self.inside = query.shape[1] if query.ndim > 2 else 1, True
+            if query.ndim < 3:
+                raise ArgumentError("attention was called on one unbatched sample; give it a batch of size 1")
+            self.samples, self.inside = query.shape[1], True
             try:
                 with self:
                     return _without_dispatch(func)(*args, **kwargs)

@@ -1,28 +1,59 @@
-"""What one call of one layer left behind, and how the calls of a mini-batch become one record."""
+"""What one call of one layer left behind."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .layers import Layer
-from .statistics import LayerStatistics
+__all__ = ["Arrange", "BatchSecond", "Call", "Calls", "ParameterSum", "column_sum"]
 
-__all__ = ["Call", "Calls", "ParameterSum", "column_sum", "combine", "join", "mean_of_sums", "total"]
+
+class Arrange(Protocol):
+    """Brings the output of a call, or a gradient at it, into the form (N, ...) that the layer's adapter reads."""
+
+    def tokens(self, value: Tensor) -> Tensor:
+        """The batch axis first; a view."""
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """The batch axis first, with every output of the layer."""
+
+
+@dataclass(frozen=True)
+class BatchSecond:
+    """Samples are axis 1."""
+
+    def tokens(self, value: Tensor) -> Tensor:
+        """(S, N, ...) to (N, S, ...)."""
+        return value.transpose(0, 1)
+
+    __call__ = tokens
 
 
 @dataclass
 class Call:
-    """One call of one layer. ``pass_index`` counts forward passes of the whole model."""
+    """One call of one layer.
+
+    Attributes:
+        pass_index: number of the forward pass of the whole model.
+        samples: N.
+        positions: S of this call.
+        arrange: how tensors in the output's shape are read; ``None``: as they are.
+        group: number of the module's call that this is a part of (attention calls several maps of one weight).
+        complete: its gradient has arrived.
+        labelled: it belongs to a pass of the whole model for which labels were drawn.
+    """
 
     pass_index: int
     samples: int
     positions: int
+    arrange: Arrange | None = None
+    group: int | None = None
     input: Tensor | None = None
     gradient: Tensor | None = None
     sampled: Tensor | None = None
@@ -31,6 +62,15 @@ class Call:
     gradient_sum: Tensor | None = None
     edge: GradientEdge | None = None
     complete: bool = False
+    labelled: bool = False
+
+    def arranged(self, value: Tensor) -> Tensor:
+        """A tensor in the output's shape, batch axis first."""
+        return value if self.arrange is None else self.arrange(value)
+
+    def arranged_all(self, values: Tensor) -> Tensor:
+        """The same for several tensors (K, ...)."""
+        return values if self.arrange is None else torch.vmap(self.arrange)(values)
 
 
 class Calls:
@@ -79,74 +119,7 @@ class ParameterSum:
     gradients: tuple[Tensor, ...]
 
 
-def join(calls: Sequence[Call], values: Sequence[Tensor | None]) -> Tensor | None:
-    """Records of several calls as one, sample by sample: the calls of one pass lie side by side as positions do."""
-    passes: dict[int, list[Tensor]] = {}
-    for call, value in zip(calls, values, strict=True):
-        if value is None:
-            return None
-        passes.setdefault(call.pass_index, []).append(value)
-    pieces = [_side_by_side(entry) for entry in passes.values()]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _side_by_side(values: Sequence[Tensor]) -> Tensor:
-    if len(values) == 1:
-        return values[0]
-    if any(value.shape != values[0].shape for value in values):  # no common samples: rows for outer products only
-        return torch.cat(list(values))
-    return torch.stack(list(values), 1).flatten(0, 1)
-
-
 def column_sum(value: Tensor) -> Tensor:
     """Sum over samples and positions, half precision in float32: secant pairs are differences of such sums."""
     half = value.dtype in (torch.float16, torch.bfloat16)
     return value.sum((0, 1), dtype=torch.float32 if half else None)
-
-
-def total(values: Sequence[Tensor | None]) -> Tensor | None:
-    """The sum of all values; ``None`` if one is missing or there are none."""
-    present = [value for value in values if value is not None]
-    return sum(present[1:], present[0]) if present and len(present) == len(values) else None
-
-
-def mean_of_sums(sums: Sequence[ParameterSum]) -> tuple[Tensor, ...]:
-    """Mean over all samples of all passes, per parameter."""
-    samples = sum(entry.samples for entry in sums)
-    columns = zip(*(entry.gradients for entry in sums), strict=True)
-    return tuple(torch.stack(values).sum(0) / samples for values in columns)
-
-
-def combine(
-    layer: Layer, calls: Sequence[Call], sums: Sequence[ParameterSum], loss_reduction: str
-) -> LayerStatistics | None:
-    """The record of one layer from all its calls; ``None`` if there is neither a call nor a parameter sum.
-
-    Args:
-        layer: the layer.
-        calls: of all passes that count, in order.
-        sums: of the same passes.
-        loss_reduction: ``"mean"`` or ``"sum"``, how the user's loss combines samples.
-    """
-    if not calls:
-        samples = sum(entry.samples for entry in sums)
-        return LayerStatistics(layer, samples, 1, sampled_parameter_gradients=mean_of_sums(sums)) if sums else None
-    first_of_pass = {call.pass_index: call.samples for call in reversed(calls)}
-    samples = sum(first_of_pass.values())
-    scale = float(samples) if loss_reduction == "mean" else 1.0
-    rows = sum(call.samples * call.positions for call in calls)
-    output_sum = total([call.output_sum for call in calls])
-    gradient_sum = total([call.gradient_sum for call in calls])
-    return LayerStatistics(
-        layer=layer,
-        samples=samples,
-        positions=rows // samples,
-        gradient_scale=scale,
-        inputs=join(calls, [call.input for call in calls]),
-        output_gradient=join(calls, [call.gradient for call in calls]),
-        sampled_gradient=join(calls, [call.sampled for call in calls]),
-        curvature_roots=join(calls, [call.roots for call in calls]),
-        mean_preactivation=None if output_sum is None else output_sum / rows,
-        mean_gradient=None if gradient_sum is None else gradient_sum * (scale / rows),
-        sampled_parameter_gradients=mean_of_sums(sums) if sums else None,
-    )

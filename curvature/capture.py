@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ..errors import ArgumentError
-from .calls import Call, Calls, ParameterSum, column_sum, combine
+from .attention import ProjectionWatch
+from .calls import Call, Calls, ParameterSum, column_sum
 from .hooks import attach
+from .joining import combine
 from .layers import Layer
 from .likelihoods import Likelihood
 from .sampling import is_extra_backward, label_generator, require_predictive, roots_backward, sampled_backward
 from .statistics import LayerStatistics
+from .uses import Use, watch_attention
 
 __all__ = ["Capture", "PassKind", "Record"]
 
@@ -148,14 +150,23 @@ class Capture:
     def _completed_passes(self) -> set[int]:
         return {call.pass_index for calls in self._calls.values() for call in calls if call.complete}
 
-    def _on_layer(self, layer: Layer, args: tuple[Any, ...], output: Any) -> Any:
-        wanted = self._wanted.get(layer.name, Record.NOTHING)
-        if not wanted or not isinstance(output, Tensor):
+    def _watch(self, layers: Sequence[Layer]) -> ProjectionWatch | None:
+        """What records the projections of one call of an attention module; ``None`` if there is nothing to record."""
+        wanted = [layer for layer in layers if layer.name in self._wanted]
+        if not wanted or not (torch.is_grad_enabled() or self._kind == "forward"):
+            return None
+        return watch_attention(wanted, self._on_use)
+
+    def _on_use(self, uses: Sequence[Use], output: Any) -> Tensor | None:
+        """Record one output for every layer whose weight made it; returns what stands in its place, if anything."""
+        uses = [use for use in uses if use.layer.name in self._wanted]
+        if not uses or not isinstance(output, Tensor):
             return None
         if not self._inside and self._pass in self._completed_passes():
             self._pass += 1  # parts of the model are called one by one, and a backward has ended the last pass
         if self._kind == "forward":
-            self._calls[layer.name].keep(self._new_call(layer, wanted, args[0], output))
+            for use in uses:
+                self._calls[use.layer.name].keep(self._new_call(use, output))
             return None
         replaced = None
         if not output.requires_grad:
@@ -166,25 +177,23 @@ class Capture:
         elif output._is_view():
             # Linear on (N, ..., d) returns a view; an in-place activation would cut it off from the hook below.
             output = replaced = torch.ops.aten._unsafe_view(output, output.shape)
-        call = self._new_call(layer, wanted, args[0], output)
-        output.register_hook(_gradient_hook(layer, call, wanted, self._calls[layer.name]))
+        for use in uses:
+            call, name = self._new_call(use, output), use.layer.name
+            output.register_hook(_gradient_hook(use.layer, call, self._wanted[name], self._calls[name]))
         return replaced
 
-    def _new_call(self, layer: Layer, wanted: Record, value: Tensor, output: Tensor) -> Call:
-        if layer.adapter is None:
-            call = Call(self._pass, output.shape[0] if output.ndim else 1, 1)
-            self._calls[layer.name].append(call)
+    def _new_call(self, use: Use, output: Tensor) -> Call:
+        layer, wanted, call = use.layer, self._wanted[use.layer.name], use.call(self._pass, output)
+        self._calls[layer.name].append(call)
+        adapter = layer.adapter
+        if adapter is None:
             return call
-        if output.ndim < layer.adapter.batched_ndim(layer.module):
-            raise ArgumentError(f"layer {layer.name!r} was called on one unbatched sample; give it a batch of size 1")
-        call = Call(self._pass, output.shape[0], layer.adapter.positions(layer.module, output))
         if Record.INPUTS in wanted:
-            call.input = layer.adapter.recorded_input(layer.module, value.detach())
+            call.input = adapter.recorded_input(layer.module, use.value.detach())
         if Record.MEANS in wanted:
-            call.output_sum = column_sum(layer.adapter.expand_output(layer.module, output.detach()))
+            call.output_sum = column_sum(adapter.expand_output(layer.module, call.arranged(output.detach())))
         if wanted & (Record.SAMPLED | Record.CURVATURE_ROOTS) and output.requires_grad:
             call.edge = get_gradient_edge(output)
-        self._calls[layer.name].append(call)
         return call
 
     def _on_model(self, output: Any) -> None:
@@ -220,8 +229,15 @@ class Capture:
             self._parameter_sums[name] = [entry for entry in sums if entry.pass_index in alive]
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        """A generator that depends on (seed, step, number of completed passes), so that idle passes leave no trace."""
-        return label_generator(self.seed, self.step, len(self._completed_passes()), device, self.stream)
+        """A generator that depends on (seed, step, number of earlier passes that count or still may).
+
+        A pass whose graph was thrown away leaves no trace; two passes before one joint backward differ.
+        """
+        everything = [call for calls in self._calls.values() for call in calls]
+        earlier = {call.pass_index for call in everything if call.labelled or call.complete} - {self._pass}
+        for call in everything:
+            call.labelled |= call.pass_index == self._pass
+        return label_generator(self.seed, self.step, len(earlier), device, self.stream)
 
 
 def _gradient_hook(layer: Layer, call: Call, wanted: Record, calls: Calls) -> Callable[[Tensor], None]:
@@ -233,8 +249,9 @@ def _gradient_hook(layer: Layer, call: Call, wanted: Record, calls: Calls) -> Ca
         call.complete = True
         calls.keep(call)
         if Record.GRADIENTS in wanted:
-            call.gradient = gradient.detach()
+            call.gradient = call.arranged(gradient.detach())
         if Record.MEANS in wanted and layer.adapter is not None:
-            call.gradient_sum = column_sum(layer.adapter.expand_output(layer.module, gradient.detach()))
+            expanded = layer.adapter.expand_output(layer.module, call.arranged(gradient.detach()))
+            call.gradient_sum = column_sum(expanded)
 
     return hook

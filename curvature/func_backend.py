@@ -7,8 +7,9 @@ makes this backend the oracle of the others, and lets it serve modules that no a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from .layers import Layer
 from .replay import Measured, Pass, ReplayBackend
 from .sampling import require_predictive
 from .statistics import SampleGradients
+from .uses import Use, observed
 
 __all__ = ["FuncBackend", "Model"]
 
@@ -150,14 +152,14 @@ def _linearised(function: Callable[[Any], Tensor], at: Any) -> tuple[Tensor, Cal
 def _store(layer: Layer, call: Call, wanted: Record, record: Record, value: Tensor) -> None:
     """Put the (K, ...) derivatives at one call where they belong."""
     if record is Record.CURVATURE_ROOTS and record in wanted:
-        call.roots = value.transpose(0, 1)
+        call.roots = call.arranged_all(value).transpose(0, 1)
     if record is Record.SAMPLED and record in wanted:
-        call.sampled = value[0]
+        call.sampled = call.arranged(value[0])
     if record is Record.GRADIENTS:
         if record in wanted:
-            call.gradient = value[0]
+            call.gradient = call.arranged(value[0])
         if Record.MEANS in wanted and layer.adapter is not None:
-            call.gradient_sum = column_sum(layer.adapter.expand_output(layer.module, value[0]))
+            call.gradient_sum = column_sum(layer.adapter.expand_output(layer.module, call.arranged(value[0])))
 
 
 class Model:
@@ -181,8 +183,7 @@ class Model:
         ]
         self._leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         self._pass = entry
-        self._inputs: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-        self._outputs: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+        self._uses: dict[str, list[tuple[Use, Tensor]]] = {layer.name: [] for layer in layers}
         with torch.no_grad(), self._watched():
             self._output = self._call(self._constants, self._leaves)
 
@@ -200,7 +201,7 @@ class Model:
 
     def zeros(self, names: Sequence[str]) -> Shifts:
         """A zero for every call of every layer."""
-        return {name: tuple(torch.zeros_like(value) for value in self._outputs[name]) for name in names}
+        return {name: tuple(torch.zeros_like(output) for _, output in self._uses[name]) for name in names}
 
     def run(self, chosen: Named, shifts: Shifts) -> Tensor:
         """The model's output with ``chosen`` in the place of its parameters and ``shifts`` added to layers' outputs."""
@@ -233,12 +234,12 @@ class Model:
         if layer.adapter is None:
             return [Call(self._pass.index, self._pass.samples, 1)]
         result: list[Call] = []
-        for value, output in zip(self._inputs[layer.name], self._outputs[layer.name], strict=True):
-            call = Call(self._pass.index, output.shape[0], layer.adapter.positions(layer.module, output))
+        for use, output in self._uses[layer.name]:
+            call = use.call(self._pass.index, output)
             if Record.INPUTS in wanted:
-                call.input = layer.adapter.recorded_input(layer.module, value)
+                call.input = layer.adapter.recorded_input(layer.module, use.value)
             if Record.MEANS in wanted:
-                call.output_sum = column_sum(layer.adapter.expand_output(layer.module, output))
+                call.output_sum = column_sum(layer.adapter.expand_output(layer.module, call.arranged(output)))
             result.append(call)
         return result
 
@@ -247,39 +248,25 @@ class Model:
         output: Tensor = functional_call(self.model, values, args, kwargs)
         return output
 
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _watched(self) -> AbstractContextManager[None]:
         """Keep copies of inputs and outputs of every call: a later operation may work in place."""
 
-        def hook(layer: Layer) -> Any:
-            def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if layer.adapter is not None and isinstance(output, Tensor):
-                    self._inputs[layer.name].append(args[0].clone())
-                    self._outputs[layer.name].append(output.clone())
+        def keep(uses: Sequence[Use], output: Tensor) -> None:
+            for use in uses:
+                self._uses[use.layer.name].append((replace(use, value=use.value.clone()), output.clone()))
 
-            return keep
+        return observed([layer for layer in self.layers if layer.adapter is not None], keep)
 
-        handles = [module.register_forward_hook(hook(layer)) for layer in self.layers for module in layer.modules]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def _shifted(self, shifts: Shifts) -> Iterator[None]:
+    def _shifted(self, shifts: Shifts) -> AbstractContextManager[None]:
         """Add one shift per call to the layers' outputs."""
         left = {name: list(values) for name, values in shifts.items()}
 
-        def hook(name: str) -> Any:
-            return lambda module, args, output: output + left[name].pop(0)
+        def add(uses: Sequence[Use], output: Tensor) -> Tensor:
+            for use in uses:
+                output = output + left[use.layer.name].pop(0)
+            return output
 
-        handles = [module.register_forward_hook(hook(name)) for name in shifts for module in self.layer(name).modules]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return observed([self.layer(name) for name in shifts], add)
 
 
 def _require_equal(found: Tensor, expected: Tensor, reason: str) -> None:

@@ -7,17 +7,20 @@ a pickled model carry hooks without a capture, which do nothing either.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .sampling import is_extra_backward
+from .uses import attention_modules, use_of
 
 if TYPE_CHECKING:
+    from .attention import ProjectionWatch
     from .capture import Capture
     from .layers import Layer
 
-__all__ = ["BeginHook", "EndHook", "Hook", "LayerHook", "attach"]
+__all__ = ["AttentionHooks", "BeginHook", "EndHook", "Hook", "LayerHook", "attach"]
 
 
 class Hook:
@@ -39,12 +42,40 @@ class Hook:
 class LayerHook(Hook):
     """Forward hook of one layer's module."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Record the call."""
         capture = self.capture()
-        if capture is None or self._layer is None or module is not self._layer.module:  # a replica shares its hooks
-            return None
-        return capture._on_layer(self._layer, args, output)
+        if capture is None or self._layer is None or not any(module is own for own in self._layer.modules):
+            return None  # a replica shares its hooks
+        return capture._on_use([use_of(self._layer, args, kwargs)], output)
+
+
+class AttentionHooks(Hook):
+    """Forward pre-hook and forward hook of an attention module: between them its projections are watched."""
+
+    def __init__(
+        self, capture: Capture | None = None, module: nn.Module | None = None, layers: Sequence[Layer] = ()
+    ) -> None:
+        super().__init__(capture)
+        self._module, self._layers = module, layers
+        self._watches: list[ProjectionWatch] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Watch, if anything is to be recorded."""
+        while self._watches:  # an interrupt from the keyboard skipped the other hook
+            self._watches.pop().stop()
+        capture = self.capture()
+        if capture is None or module is not self._module:
+            return
+        watch = capture._watch(self._layers)
+        if watch is not None:
+            watch.start()
+            self._watches.append(watch)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Stop watching, also when the module has raised."""
+        if self._watches and module is self._module:
+            self._watches.pop().stop()
 
 
 class BeginHook(Hook):
@@ -70,7 +101,15 @@ class EndHook(Hook):
 
 def attach(capture: Capture) -> list[Any]:
     """Place the hooks of a capture; returns their handles."""
-    handles: list[Any] = [layer.module.register_forward_hook(LayerHook(capture, layer)) for layer in capture.layers]
+    handles: list[Any] = []
+    for layer in capture.layers:
+        if layer.kind != "Attention":
+            hook = LayerHook(capture, layer)
+            handles += [module.register_forward_hook(hook, with_kwargs=True) for module in layer.modules]
+    for module, layers in attention_modules(capture.layers).items():
+        watch = AttentionHooks(capture, module, layers)
+        handles.append(module.register_forward_pre_hook(watch.enter))
+        handles.append(module.register_forward_hook(watch.leave, always_call=True))
     handles.append(capture.model.register_forward_pre_hook(BeginHook(capture)))
     handles.append(capture.model.register_forward_hook(EndHook(capture)))
     return handles

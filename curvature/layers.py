@@ -27,8 +27,6 @@ from .attention import attention_parts, is_attention, sequence_first
 
 __all__ = ["Layer", "LayerAdapter", "discover_layers"]
 
-_WATCHED = False
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -127,12 +125,12 @@ def discover_layers(model: nn.Module, adapters: Sequence[LayerAdapter] = ADAPTER
         ArgumentError: if a parameter is not initialised yet, or a trainable embedding has sparse gradients.
     """
     owners = _owners(model)
-    sequences = sequence_first(model) if _WATCHED else set()
+    sequences = sequence_first(model)
     layers: list[Layer] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
         own = _unseen(name, module, seen)
-        if _WATCHED and is_attention(module) and all(len(owners[id(p)]) == 1 for p in module.parameters()):
+        if is_attention(module) and all(len(owners[id(p)]) == 1 for p in module.parameters()):
             own |= _unseen(name, module.out_proj, seen)
             layers += [Layer(*part) for part in attention_parts(name, module, own)]
         elif own:
@@ -152,7 +150,7 @@ def _layer(
     adapter = next((entry for entry in adapters if entry.matches(module)), None)
     users = list({id(user): user for parameter in own.values() for user in owners[id(parameter)]}.values())
     others = tuple(user for user in users if user is not module)
-    if (others and not _WATCHED) or adapter is None or not all(_interchangeable(module, other) for other in others):
+    if adapter is None or not all(_interchangeable(module, other) for other in others):
         adapter, others = None, ()
     axis = int(sequence and adapter is not None)
     return Layer(name or "(root)", adapter.kind if adapter else "Other", module, own, adapter, others, axis)

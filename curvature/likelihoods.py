@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import UnknownNameError
+from ..errors import ArgumentError, UnknownNameError
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "resolve_likelihood"]
 
@@ -34,26 +34,53 @@ class Likelihood(Protocol):
 
 
 class Categorical:
-    """Softmax over classes: ``output`` (N, classes) logits, labels (N,) class indices."""
+    """Softmax over classes, the last axis: logits (N, classes) with labels (N,), or (N, T, classes) with labels (N, T).
+
+    One *sample* is one row of the first axis: the loss of a sequence is the sum over its T tokens.
+    """
 
     name = "categorical"
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Inverse transform of one uniform number per sample."""
+        """Inverse transform of one uniform number per label.
+
+        Raises:
+            ArgumentError: if the output cannot be logits over classes.
+        """
+        _require_logits(output)
         cumulative = output.softmax(-1).cumsum(-1)
         uniform = torch.rand(output.shape[:-1], generator=generator, device=output.device, dtype=cumulative.dtype)
         label = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[..., -1:], right=True).squeeze(-1)
         return label.clamp_(max=output.shape[-1] - 1)
 
     def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
-        """Cross entropy, summed over samples."""
-        return functional.cross_entropy(output, target, reduction="sum")
+        """Cross entropy, summed over samples and tokens.
+
+        Raises:
+            ArgumentError: if the output cannot be logits, or the labels do not fit it.
+        """
+        _require_logits(output)
+        if target.shape != output.shape[:-1]:
+            raise ArgumentError(
+                f"labels of shape {tuple(target.shape)} do not fit logits of shape {tuple(output.shape)}; one class "
+                f"index per row of logits is expected, shape {tuple(output.shape[:-1])}"
+            )
+        return functional.cross_entropy(output.flatten(0, -2), target.flatten(), reduction="sum")
 
     def curvature_root(self, output: Tensor) -> Tensor:
-        """V = classes roots sqrt(p_v) (e_v - p)."""
+        """V = classes roots sqrt(p_v) (e_v - p); for sequences V = T classes, each zero at all tokens but one.
+
+        Raises:
+            ArgumentError: if the output cannot be logits over classes.
+        """
+        _require_logits(output)
         probability = output.softmax(-1)
-        basis = torch.eye(output.shape[-1], dtype=output.dtype, device=output.device).unsqueeze(1)
-        return probability.sqrt().T.unsqueeze(-1) * (basis - probability.unsqueeze(0))
+        basis = torch.eye(output.shape[-1], dtype=output.dtype, device=output.device)
+        roots = probability.sqrt().unsqueeze(-1) * (basis - probability.unsqueeze(-2))  # (N, [T,] V, classes)
+        if output.ndim == 2:
+            return roots.transpose(0, 1)
+        tokens = torch.eye(output.shape[1], dtype=output.dtype, device=output.device)
+        return torch.einsum("nuvc,ut->uvntc", roots, tokens).flatten(0, 1)
 
 
 class Bernoulli:
@@ -93,6 +120,15 @@ class Gaussian:
     def curvature_root(self, output: Tensor) -> Tensor:
         """V = coordinates roots e_v."""
         return _diagonal_roots(torch.ones_like(output))
+
+
+def _require_logits(output: Tensor) -> None:
+    if output.ndim not in (2, 3) or output.shape[-1] < 2:
+        raise ArgumentError(
+            "a categorical likelihood reads logits (N, classes) or (N, tokens, classes) with at least 2 classes on the "
+            f"last axis, got an output of shape {tuple(output.shape)}; move the classes last and flatten the rest, or "
+            "take likelihood='bernoulli' for one logit per coordinate"
+        )
 
 
 def _diagonal_roots(values: Tensor) -> Tensor:

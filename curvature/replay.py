@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, CompatibilityError
-from .calls import Call, ParameterSum, combine
+from .calls import Call, ParameterSum
 from .capture import PassKind, Record
 from .hooks import Hook
+from .joining import combine
 from .layers import Layer
 from .likelihoods import Likelihood
 from .sampling import extra_backward, is_extra_backward, label_generator, require_predictive
@@ -192,10 +193,8 @@ class ReplayBackend(ABC):
         likelihood, output = require_predictive(self.likelihood, output)
         if not any(record & (Record.SAMPLED | Record.SAMPLED_PARAMETERS) for record in every):
             return None
-        done = sum(entry.gradient is not None for entry in self._passes)
-        return likelihood.sample(
-            output.detach(), label_generator(self.seed, self.step, done, output.device, self.stream)
-        )
+        generator = label_generator(self.seed, self.step, len(self._passes), output.device, self.stream)
+        return likelihood.sample(output.detach(), generator)
 
 
 class RootHook(Hook):

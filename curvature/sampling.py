@@ -52,7 +52,7 @@ def label_generator(seed: int, step: int, passes: int, device: torch.device, str
     Args:
         seed: of the optimizer.
         step: number of the step >= 0.
-        passes: completed passes of this step before the one at hand.
+        passes: passes of this step before the one at hand that count, or still may.
         device: of the model's output.
         stream: number of the process among those that share a mini-batch, each of which draws its own labels.
     """
@@ -105,7 +105,7 @@ def sampled_backward(
     with extra_backward():
         gradients = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
     for call, gradient in zip(calls, gradients, strict=False):
-        call.sampled, call.edge = gradient, None
+        call.sampled, call.edge = None if gradient is None else call.arranged(gradient), None
     rest = iter(gradients[len(calls) :])
     sums: dict[str, ParameterSum] = {}
     for layer in layers:
@@ -129,7 +129,7 @@ def roots_backward(output: Tensor, likelihood: Likelihood, calls: Sequence[Call]
     edges: list[Any] = [call.edge for call in calls]
     with extra_backward():
         for call, gradient in zip(calls, _batched_backward(output, edges, roots), strict=True):
-            call.roots = None if gradient is None else gradient.transpose(0, 1)
+            call.roots = None if gradient is None else call.arranged_all(gradient).transpose(0, 1)
 
 
 def _batched_backward(output: Tensor, edges: Sequence[Any], roots: Tensor) -> Sequence[Tensor | None]:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import CompatibilityError
+from ..errors import ArgumentError, CompatibilityError
 from .layers import Layer, LayerAdapter
 
 __all__ = ["LayerStatistics", "Needs", "SampleGradients", "Tensors"]
@@ -94,6 +94,10 @@ class LayerStatistics:
         roots: rows (V*N*S, d_out) of curvature-bearing gradients and their factor, chosen by the estimator; the
             curvature at the pre-activation is the sum of outer products over all rows divided by N*S (V = 1 but for
             the exact Gauss-Newton matrix).
+        calls: positions of each call of the module in one pass, S in all; ``None``: one call.
+        ragged: the calls have no samples in common, or micro-batches differ in their positions: the rows stand for
+            outer products only, and nothing can be had sample by sample.
+        row_count: number of rows N*S if S was rounded down (``ragged``); ``None``: as the shapes say.
         vectors: per parameter a tensor (V, *shape): V gradient vectors whose mean outer product is the curvature.
         matrix: builds the dense curvature matrix (P, P) over the P parameters of the layer, in the layer's order, each
             flattened row-major (weight in its own layout, then bias). Symmetric; it may have negative eigenvalues if
@@ -116,6 +120,9 @@ class LayerStatistics:
     hessian: Callable[[], Tensor] | None = None
     roots: tuple[Tensor, float] | None = None
     vectors: Callable[[], Tensors] | None = None
+    calls: tuple[int, ...] | None = None
+    ragged: bool = False
+    row_count: int | None = None
     matrix: Callable[[], Tensor] | None = None
 
     def with_vectors(self, vectors: Callable[[], Tensors]) -> LayerStatistics:
@@ -126,6 +133,11 @@ class LayerStatistics:
             return rows.T @ rows / rows.shape[0]
 
         return replace(self, vectors=vectors, matrix=matrix)
+
+    @property
+    def rows(self) -> int:
+        """Number of pairs of a sample and a position."""
+        return self.samples * self.positions if self.row_count is None else self.row_count
 
     def input_rows(self) -> Tensor:
         """Inputs of the linear map, (N*S*G, d_in), without the homogeneous 1; the group (mostly G = 1) is fastest."""
@@ -139,6 +151,7 @@ class LayerStatistics:
 
     def preactivation_gradients(self) -> Tensor:
         """Per-sample gradients of the user's loss at the pre-activations, (N, S, d_out)."""
+        self._require_samples()
         rows: Tensor = self.gradient_rows().unflatten(0, (self.samples, -1))
         return rows * self.gradient_scale
 
@@ -203,7 +216,7 @@ class LayerStatistics:
         if self.layer.has_bias:
             inputs = torch.cat([inputs, inputs.new_ones(inputs.shape[0], 1)], 1)
         rows, factor = self._require(self.roots, "roots")
-        return inputs.T @ inputs / self.samples, rows.T @ rows * (factor**2 / (self.samples * self.positions))
+        return inputs.T @ inputs / (self.samples * self.layer.groups), rows.T @ rows * (factor**2 / self.rows)
 
     def per_sample_gradients(self, rows: Tensor) -> Tensors:
         """Gradient of every sample's own loss with respect to each parameter, built on demand.
@@ -214,6 +227,7 @@ class LayerStatistics:
         Returns:
             One tensor (N, *parameter.shape) per parameter of the layer. Memory N times the layer.
         """
+        self._require_samples()
         adapter, module = self._adapter(), self.layer.module
         upstream: Tensor = rows.unflatten(0, (self.samples, -1))
         result: list[Tensor] = []
@@ -233,11 +247,19 @@ class LayerStatistics:
         Args:
             directions: one tensor per parameter of the layer, in the layer's order.
         """
+        self._require_samples()
         named = dict(zip(self.layer.parameters, directions, strict=True))
         inputs = self._require(self.inputs, "inputs")
         moved = self._adapter().directional(self.layer.module, inputs, named.get("weight"), named.get("bias"))
         product = moved.mul_(self._require(self.sampled_gradient, "sampled_gradient").reshape(moved.shape))
         return product.reshape(self.samples, -1).sum(1)
+
+    def _require_samples(self) -> None:
+        if self.ragged:
+            raise ArgumentError(
+                f"layer {self.layer.name!r} was called on different numbers of samples or positions, so per-sample "
+                "quantities do not exist; pad the micro-batches to one length, or serve it by a part that needs none"
+            )
 
     def _adapter(self) -> LayerAdapter:
         if self.layer.adapter is None:

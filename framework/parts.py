@@ -64,6 +64,7 @@ KINDS: dict[str, dict[str, type]] = {
         preconditioners.Root,
         preconditioners.GradientCovariance,
     ),
+    "sharing": _named(preconditioners.Expand, preconditioners.Reduce, preconditioners.Sum),
     "moments": _named(preconditioners.LayerMoments, preconditioners.GradientMoments),
     "spectrum": _named(preconditioners.Semidefinite, preconditioners.Absolute),
     "update scale": _named(preconditioners.AspectRatio, preconditioners.MatchAdam),

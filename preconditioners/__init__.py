@@ -28,6 +28,7 @@ from .pairs import (
 from .partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutput, PerOutputAveraged
 from .protocol import Observation, Preconditioner, Refining, Request, ScalingLaw, Schedule
 from .root import Root
+from .sharing import Expand, Reduce, Sharing, Sum
 from .skipping import CurvatureTest, SkipRule, TwoSidedCurvatureTest
 from .spectral import AspectRatio, MatchAdam, Spectral
 from .state import NoState, State
@@ -50,6 +51,7 @@ __all__ = [
     "DoubleDamping",
     "Eigenbasis",
     "Eigenvectors",
+    "Expand",
     "Factor",
     "Factored",
     "FlatChunk",
@@ -84,6 +86,7 @@ __all__ = [
     "PowellThenLM",
     "PowerIteration",
     "Preconditioner",
+    "Reduce",
     "Refining",
     "Request",
     "Root",
@@ -91,12 +94,14 @@ __all__ = [
     "ScalingLaw",
     "Schedule",
     "Semidefinite",
+    "Sharing",
     "SideDamping",
     "SkipRule",
     "Spectral",
     "Split",
     "State",
     "Stateless",
+    "Sum",
     "TwoSidedCurvatureTest",
     "ZeroStartAverage",
 ]

@@ -25,8 +25,8 @@ class ByLayer:
 
     Args:
         table: from a layer's kind (``"Linear"``, ``"Conv1d"``, ``"ConvTranspose2d"``, ``"Embedding"``, ``"LayerNorm"``,
-            ``"Attention"``, ``"Other"``, ...; ``osculate.curvature.KINDS``) or a shell pattern of its qualified name
-            (``"encoder.*"``) to a structure. Names win over kinds; among names the first match wins.
+            ``"Attention"``, ``"Other"``, ...; ``osculate.curvature.adapters.KINDS``) or a shell pattern of its
+            qualified name (``"encoder.*"``) to a structure. Names win over kinds; among names the first match wins.
         otherwise: the structure for every parameter that its layer's entry does not serve (a convolution's bias under
             kernel blocks) and for layers without an entry. ``None``: they get the method's fallback.
 

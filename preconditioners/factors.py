@@ -18,6 +18,7 @@ from .averages import Average, MovingAverage
 from .linalg import Computed, accumulate_gram_, accumulate_homogeneous_gram_
 from .operations import Inverse, Operation, Request
 from .protocol import Events
+from .sharing import Expand, Sharing
 from .state import NoState, State
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 Side = Literal["inputs", "outputs"]
+_EXPAND = Expand()
 
 
 class Factor(Protocol):
@@ -80,24 +82,25 @@ class Factor(Protocol):
         """The inverse approximation H, (d, d), as ``left`` and ``right`` apply it."""
 
 
-def accumulate_second_moment(moment: Tensor, statistics: LayerStatistics, side: Side, keep: float, add: float) -> None:
-    """``moment <- keep * moment + add * new`` with the second moment of one side.
+def accumulate_second_moment(
+    moment: Tensor, statistics: LayerStatistics, side: Side, keep: float, add: float, sharing: Sharing = _EXPAND
+) -> None:
+    """``moment <- keep * moment + add * new`` with the second moment of one side, as the sharing rule wants its rows.
 
-    Inputs: mean over samples of the *sum* over positions of a a' (a with its trailing 1); outputs: mean over samples
-    and positions of g g' (PAPERS 1.6; one position: the plain mean). A grouped layer's inputs are averaged over groups:
-    all groups share one matrix.
+    By default, inputs: mean over samples of the *sum* over positions of a a' (a with its trailing 1); outputs: mean
+    over samples and positions of g g' (PAPERS 1.6; one position: the plain mean). A grouped layer's inputs are averaged
+    over groups: all groups share one matrix.
     """
-    if side == "inputs":
-        rows = statistics.input_rows().to(moment.dtype)
-        scale = add / (statistics.samples * statistics.layer.groups)
-        if statistics.layer.has_bias:
-            accumulate_homogeneous_gram_(moment, rows, keep, scale, rows.mean(0), float(rows.shape[0]))
-        else:
-            accumulate_gram_(moment, rows, keep, scale)
+    if side == "outputs":
+        rows, scale = sharing.outputs(statistics)
+        accumulate_gram_(moment, rows.to(moment.dtype), keep, add * scale)
         return
-    assert statistics.roots is not None
-    rows, factor = statistics.roots
-    accumulate_gram_(moment, rows.to(moment.dtype), keep, add * factor**2 / (statistics.samples * statistics.positions))
+    rows, scale = sharing.inputs(statistics)
+    rows = rows.to(moment.dtype)
+    if statistics.layer.has_bias:
+        accumulate_homogeneous_gram_(moment, rows, keep, add * scale, rows.mean(0), float(rows.shape[0]))
+    else:
+        accumulate_gram_(moment, rows, keep, add * scale)
 
 
 def accumulate_gradient_products(
@@ -177,11 +180,13 @@ class Covariance(AveragedMatrix):
 
     Args:
         average: rule over steps; K-FAC in the K-BFGS code uses 0.9 (PAPERS 1.7).
+        sharing: what is made of positions and of several calls of one module. Give both sides the same rule.
 
     Memory: 2 d^2 numbers.
     """
 
     average: Average = field(default_factory=lambda: MovingAverage(0.9))
+    sharing: Sharing = field(default_factory=Expand)
 
     def scaling(self, side: Side) -> tuple[float, float]:
         """Squared gradients at the outputs, nothing at the inputs."""
@@ -194,7 +199,7 @@ class Covariance(AveragedMatrix):
     def update(self, state: CovarianceState, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
         """Average the second moment of this side."""
         keep, add, state.weight = (average or self.average).coefficients(state.weight)
-        accumulate_second_moment(state.second_moment, statistics, side, keep, add)
+        accumulate_second_moment(state.second_moment, statistics, side, keep, add, self.sharing)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Residual(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Embedding and LayerNorm, which no adapter reads, around a Linear with positions."""
+    """Embedding and LayerNorm around a Linear with positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,6 +38,45 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(torch.relu(self.mix(self.embedding(x)))).mean(1))
+
+
+class Attentive(nn.Module):
+    """Self-attention inside a residual block, dropout behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(2, 4)
+        self.block = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.embed(x.unflatten(1, (3, 2)))).mean(1))
+
+
+class TiedEnds(nn.Module):
+    """Two modules with one weight and one bias, one of them on positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 3)
+        self.second.weight, self.second.bias = self.first.weight, self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x.unflatten(1, (3, 2)))).sum(1))))
+
+
+def signals() -> nn.Module:
+    """A grouped convolution down, a transposed one up again, in one dimension."""
+    return nn.Sequential(
+        nn.Unflatten(1, (2, 3)),
+        nn.Conv1d(2, 4, 2, padding=1, groups=2),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(inplace=True),
+        nn.ConvTranspose1d(4, 2, 3, stride=2, padding=1, output_padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
 
 
 def mlp() -> nn.Module:
@@ -74,6 +113,9 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "tokens": Tokens,
     "partly-frozen": partly_frozen,
     "called-twice": Residual,
+    "attention": Attentive,
+    "signals": signals,
+    "tied": TiedEnds,
 }
 
 

@@ -43,9 +43,9 @@ class _Sites(MatrixAdapter):
         """(N, d_out, *sites) to (N, S, d_out)."""
         return value.flatten(2).transpose(1, 2)
 
-    def as_positions(self, module: nn.Module, value: Tensor) -> tuple[Tensor, LayerAdapter]:
-        """Patches, which are no image any more."""
-        return self.expand_input(module, value), PatchAdapter(self)
+    def of_positions(self) -> LayerAdapter:
+        """Patches are no image any more."""
+        return PatchAdapter(self)
 
     def _patches(self, windows: Tensor, groups: int) -> Tensor:
         """Windows (N, C, *sites, *kernel) to (N, S G, C/G x kernel), channel slowest."""

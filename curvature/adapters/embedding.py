@@ -67,9 +67,13 @@ class EmbeddingAdapter(MatrixAdapter):
             rows[..., table.padding_idx] = 0
         return rows.to(table.weight.dtype)
 
-    def as_positions(self, module: nn.Module, value: Tensor) -> tuple[Tensor, LayerAdapter]:
+    def as_positions(self, module: nn.Module, value: Tensor) -> Tensor:
         """Indices (N, S)."""
-        return value.reshape(value.shape[0], -1), self
+        return value.reshape(value.shape[0], -1)
+
+    def of_positions(self) -> LayerAdapter:
+        """Indices are indices."""
+        return self
 
     def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Rows of the direction; zero at the padding index."""

@@ -28,9 +28,9 @@ class LinearAdapter(MatrixAdapter):
         """Product of the middle axes."""
         return output[0, ..., 0].numel()
 
-    def as_positions(self, module: nn.Module, value: Tensor) -> tuple[Tensor, LayerAdapter]:
+    def of_positions(self) -> LayerAdapter:
         """The expanded input is an input too."""
-        return self.expand_input(module, value), self
+        return self
 
     def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """``a @ weight.T + bias``; a missing direction counts as zero."""

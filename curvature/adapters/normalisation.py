@@ -32,9 +32,13 @@ class _Trailing(ScaleAdapter):
         """(N, ..., *normalised) to (N, S, entries)."""
         return self.expand_input(module, value)
 
-    def as_positions(self, module: nn.Module, value: Tensor) -> tuple[Tensor, LayerAdapter]:
+    def as_positions(self, module: nn.Module, value: Tensor) -> Tensor:
         """The middle axes as one."""
-        return value.reshape(value.shape[0], -1, *_norm(module).normalized_shape), self
+        return value.reshape(value.shape[0], -1, *_norm(module).normalized_shape)
+
+    def of_positions(self) -> LayerAdapter:
+        """The same."""
+        return self
 
     def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """``normalised * weight + bias``; a missing direction counts as zero."""
@@ -93,9 +97,9 @@ class _Channels(ScaleAdapter):
         """(N, channels, ...) to (N, S, channels)."""
         return self.expand_input(module, value)
 
-    def as_positions(self, module: nn.Module, value: Tensor) -> tuple[Tensor, LayerAdapter]:
-        """(N, S, channels), no image any more."""
-        return self.expand_input(module, value), _ChannelsLast(self)
+    def of_positions(self) -> LayerAdapter:
+        """(N, S, channels) is no image any more."""
+        return _ChannelsLast(self)
 
     def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """``normalised * weight + bias``; a missing direction counts as zero."""
@@ -118,6 +122,10 @@ class _ChannelsLast(_Trailing):
     def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """As the other adapter does."""
         return self.inner.recorded_input(module, value)
+
+    def as_positions(self, module: nn.Module, value: Tensor) -> Tensor:
+        """They are."""
+        return value
 
 
 class BatchNormAdapter(_Channels):

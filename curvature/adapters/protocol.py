@@ -49,8 +49,11 @@ class LayerAdapter(Protocol):
     def expand_output(self, module: nn.Module, value: Tensor) -> Tensor:
         """Output of the module, or a gradient with respect to it, as (N, S, d_out)."""
 
-    def as_positions(self, module: nn.Module, value: Tensor) -> tuple[Tensor, LayerAdapter]:
-        """A recorded input whose second axis is the positions, and the adapter that reads it in that form."""
+    def as_positions(self, module: nn.Module, value: Tensor) -> Tensor:
+        """A recorded input as (N, S G, ...): calls with different numbers of positions are then joined along axis 1."""
+
+    def of_positions(self) -> LayerAdapter:
+        """The adapter that reads inputs in that form, and outputs (N, S, d_out)."""
 
     def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The output's derivative along a parameter direction: ``weight``, ``bias`` applied to a recorded input."""
@@ -86,8 +89,8 @@ class MatrixAdapter(ABC):
         """Number S of positions that share the map."""
 
     @abstractmethod
-    def as_positions(self, module: nn.Module, value: Tensor) -> tuple[Tensor, LayerAdapter]:
-        """A recorded input whose second axis is the positions, and the adapter that reads it in that form."""
+    def of_positions(self) -> LayerAdapter:
+        """The adapter that reads inputs as :meth:`as_positions` gives them."""
 
     @abstractmethod
     def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -112,6 +115,10 @@ class MatrixAdapter(ABC):
     def expand_output(self, module: nn.Module, value: Tensor) -> Tensor:
         """(N, ..., d_out) to (N, S, d_out)."""
         return value.reshape(value.shape[0], -1, value.shape[-1])
+
+    def as_positions(self, module: nn.Module, value: Tensor) -> Tensor:
+        """The expanded input."""
+        return self.expand_input(module, value)
 
     def weight_as_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
         """The weight."""
@@ -164,9 +171,9 @@ class PatchAdapter(MatrixAdapter):
         """The second axis."""
         return output.shape[1]
 
-    def as_positions(self, module: nn.Module, value: Tensor) -> tuple[Tensor, LayerAdapter]:
+    def of_positions(self) -> LayerAdapter:
         """They are."""
-        return value, self
+        return self
 
     def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Rows times the direction's matrix, group by group."""
@@ -217,8 +224,8 @@ class ScaleAdapter(ABC):
         """Output, or a gradient with respect to it, as (N, S, entries)."""
 
     @abstractmethod
-    def as_positions(self, module: nn.Module, value: Tensor) -> tuple[Tensor, LayerAdapter]:
-        """A recorded input whose second axis is the positions, and the adapter that reads it in that form."""
+    def of_positions(self) -> LayerAdapter:
+        """The adapter that reads inputs as :meth:`as_positions` gives them."""
 
     @abstractmethod
     def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -231,6 +238,10 @@ class ScaleAdapter(ABC):
     def groups(self, module: nn.Module) -> int:
         """One."""
         return 1
+
+    def as_positions(self, module: nn.Module, value: Tensor) -> Tensor:
+        """The expanded input."""
+        return self.expand_input(module, value)
 
     def per_sample(self, module: nn.Module, value: Tensor, upstream: Tensor) -> Tensor:
         """Entrywise product, summed over positions."""

@@ -74,7 +74,7 @@ def test_shared_parameters_belong_to_their_first_module_and_have_no_statistics()
     assert layers["encoder"].kind == "Other" and layers["free"].kind == "Linear"
     both = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False), nn.Linear(3, 3))
     both[1].weight = both[0].weight
-    assert [(layer.name, layer.kind) for layer in discover_layers(both)] == [("0", "Other"), ("2", "Linear")]
+    assert [(layer.name, layer.kind) for layer in discover_layers(both)] == [("0", "Linear"), ("2", "Linear")]
 
 
 def test_one_module_under_two_names_is_one_layer() -> None:

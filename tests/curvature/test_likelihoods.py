@@ -83,7 +83,6 @@ def test_categorical_sampling_at_the_edges() -> None:
     assert (Categorical().sample(certain, generator_of(0)) == 1).all()
     impossible = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]]).expand(1000, 4)
     assert set(Categorical().sample(impossible, generator_of(0)).tolist()) == {1, 2}
-    assert not Categorical().sample(torch.zeros(5, 1), generator_of(0)).any()
     many = Categorical().sample(torch.zeros(20_000, 7), generator_of(0))
     assert set(many.tolist()) == set(range(7))
 

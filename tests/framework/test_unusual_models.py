@@ -104,21 +104,21 @@ def test_an_optimizer_that_is_gone_leaves_no_working_hooks() -> None:
 
 
 class Attention(nn.Module):
-    """``nn.MultiheadAttention`` reads its projections' weights without calling them."""
+    """``nn.MultiheadAttention`` uses its projections' weights without calling them as modules."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Linear(6, 4)
+        self.embed = nn.Linear(2, 4)
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x).unsqueeze(1)
-        return self.head(self.attention(h, h, h, need_weights=False)[0].squeeze(1))
+        h = self.embed(x.unflatten(1, (3, 2)))
+        return self.head(self.attention(h, h, h, need_weights=False)[0].mean(1))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_attention_gets_the_declared_fallback(name: str) -> None:
+def test_attention_is_served_as_any_other_matrix(name: str) -> None:
     torch.manual_seed(0)
     model = Attention().double()
     optimizer = build(name, model)
@@ -126,8 +126,10 @@ def test_attention_gets_the_declared_fallback(name: str) -> None:
     losses = train(optimizer, model, [data(samples=64)] * 10)
     assert losses[-1] < losses[0]
     rows = [row for row in optimizer.layer_table() if row.layer.startswith("attention")]
-    assert rows and all(row.kind == "Other" for row in rows)
-    assert all(row.part in ("Identity", "Diagonal") for row in rows)
+    assert [(row.layer, row.kind) for row in rows] == [
+        ("attention.in_proj", "Attention"), ("attention.out_proj", "Attention"),
+    ]  # fmt: skip
+    assert not any(row.fallback for row in rows)
     assert len(differences(start, everything(model))) == len(start)
 
 
