@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import UnknownNameError
+from ..errors import ArgumentError, UnknownNameError
+from .compose import show_compositions
 from .datafiles import data_folder
 from .environment import choose_device, describe_environment, prepare_process
 from .listing import show_methods, show_parts
@@ -30,17 +31,22 @@ Names = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="
 class Methods:
     """List the methods, or show one in full: options with their defaults, paper, what it needs.
 
-    With --parts, the same for the parts that methods are composed of.
+    With --parts, the same for the parts that methods are composed of. With --compose, which parts fit together.
     """
 
     names: Names = ()
     """Names to show in full, or pieces of names to list. With --parts also kinds, such as damping. Default: all."""
     parts: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
     """Parts instead of methods."""
+    compose: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """Which structures fit which estimators and damping rules, and why not; names choose structures."""
 
     def run(self, console: Console) -> int:
         """Print the table or the pages."""
-        (show_parts if self.parts else show_methods)(console, self.names)
+        if self.parts and self.compose:
+            raise ArgumentError("--parts and --compose are two different tables; give one of them")
+        show = show_compositions if self.compose else show_parts if self.parts else show_methods
+        show(console, self.names)
         return 0
 
 

@@ -10,16 +10,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import registry
+from ..errors import UnknownNameError
 from ..framework.compositions import Composition, compositions
 
-__all__ = ["print_compositions"]
+__all__ = ["show_compositions"]
 
 LEGAL, IGNORED = "+", "="
 
 
-def print_compositions(console: Console) -> None:
-    """Print the counts, one table per kind of part that must fit the structure, and the reasons."""
-    entries = list(compositions(registry.examples()))
+def show_compositions(console: Console, names: Sequence[str] = ()) -> None:
+    """Print the counts, one table per kind of part that must fit the structure, and the reasons.
+
+    Args:
+        console: where to print.
+        names: pieces of the structures' names, case does not matter; none: all.
+
+    Raises:
+        UnknownNameError: if a piece is in no structure's name.
+    """
+    entries = _chosen(list(compositions(registry.examples())), names)
     legal = sum(entry.method is not None for entry in entries)
     console.print(f"{len(entries)} compositions: {legal} legal, {len(entries) - legal} refused at construction")
     console.print(
@@ -34,6 +43,15 @@ def print_compositions(console: Console) -> None:
         console.print(f"{letter}: {escape(reason)}", highlight=False, soft_wrap=True)
 
 
+def _chosen(entries: list[Composition], names: Sequence[str]) -> list[Composition]:
+    structures = {entry.labels["preconditioner"] for entry in entries}
+    for name in names:
+        if not any(name.lower() in structure.lower() for structure in structures):
+            raise UnknownNameError("structure", name, structures)
+    pieces = [name.lower() for name in names] or [""]
+    return [entry for entry in entries if any(piece in entry.labels["preconditioner"].lower() for piece in pieces)]
+
+
 class _Reasons:
     """Distinct reasons under letters; what differs from cell to cell only by the names of the parts is one reason."""
 
@@ -44,6 +62,7 @@ class _Reasons:
         """The letter of the reason why a composition was refused."""
         text = re.sub(r"^.*? (?=needs |inverts |has no )", "the structure ", entry.refusal or "")
         text = re.sub(r"the (curvature )?estimator \w+ ", "this estimator ", text, count=1)
+        text = re.sub(r"and [^;]+? has none", "and one here has none", text)
         return self.letters.setdefault(text, _letters(len(self.letters)))
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -73,4 +92,11 @@ def _cell(field: str, name: str, own: Sequence[Composition], reasons: _Reasons) 
         return IGNORED
     if any(entry.method is not None for entry in tried):
         return LEGAL
-    return reasons.letter(tried[0])
+    return reasons.letter(next((entry for entry in tried if _otherwise_legal(field, entry, own)), tried[0]))
+
+
+def _otherwise_legal(field: str, refused: Composition, own: Sequence[Composition]) -> bool:
+    """Whether another part in this field would have done: then this part is the reason, not something else."""
+    fixed = {key: value for key, value in refused.labels.items() if key != field}
+    legal = [entry.labels for entry in own if entry.method is not None]
+    return any(all(labels[key] == value for key, value in fixed.items()) for labels in legal)
