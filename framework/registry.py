@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from ..errors import ArgumentError, UnknownNameError
-from . import baselines, published, variants
+from . import baselines, curvature_methods, gradient_methods, published, variants
 from .compositions import Composition, compositions
 from .method import Method
 from .parts import EXAMPLES, KINDS, default_examples, label, structure_examples
@@ -78,6 +78,14 @@ _METHODS: dict[str, MethodEntry] = {
         MethodEntry("joint-kbfgs", "osculate", variants.joint_kbfgs),
         MethodEntry("joint-sgdm", "osculate", variants.joint_sgdm),
         MethodEntry("kfac", "arXiv:1503.05671", baselines.kfac),
+        MethodEntry("ekfac", "arXiv:1806.03884", curvature_methods.ekfac),
+        MethodEntry("ngd-exact", "Neural Computation 10:251", curvature_methods.ngd_exact),
+        MethodEntry("kfac-conv", "arXiv:2102.06737", curvature_methods.kfac_conv),
+        MethodEntry("kbfgs-conv", "arXiv:2102.06737", curvature_methods.kbfgs_conv),
+        MethodEntry("shampoo", "arXiv:1802.09568", gradient_methods.shampoo),
+        MethodEntry("tnt", "arXiv:2106.02925", gradient_methods.tnt),
+        MethodEntry("soap", "arXiv:2409.11321", gradient_methods.soap),
+        MethodEntry("muon", "kellerjordan.github.io/posts/muon", gradient_methods.muon),
         MethodEntry("sgdm", "baseline", baselines.sgdm),
         MethodEntry("adam", "arXiv:1412.6980", baselines.adam),
         MethodEntry("adamw", "arXiv:1711.05101", baselines.adamw),

@@ -191,9 +191,23 @@ def _spectra(requests: Sequence[Request]) -> list[tuple[Tensor | None, Tensor | 
         kept = [(index, matrix) for index, matrix, good in zip(indices, found, finite, strict=True) if good]
         if not kept:
             continue
-        values, vectors = torch.linalg.eigh(stack([matrix for _, matrix in kept]))
+        try:
+            values, vectors = torch.linalg.eigh(stack([matrix for _, matrix in kept]))
+        except torch.linalg.LinAlgError:
+            for index, matrix in kept:
+                results[index] = _in_double_precision(matrix)
+            continue
         counts = [matrix[..., 0, 0].numel() for _, matrix in kept]
         pieces = zip(values.split(counts), vectors.split(counts), strict=True) if len(kept) > 1 else [(values, vectors)]
         for (index, matrix), (value, vector) in zip(kept, pieces, strict=True):
             results[index] = value.reshape(matrix.shape[:-1]), vector.reshape(matrix.shape)
     return results
+
+
+def _in_double_precision(matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The second try: LAPACK's float32 decomposition gives up on matrices with many zero rows (dead units, pixels)."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix.double())
+    except torch.linalg.LinAlgError:
+        return None, None
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)

@@ -152,3 +152,27 @@ def test_half_precision_is_factorised_in_single(dtype: torch.dtype) -> None:
 def test_roots_refuse_other_orders(p: float) -> None:
     with pytest.raises(ArgumentError, match="p must lie in"):
         InverseRoot(p)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_decomposition_that_fails_is_tried_in_double_precision(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LAPACK's does in float32 on matrices with many zero rows; one request's second failure harms no other's."""
+    original, calls = torch.linalg.eigh, []
+
+    def failing(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(matrix.dtype)
+        if len(calls) <= failures:
+            raise torch.linalg.LinAlgError("did not converge")
+        return original(matrix)
+
+    matrices = [random_spd(4, generator_of(k)).float() for k in range(2)]
+    expected = compute_many([Request(matrix, 0.1, InverseRoot(4)) for matrix in matrices])
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    found = compute_many([Request(matrix, 0.1, InverseRoot(4)) for matrix in matrices])
+    assert calls == [torch.float32, torch.float64, torch.float64]
+    assert (found[0].value is None) == (failures == 2)
+    for one, other in list(zip(found, expected, strict=True))[failures - 1 :]:
+        assert one.value.dtype == torch.float32
+        close(one.value, other.value, 1e-5)
