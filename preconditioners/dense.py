@@ -15,7 +15,7 @@ from ..errors import require_positive_integer
 from .averages import Average, MovingAverage
 from .damping import SideDamping
 from .linalg import Computed, add_to_diagonal
-from .operations import AbsoluteInverse, Inverse, Operation
+from .operations import AbsoluteInverse, Eigenvectors, Inverse, Operation
 from .protocol import Events, Observation, Request, ScalingLaw, Schedule
 from .state import State
 
@@ -58,9 +58,9 @@ class Absolute:
 
     def damped(self, matrix: Tensor, damping: float) -> Tensor:
         """|M| + damping I."""
-        values, vectors = torch.linalg.eigh(matrix)
-        result: Tensor = (vectors * (values.abs() + damping).unsqueeze(-2)) @ vectors.mT
-        return result
+        (found,) = Eigenvectors().compute([Request(matrix, damping)])
+        assert found.value is not None and found.spectrum is not None
+        return (found.value * (found.spectrum.abs() + damping).unsqueeze(-2)) @ found.value.mT
 
 
 @dataclass

@@ -191,9 +191,8 @@ def _spectra(requests: Sequence[Request]) -> list[tuple[Tensor | None, Tensor | 
         kept = [(index, matrix) for index, matrix, good in zip(indices, found, finite, strict=True) if good]
         if not kept:
             continue
-        try:
-            values, vectors = torch.linalg.eigh(stack([matrix for _, matrix in kept]))
-        except torch.linalg.LinAlgError:
+        values, vectors = _decomposition(stack([matrix for _, matrix in kept]))
+        if values is None or vectors is None:
             for index, matrix in kept:
                 results[index] = _in_double_precision(matrix)
             continue
@@ -204,10 +203,18 @@ def _spectra(requests: Sequence[Request]) -> list[tuple[Tensor | None, Tensor | 
     return results
 
 
-def _in_double_precision(matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The second try: LAPACK's float32 decomposition gives up on matrices with many zero rows (dead units, pixels)."""
+def _decomposition(matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Eigenvalues and eigenvectors, or ``None`` twice where LAPACK gives up or, silently, answers with NaN."""
     try:
-        values, vectors = torch.linalg.eigh(matrix.double())
+        values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
+        return None, None
+    return (values, vectors) if bool(vectors.isfinite().all() & values.isfinite().all()) else (None, None)
+
+
+def _in_double_precision(matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The second try: LAPACK's float32 decomposition fails on matrices with many zero rows (dead units and pixels)."""
+    values, vectors = _decomposition(matrix.double())
+    if values is None or vectors is None:
         return None, None
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
