@@ -207,7 +207,7 @@ def _decomposition(matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Eigenvalues and eigenvectors, or ``None`` twice where LAPACK gives up or, silently, answers with NaN."""
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None, None
     return (values, vectors) if bool(vectors.isfinite().all() & values.isfinite().all()) else (None, None)
 
