@@ -60,7 +60,7 @@ def ekfac(
         damping=ConstantDamping(),
         momentum=EMA(momentum),
         warm_start=SampledFisher() if statistics == "sampled" else None,
-        defaults={"lr": 0.1, "damping": 0.1},
+        defaults={"lr": 0.1, "damping": 0.3},
     )
 
 
@@ -96,7 +96,7 @@ def ngd_exact(
         damping=ConstantDamping(),
         momentum=EMA(momentum),
         warm_start=SampledFisher() if statistics == "sampled" else None,
-        defaults={"lr": 0.1, "damping": 0.1},
+        defaults={"lr": 0.1, "damping": 0.3},
     )
 
 
@@ -112,8 +112,9 @@ def kfac_conv(
     """K-FAC as the CNN experiments beside arXiv:2102.06737 and MBF run it (PAPERS 1.6, 4.2).
 
     Factors as for ``kfac`` (A sums over positions, G is a mean over them, sqrt(damping S) and sqrt(damping / S)), but
-    heavy-ball momentum, decoupled decay, and the slower schedule of large networks. Default lr and damping are those of
-    the published CIFAR-100 run.
+    heavy-ball momentum, decoupled decay, and the slower schedule of large networks. The published CIFAR-100 run has
+    (lr, damping) = (1e-3, 0.03); the default keeps their ratio with ten times the damping, which is faster and as
+    stable on the small curves-autoencoder and mnist-cnn.
 
     Args:
         statistics: ``sampled`` labels (needs a likelihood) or ``empirical`` (no extra pass).
@@ -134,7 +135,7 @@ def kfac_conv(
         base,
         momentum=HeavyBall(momentum),
         weight_decay=Decoupled(),
-        defaults={"lr": 1e-3, "damping": 0.03},
+        defaults={"lr": 1e-2, "damping": 0.3},
     )
 
 

@@ -17,7 +17,6 @@ from .identity import Stateless
 from .kronecker import in_layer_order
 from .linalg import Computed
 from .moments import LayerMoments, Moments
-from .operations import Eigenvectors
 from .protocol import Observation, Request, ScalingLaw, Schedule
 from .state import State
 
@@ -128,7 +127,7 @@ class Eigenbasis(Stateless):
 
     def matrices(self, state: EigenbasisState, damping: SideDamping) -> Sequence[Request]:
         """Inputs first."""
-        operation = self.moments.renewal if state.renewals else Eigenvectors()
+        operation = self.moments.renewal if state.renewals else self.moments.first
         return (
             Request(state.inputs, damping.whole, operation, state.inputs_basis),
             Request(state.outputs, damping.whole, operation, state.outputs_basis),

@@ -22,7 +22,7 @@ class Moments(Protocol):
     """A rule for the two matrices of an eigenbasis and for the second moments of gradients in it.
 
     ``sides_first``: whether the matrices take in a step's statistics before the basis is renewed at that step, or
-    after. ``renewal``: how a basis is computed that continues an older one.
+    after. ``first``: how the first basis is computed; ``renewal``: one that continues an older one.
     """
 
     @property
@@ -32,6 +32,10 @@ class Moments(Protocol):
     @property
     def sides_first(self) -> bool:
         """Before the renewal or after."""
+
+    @property
+    def first(self) -> Operation:
+        """Of the first basis."""
 
     @property
     def renewal(self) -> Operation:
@@ -58,6 +62,7 @@ class LayerMoments:
 
     needs = Needs.INPUTS | Needs.ROOTS
     sides_first = True
+    first = Eigenvectors()
     renewal = Eigenvectors()
 
     def accumulate(self, inputs: Tensor, outputs: Tensor, statistics: LayerStatistics, keep: float, add: float) -> None:
@@ -109,9 +114,11 @@ class GradientMoments:
     before it, and enters the two matrices afterwards.
 
     Args:
-        renewal: of every basis but the first, which is exact.
+        first: of the first basis. A few gradients leave most of it undecided: a ramp decides, not rounding (ours).
+        renewal: of every other basis.
     """
 
+    first: Operation = field(default_factory=lambda: Eigenvectors(ramp=1.0))
     renewal: Operation = field(default_factory=PowerIteration)
     needs = Needs.VECTORS
     sides_first = False

@@ -7,14 +7,15 @@ one order are stacked; a matrix that defeats every retry gives ``value=None`` an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import require_interval
+from ..errors import require_finite_nonnegative, require_interval
 from .linalg import RETRIES, Computed, factorisation_dtype, inverse_of_many, stack, stackable
 
 __all__ = [
@@ -102,12 +103,31 @@ class AbsoluteInverse:
 
 @dataclass(frozen=True)
 class Eigenvectors:
-    """Orthonormal eigenvectors of M as columns, largest eigenvalue first, with the eigenvalues as ``spectrum``."""
+    """Orthonormal eigenvectors of M as columns, largest eigenvalue first, with the eigenvalues as ``spectrum``.
+
+    Args:
+        ramp: >= 0, in units of sqrt(u) |M|_F, u the unit of the dtype: 0 ... ramp is added along the diagonal. Without
+            it (0) the basis of a space where eigenvalues are equal, the null space above all, is decided by rounding.
+    """
+
+    ramp: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_finite_nonnegative("ramp", self.ramp)
+
+    def _ramped(self, request: Request) -> Request:
+        matrix = request.matrix.to(factorisation_dtype(request.matrix.dtype))
+        slope = self.ramp * _noise(matrix).unsqueeze(-1)
+        steps = torch.linspace(0.0, 1.0, matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        ramped = matrix.clone()
+        ramped.diagonal(dim1=-2, dim2=-1).add_(slope * steps)
+        return replace(request, matrix=ramped)
 
     def compute(self, requests: Sequence[Request]) -> list[Computed]:
         """One eigendecomposition per group. The damping plays no part but is passed on."""
         results: list[Computed] = []
-        for request, (values, vectors) in zip(requests, _spectra(requests), strict=True):
+        ramped = [self._ramped(request) for request in requests] if self.ramp else requests
+        for request, (values, vectors) in zip(requests, _spectra(ramped), strict=True):
             if values is None or vectors is None:
                 results.append(Computed(None, RETRIES, request.damping))
                 continue
@@ -125,7 +145,18 @@ class PowerIteration:
     Implements: arXiv:2409.11321v2, Algorithm 4. As in the authors' code the columns are orthogonalised in the order
     of their Rayleigh quotients, largest first; the result is put back into the order of ``start``, so column j
     continues column j and whatever is stored per column stays valid. So do the signs.
+
+    Departs from both: Q of (M + shift I) start. A column that M maps to zero then stays where it is, instead of
+    becoming normalised rounding errors.
+
+    Args:
+        shift: >= 0, in units of sqrt(u) |M|_F, u the unit of the dtype; 0 is the paper's.
     """
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_finite_nonnegative("shift", self.shift)
 
     def compute(self, requests: Sequence[Request]) -> list[Computed]:
         """One product, one QR and one synchronisation per request; a matrix that is not finite gives ``None``."""
@@ -135,7 +166,9 @@ class PowerIteration:
         assert request.start is not None
         dtype = factorisation_dtype(request.matrix.dtype)
         start = request.start.to(dtype)
-        moved = request.matrix.to(dtype) @ start
+        matrix = request.matrix.to(dtype)
+        moved = matrix @ start
+        moved += self.shift * _noise(matrix) * start
         if not bool(moved.isfinite().all()):
             return Computed(None, RETRIES, request.damping)
         quotients = (start * moved).sum(-2)
@@ -179,6 +212,12 @@ def compute_many(requests: Sequence[Request]) -> list[Computed]:
         for index, result in zip(indices, found, strict=True):
             results[index] = result
     return results
+
+
+def _noise(matrix: Tensor) -> Tensor:
+    """sqrt(u) |M|_F, (...): far above the rounding errors of M's entries, far below what matters of its spectrum."""
+    norm: Tensor = torch.linalg.matrix_norm(matrix)
+    return norm * math.sqrt(torch.finfo(matrix.dtype).eps)
 
 
 def _spectra(requests: Sequence[Request]) -> list[tuple[Tensor | None, Tensor | None]]:

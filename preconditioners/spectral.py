@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from .damping import SideDamping
 from .identity import Stateless
 from .linalg import newton_schulz
 from .protocol import Observation, Schedule
-from .state import NoState
+from .state import State
 
-__all__ = ["AspectRatio", "MatchAdam", "SingularValues", "Spectral", "UpdateScale"]
+__all__ = ["AspectRatio", "MatchAdam", "SingularValues", "Spectral", "SpectralState", "UpdateScale"]
 
 
 class UpdateScale(Protocol):
@@ -56,6 +56,30 @@ class MatchAdam:
     def factor(self, rows: int, columns: int) -> float:
         """The rule."""
         return self.scale * math.sqrt(max(rows, columns))
+
+
+@dataclass
+class SpectralState(State):
+    """Nothing but the layer, which knows its weight as a matrix; nothing is saved."""
+
+    layer: Layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
+    def load_dict(self, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """(d_out, d_in) of a tensor in the shape of the weight."""
+        assert self.layer.adapter is not None
+        return self.layer.adapter.weight_as_matrix(self.layer.module, weight)
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        """And back."""
+        assert self.layer.adapter is not None
+        return self.layer.adapter.matrix_as_weight(self.layer.module, matrix)
 
 
 @dataclass(frozen=True)
@@ -99,28 +123,28 @@ class Spectral(Stateless):
         return 0
 
     def serves(self, layer: Layer) -> tuple[str, ...]:
-        """The weight of layers that are matrices."""
-        return ("weight",) if layer.is_matrix else ()
+        """The weight of layers that multiply by a matrix; an embedding looks rows up, it gets the fallback."""
+        return ("weight",) if layer.is_matrix and layer.kind != "Embedding" else ()
 
-    def init(self, layer: Layer, parameters: Tensors) -> NoState:
-        """Nothing."""
-        return NoState()
+    def init(self, layer: Layer, parameters: Tensors) -> SpectralState:
+        """Nothing gathered, ever."""
+        return SpectralState(layer)
 
-    def update(self, state: NoState, observation: Observation, average: Average | None = None) -> None:
+    def update(self, state: SpectralState, observation: Observation, average: Average | None = None) -> None:
         """Nothing to learn."""
 
-    def precondition(self, state: NoState, momentum: Tensors) -> Tensors:
+    def precondition(self, state: SpectralState, momentum: Tensors) -> Tensors:
         """The orthogonalised momentum, scaled."""
         (value,) = momentum
-        matrix = value.flatten(1)
+        matrix = state.matrix(value)
         result = newton_schulz(matrix, self.coefficients, self.iterations, self.epsilon, self.dtype)
-        return (result.mul_(self.scale.factor(*matrix.shape)).reshape(value.shape),)
+        return (state.weight(result * self.scale.factor(*matrix.shape)),)
 
     def reference(self) -> SingularValues:
         """The same direction from singular values: what compositions with this part are compared with."""
         return SingularValues(**{entry.name: getattr(self, entry.name) for entry in fields(self)})
 
-    def to_dense(self, state: NoState, layer: Layer, damping: SideDamping) -> Tensor:
+    def to_dense(self, state: SpectralState, layer: Layer, damping: SideDamping) -> Tensor:
         """There is none.
 
         Raises:
@@ -136,14 +160,14 @@ class Spectral(Stateless):
 class SingularValues(Spectral):
     """The slow reference: the polynomial applied to every singular value of a decomposition in double precision."""
 
-    def precondition(self, state: NoState, momentum: Tensors) -> Tensors:
+    def precondition(self, state: SpectralState, momentum: Tensors) -> Tensors:
         """The orthogonalised momentum, scaled."""
         (value,) = momentum
-        matrix = value.flatten(1).double()
+        matrix = state.matrix(value).double()
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         values = values / values.norm().clamp(min=self.epsilon)
         a, b, c = self.coefficients
         for _ in range(self.iterations):
             values = a * values + b * values**3 + c * values**5
         result = self.scale.factor(*matrix.shape) * (left * values) @ right
-        return (result.to(value.dtype).reshape(value.shape),)
+        return (state.weight(result.to(value.dtype)),)

@@ -19,6 +19,11 @@ def power(matrix: Array, exponent: float) -> Array:
     return (vectors * values**exponent) @ vectors.T
 
 
+def tiny(matrix: Array) -> Any:
+    """sqrt(machine unit) times the Frobenius norm."""
+    return np.sqrt(np.finfo(float).eps) * np.linalg.norm(matrix)
+
+
 def per_sample(record: LayerRecord) -> Array:
     """The gradient of every sample's own loss, one outer product after another, (B, out, in + bias)."""
     h, g = record.homogeneous(), record.g
@@ -117,7 +122,8 @@ class TNT(Method):
 class SOAP(Method):
     """arXiv:2409.11321, Algorithms 3 and 4, with Adam's bias corrections.
 
-    Iteration 0 is Adam's own step in the original coordinates; the published code skips it.
+    Iteration 0 is Adam's own step in the original coordinates; the published code skips it. A ramp (first basis) and
+    a shift (later ones) of size sqrt(machine unit) keep rounding from deciding about null spaces.
     """
 
     def __init__(self, shape: tuple[int, int], hyper: Mapping[str, Any]) -> None:
@@ -129,7 +135,10 @@ class SOAP(Method):
     def step(self, k: int, seen: Seen) -> Array:
         """Renewal at the end of iteration k - 1, lines 13-15, stands at the beginning of iteration k here."""
         if k == 1:
-            self.QL, self.QR = (np.linalg.eigh(P.value)[1][:, ::-1] for P in (self.L, self.R))
+            self.QL, self.QR = (
+                np.linalg.eigh(P.value + tiny(P.value) * np.diag(np.linspace(0, 1, len(P.value))))[1][:, ::-1]
+                for P in (self.L, self.R)
+            )
             self.V = Average(self.hyper["beta2"])
         elif k > 1 and k % self.hyper["every"] == 0:
             self.renew()
@@ -144,7 +153,7 @@ class SOAP(Method):
     def renew(self) -> None:
         """Algorithm 4 on sorted columns, as the published code has it: V is sorted with them."""
         for axis, (P, Q) in enumerate(((self.L.value, self.QL), (self.R.value, self.QR))):
-            S = P @ Q
+            S = P @ Q + tiny(P) * Q
             order = np.argsort(-np.sum(Q * S, axis=0))
             new = np.linalg.qr(S[:, order])[0]
             self.V.value = np.take(self.V.value, order, axis=axis)
