@@ -192,8 +192,8 @@ class Model:
         return next(layer for layer in self.layers if layer.name == name)
 
     def was_seen(self, layer: Layer) -> bool:
-        """Whether the layer was called as a module that returns a tensor: attention's projections never are."""
-        return bool(self._outputs[layer.name])
+        """Whether a call of the layer was seen, of its own module or inside the attention that uses its weights."""
+        return bool(self._uses[layer.name])
 
     def names(self, layer: Layer) -> list[str]:
         """Full names of a layer's parameters, in the layer's order."""
@@ -235,7 +235,7 @@ class Model:
 
     def calls(self, layer: Layer, wanted: Record) -> list[Call]:
         """The calls of a layer with their inputs and sums of outputs; one without data if none was seen as a module."""
-        if layer.adapter is None or not self._outputs[layer.name]:
+        if layer.adapter is None or not self._uses[layer.name]:
             return [Call(self._pass.index, self._pass.samples, 1)]
         result: list[Call] = []
         for use, output in self._uses[layer.name]:
