@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 from torch import nn
 
 from ..errors import CompatibilityError, UnknownNameError
+from .backpack_backend import BackpackBackend
 from .capture import Capture, PassKind, Record
 from .func_backend import FuncBackend
 from .layers import Layer
@@ -51,7 +52,7 @@ class Backend(Protocol):
         """Remove all hooks."""
 
 
-BACKENDS: dict[str, Callable[..., Backend]] = {"hooks": Capture, "func": FuncBackend}
+BACKENDS: dict[str, Callable[..., Backend]] = {"hooks": Capture, "func": FuncBackend, "backpack": BackpackBackend}
 
 
 def make_backend(

@@ -52,6 +52,7 @@ class Measured:
     calls: list[Call] = field(default_factory=list)
     sums: list[ParameterSum] = field(default_factory=list)
     whole: SampleGradients = field(default_factory=SampleGradients)
+    extensions: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 class ReplayBackend(ABC):
@@ -149,7 +150,9 @@ class ReplayBackend(ABC):
             calls = [call for entry in found for call in entry.calls]
             record = combine(layer, calls, [item for entry in found for item in entry.sums], self.loss_reduction)
             if record is not None:
-                result[layer.name] = replace(record, sample_gradients=_join([entry.whole for entry in found]))
+                extensions = found[0].extensions if len(found) == 1 else {}
+                whole = _join([entry.whole for entry in found])
+                result[layer.name] = replace(record, sample_gradients=whole, extensions=extensions)
         return result
 
     def _on_model(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

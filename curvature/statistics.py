@@ -8,9 +8,9 @@ loss is a mean over samples, 1 when it is a sum. Nothing in the record is divide
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,6 +90,8 @@ class LayerStatistics:
         curvature_roots: (N, V, ...): the V roots of the output's curvature (``Likelihood.curvature_root``)
             backpropagated to the pre-activation, each in the module's output shape.
         sample_gradients: whole gradients per sample, where the backend measured them itself.
+        extensions: what BackPACK was asked for beside the record, by name, one entry per parameter; of a single pass,
+            and empty for the other backends.
         hessian: builds the dense Hessian of the mean loss over the layer's parameters, laid out as ``matrix``.
         roots: rows (V*N*S, d_out) of curvature-bearing gradients and their factor, chosen by the estimator; the
             curvature at the pre-activation is the sum of outer products over all rows divided by N*S (V = 1 but for
@@ -113,6 +115,7 @@ class LayerStatistics:
     sampled_parameter_gradients: Tensors | None = None
     curvature_roots: Tensor | None = None
     sample_gradients: SampleGradients = SampleGradients()
+    extensions: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     hessian: Callable[[], Tensor] | None = None
     roots: tuple[Tensor, float] | None = None
     vectors: Callable[[], Tensors] | None = None

@@ -54,7 +54,8 @@ def build(
             values above. Parameters in no group form one more, the last. ``lr`` and ``damping`` are one number per
             layer; ``weight_decay`` may differ within a layer.
         grad_scaler: the ``torch.amp.GradScaler`` of the loop, if there is one.
-        backend: who measures the curvature: ``"hooks"`` (fast), or ``"func"`` (``torch.func``, exact, slow).
+        backend: who measures the curvature: ``"hooks"`` (fast), ``"func"`` (``torch.func``, exact, any module) or
+            ``"backpack"`` (BackPACK, for the layers it knows).
         process_group: the processes that share a mini-batch: ``"auto"`` (the world group, if ``torch.distributed`` is
             initialised), ``None`` (every process for itself) or a group. Methods that look back take the
             ``DistributedDataParallel`` itself as ``model``.

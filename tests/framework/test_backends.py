@@ -6,7 +6,7 @@ import osculate as osc
 import pytest
 import torch
 from small_nets import METHODS, batches, build, closure_of, everything, make, train
-from torch import nn
+from torch import Tensor, nn
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -20,22 +20,33 @@ def net(name: str) -> nn.Module:
     return model
 
 
+def end_of(name: str, kind: str, backend: str) -> dict[str, Tensor]:
+    """Parameters after three steps."""
+    model = net(kind)
+    optimizer = build(name, model, backend=backend)
+    data = batches(kind, 3, 8)
+    if optimizer.has_warm_start:
+        optimizer.warm_start([lambda x=x: model(x) for x, _ in data])
+    train(optimizer, model, data)
+    return everything(model)
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_every_method_goes_the_same_way(name: str, kind: str) -> None:
-    ends = {}
-    for backend in ("hooks", "func"):
-        model = net(kind)
-        optimizer = build(name, model, backend=backend)
-        data = batches(kind, 3, 8)
-        if optimizer.has_warm_start:
-            optimizer.warm_start([lambda x=x, model=model: model(x) for x, _ in data])
-        train(optimizer, model, data)
-        ends[backend] = everything(model)
-    start = everything(net(kind))
-    assert any(not torch.equal(start[key], ends["hooks"][key]) for key in start)
-    for key, value in ends["hooks"].items():
-        torch.testing.assert_close(ends["func"][key], value, **CLOSE)
+    """Secant pairs are the only thing that a backend may refuse, and it does so at construction."""
+    hooks, start = end_of(name, kind, "hooks"), everything(net(kind))
+    assert any(not torch.equal(start[key], hooks[key]) for key in start)
+    backends = ["func"]
+    if osc.Needs.PAIRS in osc.registry.method(name).needs:
+        with pytest.raises(osc.CompatibilityError, match="secant pairs"):
+            build(name, net(kind), backend="backpack")
+    else:
+        backends.append("backpack")
+    for backend in backends:
+        found = end_of(name, kind, backend)
+        for key, value in hooks.items():
+            torch.testing.assert_close(found[key], value, **CLOSE)
 
 
 def test_gradient_accumulation_counts_every_pass() -> None:
