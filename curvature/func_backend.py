@@ -85,7 +85,7 @@ class FuncBackend(ReplayBackend):
     ) -> None:
         """Gradients and roots at the pre-activations, from one linearisation with respect to the layers' outputs."""
         rows = Record.GRADIENTS | Record.MEANS | Record.SAMPLED | Record.CURVATURE_ROOTS
-        names = [layer.name for layer in model.layers if layer.adapter is not None and wanted[layer.name] & rows]
+        names = [layer.name for layer in model.layers if model.was_seen(layer) and wanted[layer.name] & rows]
         if not names or not cotangents:
             return
         _, pull = _linearised(lambda shifts: model.run({}, shifts), model.zeros(names))
@@ -190,6 +190,10 @@ class Model:
         """The layer of that name."""
         return next(layer for layer in self.layers if layer.name == name)
 
+    def was_seen(self, layer: Layer) -> bool:
+        """Whether the layer was called as a module that returns a tensor: attention's projections never are."""
+        return bool(self._outputs[layer.name])
+
     def names(self, layer: Layer) -> list[str]:
         """Full names of a layer's parameters, in the layer's order."""
         return [self._full[id(value)] for value in layer.parameters.values()]
@@ -229,8 +233,8 @@ class Model:
         _require_equal(self._output, output, f"a second evaluation by backend={backend!r} gives another output")
 
     def calls(self, layer: Layer, wanted: Record) -> list[Call]:
-        """The calls of a layer with their inputs and sums of outputs; one without data for an unread module."""
-        if layer.adapter is None:
+        """The calls of a layer with their inputs and sums of outputs; one without data if none was seen as a module."""
+        if layer.adapter is None or not self._outputs[layer.name]:
             return [Call(self._pass.index, self._pass.samples, 1)]
         result: list[Call] = []
         for value, output in zip(self._inputs[layer.name], self._outputs[layer.name], strict=True):

@@ -65,8 +65,20 @@ def hessian_dense_block(model: nn.Module, layer: Layer, args: tuple[Any, ...], l
 
 
 def ggn_block(model: nn.Module, layer: Layer, args: tuple[Any, ...], likelihood: Likelihood) -> Tensor:
-    """The Gauss-Newton matrix over one layer's parameters, (P, P), mean over samples."""
-    return _dense(layer, lambda direction: ggn_product(model, [layer], args, likelihood, {layer.name: direction}))
+    """The Gauss-Newton matrix over one layer's parameters, (P, P), mean over samples.
+
+    From V N first derivatives, one per root and sample: it also serves modules that have no second one (fused
+    attention).
+    """
+    output, pull = vjp(lambda values: functional_call(model, values, args), _point(model, [layer]))[:2]
+    roots, samples = likelihood.curvature_root(output), output.shape[0]
+    alone = torch.eye(samples, dtype=output.dtype, device=output.device)
+    alone = alone.reshape(samples, samples, *[1] * (output.ndim - 1))
+    cotangents = (roots.unsqueeze(1) * alone).flatten(0, 1)
+    (found,) = vmap(pull, chunk_size=64)(cotangents)
+    rows = torch.cat([found[name].flatten(1) for name in _names(model, [layer])[layer.name]], 1).detach()
+    block: Tensor = rows.T @ rows / samples
+    return block
 
 
 def _dense(layer: Layer, product: Callable[[Tensors], Mapping[str, Tensors]]) -> Tensor:

@@ -4,7 +4,6 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import osculate as osc
