@@ -38,9 +38,8 @@ def compare(name: str, model: nn.Module, what: str) -> None:
         assert torch.equal(value, found[key]), (what, name, key, (value - found[key]).abs().max())
 
 
-def with_lightning(folder: str) -> None:
-    """Automatic and manual optimization, every method; gradual unfreezing; a checkpoint."""
-    import lightning
+def lightning_modules(lightning: Any) -> tuple[Any, Any]:
+    """The same training step under automatic and under manual optimization."""
 
     class Automatic(lightning.LightningModule):
         def __init__(self, name: str) -> None:
@@ -69,24 +68,33 @@ def with_lightning(folder: str) -> None:
 
             optimizer.step(closure)
 
+    return Automatic, Manual
+
+
+def with_lightning(folder: str) -> None:
+    """Automatic and manual optimization, every method; gradual unfreezing; a checkpoint."""
+    import lightning
+
+    automatic, manual = lightning_modules(lightning)
+
     def trainer(epochs: int = 2, **options: Any) -> Any:
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
         return lightning.Trainer(max_epochs=epochs, enable_checkpointing=False, **quiet, **options)
 
-    for kind in (Automatic, Manual):
+    for kind in (automatic, manual):
         for name in METHODS:
             module = kind(name)
             trainer().fit(module, LOADER)
             compare(name, module.net, kind.__name__)
     for name in ("kfac", "kbfgs"):  # stopped after one epoch, continued from the checkpoint
-        first, path = Automatic(name), f"{folder}/{name}.ckpt"
+        first, path = automatic(name), f"{folder}/{name}.ckpt"
         half = trainer(1)
         half.fit(first, LOADER)
         half.save_checkpoint(path)
-        second = Automatic(name)
+        second = automatic(name)
         trainer(2).fit(second, LOADER, ckpt_path=path)
         compare(name, second.net, "resumed")
-    unfreeze(lightning, Automatic, trainer)
+    unfreeze(lightning, automatic, trainer)
 
 
 def unfreeze(lightning: Any, module_type: Any, trainer: Callable[..., Any]) -> None:

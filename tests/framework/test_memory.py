@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 
 import pytest
-import torch
 from small_nets import batches, build, closure_of, cross_entropy, data, make, train
 from torch import Tensor, nn
 
