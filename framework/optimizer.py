@@ -187,7 +187,8 @@ class SecondOrder(GroupedOptimizer):
         trouble = find_trouble(loss, gradients, statistics)
         if trouble is not None:
             return self._refuse(trouble, loss)
-        require_sampled(self.method, self._step, statistics)
+        active = dict.fromkeys(block.layer.name for block in self.blocks if gradients[block.key] is not None)
+        require_sampled(self.method, self._step, statistics, active)
         undo = self._undo(gradients) if is_risky(self.method) else None
         try:
             self.last_report = self._advance(closure, loss, statistics, gradients, products)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -146,18 +146,33 @@ def require_filled(block: Block, record: LayerStatistics) -> None:
         )
 
 
-def require_sampled(method: Method, step: int, statistics: Mapping[str, LayerStatistics]) -> None:
+def require_sampled(
+    method: Method, step: int, statistics: Mapping[str, LayerStatistics], active: Collection[str]
+) -> None:
     """Check that labels were sampled when a rule measures curvature along the step with them.
 
+    Args:
+        method: the method.
+        step: number of the step.
+        statistics: per layer.
+        active: names of the layers that have a gradient: each must have been measured, or it would never move.
+
     Raises:
-        ArgumentError: if no layer has anything from a sampled backward.
+        ArgumentError: naming the layers that have nothing from the sampled backward.
     """
     if not method.measures_at(step) & (Needs.SCORES | Needs.BATCH_SCORES):
         return
-    entries = [(entry.sampled_gradient, entry.sampled_parameter_gradients) for entry in statistics.values()]
-    if all(rows is None and gradients is None for rows, gradients in entries):
+    measured = {
+        name
+        for name, entry in statistics.items()
+        if entry.sampled_gradient is not None or entry.sampled_parameter_gradients is not None
+    }
+    missing = [name for name in active if name not in measured]
+    if missing:
         raise ArgumentError(
-            "no labels were sampled: run the whole model that was given to osculate.build, not its parts one by one"
+            f"no labels were sampled for layers {', '.join(missing)}: run the whole model that was given to "
+            "osculate.build, not its parts one by one; the layer must influence the model's output, and must not run "
+            "inside checkpoint(..., use_reentrant=True), whose forward pass has no graph (use_reentrant=False has)"
         )
 
 
