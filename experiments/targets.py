@@ -58,9 +58,12 @@ def writing(path: Path) -> Iterator[None]:
     """Within this context a refusal of the system becomes an ``OutputError`` that names ``path``."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own
+        if not isinstance(cause, OSError):
+            raise
         raise OutputError(
-            f"{str(path)!r} cannot be written ({error.strerror or error}); make room or name another place with --out"
+            f"{str(path)!r} cannot be written ({cause.strerror or cause}); make room or name another place with --out"
         ) from error
 
 
