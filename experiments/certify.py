@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.table import Table
 from ..framework.contracts import Certificate, Row, Subject, certify, resolve, subjects_of
 from .environment import choose_device, prepare_process
 from .records import write_json
+from .targets import require_file
 
 __all__ = ["Certify"]
 
@@ -29,17 +31,19 @@ class Certify:
     Exit status: 0 if every contract held, 1 if one is violated, 2 bad input.
     """
 
-    target: tyro.conf.Positional[str]
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")]
     """What to certify: osculate, module, or module:part."""
-    contracts: tuple[str, ...] = ()
+    contracts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
     """Names of contracts. Default: all of the part's kind."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
-    json: Path | None = None
-    """File to write the whole certificate to."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """File to write the whole certificate to. Default: none."""
 
     def run(self, console: Console) -> int:
         """Certify, print, write, and return the exit status."""
+        if self.json is not None:
+            require_file(self.json, "--json")
         prepare_process()
         if "" not in sys.path:
             sys.path.insert(0, "")  # a console script does not look into the current folder

@@ -16,12 +16,13 @@ class OutputError(OsculateError):
     """A result could not be written: no such place, no permission, no space."""
 
 
-def require_folder(path: Path, *files: str) -> None:
+def require_folder(path: Path, *files: str, flag: str = "--out") -> None:
     """Check, without writing anything, that a folder can be written or made.
 
     Args:
         path: the folder, there already or not.
         files: names of what will be written in it; none may be a folder.
+        flag: names the place on the command line, for messages.
 
     Raises:
         ArgumentError: something on the way is a file, is not writable, or has the name of a result.
@@ -30,27 +31,31 @@ def require_folder(path: Path, *files: str) -> None:
     if not nearest.is_dir():
         what = "a link to nowhere" if nearest.is_symlink() and not nearest.exists() else "a file"
         raise ArgumentError(
-            f"results need a folder, but {str(nearest)!r} is {what}; name another folder with --out, or move it away"
+            f"results need a folder, but {str(nearest)!r} is {what}; name another folder with {flag}, or move it away"
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ArgumentError(f"folder {str(nearest)!r} is not writable; name another one with --out")
+        raise ArgumentError(f"folder {str(nearest)!r} is not writable; name another one with {flag}")
     for name in files:
         if (path / name).is_dir():
             raise ArgumentError(
                 f"a file is to be written at {str(path / name)!r}, but a folder is there; move it away, or name "
-                "another folder with --out"
+                f"another folder with {flag}"
             )
 
 
-def require_file(path: Path) -> None:
+def require_file(path: Path, flag: str = "--out") -> None:
     """Check, without writing anything, that a file can be written.
+
+    Args:
+        path: the file, there already or not.
+        flag: names it on the command line, for messages.
 
     Raises:
         ArgumentError: a folder of that name is there, or ``path``'s folder cannot be written.
     """
     if path.is_dir():
-        raise ArgumentError(f"--out names a file to write, but {str(path)!r} is a folder; name a file in it")
-    require_folder(path.parent)
+        raise ArgumentError(f"{flag} names a file to write, but {str(path)!r} is a folder; name a file in it")
+    require_folder(path.parent, flag=flag)
 
 
 @contextmanager
@@ -58,9 +63,12 @@ def writing(path: Path) -> Iterator[None]:
     """Within this context a refusal of the system becomes an ``OutputError`` that names ``path``."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own
+        if not isinstance(cause, OSError):
+            raise
         raise OutputError(
-            f"{str(path)!r} cannot be written ({error.strerror or error}); make room or name another place with --out"
+            f"{str(path)!r} cannot be written ({cause.strerror or cause}); make room or name another place"
         ) from error
 
 

@@ -76,6 +76,7 @@ def test_train_that_breaks_down_exits_with_1(tiny: Any, capsys: pytest.CaptureFi
         (["train", "--method", "adam", "--option", "seed=3"], "--seed"),
         (["train", "--method", "adam", "--option", "lr=fast"], "lr must be a number, got 'fast'"),
         (["replay"], "no files to replay"),
+        (["certify", "osculate", "--json", "."], "--json names a file to write, but '.' is a folder"),
         (["methods", "kbfs"], "did you mean 'kbfgs'"),
         (["methods", "--parts", "kronecer"], "did you mean 'Kronecker'"),
     ],

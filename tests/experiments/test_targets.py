@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from osculate.errors import ArgumentError
+from osculate.experiments.records import RunFolder
 from osculate.experiments.targets import OutputError, exclusive, require_file, require_folder, writing
 
 
@@ -45,6 +47,34 @@ def test_a_refusal_of_the_system_names_the_place(tmp_path: Path) -> None:
     message = r"'results' cannot be written \(No space left on device\)"
     with pytest.raises(OutputError, match=message), writing(Path("results")):
         raise OSError(28, "No space left on device")
+
+
+def test_an_error_that_is_no_refusal_passes() -> None:
+    with pytest.raises(RuntimeError, match="shapes differ"), writing(Path("results")):
+        raise RuntimeError("shapes differ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full")
+def test_torch_does_not_hide_a_full_disk() -> None:
+    with (
+        pytest.raises(OutputError, match="No space left on device"),
+        writing(Path("results")),
+        Path("/dev/full").open("wb", buffering=0) as file,
+    ):
+        torch.save({"state": torch.zeros(100_000)}, file)
+
+
+def test_a_failed_checkpoint_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = RunFolder(tmp_path)
+    folder.save_checkpoint({"iterations": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"checkpoint\.pt' cannot be written \(No space left on device\)"):
+        folder.save_checkpoint({"iterations": 2})
+    assert folder.load_checkpoint(torch.device("cpu")) == {"iterations": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="holds of POSIX")
