@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import estimators, invariances, likelihoods, methods, pairs, partitions, rules, steps, structures
+from . import estimators, invariances, likelihoods, matrices, methods, pairs, partitions, rules, steps, structures
 from .contract import Contract
 
 __all__ = ["CONTRACTS"]
@@ -11,6 +11,7 @@ CONTRACTS: tuple[Contract, ...] = (
     *structures.CONTRACTS,
     *invariances.CONTRACTS,
     *partitions.CONTRACTS,
+    *matrices.CONTRACTS,
     *pairs.CONTRACTS,
     *rules.CONTRACTS,
     *estimators.CONTRACTS,

@@ -13,7 +13,7 @@ from .cases import Case
 from .contract import Contract, contract, require, require_close, require_equal, require_same_state
 from .workbench import Workbench, declared, saved_copy
 
-__all__ = ["CONTRACTS"]
+__all__ = ["CONTRACTS", "given_tensors"]
 
 _KINDS = ("structure", "factor")
 
@@ -70,7 +70,8 @@ def spectrum_bounds(part: Any, case: Case) -> None:
         require(most <= high + slack, f"largest {where}", value=most, bound=high)
 
 
-def _given(statistics: LayerStatistics) -> list[Tensor]:
+def given_tensors(statistics: LayerStatistics) -> list[Tensor]:
+    """Every tensor of a record that a part may read."""
     rows = [] if statistics.roots is None else [statistics.roots[0]]
     single = (
         statistics.inputs,
@@ -102,7 +103,13 @@ def purity(part: Any, case: Case) -> None:
             require_equal(f"a second direction {where}", value, copy)
         one, other = before[block.layer.name], after[block.layer.name]
         observation = bench.observation(block, one)
-        given = [*_given(one), *_given(other), *observation.gradients, *observation.momentum, *observation.parameters]
+        given = [
+            *given_tensors(one),
+            *given_tensors(other),
+            *observation.gradients,
+            *observation.momentum,
+            *observation.parameters,
+        ]
         copies = [value.clone() for value in given]
         own.update(block.state, observation)
         if isinstance(own, Refining):

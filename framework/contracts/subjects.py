@@ -31,10 +31,15 @@ _VERBS: dict[str, tuple[str, ...]] = {
     "weight decay": ("gradient_factor", "shrinkage"),
     "average": ("coefficients",),
     "step size": ("propose", "due"),
-    "coupling": ("curvature",),
-    "slope": ("value",),
     "guard": ("accepts", "attempts", "shrink"),
     "likelihood": ("sample", "negative_log_likelihood", "curvature_root"),
+    "spectrum": ("damped", "operation"),
+    "moments": ("squares", "accumulate"),
+    "skip rule": ("accepts",),
+    "operation": ("compute",),
+    "update scale": ("factor",),
+    "coupling": ("curvature",),
+    "slope": ("value",),
 }
 
 KINDS: tuple[str, ...] = (*_VERBS, "method")

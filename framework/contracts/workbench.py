@@ -24,7 +24,7 @@ from ..recording import fill
 from .cases import Batch, Case
 from .contract import NotApplicable
 
-__all__ = ["LAMBDA", "Workbench", "declared", "saved_copy"]
+__all__ = ["LAMBDA", "Workbench", "declared", "estimator_for", "saved_copy"]
 
 LAMBDA = 0.3
 """Damping of the method in every case."""
@@ -76,15 +76,24 @@ class Workbench:
         case: network and data.
         names: put in front of every layer's name.
         only_declared: leave everything out of the statistics that the structure's ``needs`` do not name.
+        estimator: default: one that provides what the structure needs.
 
     Raises:
         NotApplicable: if the structure serves no layer of the network.
     """
 
-    def __init__(self, part: Preconditioner | ByLayer, case: Case, *, names: str = "", only_declared: bool = False):
+    def __init__(
+        self,
+        part: Preconditioner | ByLayer,
+        case: Case,
+        *,
+        names: str = "",
+        only_declared: bool = False,
+        estimator: Estimator | None = None,
+    ):
         self.case, self.only_declared = case, only_declared
         self.model = case.model()
-        self.estimator = estimator_for(part.needs)
+        self.estimator = estimator_for(part.needs) if estimator is None else estimator
         self.layers = [replace(layer, name=names + layer.name) for layer in discover_layers(self.model)]
         made = make_blocks(self.layers, part, Identity(), strict=False)
         self.blocks = [block for block in made if not block.fallback]

@@ -5,6 +5,7 @@ from typing import Any
 import osculate as osc
 import pytest
 import torch
+from broken_matrices import MATRICES
 from broken_measures import MEASURES, Slopes
 from broken_methods import HONEST, METHODS
 from broken_rules import RULES
@@ -19,7 +20,7 @@ from osculate.framework.contracts import (
     require_same_state,
 )
 
-BROKEN: dict[str, Any] = STRUCTURES | RULES | MEASURES | METHODS
+BROKEN: dict[str, Any] = STRUCTURES | RULES | MEASURES | MATRICES | METHODS
 
 
 def test_there_is_a_broken_part_for_every_contract() -> None:

@@ -1,0 +1,160 @@
+"""Contracts of what works on single matrices: operations, spectra, moments of an eigenbasis, scales, skip rules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...curvature.statistics import LayerStatistics
+from ...preconditioners.identity import Identity
+from ...preconditioners.operations import Request
+from .cases import Case
+from .contract import Contract, contract, require, require_close, require_equal, require_finite
+from .structures import given_tensors
+from .workbench import Workbench, estimator_for
+
+__all__ = ["CONTRACTS"]
+
+_DAMPING = 0.1
+
+
+def _requests(rule: Any, case: Case) -> list[Request]:
+    """Matrices of two orders, one of them twice, each with where an iteration would start."""
+    sizes = ((3, 1), (5, 2), (3, 3))
+    return [Request(case.spd(size, 50.0, key), _DAMPING, rule, case.spd(size, 1.0, key + 9)) for size, key in sizes]
+
+
+@contract("operation-batch", "operation", "what is computed of a matrix does not depend on its company")
+def operation_batch(rule: Any, case: Case) -> None:
+    """Three requests together, and one by one."""
+    for index, found in enumerate(rule.compute(_requests(rule, case))):
+        (alone,) = rule.compute([_requests(rule, case)[index]])
+        require_close(f"result {index} of three", found.value, alone.value)
+
+
+@contract("operation-purity", "operation", "the matrices stay bitwise as they were")
+def operation_purity(rule: Any, case: Case) -> None:
+    """And so do the starts."""
+    requests = _requests(rule, case)
+    kept = [(entry.matrix.clone(), entry.start.clone()) for entry in requests if entry.start is not None]
+    rule.compute(requests)
+    for request, (matrix, start) in zip(requests, kept, strict=True):
+        assert request.start is not None
+        require_equal("a matrix", request.matrix, matrix)
+        require_equal("where an iteration starts", request.start, start)
+
+
+@contract("operation-nonfinite", "operation", "a matrix that is not finite gives no value, and the others theirs")
+def operation_nonfinite(rule: Any, case: Case) -> None:
+    """NaN in the second of three."""
+    whole, requests = rule.compute(_requests(rule, case)), _requests(rule, case)
+    requests[1] = replace(requests[1], matrix=torch.full_like(requests[1].matrix, math.nan))
+    found = rule.compute(requests)
+    require(found[1].value is None, "a matrix of NaNs has a result")
+    for index in (0, 2):
+        require(found[index].value is not None, f"result {index} is missing beside a matrix of NaNs")
+        require_close(f"result {index} beside a matrix of NaNs", found[index].value, whole[index].value)
+
+
+@contract("spectrum-inverse", "spectrum", "what the operation computes is the inverse of the damped matrix")
+def spectrum_inverse(rule: Any, case: Case) -> None:
+    """For a positive definite matrix."""
+    matrix = case.spd(4, 50.0, 1)
+    (found,) = rule.operation.compute([Request(matrix.clone(), _DAMPING, rule.operation)])
+    product = rule.damped(matrix.clone(), _DAMPING) @ found.value
+    require_close("damped matrix times computed inverse", product, torch.eye(4).to(product))
+
+
+@contract("spectrum-definite", "spectrum", "the damped matrix is symmetric positive definite")
+def spectrum_definite(rule: Any, case: Case) -> None:
+    """For a singular matrix, and for an indefinite one where ``takes_indefinite`` says so."""
+    vector = case.randn(4, key=2)
+    matrices = [torch.outer(vector, vector)]
+    if rule.takes_indefinite:
+        matrices.append(case.spd(4, 50.0, 1) - 2.0 * torch.eye(4).to(vector))
+    for matrix in matrices:
+        damped = rule.damped(matrix, _DAMPING)
+        require_close("the damped matrix, transposed", damped.T, damped)
+        smallest = float(torch.linalg.eigvalsh(damped)[0])
+        require(smallest > 0.0, "smallest eigenvalue of the damped matrix", value=smallest, bound=0.0)
+
+
+def _measured(rule: Any, case: Case) -> list[LayerStatistics]:
+    bench = Workbench(Identity(), case, estimator=estimator_for(rule.needs))
+    return [entry for entry in bench.measure().values() if entry.layer.is_matrix]
+
+
+def _bases(entry: LayerStatistics, case: Case) -> tuple[Tensor, Tensor]:
+    rows, columns = entry.layer.matrix_shape
+    inner, outer = (torch.linalg.qr(case.randn(size, size, key=3))[0] for size in (columns, rows))
+    return inner, outer
+
+
+@contract("moments-trace", "moments", "a change of basis keeps the sum of the squares")
+def moments_trace(rule: Any, case: Case) -> None:
+    """In the original coordinates and in random orthogonal ones; no square is negative."""
+    for entry in _measured(rule, case):
+        inner, outer = _bases(entry, case)
+        plain = rule.squares(entry, torch.eye(len(inner)).to(inner), torch.eye(len(outer)).to(outer))
+        turned = rule.squares(entry, inner, outer)
+        require_finite("squares in the basis", plain, turned)
+        least = float(torch.minimum(plain.min(), turned.min()))
+        require(least >= 0.0, "smallest square", value=least, bound=0.0)
+        require_close(f"sum of squares of layer {entry.layer.name!r} in another basis", turned.sum(), plain.sum())
+
+
+@contract("moments-purity", "moments", "statistics and bases stay bitwise as they were")
+def moments_purity(rule: Any, case: Case) -> None:
+    """While squares are measured and matrices gathered."""
+    for entry in _measured(rule, case):
+        inner, outer = _bases(entry, case)
+        given = [inner, outer, *given_tensors(entry)]
+        kept = [value.clone() for value in given]
+        rule.squares(entry, inner, outer)
+        rule.accumulate(torch.zeros_like(inner), torch.zeros_like(outer), entry, 0.5, 0.5)
+        for value, copy in zip(given, kept, strict=True):
+            require_equal(f"what is measured of layer {entry.layer.name!r}", value, copy)
+
+
+@contract("scale-positive", "update scale", "the factor of an update is a finite number > 0")
+def scale_positive(rule: Any, case: Case) -> None:
+    """For tall, square and wide matrices."""
+    for rows, columns in ((1, 1), (1, 64), (64, 1), (8, 8), (512, 32)):
+        factor = rule.factor(rows, columns)
+        require(0.0 < factor < math.inf, f"factor of a {rows} x {columns} matrix", value=float(factor), bound=0.0)
+
+
+@contract("skip-negative", "skip rule", "a pair without positive curvature is never used")
+def skip_negative(rule: Any, case: Case) -> None:
+    """s'y < 0, and y = 0."""
+    step, reference = case.randn(4, key=4), case.randn(4, key=5)
+    for change in (-step, torch.zeros_like(step)):
+        accepted = rule.accepts(step.clone(), change, reference.clone())
+        require(not bool(accepted), f"a pair with s'y = {float(torch.dot(step, change)):.3g} was accepted")
+
+
+@contract("skip-flag", "skip rule", "the verdict is a 0-dimensional bool on the pair's device")
+def skip_flag(rule: Any, case: Case) -> None:
+    """For a good pair."""
+    step = case.randn(4, key=4)
+    accepted = rule.accepts(step, step.clone(), 1e-3 * step)
+    fits = isinstance(accepted, Tensor) and accepted.dtype == torch.bool and accepted.ndim == 0
+    require(fits and accepted.device == step.device, f"the verdict is {accepted!r}")
+
+
+CONTRACTS: tuple[Contract, ...] = (
+    operation_batch,
+    operation_purity,
+    operation_nonfinite,
+    spectrum_inverse,
+    spectrum_definite,
+    moments_trace,
+    moments_purity,
+    scale_positive,
+    skip_negative,
+    skip_flag,
+)
