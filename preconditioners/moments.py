@@ -60,7 +60,7 @@ class LayerMoments:
     in the structure gives the paper's squares of the current mini-batch alone.
     """
 
-    needs = Needs.INPUTS | Needs.ROOTS
+    needs = Needs.INPUTS | Needs.ROOTS | Needs.VECTORS  # whole gradients where groups or several roots need them
     sides_first = True
     first = Eigenvectors()
     renewal = Eigenvectors()

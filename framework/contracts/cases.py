@@ -132,9 +132,14 @@ def _sequence() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 3), nn.Tanh(), MeanOverPositions(), nn.Linear(3, 2))
 
 
+def _grouped() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 2, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 2))
+
+
 CASES: tuple[Case, ...] = (
     Case("dense", _dense, (3,)),
     Case("conv", _conv, (1, 3, 3), "categorical", seed=1),
     Case("sequence", _sequence, (3, 2), "bernoulli", seed=2),
+    Case("grouped", _grouped, (2, 2, 2), seed=3),
 )
-"""A bias-free and a biased dense layer, a convolution, a layer with shared positions; one likelihood each."""
+"""A bias-free and a biased dense layer, a convolution, a layer with shared positions, groups; every likelihood."""

@@ -172,7 +172,7 @@ def estimator_fisher(part: Any, case: Case) -> None:
     measured, (inputs, targets) = Measured(case), case.batch(0, 3)
     many = (inputs.repeat(_REPEATS, *[1] * (inputs.ndim - 1)), targets.repeat(_REPEATS, *[1] * (targets.ndim - 1)))
     statistics = measured.statistics(part, [many])
-    for layer in measured.layers:
+    for layer in (entry.layer for entry in statistics.values()):
         found, error = curvature_of(statistics[layer.name])
         error = torch.zeros_like(error) if getattr(part, "exact", False) else error
         expected = exact_fisher(case, (inputs, targets), layer)

@@ -54,9 +54,10 @@ class Measured:
     def statistics(
         self, estimator: Any, batches: Sequence[Batch], *, reduction: str = "mean", seed: int = 0
     ) -> dict[str, LayerStatistics]:
-        """The same, filled by the estimator."""
+        """The same, filled by the estimator; of the layers that have statistics at all."""
         records = self.records(estimator, batches, reduction=reduction, seed=seed)
-        filled = {layer.name: fill(estimator, layer, records.get(layer.name)) for layer in self.layers}
+        known = [layer for layer in self.layers if layer.adapter is not None]
+        filled = {layer.name: fill(estimator, layer, records.get(layer.name)) for layer in known}
         return {name: entry for name, entry in filled.items() if entry is not None}
 
     def form(self, form: Any, directions: Mapping[str, Tensors], *, seed: int = 0, copy: bool = True) -> Tensor:
