@@ -68,6 +68,20 @@ class MomentsImpure(GradientMoments):
         return found
 
 
+class SharingDoubles(osc.Expand):
+    def outputs(self, statistics: LayerStatistics) -> tuple[Tensor, float]:
+        rows, factor = super().outputs(statistics)
+        return rows, 2.0 * factor
+
+
+class SharingImpure(osc.Expand):
+    def outputs(self, statistics: LayerStatistics) -> tuple[Tensor, float]:
+        rows, factor = super().outputs(statistics)
+        result = rows.clone()
+        rows.mul_(2.0)
+        return result, factor
+
+
 class ScaleVanishes(AspectRatio):
     def factor(self, rows: int, columns: int) -> float:
         return max(0.0, rows / columns - 0.1)
@@ -91,6 +105,8 @@ MATRICES: dict[str, Any] = {
     "spectrum-definite": SpectrumBoasts(),
     "moments-trace": MomentsLeak(),
     "moments-purity": MomentsImpure(),
+    "sharing-one-position": SharingDoubles(),
+    "sharing-purity": SharingImpure(),
     "scale-positive": ScaleVanishes(),
     "skip-negative": SkipNothing(),
     "skip-flag": SkipNumber(),

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.statistics import LayerStatistics
+from ...curvature.statistics import LayerStatistics, Needs
 from ...preconditioners.identity import Identity
 from ...preconditioners.operations import Request
 from .cases import Case
-from .contract import Contract, contract, require, require_close, require_equal, require_finite
+from .contract import Contract, NotApplicable, contract, require, require_close, require_equal, require_finite
 from .structures import given_tensors
 from .workbench import Workbench, estimator_for
 
@@ -120,6 +120,42 @@ def moments_purity(rule: Any, case: Case) -> None:
             require_equal(f"what is measured of layer {entry.layer.name!r}", value, copy)
 
 
+def _shared(case: Case) -> list[LayerStatistics]:
+    bench = Workbench(Identity(), case, estimator=estimator_for(Needs.INPUTS | Needs.ROOTS))
+    return [entry for entry in bench.measure().values() if entry.layer.is_matrix]
+
+
+@contract("sharing-one-position", "sharing", "with one call and one position both moments are plain means over samples")
+def sharing_one_position(rule: Any, case: Case) -> None:
+    """Of layers without groups."""
+    found = False
+    for entry, other in zip(_shared(case), _shared(case), strict=True):
+        if other.positions > 1 or other.layer.groups > 1:
+            continue
+        assert other.roots is not None
+        expected = (other.input_rows(), 1.0), other.roots
+        for side, (rows, scale), (plain, factor) in zip(
+            ("inputs", "outputs"), (rule.inputs(entry), rule.outputs(entry)), expected, strict=True
+        ):
+            moment = factor**2 * plain.T @ plain / other.samples
+            require_close(f"moment of the {side} of layer {other.layer.name!r}", scale * rows.T @ rows, moment)
+        found = True
+    if not found:
+        raise NotApplicable("no layer with one position")
+
+
+@contract("sharing-purity", "sharing", "statistics stay bitwise as they were")
+def sharing_purity(rule: Any, case: Case) -> None:
+    """While the rows of both sides are taken."""
+    for entry in _shared(case):
+        given = given_tensors(entry)
+        kept = [value.clone() for value in given]
+        rule.inputs(entry)
+        rule.outputs(entry)
+        for value, copy in zip(given, kept, strict=True):
+            require_equal(f"what is measured of layer {entry.layer.name!r}", value, copy)
+
+
 @contract("scale-positive", "update scale", "the factor of an update is a finite number > 0")
 def scale_positive(rule: Any, case: Case) -> None:
     """For tall, square and wide matrices."""
@@ -154,6 +190,8 @@ CONTRACTS: tuple[Contract, ...] = (
     spectrum_definite,
     moments_trace,
     moments_purity,
+    sharing_one_position,
+    sharing_purity,
     scale_positive,
     skip_negative,
     skip_flag,
