@@ -21,7 +21,7 @@ from ..errors import require_finite_nonnegative, require_interval
 from .function_space import FunctionSpace, spectrum
 from .function_structures import Solved, Structure
 
-__all__ = ["Run", "StepRecord", "certified_interval", "linear_limit", "measured_stability", "run"]
+__all__ = ["Run", "StepRecord", "certified_interval", "damping_grid", "linear_limit", "measured_stability", "run"]
 
 _POINTS = (0.25, 0.5, 0.75, 1.0)
 """Where along a step the Jacobian is compared with the one at its start."""
@@ -137,9 +137,7 @@ def measured_stability(space: FunctionSpace, theta: Tensor, move: Tensor, solved
     return float(change.max() * solved.direction.norm() / residual.norm())
 
 
-def run(
-    space: FunctionSpace, structure: Structure, damping: float, eta: float | None = None, steps: int = 40
-) -> Run:
+def run(space: FunctionSpace, structure: Structure, damping: float, eta: float | None = None, steps: int = 40) -> Run:
     """theta <- theta - eta (F + lambda I)^{-1} grad L, measured.
 
     Args:
@@ -190,7 +188,9 @@ def _record(
             (reached - space.model.initial).norm(),
         ]
     ).tolist()
-    return StepRecord(values[0], values[1], values[2], values[3], numbers[0], values[4], values[5], values[6], numbers[1])
+    return StepRecord(
+        values[0], values[1], values[2], values[3], numbers[0], values[4], values[5], values[6], numbers[1]
+    )
 
 
 def certified_interval(dampings: Sequence[float], certified: Sequence[bool]) -> tuple[float, float]:
@@ -204,3 +204,8 @@ def certified_interval(dampings: Sequence[float], certified: Sequence[bool]) -> 
             best = max(best, (start, index - 1), key=lambda pair: pair[1] - pair[0])
             start = None
     return (dampings[best[0]], dampings[best[1]]) if best[1] >= best[0] else (math.nan, math.nan)
+
+
+def damping_grid(low: float, high: float, count: int) -> list[float]:
+    """``count`` values from ``low`` to ``high``, both included, in equal ratios."""
+    return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64).tolist()

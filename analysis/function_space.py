@@ -29,6 +29,7 @@ def cholesky(matrix: Tensor) -> Tensor:
     Raises:
         NumericalError: if one is not positive definite.
     """
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if bool(info.any()):
         raise NumericalError(
@@ -124,4 +125,5 @@ class FunctionSpace:
             for index, other in enumerate(others):
                 rows = (self.model.jacobian(other[low:high], low) - jacobian).flatten(1)
                 grams[index].addmm_(rows, rows.T)
-        return torch.linalg.eigvalsh(grams)[:, -1].clamp(min=0.0).sqrt()
+        norms: Tensor = torch.linalg.eigvalsh(grams)[:, -1].clamp(min=0.0).sqrt()
+        return norms

@@ -24,7 +24,15 @@ from ..preconditioners.partitions import Kernel, PerOutput
 from ..preconditioners.protocol import Schedule
 from .function_models import LinearModel, Model, TwoLayerTanh
 
-__all__ = ["LIBRARY_STRUCTURES", "AsModule", "UnitResiduals", "full_batch_method", "library_residuals", "train"]
+__all__ = [
+    "LIBRARY_STRUCTURES",
+    "AsModule",
+    "UnitResiduals",
+    "disagreement",
+    "full_batch_method",
+    "library_residuals",
+    "train",
+]
 
 LIBRARY_STRUCTURES = ("per-output", "kernel", "whole", "kfac")
 """Structures of :mod:`osculate.analysis.function_structures` that the library has without averaging over blocks."""
@@ -88,7 +96,8 @@ class AsModule(nn.Module):
             hidden = self.layers[0](inputs).tanh()
             if self.model.positions > 1:
                 hidden = hidden.sum(2)
-            return (hidden @ self.model.signs * self.model.scale).unsqueeze(1)
+            outputs: Tensor = (hidden @ self.model.signs * self.model.scale).unsqueeze(1)
+            return outputs
         return torch.stack([layer(inputs[:, index]) for index, layer in enumerate(self.layers)]).sum(0)
 
 
@@ -134,7 +143,7 @@ def train(module: nn.Module, inputs: Tensor, targets: Tensor, optimizer: SecondO
         optimizer.zero_grad()
         difference = module(inputs).squeeze(1) - targets
         residuals.append(difference.detach())
-        loss = 0.5 * difference.square().mean()
+        loss: Tensor = 0.5 * difference.square().mean()
         loss.backward()
         return loss
 
@@ -160,3 +169,9 @@ def library_residuals(model: Model, structure: str, damping: float, eta: float, 
     method = full_batch_method(structure, model)
     optimizer = build(method, module, lr=eta, damping=damping, likelihood="gaussian")
     return train(module, module.inputs, model.targets, optimizer, steps)
+
+
+def disagreement(library: Sequence[Tensor], engine: Sequence[Tensor]) -> float:
+    """Largest difference of two sequences of residuals, relative to the first residual."""
+    pairs = zip(library, engine, strict=False)
+    return max(float((left - right).norm()) for left, right in pairs) / float(engine[0].norm())
