@@ -37,6 +37,7 @@ class StepRecord:
         kappa_min: smallest eigenvalue of K.
         kappa_max: largest eigenvalue of K.
         stability: C'.
+        defect: |e_{k+1} - (I - eta K) e_k| / (eta |e_k|), which C' bounds if K is the right one.
         squared_norm: |d|^2 of the direction.
         form: e' K e.
         distance: |theta_{k+1} - theta_0|.
@@ -48,6 +49,7 @@ class StepRecord:
     kappa_min: float
     kappa_max: float
     stability: float
+    defect: float
     squared_norm: float
     form: float
     distance: float
@@ -186,11 +188,12 @@ def _record(
             solved[0].direction.square().sum(),
             before @ solved[0].kernel @ before,
             (reached - space.model.initial).norm(),
+            (after - before + numbers[1] * (solved[0].kernel @ before)).norm() / (numbers[1] * before.norm()),
         ]
     ).tolist()
-    return StepRecord(
-        values[0], values[1], values[2], values[3], numbers[0], values[4], values[5], values[6], numbers[1]
-    )
+    error, next_error, low, high, squared_norm, form, distance, defect = values
+    stability, eta = numbers
+    return StepRecord(error, next_error, low, high, stability, defect, squared_norm, form, distance, eta)
 
 
 def certified_interval(dampings: Sequence[float], certified: Sequence[bool]) -> tuple[float, float]:

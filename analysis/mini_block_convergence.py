@@ -30,6 +30,8 @@ def wide_net(setting: Setting, width: int) -> FunctionSpace:
 _T11_WIDTHS = (400,)
 _T11_GRID = (1e-5, 1.0, 21)
 _T11_STEPS = 40
+_VANISHED = 1e-20
+"""|e|^2 below which e+ - (I - eta K) e is rounding."""
 
 
 def _sweep(setting: Setting, width: int) -> tuple[list[float], list[Run]]:
@@ -64,41 +66,51 @@ def _worst_bound(done: Run) -> float:
     return max(entry.bound for entry in done.records)
 
 
+def _step_inequalities(name: str, runs: Sequence[Run]) -> tuple[Inequality, ...]:
+    """What every step, every certified step and every certified run must obey."""
+    steps = [entry for done in runs for entry in done.records]
+    certified = [entry.ratio for entry in steps if entry.certified]
+    exact = [entry for entry in steps if entry.error > _VANISHED]
+    whole = [done for done in runs if done.certified]
+    return (
+        worst(name + "certified step: ratio <= 1 - eta", certified or [math.nan], 1.0 - _ETA),
+        worst(
+            name + "any step: |e+ - (I - eta K) e| <= eta C' |e|",
+            [entry.defect for entry in exact],
+            [entry.stability for entry in exact],
+        ),
+        worst(
+            name + "any step: ratio <= (|I - eta K| + eta C')^2",
+            [entry.ratio for entry in steps],
+            [entry.bound for entry in steps],
+        ),
+        worst(
+            name + "certified run: |theta_k - theta_0| <= R",
+            [entry.distance for done in whole for entry in done.records] or [math.nan],
+            [done.radius for done in whole for _ in done.records] or 0.0,
+        ),
+    )
+
+
 def _width_evidence(setting: Setting, width: int) -> Evidence:
     grid, runs = _sweep(setting, width)
     low, high = _interval(grid, runs)
-    steps = [entry for done in runs for entry in done.records]
-    certified = [entry for entry in steps if entry.certified]
-    whole = [done for done in runs if done.certified]
     net = wide_net(setting, width)
     middle = grid[len(grid) // 2] if math.isnan(low) else math.sqrt(low * high)
     engine = run(net, _BLOCKS, middle, _ETA, 5).residuals
     agreement = disagreement(library_residuals(net.model, "per-output", middle, _ETA, 5), engine)
+    rank = float(spectrum(net.gram(net.model.initial))[0])
     name = f"width {width}: "
     return Evidence(
         (
-            worst(name + "certified step: ratio <= 1 - eta", [e.ratio for e in certified] or [math.nan], 1.0 - _ETA),
-            worst(
-                name + "any step: ratio <= (|I - eta K| + eta C')^2", [e.ratio for e in steps], [e.bound for e in steps]
-            ),
-            worst(
-                name + "certified run: |theta_k - theta_0| <= R",
-                [e.distance for done in whole for e in done.records] or [math.nan],
-                [done.radius for done in whole for _ in done.records] or 0.0,
-            ),
+            *_step_inequalities(name, runs),
             Inequality(name + "lower end lambda_low inside the grid", low, grid[1], ">="),
             Inequality(name + "upper end lambda_up inside the grid", high, grid[-2]),
             Inequality(name + "library's MBF against the function-space run", agreement, _AGREEMENT),
         ),
-        (
-            Inequality(
-                name + "smallest eigenvalue of J J' > 0 (full row rank)",
-                float(spectrum(net.gram(net.model.initial))[0]),
-                1e-12,
-                ">=",
-            ),
-        ),
-        {f"lambda_low ({width})": low, f"lambda_up ({width})": high} | _constants(width, whole),
+        (Inequality(name + "smallest eigenvalue of J J' > 0 (full row rank)", rank, 1e-12, ">="),),
+        {f"lambda_low ({width})": low, f"lambda_up ({width})": high}
+        | _constants(width, [done for done in runs if done.certified]),
         (_interval_plot(width, grid, runs),),
     )
 

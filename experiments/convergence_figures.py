@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
@@ -18,6 +18,7 @@ from .figures import save_figure
 __all__ = ["damping_eta_figure", "damping_width_figure", "rates_figure", "save_map_figures"]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _RATIOS = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=2.0)
 
 
@@ -93,7 +94,7 @@ def damping_width_figure(cells: Sequence[Cell]) -> Figure:
             x, y = dampings.index(cell.key.damping), widths.index(cell.key.width)
             if cell.certified and not grid[y][x] >= cell.key.eta:
                 grid[y][x] = cell.key.eta
-        axes.imshow(grid, origin="lower", aspect="auto", cmap="Greens", vmin=0.0, vmax=1.0)
+        axes.imshow(grid, origin="lower", aspect="auto", cmap="Greens", norm=LogNorm(1e-3, 3.0))
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
                 if math.isfinite(value):
@@ -106,16 +107,27 @@ def damping_width_figure(cells: Sequence[Cell]) -> Figure:
 
 
 def rates_figure(cells: Sequence[Cell]) -> Figure:
-    """Worst measured ratio against the certified rate, a point per certified cell; all must lie below the line."""
-    figure = _figure(5.6, 4.6)
+    """Smallest contraction 1 - |e+|^2 / |e|^2 against the certified eta; all certified cells lie above the line."""
+    figure = _figure(6.4, 4.8)
     axes = figure.subplots()
-    for index, name in enumerate(dict.fromkeys(cell.key.blocks for cell in cells)):
+    names = list(dict.fromkeys(cell.key.blocks for cell in cells))
+    for index, name in enumerate(names):
         own = [cell for cell in cells if cell.certified and cell.key.blocks == name]
-        label = f"{name} ({len(own)})"
-        x = [1.0 - cell.key.eta for cell in own]
-        axes.plot(x, [c.worst_ratio for c in own], "o", color=_COLOURS[index % 7], markersize=4, alpha=0.7, label=label)
-    axes.axline((0.0, 0.0), slope=1.0, color="0.4", linewidth=1.0, linestyle="--", label="certified rate")
-    axes.set(xlabel="certified rate 1 - eta", ylabel="worst measured |e+|² / |e|²", xlim=(0, 1.02), ylim=(0, 1.02))
+        shifts = [1.0 + 0.06 * (index - (len(names) - 1) / 2)] * len(own)  # so that structures do not hide each other
+        axes.plot(
+            [cell.key.eta * shift for cell, shift in zip(own, shifts, strict=True)],
+            [1.0 - cell.worst_ratio for cell in own],
+            _MARKERS[index % 7],
+            color=_COLOURS[index % 7],
+            markersize=4.5,
+            alpha=0.8,
+            label=f"{name} ({len(own)})",
+        )
+    etas = sorted({cell.key.eta for cell in cells})
+    axes.plot(etas, etas, color="0.4", linewidth=1.0, linestyle="--", label="certified")
+    axes.set(
+        xlabel="certified contraction eta", ylabel="smallest measured 1 - |e+|² / |e|²", xscale="log", yscale="log"
+    )
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
