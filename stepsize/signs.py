@@ -12,7 +12,11 @@ __all__ = ["Clipped", "Safeguarded", "SignRule", "Unrestricted"]
 
 
 class SignRule(Protocol):
-    """From the solution of M beta = r to the steps that are taken. Optional: ``signed = True`` if some may be < 0."""
+    """From the solution of M beta = r to the steps that are taken.
+
+    Optional: ``signed = True`` if some may be < 0; ``descends = True`` if the quadratic model always falls at least as
+    far as with the steps r_l / (L M_ll), wherever M is positive semi-definite and r >= 0.
+    """
 
     def choose(self, solution: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
         """(L,) steps along normalised directions.
@@ -42,6 +46,7 @@ class Unrestricted:
     """beta itself: the minimum of the quadratic model, in which a layer may go against its direction."""
 
     signed = True
+    descends = True
 
     def choose(self, solution: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
         """As it is."""
@@ -55,6 +60,8 @@ class Safeguarded:
     The second one alone lowers the model by at least sum_l r_l^2 / (2 L M_ll) (PAPERS 3.5), so the guarantees of T18
     hold whatever was clipped; where nothing was, this is beta. No synchronisation.
     """
+
+    descends = True
 
     def choose(self, solution: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
         """Compare what both gain; a matrix that is not semi-definite along both leaves the clipped one."""
