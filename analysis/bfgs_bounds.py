@@ -82,7 +82,11 @@ def _check(setting: Setting, rules: tuple[str, ...] = ("double", "lm", "merged")
     differences: list[Inequality] = []
     for mu1 in MU1:
         for mu2 in MU2:
-            made = {"double": DoubleDamping(mu1), "lm": PowellThenLM(mu1), "merged": MergedDoubleDamping(mu1)}
+            made: dict[str, PairDamping] = {
+                "double": DoubleDamping(mu1),
+                "lm": PowellThenLM(mu1),
+                "merged": MergedDoubleDamping(mu1),
+            }
             for name in rules:
                 rule: PairDamping = made.get(name, NoDamping())
                 for given in instances:
@@ -197,7 +201,7 @@ def _long_run(setting: Setting, damped: tuple[str, ...] = ("double damping", "Po
 THEOREMS = (
     Theorem(
         "T3",
-        "One BFGS update by a damped pair neither loses more than a known share of H nor grows it beyond a known bound.",
+        "One BFGS update by a damped pair neither shrinks H by more than a known factor nor grows it beyond a bound.",
         r"H^+ \succeq \frac{H}{1 + a^*}, \quad \Vert B^+\Vert \leq \Vert B\Vert + g, \quad "
         r"\Vert H^+\Vert \leq (\sqrt{M} + \sqrt{a^* / \mu_2})^2 + \frac{1}{\mu_2}",
         "arXiv:2006.08877 (update), docs/PAPERS.md 1.4 U1-U4 (proofs, ours)",

@@ -1,4 +1,4 @@
-"""T8: the Kronecker factors of a convolution, and that a convolution with one position is a dense layer (PAPERS 1.6)."""
+"""T8: the Kronecker factors of a convolution; with one position a convolution is a dense layer (PAPERS 1.6)."""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ def _reduction(draws: Draws, kernel: int, bias: bool) -> dict[str, tuple[Tensor,
     for name in ("mean_preactivation", "mean_gradient"):
         pairs[name] = (getattr(first, name), getattr(second, name))
     for method in ("kbfgs", "kbfgs-l"):
-        pairs[f"three steps of {method}"] = tuple(_trained(model, inputs, target, method) for model in (conv, dense))
+        trained = [_trained(model, inputs, target, method) for model in (conv, dense)]
+        pairs[f"three steps of {method}"] = (trained[0], trained[1])
     return pairs
 
 

@@ -1,10 +1,10 @@
 """T6: the Hessian-action update of K-BFGS's input side never moves H_a away from the inverse of a fixed A (PAPERS 1.4).
 
-With A_LM = A + lambda I and E = A_LM^{1/2} H_a A_LM^{1/2}, an update replaces E by (I - u u') E (I - u u') + u u'. Hence
-min(1, lambda_min E) <= lambda(E+) <= max(1, lambda_max E), and |E+ - I|_F^2 <= |E - I|_F^2 - |(E - I) u|^2. Summed over
-updates, the errors |(E_k - I) u_k|^2 add up to at most |E_0 - I|_F^2: on the span of the mean inputs that keep coming,
-H_a tends to the inverse, if slowly where E_0 is far away. E is computed up to an orthogonal change of basis, as L' H_a L
-with A_LM = L L'.
+With A_LM = A + lambda I and E = A_LM^{1/2} H_a A_LM^{1/2}, an update replaces E by (I - u u') E (I - u u') + u u'.
+Hence min(1, lambda_min E) <= lambda(E+) <= max(1, lambda_max E), and |E+ - I|_F^2 <= |E - I|_F^2 - |(E - I) u|^2.
+Summed over updates, the errors |(E_k - I) u_k|^2 add up to at most |E_0 - I|_F^2: on the span of the mean inputs that keep
+coming, H_a tends to the inverse, if slowly where E_0 is far away. E is computed up to an orthogonal change of basis, as
+L' H_a L with A_LM = L L'.
 """
 
 from __future__ import annotations
@@ -43,25 +43,31 @@ def _updated(inverse: Tensor, moment: Tensor, mean: Tensor, damping: float) -> T
     return result
 
 
+def _root(moment: Tensor) -> Tensor:
+    """(n, d, d) L with L L' = A + lambda I."""
+    identity = torch.eye(_ORDER, dtype=moment.dtype, device=moment.device)
+    root: Tensor = torch.linalg.cholesky(moment + _LAMBDA * identity)
+    return root
+
+
 def _relative(inverse: Tensor, moment: Tensor) -> Tensor:
     """E, up to an orthogonal change of basis."""
-    identity = torch.eye(_ORDER, dtype=moment.dtype, device=moment.device)
-    root = torch.linalg.cholesky(moment + _LAMBDA * identity)
+    root = _root(moment)
     return root.mT @ inverse @ root
 
 
 def _unit(moment: Tensor, step: Tensor) -> Tensor:
     """(n, d) u = L' s / |L' s|."""
-    identity = torch.eye(_ORDER, dtype=moment.dtype, device=moment.device)
-    root = torch.linalg.cholesky(moment + _LAMBDA * identity)
-    moved = (root.mT @ step.unsqueeze(2)).squeeze(2)
-    return moved / moved.norm(dim=1, keepdim=True)
+    moved: Tensor = (_root(moment).mT @ step.unsqueeze(2)).squeeze(2)
+    length: Tensor = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+    return moved / length
 
 
 def _distance(relative: Tensor) -> Tensor:
     """(n,) |E - I| in the Frobenius norm."""
     identity = torch.eye(_ORDER, dtype=relative.dtype, device=relative.device)
-    return (relative - identity).flatten(1).norm(dim=1)
+    distance: Tensor = torch.linalg.vector_norm((relative - identity).flatten(1), dim=1)
+    return distance
 
 
 @dataclass
@@ -103,9 +109,10 @@ def _run(setting: Setting, drifting: bool, action: float) -> tuple[_Trace, Tenso
         trace.shrunk.append(trace.distance[-1] / _distance(before))
         back = (inverse @ change.unsqueeze(2)).squeeze(2)
         trace.secant.append((back - step).norm(dim=1) / step.norm(dim=1))
-    exact = torch.cholesky_inverse(torch.linalg.cholesky(moment + _LAMBDA * identity))
+    exact = torch.cholesky_inverse(_root(moment))
     errors = [
-        ((inverse - exact) @ mean.unsqueeze(2)).flatten(1).norm(dim=1) / (exact @ mean.unsqueeze(2)).flatten(1).norm(dim=1)
+        ((inverse - exact) @ mean.unsqueeze(2)).flatten(1).norm(dim=1)
+        / (exact @ mean.unsqueeze(2)).flatten(1).norm(dim=1)
         for mean in visited
     ]
     return trace, torch.stack(errors), start

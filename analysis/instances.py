@@ -70,7 +70,8 @@ class Draws:
 
     def rotations(self, count: int, size: int) -> Tensor:
         """(count, size, size) orthogonal matrices."""
-        return torch.linalg.qr(self.normal(count, size, size))[0]
+        basis: Tensor = torch.linalg.qr(self.normal(count, size, size))[0]
+        return basis
 
     def positive_definite(self, count: int, size: int, decades: float, scale: float = 1.0) -> Tensor:
         """(count, size, size) with log-uniform eigenvalues: condition up to 10^decades, size within 10^(+-scale)."""
@@ -155,8 +156,9 @@ def _batched(state: LBFGSState, like: Tensor) -> LBFGSState:
     """A fresh state whose tensors belong to the instances of a running ``vmap``, so that they can be written."""
     zero = 0.0 * like.sum()
     pair = AveragedPair(state.pair.step + zero, state.pair.change + zero, state.pair.weight)
-    tensors = (state.steps, state.changes, state.cross, state.gram, state.solver)
-    return LBFGSState(*(value + zero for value in tensors), pair)
+    return LBFGSState(
+        state.steps + zero, state.changes + zero, state.cross + zero, state.gram + zero, state.solver + zero, pair
+    )
 
 
 def network(draws: Draws, *layers: nn.Module) -> nn.Sequential:

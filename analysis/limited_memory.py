@@ -4,7 +4,8 @@ If every stored pair has s'y >= mu2 |s|^2 and |y|^2 <= s'y / mu3 then, with c = 
 
     1 / (1 / gamma + p / mu3)  <=  lambda(H)  <=  c^p gamma + (c^p - 1) / (mu2 (c - 1))
 
-whatever came before the last p pairs (PAPERS 1.4). The second condition is the extra test of :class:`.TwoSidedCurvatureTest`.
+whatever came before the last p pairs (PAPERS 1.4). The second condition is the extra test of
+:class:`.TwoSidedCurvatureTest`.
 """
 
 from __future__ import annotations

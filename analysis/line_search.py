@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -50,7 +51,7 @@ def _one_step(draws: Draws, layers: int, factor: float) -> tuple[Tensor, Tensor]
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = 0.5 * (model(x) - target).square().sum() / _SAMPLES
+        loss: Tensor = 0.5 * (model(x) - target).square().sum() / _SAMPLES
         loss.backward()
         return loss
 
@@ -70,13 +71,14 @@ def _slope(parameter: nn.Parameter) -> Tensor:
     return parameter.grad.detach().clone()
 
 
-def _along(model: nn.Module, start: list[Tensor], steps: list[Tensor], closure: partial[Tensor] | object) -> Tensor:
+def _along(model: nn.Module, start: list[Tensor], steps: list[Tensor], closure: Callable[[], Tensor]) -> Tensor:
+    """The loss at 0, 0.2, ... 2 times the step."""
     values = []
     for share in torch.linspace(0.0, 2.0, 11).tolist():
         with torch.no_grad():
             for parameter, old, step in zip(model.parameters(), start, steps, strict=True):
                 parameter.copy_(old + share * step)
-        values.append(closure().detach())  # type: ignore[operator]
+        values.append(closure().detach())
     return torch.stack(values)
 
 
@@ -103,7 +105,8 @@ THEOREMS = (
     Theorem(
         "T16",
         "With one layer and a quadratic loss the layer-wise step minimises the loss along its direction.",
-        r"\alpha_l = \frac{-g_l^T d_l}{d_l^T C_l d_l} \Rightarrow \frac{d}{d\alpha} f(\theta + \alpha d)|_{\alpha_l} = 0",
+        r"\alpha_l = \frac{-g_l^T d_l}{d_l^T C_l d_l} \Rightarrow "
+        r"\frac{d}{d\alpha} f(\theta + \alpha d)|_{\alpha_l} = 0",
         "arXiv:2305.13664 (the idea); docs/PAPERS.md 3.2 (ours)",
         _check,
         partial(_check, layers=2),

@@ -33,7 +33,9 @@ def _places(partition: Partition, layer: Layer) -> Tensor:
     if isinstance(partition, Kernel):
         return torch.arange(weight.numel()).reshape(weight.shape[0] * weight.shape[1], -1)
     rows, columns = weight.shape
-    both = torch.cat([torch.arange(rows * columns).reshape(rows, columns), rows * columns + torch.arange(rows)[:, None]], 1)
+    both = torch.cat(
+        [torch.arange(rows * columns).reshape(rows, columns), rows * columns + torch.arange(rows)[:, None]], 1
+    )
     return both.T if isinstance(partition, PerInputAveraged | FlatChunk) else both
 
 
@@ -111,8 +113,8 @@ def _check(setting: Setting, whole: bool = False, chunks: bool = False) -> Evide
 THEOREMS = (
     Theorem(
         "T9",
-        "Mini-blocks are diagonal sub-blocks of the layer's empirical Fisher matrix, and the batched solve is the solve "
-        "with the block-diagonal matrix.",
+        "Mini-blocks are diagonal sub-blocks of the layer's empirical Fisher matrix, and the batched solve is "
+        "the solve with the block-diagonal matrix.",
         r"F_b = \frac{1}{m} \sum_i g_{i,b} g_{i,b}^T, \quad p = (blockdiag(F_b) + \lambda I)^{-1} g",
         "arXiv:2202.04124 (blocks); docs/PAPERS.md 2.2",
         _check,

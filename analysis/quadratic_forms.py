@@ -1,4 +1,4 @@
-"""T15: the estimators of d_l' C_l d_l are unbiased, by full enumeration. T16: the step they give is an exact line search.
+"""T15: the estimators of d_l' C_l d_l are unbiased, by full enumeration.
 
 Nothing is sampled here: all C^n label strings enter with the probabilities the model gives them, all 2^L sign patterns
 with the same one, so that the mean is the expectation up to rounding (PAPERS 3.3).
@@ -77,7 +77,8 @@ class _Problem:
     def along(self) -> Tensor:
         """(P, L): column l is the direction of layer l, zero elsewhere."""
         flat = [torch.cat([d.flatten() for d in self.directions[2 * l : 2 * l + 2]]) for l in range(3)]
-        return torch.block_diag(*(column.unsqueeze(1) for column in flat))
+        columns: Tensor = torch.block_diag(*(column.unsqueeze(1) for column in flat))
+        return columns
 
     def fisher(self) -> Tensor:
         """(L, L) D' F D from the dense Jacobian of the logits: mean over samples of J' (diag p - p p') J."""
@@ -90,7 +91,8 @@ class _Problem:
     def hessian(self) -> Tensor:
         """(L, L) D' H D from the dense Hessian of the loss with the true labels."""
         dense = torch.func.hessian(of_parameters(self.model, self.loss, self.inputs))(flat_parameters(self.model))
-        return self.along().T @ dense @ self.along()
+        forms: Tensor = self.along().T @ dense @ self.along()
+        return forms
 
 
 def _enumerated(problem: _Problem, uniform: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -104,7 +106,10 @@ def _enumerated(problem: _Problem, uniform: bool) -> tuple[dict[str, Tensor], Te
         evidence = _evidence(problem, layers, found)
         weight = probability.gather(1, string.unsqueeze(1)).prod()
         weight = torch.full_like(weight, _CLASSES**-_SAMPLES) if uniform else weight
-        for name, form in (("(a) sampled scores", SampledScores()), ("(a') sampled batch scores", SampledBatchScores())):
+        for name, form in (
+            ("(a) sampled scores", SampledScores()),
+            ("(a') sampled batch scores", SampledBatchScores()),
+        ):
             value = form.measure(evidence)
             total[name] = total.get(name, 0.0) + weight * value
             lowest.append(eigenvalues(value)[0] / value.diagonal().sum())
@@ -112,7 +117,10 @@ def _enumerated(problem: _Problem, uniform: bool) -> tuple[dict[str, Tensor], Te
 
 
 def _evidence(
-    problem: _Problem, layers: list[Layer], found: Mapping[str, LayerStatistics], products: GraphKeepingBackward | None = None
+    problem: _Problem,
+    layers: list[Layer],
+    found: Mapping[str, LayerStatistics],
+    products: GraphKeepingBackward | None = None,
 ) -> DirectionalEvidence:
     generator = torch.Generator(device=problem.inputs.device)
     product = None if products is None else products.product

@@ -165,7 +165,7 @@ THEOREMS = (
         r"\tilde s^T y \geq \mu_1 y^T H y, \quad \tilde s^T \tilde y \geq \mu_2 \Vert\tilde s\Vert^2, \quad "
         r"\tilde y^T H \tilde y \leq a^* \tilde s^T \tilde y, \quad "
         r"\Vert\tilde y\Vert^2 \leq \max(1, 1 / (\mu_1 \mu)) \tilde s^T \tilde y",
-        "arXiv:2006.08877 (rule), docs/PAPERS.md 1.4 D1-D4 and their Powell-then-LM and merged analogues (proofs, ours)",
+        "arXiv:2006.08877 (rule), docs/PAPERS.md 1.4 D1-D4, LM and merged analogues (proofs, ours)",
         _check,
         partial(_check, names=("no damping",)),
         "pairs are not damped",

@@ -88,7 +88,9 @@ class Inequality:
         if math.isnan(self.measured) or math.isnan(self.bound):
             return -math.inf
         if math.isinf(self.bound):
-            return math.inf if math.isfinite(self.measured) and (self.bound > 0) == (self.direction == "<=") else -math.inf
+            return (
+                math.inf if math.isfinite(self.measured) and (self.bound > 0) == (self.direction == "<=") else -math.inf
+            )
         slack = self.bound - self.measured if self.direction == "<=" else self.measured - self.bound
         return slack / abs(self.bound) if self.bound else slack
 
@@ -195,6 +197,11 @@ class Evidence:
         return "held" if all(entry.holds for entry in self.inequalities) else "violated"
 
     @property
+    def refuted(self) -> bool:
+        """Whether an inequality of the claim fails, assumptions apart: breaking those can be a control's very point."""
+        return not all(entry.holds for entry in self.inequalities)
+
+    @property
     def closest(self) -> Inequality:
         """The inequality with the smallest margin; one that fails before any that holds."""
         return min(self.inequalities, key=lambda entry: (entry.holds, entry.margin))
@@ -268,18 +275,13 @@ class Verdict:
 
     @property
     def control_fails(self) -> bool:
-        """Whether every negative control fails, as it must: an inequality is violated."""
-        return all(_violates(evidence) for evidence in self.controls)
+        """Whether every negative control fails, as it must: an inequality of the claim is false there."""
+        return all(evidence.refuted for evidence in self.controls)
 
     @property
     def ok(self) -> bool:
         """Held, and the check is able to fail."""
         return self.status == "held" and self.control_fails
-
-
-def _violates(evidence: Evidence) -> bool:
-    """A control may break the assumptions (that can be its point); what counts is that the claim is false there."""
-    return not all(entry.holds for entry in evidence.inequalities)
 
 
 def verify(theorem: Theorem, setting: Setting) -> Verdict:

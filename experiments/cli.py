@@ -15,6 +15,7 @@ from ..errors import OsculateError
 from .catalogue import Bench, Methods, Problems
 from .certify import Certify
 from .commands import Compare, Replay, Train
+from .verify import Verify
 
 __all__ = ["execute", "main"]
 
@@ -26,6 +27,7 @@ Command = (
     | Annotated[Problems, tyro.conf.subcommand("problems")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Certify, tyro.conf.subcommand("certify")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
 )
 
 DESCRIPTION = """Second-order optimizers for deep networks, composed from small parts.
