@@ -2,9 +2,9 @@
 
 With A_LM = A + lambda I and E = A_LM^{1/2} H_a A_LM^{1/2}, an update replaces E by (I - u u') E (I - u u') + u u'.
 Hence min(1, lambda_min E) <= lambda(E+) <= max(1, lambda_max E), and |E+ - I|_F^2 <= |E - I|_F^2 - |(E - I) u|^2.
-Summed over updates, the errors |(E_k - I) u_k|^2 add up to at most |E_0 - I|_F^2: on the span of the mean inputs that keep
-coming, H_a tends to the inverse, if slowly where E_0 is far away. E is computed up to an orthogonal change of basis, as
-L' H_a L with A_LM = L L'.
+Summed over updates, the errors |(E_k - I) u_k|^2 add up to at most |E_0 - I|_F^2: on the span of the mean inputs that
+keep coming, H_a tends to the inverse, if slowly where E_0 is far away. E is computed up to an orthogonal change of
+basis, as L' H_a L with A_LM = L L'.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from ..curvature.hessian_blocks import hessian_block
 from ..curvature.layers import discover_layers
 from ..curvature.products import GraphKeepingBackward
 from .instances import Draws, network
+from .measured import hessian
 from .theorem import Evidence, Inequality, Setting, Theorem, agreement
 
 __all__ = ["THEOREMS"]
@@ -51,7 +52,7 @@ def _kronecker(model: nn.Sequential, inputs: Tensor, loss: Callable[[Tensor], Te
             value = model[:index](inputs)
             preactivation = module(value)
         extended = torch.cat([value, torch.ones_like(value[:, :1])], 1)
-        outer = torch.func.vmap(torch.func.hessian(lambda h, rest=rest: loss(rest(h))))(preactivation).mean(0)
+        outer = torch.func.vmap(hessian(lambda h, rest=rest: loss(rest(h))))(preactivation).mean(0)
         dense = torch.kron(outer.contiguous(), extended.T @ extended / len(extended))
         places = torch.arange(dense.shape[0]).reshape(module.out_features, -1)
         order = torch.cat([places[:, :-1].flatten(), places[:, -1]]).to(dense.device)

@@ -106,13 +106,13 @@ def _uniform(setting: Setting, two_sided: bool = True) -> Evidence:
     ratios |= {f"{name}, upper bound": torch.cat(values) for name, values in high.items()}
     inequalities = tuple(worst(name, values, 1.0, ">=", _ROUNDING) for name, values in ratios.items())
     floors, tops = (torch.cat(values) for values in zip(*pairs, strict=True))
-    assumptions = (
+    inequalities += (
         worst("s'y / (mu2 |s|^2) of stored pairs", floors, 1.0, ">=", 1e-9),
         worst("s'y / (mu3 |y|^2) of stored pairs", tops, 1.0, ">=", 1e-9),
     )
     shown = {name: values.clamp(1e-3, 1e6) for name, values in ratios.items()}
     plot = distribution("Eigenvalues of L-BFGS(p), p = 1 ... 4", "distance to the bound (factor)", shown)
-    return Evidence(inequalities, assumptions, {"stored pairs": float(len(floors))}, (plot,))
+    return Evidence(inequalities, (), {"stored pairs": float(len(floors))}, (plot,))
 
 
 def _promises(steps: Tensor, changes: Tensor, store: _Store) -> tuple[Tensor, Tensor]:

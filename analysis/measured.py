@@ -12,7 +12,7 @@ from ..curvature.layers import Layer, discover_layers
 from ..curvature.likelihoods import Likelihood
 from ..curvature.statistics import LayerStatistics
 
-__all__ = ["Loss", "flat_parameters", "of_parameters", "sample_gradients", "statistics"]
+__all__ = ["Loss", "flat_parameters", "hessian", "of_parameters", "sample_gradients", "statistics"]
 
 Loss = Callable[[Tensor], Tensor]
 """From the model's output to the mean loss."""
@@ -59,6 +59,12 @@ def of_parameters(model: nn.Module, function: Callable[[Tensor], Tensor], inputs
         return function(output)
 
     return value
+
+
+def hessian(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Second derivatives, reverse mode twice: forward mode goes through a deprecated part of torch."""
+    result: Callable[[Tensor], Tensor] = torch.func.jacrev(torch.func.jacrev(function))
+    return result
 
 
 def sample_gradients(

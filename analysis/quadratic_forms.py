@@ -29,7 +29,7 @@ from ..curvature.quadratic_forms import (
 )
 from ..curvature.statistics import LayerStatistics, Tensors
 from .instances import Draws, eigenvalues, network
-from .measured import flat_parameters, of_parameters, statistics
+from .measured import flat_parameters, hessian, of_parameters, statistics
 from .theorem import Control, Evidence, Inequality, Setting, Theorem, agreement, worst
 
 __all__ = ["THEOREMS"]
@@ -90,7 +90,7 @@ class _Problem:
 
     def hessian(self) -> Tensor:
         """(L, L) D' H D from the dense Hessian of the loss with the true labels."""
-        dense = torch.func.hessian(of_parameters(self.model, self.loss, self.inputs))(flat_parameters(self.model))
+        dense = hessian(of_parameters(self.model, self.loss, self.inputs))(flat_parameters(self.model))
         forms: Tensor = self.along().T @ dense @ self.along()
         return forms
 
@@ -160,11 +160,11 @@ def _check(setting: Setting, uniform: bool = False, row_sums: bool = False) -> E
         sampled, low = _enumerated(problem, uniform)
         signed, exact = _hessians(problem, row_sums)
         lowest.append(low)
-        fisher, hessian = problem.fisher(), problem.hessian()
+        fisher, exactly = problem.fisher(), problem.hessian()
         for name, value in sampled.items():
             found.setdefault(f"E {name} = D'FD", []).append((value, fisher))
-        found.setdefault("E (b) signed Hessian = d'Hd", []).append((signed, hessian.diagonal()))
-        found.setdefault("(c) exact Hessian = D'HD", []).append((exact, hessian))
+        found.setdefault("E (b) signed Hessian = d'Hd", []).append((signed, exactly.diagonal()))
+        found.setdefault("(c) exact Hessian = D'HD", []).append((exact, exactly))
     inequalities: list[Inequality] = []
     for name, pairs in found.items():
         values, expected = zip(*pairs, strict=True)

@@ -31,12 +31,12 @@ from ..preconditioners.pairs import DoubleDamping
 from ..preconditioners.skipping import TwoSidedCurvatureTest
 from .instances import NEWEST, Draws, eigenvalues, network
 from .limited_memory import limited_memory_bounds
-from .measured import flat_parameters, of_parameters
+from .measured import flat_parameters, hessian, of_parameters
 from .theorem import Curve, Evidence, Inequality, Plot, Setting, Theorem, worst
 
 __all__ = ["THEOREMS"]
 
-_STEPS, _RUNS, _SAMPLES = 100, 2, 12
+_STEPS, _RUNS, _SAMPLES = 80, 2, 12
 _LAMBDA, _MU3, _MEMORY = 0.25, 0.5, 1
 _NOISE = 0.05
 """Standard deviation of the noise on every entry of the gradient."""
@@ -63,7 +63,7 @@ class _Problem:
 
     def hessian_norm(self, flat: Tensor) -> Tensor:
         """Spectral norm of the Hessian at given parameters."""
-        dense = torch.func.hessian(of_parameters(self.model, self.loss, self.inputs))(flat)
+        dense = hessian(of_parameters(self.model, self.loss, self.inputs))(flat)
         return eigenvalues(dense).abs().amax()
 
     def lipschitz(self, draws: Draws) -> float:
