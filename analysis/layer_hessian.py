@@ -41,6 +41,11 @@ def _blocks(model: nn.Sequential, inputs: Tensor, loss: Callable[[Tensor], Tenso
     return blocks
 
 
+def _tail(rest: nn.Sequential, loss: Callable[[Tensor], Tensor], preactivation: Tensor) -> Tensor:
+    """The loss as a function of one pre-activation."""
+    return loss(rest(preactivation))
+
+
 def _kronecker(model: nn.Sequential, inputs: Tensor, loss: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """mean(a a') kron mean(d2 loss / dh2) over (weight row by row, then bias)."""
     found = []
@@ -52,7 +57,7 @@ def _kronecker(model: nn.Sequential, inputs: Tensor, loss: Callable[[Tensor], Te
             value = model[:index](inputs)
             preactivation = module(value)
         extended = torch.cat([value, torch.ones_like(value[:, :1])], 1)
-        outer = torch.func.vmap(hessian(lambda h, rest=rest: loss(rest(h))))(preactivation).mean(0)
+        outer = torch.vmap(hessian(partial(_tail, rest, loss)))(preactivation).mean(0)
         dense = torch.kron(outer.contiguous(), extended.T @ extended / len(extended))
         places = torch.arange(dense.shape[0]).reshape(module.out_features, -1)
         order = torch.cat([places[:, :-1].flatten(), places[:, -1]]).to(dense.device)
