@@ -52,7 +52,7 @@ def _kronecker(model: nn.Sequential, inputs: Tensor, loss: Callable[[Tensor], Te
     for index, module in enumerate(model):
         if not isinstance(module, nn.Linear):
             continue
-        rest = model[index + 1 :]
+        rest = nn.Sequential(*list(model)[index + 1 :])
         with torch.no_grad():
             value = model[:index](inputs)
             preactivation = module(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 
 from matplotlib import mathtext
@@ -21,6 +22,14 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _DASHES = {"measured": "-", "bound": "--", "control": ":"}
 _COLUMNS = 2
 _LEGEND_LIMIT = 14
+
+_SYNONYMS = (
+    (r"\\le(?![a-zA-Z])", r"\\leq"),
+    (r"\\ge(?![a-zA-Z])", r"\\geq"),
+    (r"\\iff(?![a-zA-Z])", r"\\Leftrightarrow"),
+    (r"\\(textstyle|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
+)
+"""Patterns of LaTeX that mathtext lacks, and what it has instead."""
 
 
 def plots_figure(plots: Sequence[Plot]) -> Figure:
@@ -109,6 +118,8 @@ def equation_svg(equation: str) -> str | None:
         equation: LaTeX without dollars.
     """
     buffer = io.BytesIO()
+    for pattern, replacement in _SYNONYMS:
+        equation = re.sub(pattern, replacement, equation)
     try:
         mathtext.math_to_image(f"${equation}$", buffer, prop=FontProperties(size=13), format="svg")
     except ValueError:

@@ -172,6 +172,12 @@ def test_every_equation_of_the_catalogue_can_be_set() -> None:
             assert equation_svg(piece) is not None, f"{theorem.name}: {piece}"
 
 
+def test_latex_that_mathtext_lacks_is_said_otherwise() -> None:
+    assert equation_svg(r"\|e\|^2 \le \Big(1 - \textstyle\sum_l \kappa_l\Big) \iff \eta \ge \lambda_{\min}") is not None
+    assert equation_svg(r"\nosuchthing") is None
+    assert equation_pieces(r"a \leq b, \quad c\; d") == [r"a \leq b", "c", "d"]
+
+
 def test_maps_and_single_points_are_drawn() -> None:
     grid = Plot(
         "map", "x", "y", grid=[[1.0, math.nan], [2.0, 3000.0]], grid_x=(1.0, 2.0), grid_y=(1.0, 10.0), x_log=True
