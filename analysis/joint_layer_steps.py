@@ -7,7 +7,7 @@ import torch
 from ..stepsize.protocol import StepSize
 from ..stepsize.signs import Clipped, Safeguarded, Unrestricted
 from .layer_problems import STEPS, VANISHED, error_ratios, joint_rule, layerwise_rule, random_problems, run_rule
-from .theorem import Curve, Evidence, Inequality, Plot, Setting, Theorem, worst
+from .theorem import Control, Curve, Evidence, Inequality, Plot, Setting, Theorem, worst
 
 __all__ = ["THEOREMS"]
 
@@ -80,13 +80,12 @@ def _joint_plot(setting: Setting) -> Plot:
 
 def _control_t18(setting: Setting) -> Evidence:
     ratios, _ = _joint_rates(setting, layerwise_rule(0.0))
-    clipped, _ = _joint_rates(setting, joint_rule(Clipped()))
-    return Evidence(
-        (
-            worst("per-layer steps, eta = 1: |e+|^2 / |e|^2 <= 1", ratios, 1.0),
-            worst("joint steps clipped at zero: |e+|^2 / |e|^2 <= 1", clipped, 1.0),
-        )
-    )
+    return Evidence((worst("per-layer steps, eta = 1: |e+|^2 / |e|^2 <= 1", ratios, 1.0),))
+
+
+def _control_clipped(setting: Setting) -> Evidence:
+    ratios, _ = _joint_rates(setting, joint_rule(Clipped()))
+    return Evidence((worst("joint steps clipped at zero: |e+|^2 / |e|^2 <= 1", ratios, 1.0),))
 
 
 THEOREMS: tuple[Theorem, ...] = (
@@ -98,6 +97,7 @@ THEOREMS: tuple[Theorem, ...] = (
         "ours, docs/PAPERS.md section 7.2",
         _check_t18,
         _control_t18,
-        "each layer by itself with eta = 1; joint steps with negative ones clipped",
+        "each layer by itself with eta = 1",
+        (Control("joint steps, negative ones clipped at zero (the default)", _control_clipped),),
     ),
 )

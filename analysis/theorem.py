@@ -17,7 +17,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Curve", "Evidence", "Inequality", "Plot", "Setting", "Theorem", "Verdict", "verify", "worst"]
+from ..errors import ArgumentError, require_positive_integer
+
+__all__ = [
+    "Control",
+    "Curve",
+    "Evidence",
+    "Inequality",
+    "Plot",
+    "Setting",
+    "Theorem",
+    "Verdict",
+    "agreement",
+    "verify",
+    "worst",
+]
 
 Direction = Literal["<=", ">="]
 Status = Literal["held", "violated", "assumption not met"]
@@ -36,6 +50,12 @@ class Setting:
     seed: int = 0
     device: str = "cpu"
     widths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ArgumentError(f"seed must be an integer >= 0, got {self.seed!r}")
+        for width in self.widths:
+            require_positive_integer("widths: every width", width)
 
     def generator(self, stream: int = 0) -> torch.Generator:
         """A generator of its own for every ``stream``, on the CPU, so that all devices see the same numbers."""
@@ -65,23 +85,29 @@ class Inequality:
     @property
     def margin(self) -> float:
         """Distance to the bound on the good side, relative to the bound (absolute if the bound is zero)."""
+        if math.isnan(self.measured) or math.isnan(self.bound):
+            return -math.inf
+        if math.isinf(self.bound):
+            return (
+                math.inf if math.isfinite(self.measured) and (self.bound > 0) == (self.direction == "<=") else -math.inf
+            )
         slack = self.bound - self.measured if self.direction == "<=" else self.measured - self.bound
         return slack / abs(self.bound) if self.bound else slack
 
     @property
     def holds(self) -> bool:
         """Whether it holds up to rounding; a number that is not finite on the left never does."""
-        return math.isfinite(self.measured) and (self.margin >= -self.tolerance or self.bound == math.inf)
+        return math.isfinite(self.measured) and self.margin >= -self.tolerance
 
 
 def worst(
     name: str,
-    measured: Tensor | Sequence[float],
+    measured: Tensor | Sequence[float] | float,
     bound: Tensor | Sequence[float] | float,
     direction: Direction = "<=",
     tolerance: float = 1e-9,
 ) -> Inequality:
-    """The instance with the smallest margin; one that is not finite comes first.
+    """The instance with the smallest margin; one that is not a number comes first.
 
     Args:
         name: of the inequality.
@@ -89,14 +115,37 @@ def worst(
         bound: right sides, of the same shape or one for all.
         direction: of the inequality.
         tolerance: as in :class:`Inequality`.
+
+    Raises:
+        ArgumentError: if there is no instance.
     """
     left = torch.as_tensor(measured, dtype=torch.float64).detach().cpu().flatten()
-    right = torch.as_tensor(bound, dtype=torch.float64).detach().cpu().expand(left.shape).flatten()
-    entries = [
-        Inequality(name, a, b, direction, len(left), tolerance)
-        for a, b in zip(left.tolist(), right.tolist(), strict=True)
-    ]
-    return min(entries, key=lambda entry: entry.margin if math.isfinite(entry.measured) else -math.inf)
+    if not len(left):
+        raise ArgumentError(f"{name}: no instance was tried; a claim about nothing is not checked")
+    right = torch.as_tensor(bound, dtype=torch.float64).detach().cpu()
+    right = right.expand(left.shape) if right.ndim == 0 else right.flatten()
+    slack = right - left if direction == "<=" else left - right
+    margin = torch.where(right == 0, slack, slack / right.abs())
+    margin = torch.where(right.isinf() & left.isfinite(), slack, margin)
+    margin = torch.where(left.isfinite() & ~margin.isnan(), margin, torch.full_like(margin, -math.inf))
+    index = int(margin.argmin())
+    return Inequality(name, float(left[index]), float(right[index]), direction, len(left), tolerance)
+
+
+def agreement(name: str, found: Tensor, expected: Tensor, tolerance: float) -> Inequality:
+    """Largest difference relative to the largest expected entry, one instance per slice of the first axis.
+
+    Args:
+        name: what agrees with what.
+        found: (instances, ...), from the part under test.
+        expected: the same shape, from an independent formula.
+        tolerance: bound on the relative difference, > 0.
+    """
+    if found.shape != expected.shape:
+        return Inequality(f"{name}: shapes {tuple(found.shape)}, {tuple(expected.shape)}", math.inf, tolerance)
+    difference = (found - expected).flatten(1).abs().amax(1)
+    scale = expected.flatten(1).abs().amax(1).clamp(min=torch.finfo(expected.dtype).tiny)
+    return worst(name, difference / scale, tolerance)
 
 
 @dataclass(frozen=True)
@@ -148,9 +197,22 @@ class Evidence:
         return "held" if all(entry.holds for entry in self.inequalities) else "violated"
 
     @property
+    def refuted(self) -> bool:
+        """Whether an inequality of the claim fails, assumptions apart: breaking those can be a control's very point."""
+        return not all(entry.holds for entry in self.inequalities)
+
+    @property
     def closest(self) -> Inequality:
-        """The inequality with the smallest margin."""
-        return min(self.inequalities, key=lambda entry: entry.margin)
+        """The inequality with the smallest margin; one that fails before any that holds."""
+        return min(self.inequalities, key=lambda entry: (entry.holds, entry.margin))
+
+
+@dataclass(frozen=True)
+class Control:
+    """A further negative control: what it does wrong, and the same check with that."""
+
+    claim: str
+    check: Callable[[Setting], Evidence]
 
 
 @dataclass(frozen=True)
@@ -160,11 +222,12 @@ class Theorem:
     Attributes:
         name: e.g. ``"T11"``.
         claim: one sentence.
-        equation: the inequality, in LaTeX.
+        equation: the inequality, in LaTeX (what matplotlib's mathtext can set).
         source: paper, version and section, or "ours" with the section of docs/PAPERS.md.
         check: computes the evidence.
         control: the same check where the claim must fail.
         control_claim: what the control does wrong.
+        further: more negative controls; every one must fail.
     """
 
     name: str
@@ -174,16 +237,31 @@ class Theorem:
     check: Callable[[Setting], Evidence]
     control: Callable[[Setting], Evidence]
     control_claim: str
+    further: tuple[Control, ...] = ()
+
+    @property
+    def controls(self) -> tuple[Control, ...]:
+        """All negative controls."""
+        return (Control(self.control_claim, self.control), *self.further)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A theorem, what its check and its control found, and the seconds both took."""
+    """A theorem, what its check and its controls found, and the seconds all took.
+
+    Attributes:
+        theorem: the claim.
+        evidence: of its check.
+        control: of its first control.
+        seconds: all together.
+        further: of its further controls, in their order.
+    """
 
     theorem: Theorem
     evidence: Evidence
     control: Evidence
     seconds: float
+    further: tuple[Evidence, ...] = ()
 
     @property
     def status(self) -> Status:
@@ -191,9 +269,14 @@ class Verdict:
         return self.evidence.status
 
     @property
+    def controls(self) -> tuple[Evidence, ...]:
+        """Of all controls, in the order of :attr:`Theorem.controls`."""
+        return (self.control, *self.further)
+
+    @property
     def control_fails(self) -> bool:
-        """Whether the negative control fails, as it must: an inequality is violated."""
-        return self.control.status == "violated"
+        """Whether every negative control fails, as it must: an inequality of the claim is false there."""
+        return all(evidence.refuted for evidence in self.controls)
 
     @property
     def ok(self) -> bool:
@@ -202,7 +285,7 @@ class Verdict:
 
 
 def verify(theorem: Theorem, setting: Setting) -> Verdict:
-    """Run a theorem's check and its control in double precision."""
+    """Run a theorem's check and its controls in double precision."""
     start = time.perf_counter()
-    evidence, control = theorem.check(setting), theorem.control(setting)
-    return Verdict(theorem, evidence, control, time.perf_counter() - start)
+    evidence, *controls = [check(setting) for check in (theorem.check, *(entry.check for entry in theorem.controls))]
+    return Verdict(theorem, evidence, controls[0], time.perf_counter() - start, tuple(controls[1:]))
