@@ -32,6 +32,8 @@ _T11_GRID = (1e-5, 1.0, 21)
 _T11_STEPS = 40
 _VANISHED = 1e-20
 """|e|^2 below which e+ - (I - eta K) e is rounding."""
+_CUT = 0.05
+"""Where a logarithmic axis of contractions ends: growth has none."""
 
 
 def _sweep(setting: Setting, width: int) -> tuple[list[float], list[Run]]:
@@ -44,22 +46,38 @@ def _interval(grid: Sequence[float], runs: Sequence[Run]) -> tuple[float, float]
     return certified_interval(grid, [done.certified for done in runs])
 
 
-def _interval_plot(width: int, grid: list[float], runs: list[Run]) -> Plot:
+def _interval_plots(width: int, grid: list[float], runs: list[Run]) -> tuple[Plot, Plot]:
+    """Measured against certified contraction, and the two conditions that make the ends of the interval."""
     low, high = _interval(grid, runs)
-    inside = [(damping, done) for damping, done in zip(grid, runs, strict=True) if low <= damping <= high]
-    return Plot(
-        f"T11: width {width}, certified for lambda in [{low:.2g}, {high:.2g}]",
+    root = 1.0 + math.sqrt(1.0 - _ETA)
+    lower = [min(entry.kappa_min - entry.stability for entry in done.records) * root for done in runs]
+    upper = [max(entry.kappa_max + entry.stability for entry in done.records) * _ETA / root for done in runs]
+    line = Curve("certified rate 1 - eta", grid, [1.0] * len(grid), "bound")
+    contraction = Plot(
+        f"T11: width {width}, eta = {_ETA:g}, certified for lambda in [{low:.2g}, {high:.2g}]",
         "damping lambda",
-        f"worst |e+|^2 / |e|^2 of {_T11_STEPS} steps",
+        "smallest (1 - |e+|^2 / |e|^2) / eta",
         (
-            Curve("measured", grid, [done.worst_ratio for done in runs]),
-            Curve("certified rate 1 - eta", grid, [1.0 - _ETA] * len(grid), "bound"),
-            Curve("bound from kappa and C'", grid, [_worst_bound(done) for done in runs], "bound"),
-            Curve("certified", [entry[0] for entry in inside], [entry[1].worst_ratio for entry in inside], "measured"),
+            Curve("measured", grid, [max(_CUT, (1.0 - done.worst_ratio) / _ETA) for done in runs]),
+            Curve("from kappa and C'", grid, [max(_CUT, (1.0 - _worst_bound(done)) / _ETA) for done in runs], "bound"),
+            line,
         ),
         x_log=True,
         y_log=True,
     )
+    conditions = Plot(
+        f"T11: width {width}, conditions (first above 1, second below)",
+        "damping lambda",
+        f"worst of {_T11_STEPS} steps",
+        (
+            Curve("(kappa_min - C') (1 + sqrt(1 - eta))", grid, [max(_CUT, value) for value in lower]),
+            Curve("(kappa_max + C') eta / (1 + sqrt(1 - eta))", grid, [max(_CUT, value) for value in upper]),
+            Curve("1", grid, [1.0] * len(grid), "bound"),
+        ),
+        x_log=True,
+        y_log=True,
+    )
+    return contraction, conditions
 
 
 def _worst_bound(done: Run) -> float:
@@ -111,7 +129,7 @@ def _width_evidence(setting: Setting, width: int) -> Evidence:
         (Inequality(name + "smallest eigenvalue of J J' > 0 (full row rank)", rank, 1e-12, ">="),),
         {f"lambda_low ({width})": low, f"lambda_up ({width})": high}
         | _constants(width, [done for done in runs if done.certified]),
-        (_interval_plot(width, grid, runs),),
+        _interval_plots(width, grid, runs),
     )
 
 

@@ -70,7 +70,7 @@ def test_widths_of_the_setting_are_used(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(mini_block_convergence, "_T11_GRID", (1e-3, 1.0, 4))
     evidence = mini_block_convergence.THEOREMS[0].check(Setting(widths=(64, 100)))
     assert {"lambda_low (64)", "lambda_up (100)"} <= set(evidence.constants)
-    assert len(evidence.plots) == 2
+    assert len(evidence.plots) == 4
 
 
 def test_layer_problems_follow_the_formula() -> None:
