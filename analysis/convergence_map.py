@@ -117,7 +117,7 @@ class Surroundings:
     """
 
     device: str = "cpu"
-    memory_bytes: int = 2**28
+    memory_bytes: int = 2**24
 
     def space(self, key: CellKey) -> FunctionSpace:
         """The problem of a cell."""

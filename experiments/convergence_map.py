@@ -51,8 +51,8 @@ class ConvergenceMap:
     """Seed of data and weights."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
-    memory_gib: float = 0.25
-    """Room for the tensors of one chunk of neurons, in GiB."""
+    memory_gib: float = 0.016
+    """Room for the tensors of one chunk of neurons, in GiB; more pays on a GPU."""
     out: Path = Path("runs") / "convergence-map"
     """Folder to write, and to continue."""
     threads: int | None = None
