@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def belongs(value: object) -> bool:
     """Whether torch or osculate made it; what the test runner's own threads make does not count."""
     module = getattr(value if type(value).__name__ == "function" else type(value), "__module__", "")
-    return isinstance(module, str) and module.startswith(("torch", "osculate", "weakref"))
+    return isinstance(module, str) and module.startswith(("torch", "osculate"))
 
 
 def live() -> tuple[int, int]:
