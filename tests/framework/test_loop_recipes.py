@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -18,6 +19,12 @@ FOREIGN = Path(__file__).resolve().parent.parent / "foreign_loops.py"
 def fits(package: str) -> bool:
     """Whether a package can be imported, in a process of its own."""
     return subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True, check=False).returncode == 0
+
+
+def require(package: str) -> None:
+    """Skip where it is not installed; it is not imported here, since that changes global state."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
 
 
 def run(words: list[str], hide_torchvision: bool = False) -> str:
@@ -42,7 +49,7 @@ def test_recipes_that_need_only_torch_run() -> None:
 
 @pytest.mark.parametrize("package", ["lightning", "accelerate"])
 def test_recipes_for_other_peoples_loops_run(package: str, tmp_path: Path) -> None:
-    pytest.importorskip(package)
+    require(package)
     (code,) = [code for _, code in BLOCKS if f"import {package}" in code or f"from {package}" in code]
     file = tmp_path / "recipe.py"
     file.write_text(code)
@@ -52,5 +59,5 @@ def test_recipes_for_other_peoples_loops_run(package: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("package", ["lightning", "accelerate"])
 def test_a_foreign_loop_is_the_plain_loop(package: str, tmp_path: Path) -> None:
     """Every method, bit for bit, against the same batches in a plain loop."""
-    pytest.importorskip(package)
+    require(package)
     assert "equal" in run([sys.executable, str(FOREIGN), package, str(tmp_path)], hide_torchvision=True)
