@@ -38,13 +38,13 @@ __all__ = [
     "UnknownNameError",
 ]
 
-_LAZY = ("contracts", "strategies")
+_LAZY = {"contracts": ".framework.contracts", "strategies": ".framework.strategies", "analysis": ".analysis"}
 
 
 def __getattr__(name: str) -> _Any:
-    """``osculate.contracts`` and ``osculate.strategies`` (which needs hypothesis) are imported when first asked for."""
+    """``contracts``, ``strategies`` (which needs hypothesis) and ``analysis`` are imported when first asked for."""
     if name in _LAZY:
-        return _importlib.import_module(f".framework.{name}", __name__)
+        return _importlib.import_module(_LAZY[name], __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

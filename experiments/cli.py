@@ -15,6 +15,8 @@ from ..errors import OsculateError
 from .catalogue import Bench, Methods, Problems
 from .certify import Certify
 from .commands import Compare, Replay, Train
+from .convergence_map import ConvergenceMap
+from .verify import Verify
 
 __all__ = ["execute", "main"]
 
@@ -26,6 +28,8 @@ Command = (
     | Annotated[Problems, tyro.conf.subcommand("problems")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Certify, tyro.conf.subcommand("certify")]
+    | Annotated[ConvergenceMap, tyro.conf.subcommand("convergence-map")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
 )
 
 DESCRIPTION = """Second-order optimizers for deep networks, composed from small parts.

@@ -9,10 +9,12 @@ from .kl_clip import KLClip
 from .layerwise import LayerwiseQuadratic, LeadingSlope, MomentumSlope, RowSums, Separate
 from .protocol import StepEvidence, StepSize
 from .self_concordant import SelfConcordant
+from .signs import Clipped, Safeguarded, Unrestricted
 
 __all__ = [
     "Armijo",
     "Backtrack",
+    "Clipped",
     "ConstantStep",
     "GlobalQuadratic",
     "Guard",
@@ -25,9 +27,11 @@ __all__ = [
     "Nonmonotone",
     "RelativeBound",
     "RowSums",
+    "Safeguarded",
     "SelfConcordant",
     "Separate",
     "StepEvidence",
     "StepSize",
     "Trial",
+    "Unrestricted",
 ]

@@ -12,6 +12,7 @@ from ..curvature.statistics import Needs
 from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
 from .averages import AveragedForms
 from .protocol import StepEvidence
+from .signs import Clipped, SignRule
 
 __all__ = ["JointLayerwise"]
 
@@ -22,11 +23,12 @@ class JointLayerwise:
 
     With directions normalised, u_l = d_l / |d_l|, and M the averaged curvature between layers along them,
 
-        (M + lambda I + rho diag(M)) beta = r,    r_l = <momentum_l, u_l>,    alpha_l = lr max(0, beta_l) / |d_l|.
+        (M + lambda I + rho diag(M)) beta = r,    r_l = <momentum_l, u_l>,    alpha_l = lr beta_l / |d_l|.
 
     Minimises the quadratic model over all layers' steps together; a rule that treats layers one by one needs a factor
     1/L to be safe (PAPERS 3.5), this one does not: for a model linear in theta with full-batch Gauss-Newton curvature
-    the error never increases.
+    and lambda = rho = 0 the error never increases (T18). That holds while no beta_l is negative, and with
+    ``Unrestricted()`` or ``Safeguarded()`` always; the default clips at zero and promises nothing.
 
     Args:
         curvature: estimator of M.
@@ -34,6 +36,7 @@ class JointLayerwise:
         decay: of the average of M, in [0, 1).
         ridge: lambda >= 0, absolute.
         relative_ridge: rho >= 0, relative to the diagonal.
+        sign: what becomes of negative steps.
     """
 
     curvature: QuadraticForm = field(default_factory=SampledScores)
@@ -41,6 +44,7 @@ class JointLayerwise:
     decay: float = 0.8
     ridge: float = 0.0
     relative_ridge: float = 0.1
+    sign: SignRule = field(default_factory=Clipped)
     length_free = True
 
     def __post_init__(self) -> None:
@@ -48,6 +52,11 @@ class JointLayerwise:
         require_interval("decay", self.decay, 0.0, 1.0)
         require_finite_nonnegative("ridge", self.ridge)
         require_finite_nonnegative("relative_ridge", self.relative_ridge)
+
+    @property
+    def signed(self) -> bool:
+        """Whether a layer may go against its direction."""
+        return getattr(self.sign, "signed", False)
 
     @property
     def needs(self) -> Needs:
@@ -70,8 +79,9 @@ class JointLayerwise:
         if evidence.forms is not None:
             state.take_forms(evidence.forms / torch.outer(norms, norms), self.decay)
         matrix = state.forms + torch.diag(self.relative_ridge * state.forms.diagonal() + self.ridge)
-        solution = solve_semidefinite(matrix, evidence.slopes / norms)
-        return evidence.lr * solution.clamp(min=0.0) / norms
+        slopes = evidence.slopes / norms
+        chosen = self.sign.choose(solve_semidefinite(matrix, slopes), matrix, slopes)
+        return evidence.lr * chosen / norms
 
 
 def solve_semidefinite(matrix: Tensor, right: Tensor) -> Tensor:

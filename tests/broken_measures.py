@@ -213,6 +213,50 @@ class SlopeOrdered(osc.MomentumSlope):
         return momentum * torch.arange(1, len(momentum) + 1).to(momentum)
 
 
+class SignFragile(osc.Safeguarded):
+    """Divides by the curvature of all layers."""
+
+    def choose(self, solution: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
+        total = matrix.diagonal().sum()
+        return super().choose(solution, matrix, right) * (total / total)
+
+
+class SignNegative(osc.Unrestricted):
+    """Does not say that it is signed."""
+
+    signed = False
+
+
+class SignTimid(osc.Safeguarded):
+    """Never dares more than 1/L."""
+
+    def choose(self, solution: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
+        diagonal = matrix.diagonal()
+        return torch.where(diagonal > 0, right / (len(right) * diagonal), torch.zeros_like(right))
+
+
+class SignClipped(osc.Clipped):
+    """Promises what it does not keep."""
+
+    descends = True
+
+
+class SignOrdered(osc.Clipped):
+    """Stops the first layer if another one is negative."""
+
+    def choose(self, solution: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
+        result = super().choose(solution, matrix, right)
+        result[0] *= 1.0 - float((solution < 0).any())
+        return result
+
+
+class SignImpure(osc.Clipped):
+    """Clips what it was given."""
+
+    def choose(self, solution: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
+        return solution.clamp_(min=0.0)
+
+
 MEASURES: dict[str, Any] = {
     "estimator-provides": EstimatorBoasts(),
     "estimator-consistent": EstimatorInconsistent(),
@@ -241,4 +285,10 @@ MEASURES: dict[str, Any] = {
     "coupling-purity": CouplingImpure(),
     "slope-scale": SlopeUnits(),
     "slope-order": SlopeOrdered(),
+    "sign-finite": SignFragile(),
+    "sign-nonnegative": SignNegative(),
+    "sign-minimum": SignTimid(),
+    "sign-descends": SignClipped(),
+    "sign-order": SignOrdered(),
+    "sign-purity": SignImpure(),
 }

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from . import estimators, invariances, likelihoods, matrices, methods, pairs, partitions, rules, steps, structures
+from . import (
+    estimators,
+    invariances,
+    likelihoods,
+    matrices,
+    methods,
+    pairs,
+    partitions,
+    rules,
+    signs,
+    steps,
+    structures,
+)
 from .contract import Contract
 
 __all__ = ["CONTRACTS"]
@@ -16,6 +28,7 @@ CONTRACTS: tuple[Contract, ...] = (
     *rules.CONTRACTS,
     *estimators.CONTRACTS,
     *steps.CONTRACTS,
+    *signs.CONTRACTS,
     *likelihoods.CONTRACTS,
     *methods.CONTRACTS,
 )

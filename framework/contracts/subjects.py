@@ -41,6 +41,7 @@ _VERBS: dict[str, tuple[str, ...]] = {
     "update scale": ("factor",),
     "coupling": ("curvature",),
     "slope": ("value",),
+    "sign": ("choose",),
 }
 
 KINDS: tuple[str, ...] = (*_VERBS, "method")

@@ -1,0 +1,102 @@
+"""Contracts of the rules for negative entries of a joint solution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .contract import Contract, contract, require, require_close, require_equal, require_finite
+
+__all__ = ["CONTRACTS"]
+
+_LAYERS = 3
+
+
+def _system(case: Case, key: int, *, coupled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """beta, M and r with M beta = r > 0; strongly coupled layers have a negative beta."""
+    like = {"dtype": case.dtype, "device": case.device}
+    coupling = torch.tensor([[1.0, 0.95, 0.1], [0.95, 1.0, 0.1], [0.1, 0.1, 1.0]], **like)  # type: ignore[arg-type]
+    scale = case.randn(_LAYERS, key=key).abs() + 0.5
+    matrix = coupling * torch.outer(scale, scale)
+    solution = torch.tensor([2.0, -1.5 if coupled else 1.5, 0.7], **like) / scale  # type: ignore[arg-type]
+    return solution, matrix, matrix @ solution
+
+
+def _value(steps: Tensor, matrix: Tensor, right: Tensor) -> float:
+    return float(0.5 * steps @ matrix @ steps - right @ steps)
+
+
+@contract("sign-finite", "sign", "steps are finite, whatever is zero, and where the matrix has no minimum")
+def sign_finite(rule: Any, case: Case) -> None:
+    """No slope, no curvature, a negative eigenvalue."""
+    solution, matrix, right = _system(case, 1, coupled=True)
+    zero, indefinite = torch.zeros_like(matrix), matrix - 2.0 * torch.diag(matrix.diagonal())
+    for form, slope in ((matrix, torch.zeros_like(right)), (zero, right), (indefinite, right)):
+        require_finite("steps", rule.choose(solution.clone(), form.clone(), slope.clone()))
+
+
+@contract(
+    "sign-nonnegative",
+    "sign",
+    "no step goes against its direction",
+    unless=lambda rule: "declares signed" if getattr(rule, "signed", False) else None,
+)
+def sign_nonnegative(rule: Any, case: Case) -> None:
+    """Where the solution has a negative entry."""
+    least = float(rule.choose(*_system(case, 2, coupled=True)).min())
+    require(least >= 0.0, "smallest step", value=least, bound=0.0)
+
+
+@contract("sign-minimum", "sign", "a solution without negative entries is taken as it is")
+def sign_minimum(rule: Any, case: Case) -> None:
+    """Three systems."""
+    for key in range(3):
+        solution, matrix, right = _system(case, key, coupled=False)
+        require_close("steps", rule.choose(solution.clone(), matrix, right), solution)
+
+
+@contract(
+    "sign-descends",
+    "sign",
+    "the quadratic model falls at least as far as with steps r_l / (L M_ll)",
+    unless=lambda rule: None if getattr(rule, "descends", False) else "does not declare descends",
+)
+def sign_descends(rule: Any, case: Case) -> None:
+    """sum of r_l^2 / (2 L M_ll), also where the solution has a negative entry."""
+    for key in range(3):
+        solution, matrix, right = _system(case, key, coupled=True)
+        found = _value(rule.choose(solution, matrix, right), matrix, right)
+        bound = -float((right.square() / matrix.diagonal()).sum()) / (2 * _LAYERS)
+        require(found <= bound * (1.0 - 1e-9), "change of the model", value=found, bound=bound)
+
+
+@contract("sign-order", "sign", "the order of the layers does not matter")
+def sign_order(rule: Any, case: Case) -> None:
+    """Another order."""
+    solution, matrix, right = _system(case, 4, coupled=True)
+    order = torch.tensor([2, 0, 1], device=case.device)
+    plain = rule.choose(solution.clone(), matrix.clone(), right.clone())
+    require_close("steps", rule.choose(solution[order], matrix[order][:, order], right[order]), plain[order])
+
+
+@contract("sign-purity", "sign", "solution, matrix and slopes stay bitwise as they were")
+def sign_purity(rule: Any, case: Case) -> None:
+    """All three."""
+    given = _system(case, 5, coupled=True)
+    kept = [value.clone() for value in given]
+    rule.choose(*given)
+    for value, copy in zip(given, kept, strict=True):
+        require_equal("solution, matrix or slopes", value, copy)
+
+
+CONTRACTS: tuple[Contract, ...] = (
+    sign_finite,
+    sign_nonnegative,
+    sign_minimum,
+    sign_descends,
+    sign_order,
+    sign_purity,
+)
