@@ -95,7 +95,8 @@ def sampled_backward(
         layers: layers whose parameter gradients are wanted too.
 
     Returns:
-        Per layer of ``layers`` its parameter gradients, summed over samples; zero where the output does not depend.
+        Per layer of ``layers`` its parameter gradients, summed over samples; layers that the output does not depend on
+        are left out.
     """
     trainable = [p for layer in layers for p in layer.parameters.values() if p.requires_grad]
     output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output  # autocast
@@ -110,6 +111,8 @@ def sampled_backward(
     sums: dict[str, ParameterSum] = {}
     for layer in layers:
         found = [(p, next(rest) if p.requires_grad else None) for p in layer.parameters.values()]
+        if all(gradient is None for _, gradient in found):
+            continue  # the layer is not in this graph (e.g. inside a reentrant checkpoint): zeros would be a guess
         values = tuple(torch.zeros_like(p) if gradient is None else gradient for p, gradient in found)
         sums[layer.name] = ParameterSum(pass_index, output.shape[0], values)
     return sums

@@ -109,7 +109,9 @@ def test_a_frozen_parameter_has_no_sampled_gradient() -> None:
     close(statistics["0"].sampled_parameter_gradients[0], expected["0"][0])
 
 
-def test_an_unused_layer_gets_zero_sampled_gradients() -> None:
+def test_an_unused_layer_has_no_sampled_gradients() -> None:
+    """Zeros would be a guess: a layer inside a reentrant checkpoint is not in the graph either, and is used."""
+
     class Unused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -123,4 +125,4 @@ def test_an_unused_layer_gets_zero_sampled_gradients() -> None:
     half_squares(model(torch.randn(5, 4, dtype=torch.float64))).backward()
     statistics = capture.collect()
     assert statistics["used"].sampled_parameter_gradients[0].abs().sum() > 0
-    assert all(not value.any() for value in statistics["idle"].sampled_parameter_gradients)
+    assert "idle" not in statistics

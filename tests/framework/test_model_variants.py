@@ -230,4 +230,7 @@ def _close(found: Any, expected: Any) -> None:
     right = leaves(found)
     for path, value in leaves(expected).items():
         if isinstance(value, Tensor):
-            torch.testing.assert_close(right[path], value, rtol=1e-7, atol=1e-9 * max(1.0, float(value.abs().max())))
+            # eigenvectors of nearly equal eigenvalues turn with the last digits of the matrix
+            loose = 1e4 if "basis" in path or "moments" in path else 1.0
+            scale = loose * max(1.0, float(value.abs().max()))
+            torch.testing.assert_close(right[path], value, rtol=1e-7, atol=1e-9 * scale)
