@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 from ..errors import ArgumentError
 from .problems import Data
 
-__all__ = ["BatchOrder", "data_checksum", "move_data"]
+__all__ = ["BatchOrder", "augmentation_generator", "data_checksum", "move_data"]
 
 _ORDER_STREAM = 0x0D5C_0BA7  # keeps the order of the data apart from the other uses of the same seed
+_AUGMENTATION_STREAM = 0x5EED_0A06
 
 
 class BatchOrder:
@@ -68,9 +70,19 @@ class BatchOrder:
         self._position = 0
 
 
+def augmentation_generator(seed: int, iteration: int) -> torch.Generator:
+    """Return the generator, on the CPU, of the changes of one mini-batch; there is no state to keep between steps.
+
+    Args:
+        seed: of the run.
+        iteration: number >= 0 of the step.
+    """
+    return torch.Generator().manual_seed((seed * 1_000_003 + iteration) ^ _AUGMENTATION_STREAM)
+
+
 def data_checksum(data: Data) -> str:
-    """Return a checksum of the training samples, by which a continued run knows its data again."""
-    parts = (data.train_inputs, data.train_targets)
+    """Return a checksum of the training samples and their context, by which a continued run knows its data again."""
+    parts = (data.train_inputs, data.train_targets, *data.context)
     value = 0
     for part in parts:
         value = zlib.crc32(part.detach().cpu().contiguous().numpy().data, value)
@@ -79,11 +91,13 @@ def data_checksum(data: Data) -> str:
 
 def move_data(data: Data, device: torch.device) -> Data:
     """Return the samples on ``device``; targets that are the inputs themselves stay so, and are moved once."""
-    train_inputs, test_inputs = data.train_inputs.to(device), data.test_inputs.to(device)
-    same_train, same_test = data.train_targets is data.train_inputs, data.test_targets is data.test_inputs
-    return Data(
-        train_inputs=train_inputs,
-        train_targets=train_inputs if same_train else data.train_targets.to(device),
-        test_inputs=test_inputs,
-        test_targets=test_inputs if same_test else data.test_targets.to(device),
-    )
+    moved: dict[int, Tensor] = {}
+
+    def move(value: Tensor) -> Tensor:
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
+
+    parts = {entry.name: getattr(data, entry.name) for entry in fields(data)}
+    tensors: dict[str, Any] = {name: move(value) for name, value in parts.items() if isinstance(value, Tensor)}
+    return replace(data, **tensors, context=tuple(move(value) for value in data.context))

@@ -9,21 +9,19 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ..errors import ArgumentError, UnknownNameError
 from .compose import show_compositions
 from .datafiles import data_folder
 from .environment import choose_device, describe_environment, prepare_process
 from .listing import show_methods, show_parts
-from .problems import PROBLEMS, get_problem
+from .problem_listing import show_problems
+from .problems import get_problem
 from .records import write_json
 from .targets import require_file
 
 __all__ = ["Bench", "Methods", "Problems"]
 
-_SMALL = "'osculate train --problem NAME'; all take --problem-option size=small, less data and a narrower network"
 Names = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")]
 
 
@@ -52,15 +50,14 @@ class Methods:
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """List the problems."""
+    """List the problems, or show one in full: data, licence, citation, batch, target, options, recommended numbers."""
+
+    names: Names = ()
+    """Names to show in full, or pieces of names to list. Default: all."""
 
     def run(self, console: Console) -> int:
-        """Print the table."""
-        table = Table("problem", "summary", "likelihood", "batch", title="problems", caption=_SMALL)
-        for name in PROBLEMS:
-            problem = get_problem(name)
-            table.add_row(f"[bold]{name}", escape(problem.summary), problem.likelihood, str(problem.batch_size))
-        console.print(table)
+        """Print the table or the pages."""
+        show_problems(console, self.names)
         return 0
 
 

@@ -73,6 +73,20 @@ class RunConfig:
         if not 0 <= self.seed <= _LARGEST_SEED:
             raise ArgumentError(f"seed must be >= 0 and at most {_LARGEST_SEED}, got {self.seed}")
 
+    def suited_to(self, settings: Mapping[str, Mapping[str, float]]) -> RunConfig:
+        """Return the configuration with a problem's own numbers for this method, where the run gives none.
+
+        Args:
+            settings: per method some of lr, damping and weight_decay.
+        """
+        suited = settings.get(self.method, {})
+        left_open: dict[str, Any] = {
+            name: value
+            for name, value in suited.items()
+            if getattr(self, name) is None and name not in self.method_options
+        }
+        return dataclasses.replace(self, **left_open)
+
     def method_arguments(self) -> dict[str, Any]:
         """Return the keywords for ``osculate.build``, without those left to the method's defaults.
 

@@ -20,7 +20,7 @@ _CHUNK = 2000
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss over a data set, and the share of right classes where there are classes."""
+    """Mean loss over a data set, and the share of right classes (for sequences, of all tokens) where there are any."""
 
     loss: float
     accuracy: float | None
@@ -42,6 +42,9 @@ class Metrics:
         iterations: optimizer steps so far.
         gradient_evaluations: forward-backward passes so far, a method's own included.
         peak_memory_bytes: see ``environment.peak_memory_bytes``.
+        valid_loss: mean loss over the validation samples, no penalty; None where nothing is held out.
+        valid_accuracy: share of validation samples classified rightly; None without classes or validation samples.
+        suboptimality: training loss less the least possible one, penalty left out; None where that is unknown.
         events: what the method counted since the line before, such as rejected pairs; only counts above 0.
     """
 
@@ -55,10 +58,13 @@ class Metrics:
     iterations: int
     gradient_evaluations: int
     peak_memory_bytes: int
+    valid_loss: float | None = None
+    valid_accuracy: float | None = None
+    suboptimality: float | None = None
     events: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values; ``test_accuracy`` and ``events`` only where there are any."""
+        """Return plain values; accuracies, validation, suboptimality and ``events`` only where there are any."""
         plain = asdict(self)
         return {name: value for name, value in plain.items() if value is not None and value != {}}
 
@@ -86,8 +92,8 @@ def score(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -
             output = model(part_inputs)
             total += problem.loss(output, part_targets).double() * len(part_inputs)
             if problem.classes is not None:
-                right += (output.argmax(dim=1) == part_targets).sum()
-    accuracy = float(right) / len(inputs) if problem.classes is not None else None
+                right += (output.argmax(dim=-1) == part_targets).sum()
+    accuracy = float(right) / targets.numel() if problem.classes is not None else None
     return Score(float(total) / len(inputs), accuracy)
 
 

@@ -15,7 +15,7 @@ from ..errors import UnknownNameError
 from ..framework.parts import label
 from .docstrings import Argument, Description, describe
 
-__all__ = ["exported_name", "show_methods", "show_parts"]
+__all__ = ["exported_name", "options_table", "pairs_table", "show_methods", "show_parts"]
 
 _NUMBERS = {
     "lr": "learning rate; where the method chooses its steps itself, a factor on them",
@@ -166,21 +166,28 @@ def _page(
     shown: list[RenderableType] = [f"[bold]{escape(name)}[/]  {escape(described.summary)}", ""]
     for text in (described.body, described.rest):
         shown += [escape(text), ""] if text else []
-    shown += [_pairs(facts), ""]
+    shown += [pairs_table(facts), ""]
+    options = options_table(arguments)
+    if options.row_count:
+        shown += [options, ""]
+    if further is not None:
+        shown += [f"[italic]{further[0]}", pairs_table(further[1]), ""]
+    return Group(*shown)
+
+
+def options_table(arguments: Iterable[Argument]) -> Table:
+    """Return a table of keywords with their defaults and meanings."""
     options = Table(title="options", title_justify="left")
     options.add_column("name", no_wrap=True, style="bold")
     options.add_column("default", overflow="fold", max_width=24)
     options.add_column("meaning", overflow="fold")
     for entry in arguments:
         options.add_row(escape(entry.name), escape(entry.default), escape(entry.meaning))
-    if options.row_count:
-        shown += [options, ""]
-    if further is not None:
-        shown += [f"[italic]{further[0]}", _pairs(further[1]), ""]
-    return Group(*shown)
+    return options
 
 
-def _pairs(rows: Mapping[str, Any]) -> Table:
+def pairs_table(rows: Mapping[str, Any]) -> Table:
+    """Return names with their values, without lines."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")

@@ -64,10 +64,10 @@ def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str
 
     Args:
         config: as asked for.
-        run: as prepared from it.
+        run: as prepared from it, with the problem's own numbers where the configuration left them open.
         checksum: of its data, see ``data_checksum``.
     """
-    entry = registry.methods()[config.method]
+    entry, config = registry.methods()[config.method], run.config
     defaults: dict[str, Any] = entry.defaults | entry.options
     given = config.method_arguments()
     numbers = {name: given.get(name, defaults.get(name)) for name in ("lr", "damping", "weight_decay")}
@@ -85,6 +85,7 @@ def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str
             "training_samples": run.order.samples,
             "data_checksum": checksum,
         }
+        | ({} if run.data.test_set == "test set" else {"test_set": run.data.test_set})
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from .. import build
 from ..errors import NumericalError
@@ -67,19 +67,28 @@ def prepare(config: RunConfig, problem: Problem, data: Data) -> TrainingRun:
     """Build model and optimizer, and move everything to the device.
 
     Args:
-        config: what is run.
+        config: what is run; numbers it leaves open are the problem's for this method, else the method's defaults.
         problem: the problem that ``config`` names.
         data: its data.
 
     Raises:
         ArgumentError: a number is out of range, the method is unknown, or there is no such device.
     """
-    device = choose_device(config.device)
-    model = problem.build_model(config.seed).to(device)
+    device, config = choose_device(config.device), config.suited_to(problem.settings)
+    data = move_data(data, device)
+    model: Any = problem.build_model(config.seed).to(device)
+    if data.context:
+        model.set_context(*data.context)
+    groups = [{"params": list(problem.undecayed), "weight_decay": 0.0}] if problem.undecayed else None
     optimizer = build(
-        config.method, model, likelihood=problem.likelihood, seed=config.seed, **config.method_arguments()
+        config.method,
+        model,
+        likelihood=problem.likelihood,
+        seed=config.seed,
+        groups=groups,
+        **config.method_arguments(),
     )
-    return TrainingRun(config, problem, move_data(data, device), model, optimizer)
+    return TrainingRun(config, problem, data, model, optimizer)
 
 
 def measure(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..framework.optimizer import SecondOrder
 from ..framework.report import StepReport
-from .batches import BatchOrder
+from .batches import BatchOrder, augmentation_generator
 from .config import RunConfig, WarmStart
 from .environment import peak_memory_bytes, reset_peak_memory
-from .evaluation import Metrics, score
+from .evaluation import Metrics, Score, score
 from .problems import Data, Problem
 
 __all__ = ["Stopwatch", "TrainingRun"]
@@ -76,12 +76,14 @@ class TrainingRun:
         self.model = model
         self.optimizer = optimizer
         self.device = data.train_inputs.device
-        self.order = BatchOrder(len(data.train_inputs), config.batch_size or problem.batch_size, config.seed)
+        samples = len(data.train_inputs)
+        self.order = BatchOrder(samples, config.batch_size or problem.batch_size or samples, config.seed)
         self.clock = Stopwatch(self.device)
         self.iterations = 0
         self.warm_start_seconds = 0.0
         self.warm_start_batches = 0
         self.last_loss: Tensor | None = None
+        self._optimum = None if problem.optimum is None else problem.optimum(data)
         self._events: dict[str, Tensor | int] = {}
         torch.manual_seed(config.seed)
         reset_peak_memory(self.device)
@@ -125,6 +127,9 @@ class TrainingRun:
         inputs = self.data.train_inputs[index]
         same = self.data.train_targets is self.data.train_inputs
         targets = inputs if same else self.data.train_targets[index]
+        if self.problem.augmentation is not None:
+            generator = augmentation_generator(self.config.seed, self.iterations)
+            inputs = self.problem.augmentation(inputs, generator)
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
@@ -143,6 +148,7 @@ class TrainingRun:
         data, penalty = self.data, float(self.optimizer.penalty())
         train = score(self.model, self.problem, data.train_inputs, data.train_targets)
         test = score(self.model, self.problem, data.test_inputs, data.test_targets)
+        valid = self._valid_score()
         events = {name: int(count) for name, count in sorted(self._events.items()) if int(count)}
         self._events.clear()
         return Metrics(
@@ -156,8 +162,15 @@ class TrainingRun:
             iterations=self.iterations,
             gradient_evaluations=int(self.optimizer.gradient_evaluations),
             peak_memory_bytes=peak_memory_bytes(self.device),
+            valid_loss=None if valid is None else valid.loss,
+            valid_accuracy=None if valid is None else valid.accuracy,
+            suboptimality=None if self._optimum is None else train.loss - self._optimum,
             events=events,
         )
+
+    def _valid_score(self) -> Score | None:
+        inputs, targets = self.data.valid_inputs, self.data.valid_targets
+        return None if inputs is None or targets is None else score(self.model, self.problem, inputs, targets)
 
     def _count(self, report: StepReport) -> None:
         """Add up the step's events; tensors stay on the device until the next evaluation."""

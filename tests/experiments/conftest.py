@@ -1,14 +1,15 @@
 """A problem small enough that a whole run takes a moment."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from osculate.experiments import catalogue, commands, comparison, runs
+from osculate.experiments.augmentation import Augmentation
 from osculate.experiments.problems import Data
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,6 +28,10 @@ class TinyProblem:
     samples: int = 70
     break_after: float = math.inf
     calls: int = 0
+    augmentation: Augmentation | None = None
+    undecayed: tuple[str, ...] = ()
+    settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    optimum: Callable[[Data], float] | None = None
 
     def build_model(self, seed: int) -> nn.Module:
         with torch.random.fork_rng():

@@ -1,0 +1,51 @@
+"""The problems by name. Every one takes ``size="full"`` or ``"small"``: less data and a narrower network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from ...errors import UnknownNameError
+from ..datasets import FASHION, MNIST
+from .autoencoders import curves_autoencoder, faces_autoencoder, image_autoencoder
+from .images import fashion_mlp, image_cnn
+from .problem import Data, Problem, Source, Target
+
+__all__ = ["PROBLEMS", "Data", "Problem", "Source", "Target", "get_problem"]
+
+PROBLEMS: Mapping[str, Callable[..., Problem]] = MappingProxyType(
+    {
+        "curves-autoencoder": curves_autoencoder,
+        "mnist-autoencoder": partial(image_autoencoder, "mnist-autoencoder", MNIST),
+        "fashion-autoencoder": partial(image_autoencoder, "fashion-autoencoder", FASHION),
+        "faces-autoencoder": faces_autoencoder,
+        "mnist-cnn": partial(image_cnn, "mnist-cnn", MNIST),
+        "fashion-cnn": partial(image_cnn, "fashion-cnn", FASHION),
+        "fashion-mlp": fashion_mlp,
+    }
+)
+"""Each problem's name and what makes it; the first is the default and needs no files."""
+
+
+def get_problem(name: str, **options: Any) -> Problem:
+    """Return a problem by name; no data are read yet.
+
+    Args:
+        name: a key of ``PROBLEMS``.
+        options: keywords of the problem, ``size`` for all of them.
+
+    Raises:
+        UnknownNameError: there is no problem, option or size of that name; near misses are listed.
+        ArgumentError: an option is out of range.
+    """
+    if name not in PROBLEMS:
+        raise UnknownNameError("problem", name, PROBLEMS)
+    factory = PROBLEMS[name]
+    known = inspect.signature(factory).parameters
+    for option in options:
+        if option not in known:
+            raise UnknownNameError(f"option of problem {name!r}:", option, known)
+    return factory(**options)

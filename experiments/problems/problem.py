@@ -1,0 +1,202 @@
+"""What a problem is: a network, a loss and data under one name, and where the data come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...errors import ArgumentError, UnknownNameError
+from ..augmentation import Augmentation
+
+__all__ = [
+    "Data",
+    "Problem",
+    "Source",
+    "Target",
+    "bernoulli_loss",
+    "categorical_loss",
+    "gaussian_loss",
+    "held_out",
+    "is_small",
+    "require_seed",
+    "token_loss",
+]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training, test and perhaps validation samples; of an autoencoder the targets are the inputs, the same tensors.
+
+    Args:
+        train_inputs: (N, ...) values as float32, pixels or tokens as integers.
+        train_targets: (N, ...) values, or (N,) or (N, T) classes as int64.
+        test_inputs: (M, ...).
+        test_targets: like ``train_targets``.
+        valid_inputs: (K, ...), none of them among the training samples; None where nothing is held out.
+        valid_targets: like ``train_targets``; None where nothing is held out.
+        context: what all samples have in common, such as the features and edges of a graph; given to the model's
+            ``set_context`` before training.
+        test_set: what the test samples are, where they are not the published test set.
+    """
+
+    train_inputs: Tensor
+    train_targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+    valid_inputs: Tensor | None = None
+    valid_targets: Tensor | None = None
+    context: tuple[Tensor, ...] = ()
+    test_set: str = "test set"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where data come from.
+
+    Args:
+        title: of the data set.
+        licence: the publishers' terms in a few words.
+        citation: authors, title, year.
+        address: web page; empty for generated data.
+    """
+
+    title: str
+    licence: str
+    citation: str
+    address: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What counts as solved: the first evaluation at which ``metric`` is as good as ``value``.
+
+    Args:
+        metric: a name in ``metrics.jsonl``; accuracies are to be reached from below, all else from above.
+        value: to be reached.
+    """
+
+    metric: str
+    value: float
+
+    def reached(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a line of metrics is as good; one without the metric is not."""
+        found = metrics.get(self.metric)
+        if found is None:
+            return False
+        return found >= self.value if self.metric.endswith("accuracy") else found <= self.value
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something to train.
+
+    Args:
+        name: under which it is found.
+        summary: data, network and loss in one line.
+        likelihood: of which the loss is the negative logarithm.
+        batch_size: samples in a mini-batch, unless a run says otherwise; None is all of them.
+        epochs: passes over the training data that show most of what there is to see.
+        classes: number of classes; None where the targets are values.
+        build_model: returns the network for a seed, on the CPU; the global random state stays as it was.
+        loss: of outputs and targets, a mean over samples, shape ().
+        load: returns the data; its argument is a folder that may hold the files, or None.
+        source: of the data.
+        target: what counts as solved; None where nothing is agreed on.
+        augmentation: changes every training mini-batch at random.
+        undecayed: patterns of names of parameters that weight decay leaves alone.
+        settings: for some methods lr, damping or weight decay that suit the problem better than the method's defaults,
+            chosen on the validation samples; used where a run names none.
+        optimum: the least training loss, where it is known.
+    """
+
+    name: str
+    summary: str
+    likelihood: Literal["bernoulli", "gaussian", "categorical"]
+    batch_size: int | None
+    epochs: int
+    classes: int | None
+    build_model: Callable[[int], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    load: Callable[[Path | None], Data]
+    source: Source
+    target: Target | None = None
+    augmentation: Augmentation | None = None
+    undecayed: tuple[str, ...] = ()
+    settings: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: MappingProxyType({}))
+    optimum: Callable[[Data], float] | None = None
+
+
+def bernoulli_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Return the cross entropy of pixels in [0, 1] and logits, summed over pixels, mean over samples, in nats."""
+    total = functional.binary_cross_entropy_with_logits(output, target, reduction="sum")
+    return total / len(output)
+
+
+def gaussian_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Return half the squared error, summed over pixels, mean over samples."""
+    return 0.5 * functional.mse_loss(output, target, reduction="sum") / len(output)
+
+
+def categorical_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Return the cross entropy of classes (N,) and logits (N, classes), mean over samples, in nats."""
+    return functional.cross_entropy(output, target)
+
+
+def token_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Return the cross entropy of classes (N, T) and logits (N, T, classes), sum over tokens, mean over samples."""
+    return functional.cross_entropy(output.flatten(0, -2), target.flatten(), reduction="sum") / len(output)
+
+
+def is_small(size: str) -> bool:
+    """Return whether a size is ``small``.
+
+    Raises:
+        UnknownNameError: it is neither ``full`` nor ``small``.
+    """
+    if size not in ("full", "small"):
+        raise UnknownNameError("size", str(size), ("full", "small"))
+    return size == "small"
+
+
+def require_seed(data_seed: int) -> None:
+    """Check a seed of generated data.
+
+    Raises:
+        ArgumentError: it is no integer >= 0.
+    """
+    if not isinstance(data_seed, int) or data_seed < 0:
+        raise ArgumentError(f"data_seed must be an integer >= 0, got {data_seed!r}")
+
+
+def held_out(data: Data, validation: int) -> Data:
+    """Return the data with the last ``validation`` training samples as validation samples.
+
+    Args:
+        data: without validation samples.
+        validation: how many, in [0, N).
+
+    Raises:
+        ArgumentError: ``validation`` is out of range.
+    """
+    samples = len(data.train_inputs)
+    if not isinstance(validation, int) or not 0 <= validation < samples:
+        raise ArgumentError(f"validation must be an integer >= 0 and below the {samples} samples, got {validation!r}")
+    if not validation:
+        return data
+    cut = samples - validation
+    return Data(
+        data.train_inputs[:cut],
+        data.train_targets[:cut],
+        data.test_inputs,
+        data.test_targets,
+        data.train_inputs[cut:],
+        data.train_targets[cut:],
+        data.context,
+        data.test_set,
+    )
