@@ -1,7 +1,10 @@
-"""Floor 4: is it true. Theorems with their checks and controls; convergence, bounds, approximation quality."""
+"""Floor 4: is it true. Theorems with their checks and controls; monitors; approximation quality; counterfactual steps."""
 
 from .catalogue import THEOREMS, find_theorems
+from .eigenvalue_monitor import EigenvalueBounds
 from .instances import Draws, each, eigenvalues
+from .monitors import Descent, PairCurvature, RelativeStep, SecantEquation, StepSizeCurvature
+from .readings import JsonLines, Memory, TensorBoard, WatchCertificate
 from .theorem import (
     Control,
     Curve,
@@ -15,22 +18,36 @@ from .theorem import (
     verify,
     worst,
 )
+from .watching import Watch, default_monitors, watch
 
 __all__ = [
     "THEOREMS",
     "Control",
     "Curve",
+    "Descent",
     "Draws",
+    "EigenvalueBounds",
     "Evidence",
     "Inequality",
+    "JsonLines",
+    "Memory",
+    "PairCurvature",
     "Plot",
+    "RelativeStep",
+    "SecantEquation",
     "Setting",
+    "StepSizeCurvature",
+    "TensorBoard",
     "Theorem",
     "Verdict",
+    "Watch",
+    "WatchCertificate",
     "agreement",
+    "default_monitors",
     "each",
     "eigenvalues",
     "find_theorems",
     "verify",
+    "watch",
     "worst",
 ]

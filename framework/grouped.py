@@ -48,7 +48,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything, the model included, so that a copy or a pickle is whole; step hooks stay behind, as in torch."""
         own = self.__dict__.items()
-        return {name: value for name, value in own if name != "step" and not name.startswith("_optimizer_")}
+        kept = {name: value for name, value in own if name != "step" and not name.startswith("_optimizer_")}
+        return kept | {"observers": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy."""

@@ -30,6 +30,7 @@ from .growing import require_nobody_left_out, unowned_parameters
 from .lookback import LookBack
 from .method import Method
 from .nonfinite import Undo, find_trouble, is_risky, require_finite_loss
+from .observers import Observer, StepTrace
 from .observing import observe, refine, refresh, warm_up
 from .precision import Scaling, require_plain_loss, widened
 from .recording import all_records, products_due, records_for_step, require_sampled, with_hessians
@@ -119,6 +120,7 @@ class SecondOrder(GroupedOptimizer):
         self.last_report = StepReport(-1)
         self.gradient_evaluations = self.skipped_steps = 0
         self._step, self._warm = 0, False
+        self.observers: list[Observer] = []
         self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping)
         self._look_back = LookBack(self)
         self._unowned = unowned_parameters(model, layers)
@@ -214,6 +216,8 @@ class SecondOrder(GroupedOptimizer):
         Raises:
             NumericalError: if a step size, or the loss after an unguarded step, is not finite.
         """
+        for observer in self.observers:
+            observer.before_step(self)
         decays = {block.key: self._decays(block) for block in self.blocks}
         coupled = {
             key: tuple(self.method.weight_decay.gradient_factor(value) for value in values)
@@ -225,10 +229,11 @@ class SecondOrder(GroupedOptimizer):
         proposal, damping = self._propose(statistics, gradients, products, decays), self.damping
         self._look_back.remember(proposal)
         self._take(proposal, 1.0)
+        sides = {block.key: self.sides(block) for block in self.blocks} if self.observers else {}
         outcome = self._look_back.run(closure, loss, statistics, proposal) if closure is not None else None
         if outcome is not None and self.method.guard.attempts == 0:
             require_finite_loss(outcome.loss)
-        return StepReport(
+        report = StepReport(
             self._step,
             loss,
             None if outcome is None else outcome.loss,
@@ -239,6 +244,9 @@ class SecondOrder(GroupedOptimizer):
             rescues,
             0 if outcome is None else outcome.shortened,
         )
+        for observer in self.observers:
+            observer.after_step(self, StepTrace(report, statistics, proposal, sides))
+        return report
 
     def _undo(self, gradients: Mapping[str, Tensors | None]) -> Undo:
         active = [block for block in self.blocks if gradients[block.key] is not None]
