@@ -71,7 +71,7 @@ class Memory:
 
 
 class JsonLines:
-    """One JSON object per reading, appended to a file, see :meth:`Reading.as_dict`.
+    """One JSON object per reading, appended to a file line by line, see :meth:`Reading.as_dict`.
 
     Args:
         path: the file; its folder must exist.
@@ -84,7 +84,7 @@ class JsonLines:
     def write(self, reading: Reading) -> None:
         """Append a line; the first one opens the file."""
         if self._file is None:
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("a", buffering=1, encoding="utf-8")
         self._file.write(json.dumps(reading.as_dict(), allow_nan=False) + "\n")
 
     def close(self) -> None:

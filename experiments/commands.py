@@ -19,6 +19,7 @@ from .problems import get_problem
 from .records import RunFolder
 from .runs import Resume, default_folder, run_in_folder
 from .targets import require_folder, writing
+from .watched import Extras
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,6 +109,12 @@ class Train(Common):
     """Training time in seconds, warm start included, evaluation excluded. Default: no bound."""
     resume: Resume = Resume.AUTO
     """What to do with a run already in the folder: continue it, start over, or insist on continuing."""
+    watch: bool = False
+    """Let monitors examine the run: readings go to monitors.jsonl, and their certificate is printed."""
+    watch_every: int = 10
+    """Steps between two examinations with --watch."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoint of every evaluation, for 'osculate diagnose'."""
 
     def run(self, console: Console) -> int:
         """Train, show where the run lies, and return the exit status."""
@@ -118,7 +125,10 @@ class Train(Common):
             epochs = get_problem(config.problem, **config.problem_options).epochs
         budget = Budget(epochs, self.seconds)
         folder = RunFolder(self.out or default_folder(config))
-        result = run_in_folder(config, budget, folder, self.data_dir, self.resume, console)
+        extras = Extras(self.watch_every if self.watch else None, self.keep_checkpoints)
+        result = run_in_folder(config, budget, folder, self.data_dir, self.resume, console, extras)
+        if result.certificate is not None:
+            console.print(result.certificate.summary(), highlight=False, markup=False, soft_wrap=True)
         reason = f": {result.reason}" if result.status == "no step taken" else ""
         idle = ", no step was asked for" if result.status == "finished" and epochs == 0 else ""
         line = f"{result.status}{reason}{idle}; the run lies in {folder.path}"

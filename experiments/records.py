@@ -7,8 +7,12 @@
 | ``metrics.jsonl`` | one object per evaluation: before training (epoch 0), after every epoch, and at the end |
 | ``checkpoint.pt`` | everything needed to continue bit for bit |
 | ``status.json`` | ``running``, ``finished``, ``interrupted``, ``broken down`` or ``no step taken``, with the reason |
+| ``monitors.jsonl`` | with ``--watch``: one object per reading of a monitor |
+| ``certificate.json`` | with ``--watch``: how every monitor fared |
+| ``checkpoints/`` | with ``--keep-checkpoints``: one for every evaluation, named by iterations |
 
-Every file but ``metrics.jsonl`` is written beside its place and then renamed, so a reader never meets half a file.
+Every file but those ending in ``jsonl`` is written beside its place and then renamed, so a reader never meets half a
+file.
 """
 
 from __future__ import annotations
@@ -55,6 +59,20 @@ class RunFolder:
         """Where the metrics lie."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def monitors_file(self) -> Path:
+        """Where the readings of monitors lie."""
+        return self.path / "monitors.jsonl"
+
+    @property
+    def certificate_file(self) -> Path:
+        """Where the certificate of the monitors lies."""
+        return self.path / "certificate.json"
+
+    def kept_checkpoints(self) -> list[Path]:
+        """Checkpoints of every evaluation, oldest first; empty unless the run was told to keep them."""
+        return sorted((self.path / "checkpoints").glob("*.pt"))
+
     def check(self) -> None:
         """See that the folder can be written; nothing is written yet.
 
@@ -67,7 +85,8 @@ class RunFolder:
         """Create the folder, write both descriptions, and remove what an earlier run left there."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            for stale in (self.checkpoint_file, self.metrics_file):
+            files = (self.checkpoint_file, self.metrics_file, self.monitors_file, self.certificate_file)
+            for stale in (*files, *self.kept_checkpoints()):
                 stale.unlink(missing_ok=True)
         write_json(self.path / "config.json", config)
         write_json(self.path / "environment.json", environment)
@@ -122,25 +141,45 @@ class RunFolder:
         kept = [line for line in self.read_metrics() if line["iterations"] <= iterations]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         _replace(self.metrics_file, lambda file: _write(file, text.encode()))
+        if self.monitors_file.exists():
+            readings = self.monitors_file.read_text(encoding="utf-8").splitlines(keepends=True)
+            early = [line for line in readings if line.endswith("\n") and json.loads(line)["step"] < iterations]
+            _replace(self.monitors_file, lambda file: _write(file, "".join(early).encode()))
+        for file in self.kept_checkpoints():
+            if int(file.stem) > iterations:
+                file.unlink()
 
-    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Write the state of a run: tensors, numbers, text and nested dicts of them."""
+    def save_checkpoint(self, state: Mapping[str, Any], keep_as: int | None = None) -> None:
+        """Write the state of a run: tensors, numbers, text and nested dicts of them.
+
+        Args:
+            state: of the run.
+            keep_as: iterations under which a copy stays; ``None``: the next checkpoint replaces this one.
+        """
         _replace(self.checkpoint_file, lambda file: torch.save(dict(state), file))
+        if keep_as is not None:
+            place = self.path / "checkpoints" / f"{keep_as:08d}.pt"
+            _replace(place, lambda file: torch.save(dict(state), file))
 
-    def load_checkpoint(self, device: torch.device) -> dict[str, Any]:
+    def load_checkpoint(self, device: torch.device, source: Path | None = None) -> dict[str, Any]:
         """Return the saved state, its tensors on ``device``.
+
+        Args:
+            device: where its tensors go.
+            source: one of :meth:`kept_checkpoints`; ``None``: the last checkpoint.
 
         Raises:
             ArgumentError: the file is damaged or holds more than plain state.
         """
+        file = source or self.checkpoint_file
         try:
-            state = torch.load(self.checkpoint_file, map_location=device, weights_only=True)
+            state = torch.load(file, map_location=device, weights_only=True)
         except Exception as error:  # torch names no common class for a damaged file
             raise ArgumentError(
-                f"{self.checkpoint_file} cannot be read ({type(error).__name__}); start over with --resume never"
+                f"{file} cannot be read ({type(error).__name__}); start over with --resume never"
             ) from error
         if not isinstance(state, dict):
-            raise ArgumentError(f"{self.checkpoint_file} holds no state of a run; start over with --resume never")
+            raise ArgumentError(f"{file} holds no state of a run; start over with --resume never")
         return state
 
     def write_status(self, status: str, **details: object) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from .. import registry
+from ..analysis.readings import WatchCertificate
 from ..errors import ArgumentError, NumericalError
 from .batches import data_checksum
 from .config import Budget, RunConfig, differences
@@ -23,8 +24,11 @@ from .records import RunFolder
 from .targets import exclusive
 from .training import EveryEpoch, measure, prepare
 from .training_run import TrainingRun
+from .watched import Extras, certified, watched
 
 __all__ = ["Resume", "RunResult", "default_folder", "describe_run", "run_in_folder"]
+
+_USUAL = Extras()
 
 
 class Resume(enum.Enum):
@@ -47,11 +51,13 @@ class RunResult:
             the first step.
         metrics: the last line of its metrics; None if it ended before the first.
         reason: why it broke down or took no step, else empty.
+        certificate: of the monitors, if any watched.
     """
 
     status: str
     metrics: dict[str, Any] | None
     reason: str = ""
+    certificate: WatchCertificate | None = None
 
 
 def default_folder(config: RunConfig) -> Path:
@@ -90,7 +96,13 @@ def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str
 
 
 def run_in_folder(
-    config: RunConfig, budget: Budget, folder: RunFolder, data_dir: Path | None, resume: Resume, console: Console
+    config: RunConfig,
+    budget: Budget,
+    folder: RunFolder,
+    data_dir: Path | None,
+    resume: Resume,
+    console: Console,
+    extras: Extras = _USUAL,
 ) -> RunResult:
     """Train, and leave the whole run in ``folder``.
 
@@ -101,6 +113,7 @@ def run_in_folder(
         data_dir: where the data sets lie; None downloads or generates them.
         resume: what to do with a run already there.
         console: shows the progress.
+        extras: what the run leaves behind beside the usual.
 
     Raises:
         ArgumentError: a value is out of range, the folder cannot be written or is being written by another process,
@@ -122,7 +135,7 @@ def run_in_folder(
             console.print(f"continuing after {run.iterations} iterations{remark}", highlight=False, soft_wrap=True)
         else:
             folder.start(described, describe_environment(run.device))
-        return _train(run, budget, folder, console)
+        return _train(run, budget, folder, console, extras)
 
 
 def _continues(folder: RunFolder, described: dict[str, Any], resume: Resume) -> bool:
@@ -150,14 +163,14 @@ def _restore(run: TrainingRun, folder: RunFolder) -> None:
     folder.rewind_metrics(run.iterations)
 
 
-def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console) -> RunResult:
+def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console, extras: Extras) -> RunResult:
     reason, hard = "", False
     folder.write_status("running")
-    with Display(console, budget) as display, interruptible() as interrupted:
+    with Display(console, budget) as display, interruptible() as interrupted, watched(run, folder, extras) as observed:
         display.begin(run.config.method)
         try:
             for metrics in measure(run, budget, EveryEpoch(), display.step, interrupted):
-                _record(run, metrics, folder)
+                _record(run, metrics, folder, extras)
                 display.measured(metrics)
         except NumericalError as error:
             reason = str(error)
@@ -175,13 +188,13 @@ def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console
     details = {"reason": reason} if reason else {}
     folder.write_status(status, epoch=run.epoch, iterations=run.iterations, seconds=run.clock.seconds, **details)
     written = folder.read_metrics()
-    return RunResult(status, written[-1] if written else None, reason)
+    return RunResult(status, written[-1] if written else None, reason, certified(observed, folder))
 
 
-def _record(run: TrainingRun, metrics: Metrics, folder: RunFolder) -> None:
+def _record(run: TrainingRun, metrics: Metrics, folder: RunFolder, extras: Extras) -> None:
     folder.append_metrics(metrics.as_dict())
     if run.iterations:
-        folder.save_checkpoint(run.state_dict())
+        folder.save_checkpoint(run.state_dict(), run.iterations if extras.keep_checkpoints else None)
 
 
 def _without_step(run: TrainingRun) -> str:

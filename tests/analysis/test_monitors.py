@@ -309,7 +309,7 @@ def test_readings_reach_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     optimizer, closure, _ = runner("kbfgs", lr=0.1, damping=0.3)
     with watch(optimizer, [PairCurvature()], sinks=[TensorBoard(tmp_path)]):
         optimizer.step(closure)
-    name = "PairCurvature/s'y / s's >= c/0 outputs"
+    name = "PairCurvature/s'y / s's >= c/0 inputs"
     assert calls[0] == ("open", str(tmp_path)) and calls[1:3] == [(name, 0), (f"{name}/bound", 0)]
     assert calls[-1] == ("close",)
 

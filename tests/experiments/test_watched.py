@@ -1,0 +1,72 @@
+"""Runs that are watched, and runs that keep their checkpoints."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from osculate.errors import ArgumentError
+from osculate.experiments.cli import execute
+from osculate.experiments.config import Budget, RunConfig
+from osculate.experiments.records import RunFolder
+from osculate.experiments.runs import Resume, run_in_folder
+from osculate.experiments.watched import Extras
+from rich.console import Console
+
+CONFIG = RunConfig("tiny", "kbfgs", lr=0.1, damping=0.3)
+EXTRAS = Extras(watch_every=1, keep_checkpoints=True)
+
+
+def steps(path: Path) -> list[int]:
+    lines = RunFolder(path).monitors_file.read_text().splitlines()
+    return sorted({json.loads(line)["step"] for line in lines})
+
+
+def run(path: Path, epochs: int, extras: Extras = EXTRAS, resume: Resume = Resume.AUTO) -> None:
+    console = Console(file=StringIO())
+    result = run_in_folder(CONFIG, Budget(epochs), RunFolder(path), None, resume, console, extras)
+    assert result.status == "finished" and (result.certificate is None) == (extras.watch_every is None)
+
+
+def test_a_watched_run_streams_readings_keeps_checkpoints_and_certifies(tiny: object, tmp_path: Path) -> None:
+    run(tmp_path, 2)
+    assert steps(tmp_path) == list(range(8))
+    assert [file.stem for file in RunFolder(tmp_path).kept_checkpoints()] == ["00000004", "00000008"]
+    certificate = json.loads(RunFolder(tmp_path).certificate_file.read_text())
+    assert certificate["steps"] == 8 and {entry["monitor"] for entry in certificate["claims"]} >= {"SecantEquation"}
+
+
+def test_a_continued_run_has_every_reading_once(tiny: object, tmp_path: Path) -> None:
+    run(tmp_path, 1)
+    with RunFolder(tmp_path).monitors_file.open("a") as file:
+        file.write(json.dumps({"step": 5}) + "\n" + '{"step": ')  # written after the checkpoint, then a crash
+    run(tmp_path, 2)
+    assert steps(tmp_path) == list(range(8))
+
+
+def test_starting_over_removes_what_was_there(tiny: object, tmp_path: Path) -> None:
+    run(tmp_path, 2)
+    run(tmp_path, 1, Extras(), Resume.NEVER)
+    folder = RunFolder(tmp_path)
+    assert not folder.monitors_file.exists() and not folder.certificate_file.exists() and not folder.kept_checkpoints()
+
+
+def test_watching_and_keeping_change_no_number(tiny: object, tmp_path: Path) -> None:
+    run(tmp_path / "plain", 2, Extras())
+    run(tmp_path / "watched", 2)
+    first, second = (RunFolder(tmp_path / name).read_metrics() for name in ("plain", "watched"))
+    assert [line["train_loss"] for line in first] == [line["train_loss"] for line in second]
+
+
+def test_the_command_prints_the_certificate(tiny: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--method", "kbfgs", "--epochs", "1", "--watch", "--watch-every", "2", "--out", str(tmp_path)]
+    assert execute(words) == 0
+    printed = capsys.readouterr().out
+    assert "2 steps examined" in printed and "EigenvalueBounds: lambda_max(H): held" in printed
+
+
+def test_an_interval_of_zero_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="watch_every"):
+        Extras(watch_every=0)
