@@ -1,0 +1,237 @@
+"""Spectra of symmetric matrices of which only products are known: extreme eigenvalues, norms, densities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from torch import Tensor
+
+from ..errors import ArgumentError, require_positive_integer
+
+__all__ = ["Density", "SymmetricOperator", "conjugate_gradients", "frobenius_norm", "lanczos", "spectral_density"]
+
+_DENSE = 64
+"""Up to this order eigenvalues come from the dense matrix: Arnoldi iterations need room."""
+
+
+@dataclass(frozen=True)
+class SymmetricOperator:
+    """A symmetric matrix as a product, in float64.
+
+    Args:
+        size: its order d.
+        product: (d,) -> (d,).
+        device: of the vectors.
+        many: the product with every row of (n, d) at once, where that is cheaper.
+    """
+
+    size: int
+    product: Callable[[Tensor], Tensor]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    many: Callable[[Tensor], Tensor] | None = None
+
+    def __add__(self, other: SymmetricOperator) -> SymmetricOperator:
+        """The sum."""
+        return SymmetricOperator(self.size, lambda v: self.product(v) + other.product(v), self.device)
+
+    def __sub__(self, other: SymmetricOperator) -> SymmetricOperator:
+        """The difference."""
+        return SymmetricOperator(self.size, lambda v: self.product(v) - other.product(v), self.device)
+
+    def shifted(self, value: float) -> SymmetricOperator:
+        """Plus ``value`` times the identity."""
+        return SymmetricOperator(self.size, lambda v: self.product(v) + value * v, self.device)
+
+    def dense(self) -> Tensor:
+        """The matrix, column by column; symmetrised."""
+        basis = torch.eye(self.size, dtype=torch.float64, device=self.device)
+        if self.many is not None:
+            matrix = torch.cat([self.many(rows) for rows in basis.split(64)])
+        else:
+            matrix = torch.stack([self.product(column) for column in basis])
+        return 0.5 * (matrix + matrix.T)
+
+    def scipy(self) -> LinearOperator:
+        """For scipy's iterations."""
+
+        def product(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+            given = torch.as_tensor(np.ascontiguousarray(vector).reshape(-1), dtype=torch.float64, device=self.device)
+            result: NDArray[np.float64] = self.product(given).cpu().numpy()
+            return result
+
+        return LinearOperator((self.size, self.size), matvec=product, dtype=np.float64)
+
+    def extremes(
+        self, metric: tuple[SymmetricOperator, SymmetricOperator] | None = None, tolerance: float = 1e-8
+    ) -> tuple[float, float]:
+        """Smallest and largest eigenvalue.
+
+        Args:
+            metric: a positive definite C and its inverse: eigenvalues of C^-1 times this matrix.
+            tolerance: relative accuracy, > 0; where the iteration does not get there its best value counts.
+        """
+        if self.size <= _DENSE:
+            values = _dense_eigenvalues(self, metric)
+            return float(values[0]), float(values[-1])
+        return self._eigenvalue("SA", metric, tolerance), self._eigenvalue("LA", metric, tolerance)
+
+    def norm(self, tolerance: float = 1e-8) -> float:
+        """Operator norm."""
+        if self.size <= _DENSE:
+            return float(torch.linalg.eigvalsh(self.dense()).abs().max())
+        return abs(self._eigenvalue("LM", None, tolerance))
+
+    def _eigenvalue(
+        self, which: str, metric: tuple[SymmetricOperator, SymmetricOperator] | None, tolerance: float
+    ) -> float:
+        start = np.random.default_rng(0).standard_normal(self.size)
+        given: dict[str, Any] = {} if metric is None else {"M": metric[0].scipy(), "Minv": metric[1].scipy()}
+        options: dict[str, Any] = {"k": 1, "which": which, "tol": tolerance, "v0": start, "return_eigenvectors": False}
+        room = min(self.size, 40)
+        try:
+            return float(eigsh(self.scipy(), ncv=room, maxiter=60, **options, **given)[0])
+        except ArpackNoConvergence:  # tightly clustered: a coarser answer is an answer
+            options["tol"] = max(1e-2, tolerance)
+            found = eigsh(self.scipy(), ncv=min(self.size, 120), maxiter=60, **options, **given)
+            return float(found[0])
+
+
+def _dense_eigenvalues(
+    operator: SymmetricOperator, metric: tuple[SymmetricOperator, SymmetricOperator] | None
+) -> Tensor:
+    matrix = operator.dense()
+    if metric is not None:
+        factor = torch.linalg.cholesky(metric[0].dense())
+        half = torch.linalg.solve_triangular(factor, matrix, upper=False)
+        matrix = torch.linalg.solve_triangular(factor, half.T, upper=False)
+        matrix = 0.5 * (matrix + matrix.T)
+    result: Tensor = torch.linalg.eigvalsh(matrix)
+    return result
+
+
+def frobenius_norm(operator: SymmetricOperator, probes: int, generator: torch.Generator) -> float:
+    """Root of the mean of |M z|^2 over random signs z: unbiased for the square (Hutchinson's estimator).
+
+    Args:
+        operator: M.
+        probes: how many z, >= 1; exact from d on, where the unit vectors are taken instead.
+        generator: draws the signs, on the CPU.
+    """
+    require_positive_integer("probes", probes)
+    if probes >= operator.size:
+        return float(torch.linalg.matrix_norm(operator.dense()))
+    total = sum(float(operator.product(z).square().sum()) for z in signs(operator, probes, generator))
+    return float((total / probes) ** 0.5)
+
+
+def signs(operator: SymmetricOperator, probes: int, generator: torch.Generator) -> list[Tensor]:
+    """Vectors of random signs that fit an operator."""
+    drawn = torch.randint(0, 2, (probes, operator.size), generator=generator)
+    return list((2.0 * drawn.double() - 1.0).to(operator.device))
+
+
+def lanczos(operator: SymmetricOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Lanczos' tridiagonal matrix with full reorthogonalisation.
+
+    Args:
+        operator: symmetric.
+        start: (d,) not zero.
+        steps: >= 1; fewer are taken where the Krylov space ends.
+
+    Returns:
+        Ritz values, ascending, and the weights of the quadrature they are nodes of (summing to 1).
+    """
+    basis = [start / torch.linalg.vector_norm(start)]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for _ in range(min(steps, operator.size)):
+        image = operator.product(basis[-1])
+        diagonal.append(float(torch.dot(image, basis[-1])))
+        kept = torch.stack(basis)
+        for _ in range(2):  # twice is enough
+            image = image - kept.T @ (kept @ image)
+        length = float(torch.linalg.vector_norm(image))
+        if length <= 1e-12 * (abs(diagonal[-1]) + sum(beside[-1:]) + 1e-300):
+            break
+        beside.append(length)
+        basis.append(image / length)
+    size = len(diagonal)
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    off = torch.tensor(beside[: size - 1], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(matrix + torch.diag(off, 1) + torch.diag(off, -1))
+    return values, vectors[0].square()
+
+
+@dataclass(frozen=True)
+class Density:
+    """A spectrum as nodes with weights that sum to 1, as many distributions as there were probes, averaged."""
+
+    nodes: Tensor
+    weights: Tensor
+
+    def moment(self, power: int) -> float:
+        """Mean of lambda^power over the spectrum."""
+        return float((self.weights * self.nodes**power).sum())
+
+    def below(self, value: float) -> float:
+        """Share of the eigenvalues below ``value``."""
+        return float(self.weights[self.nodes < value].sum())
+
+
+def spectral_density(
+    operator: SymmetricOperator, *, probes: int = 8, steps: int = 60, generator: torch.Generator | None = None
+) -> Density:
+    """Stochastic Lanczos quadrature of the distribution of eigenvalues (Ubaru, Chen, Saad, SIMAX 38 (2017), section 3).
+
+    Args:
+        operator: symmetric.
+        probes: random start vectors, >= 1.
+        steps: of Lanczos' iteration from each, >= 1: polynomials up to degree 2 steps - 1 are integrated exactly.
+        generator: draws the probes, on the CPU; ``None``: of seed 0.
+    """
+    require_positive_integer("probes", probes)
+    require_positive_integer("steps", steps)
+    drawn = signs(operator, probes, generator or torch.Generator().manual_seed(0))
+    found = [lanczos(operator, start, steps) for start in drawn]
+    return Density(torch.cat([nodes for nodes, _ in found]), torch.cat([weights for _, weights in found]) / probes)
+
+
+def conjugate_gradients(
+    operator: SymmetricOperator, right: Tensor, *, tolerance: float = 1e-8, limit: int = 1000
+) -> Tensor:
+    """Solve M x = b for a positive definite M.
+
+    Args:
+        operator: M.
+        right: (d,) b.
+        tolerance: of |M x - b| / |b|, > 0.
+        limit: of iterations, >= 1; the last iterate is returned where they are used up.
+
+    Raises:
+        ArgumentError: if a direction of negative or no curvature shows that M is not positive definite.
+    """
+    result, residual = torch.zeros_like(right), right.clone()
+    direction, square = residual.clone(), torch.dot(residual, residual)
+    target = tolerance**2 * float(square)
+    for _ in range(limit):
+        if float(square) <= target:
+            break
+        image = operator.product(direction)
+        curvature = torch.dot(direction, image)
+        if not float(curvature) > 0.0:
+            raise ArgumentError(
+                f"conjugate gradients need a positive definite matrix, found d'Md = {float(curvature):g}; raise the "
+                "damping, or use the Gauss-Newton matrix"
+            )
+        along = square / curvature
+        result = result + along * direction
+        residual = residual - along * image
+        new = torch.dot(residual, residual)
+        direction, square = residual + (new / square) * direction, new
+    return result
