@@ -2,7 +2,8 @@
 
 Every method works on its own deep copy of the model. It first gathers statistics at the checkpoint itself: it takes
 steps on other mini-batches, after each of which the parameters are put back. Then it takes one step on the mini-batch
-in question, which is measured and not undone.
+in question, which is measured and not undone. It is taken in the mode the model is in; losses and curvature are those of
+the evaluation mode, in float64.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class StepQuality:
 
 
 def settle(optimizer: SecondOrder, probes: Sequence[Probe]) -> None:
-    """Let a method gather statistics where its model stands: one step per mini-batch, the parameters put back each time.
+    """Let a method gather statistics where its model stands: one step per mini-batch, parameters put back each time.
 
     Quasi-Newton methods see honest secant pairs this way, all of them from steps that start at the checkpoint.
 
@@ -114,7 +115,7 @@ def _step(optimizer: SecondOrder, probe: Probe) -> None:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = probe.loss(optimizer.model(probe.inputs), probe.targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     optimizer.step(closure)
