@@ -1,4 +1,4 @@
-"""Floor 4: is it true. Theorems with their checks and controls; monitors; approximation quality; counterfactual steps."""
+"""Floor 4: is it true. Theorems with checks and controls; monitors; approximation quality; counterfactual steps."""
 
 from .catalogue import THEOREMS, find_theorems
 from .eigenvalue_monitor import EigenvalueBounds

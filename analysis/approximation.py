@@ -26,7 +26,7 @@ from ..preconditioners.operations import compute_many
 from .exact_blocks import Probe, Target, block_gradient, exact_block, flat_direction, in_double
 from .spectra import SymmetricOperator, conjugate_gradients, signs
 
-__all__ = ["BlockQuality", "Effort", "measure_approximation"]
+__all__ = ["BlockQuality", "Effort", "ExactBlock", "measure_approximation"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class Effort:
         dense: blocks up to this many parameters are treated as dense matrices, >= 1.
         probes: random vectors behind each Frobenius norm of larger ones, >= 1.
         tolerance: relative accuracy of their eigenvalues and directions, > 0.
+        largest: blocks with more parameters are left out, >= 1; ``None``: none is.
     """
 
     dense: int = 600
     probes: int = 12
     tolerance: float = 1e-3
+    largest: int | None = None
 
     def __post_init__(self) -> None:
         require_positive_integer("dense", self.dense)
@@ -103,6 +105,7 @@ def measure_approximation(
     targets: Sequence[Target] = ("ggn", "hessian"),
     damping: float | None = None,
     effort: Effort = _STANDARD,
+    known: dict[tuple[str, tuple[str, ...], str], ExactBlock] | None = None,
 ) -> list[BlockQuality]:
     """Measure every block of an optimizer as it stands; nothing of it is changed.
 
@@ -116,39 +119,54 @@ def measure_approximation(
         damping: lambda of T, > 0; ``None``: what the optimizer damps a whole matrix with, and a thousandth of the
             largest eigenvalue where that is zero.
         effort: how much is spent.
+        known: exact matrices of the same model on the same probe, from an earlier call with the same dictionary; what
+            is computed now is added.
     """
     twin, exact = in_double(optimizer), probe.double()
+    memory = {} if known is None else known
     found = []
     for block in twin.blocks:
         sides = twin.sides(block)
+        if sum(parameter.numel() for parameter in block.parameters) > (effort.largest or math.inf):
+            continue
         _refresh(block, sides)
         for target in targets:
-            matrix = exact_block(twin, block, exact, target)
-            found.append(_measure(twin, block, sides, exact, matrix, target, damping, effort))
+            key = (block.layer.name, block.names, target)
+            if key not in memory:
+                memory[key] = _exact(twin, block, exact, target, effort)
+            found.append(_measure(block, sides, memory[key], target, damping, effort))
     return found
 
 
+@dataclass(frozen=True)
+class ExactBlock:
+    """Exact curvature of one block, without damping: matrix, extreme eigenvalues, and the gradient."""
+
+    matrix: SymmetricOperator
+    lowest: float
+    highest: float
+    gradient: Tensor
+
+
+def _exact(twin: SecondOrder, block: Block, probe: Probe, target: Target, effort: Effort) -> ExactBlock:
+    matrix = exact_block(twin, block, probe, target)
+    if matrix.size <= effort.dense:
+        matrix = _of_matrix(matrix.dense())
+    return ExactBlock(matrix, *_extremes(matrix, effort), block_gradient(twin, block, probe))
+
+
 def _measure(
-    twin: SecondOrder,
-    block: Block,
-    sides: SideDamping,
-    probe: Probe,
-    matrix: SymmetricOperator,
-    target: Target,
-    damping: float | None,
-    effort: Effort,
+    block: Block, sides: SideDamping, exact: ExactBlock, target: Target, damping: float | None, effort: Effort
 ) -> BlockQuality:
+    matrix, lowest, highest = exact.matrix, exact.lowest, exact.highest
     dense = matrix.size <= effort.dense
-    undamped = _as_dense(matrix) if dense else matrix
-    lowest, highest = _extremes(undamped, effort)
     shift = sides.whole if damping is None else damping
     shift = shift or 1e-3 * max(abs(lowest), abs(highest))
     start = BlockQuality(
         block.key, describe(block.part), target, matrix.size, "dense" if dense else "products", shift, lowest, highest
     )
-    truth, numbers = undamped.shifted(shift), asdict(start)
-    gradient = block_gradient(twin, block, probe)
-    numbers |= _directions(block, truth, gradient, lowest + shift, effort)
+    truth, numbers = matrix.shifted(shift), asdict(start)
+    numbers |= _directions(block, truth, exact.gradient, lowest + shift, effort)
     definite = lowest + shift > 0.0
     if definite:
         numbers["condition_before"] = (highest + shift) / (lowest + shift)
@@ -166,10 +184,6 @@ def _refresh(block: Block, sides: SideDamping) -> None:
     requests = block.part.matrices(block.state, sides) if block.part.schedule.inverses is not None else ()
     if requests:
         block.part.install(block.state, compute_many(requests))
-
-
-def _as_dense(operator: SymmetricOperator) -> SymmetricOperator:
-    return _of_matrix(operator.dense())
 
 
 def _of_matrix(matrix: Tensor) -> SymmetricOperator:

@@ -2,8 +2,8 @@
 
 Every method works on its own deep copy of the model. It first gathers statistics at the checkpoint itself: it takes
 steps on other mini-batches, after each of which the parameters are put back. Then it takes one step on the mini-batch
-in question, which is measured and not undone. It is taken in the mode the model is in; losses and curvature are those of
-the evaluation mode, in float64.
+in question, which is measured and not undone. It is taken in the mode the model is in; losses and curvature are those
+of the evaluation mode, in float64.
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ class SymmetricOperator:
 
     def shifted(self, value: float) -> SymmetricOperator:
         """Plus ``value`` times the identity."""
-        return SymmetricOperator(self.size, lambda v: self.product(v) + value * v, self.device)
+        many = self.many
+        both = None if many is None else lambda rows: many(rows) + value * rows
+        return SymmetricOperator(self.size, lambda v: self.product(v) + value * v, self.device, both)
 
     def dense(self) -> Tensor:
         """The matrix, column by column; symmetrised."""

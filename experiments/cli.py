@@ -15,7 +15,9 @@ from ..errors import OsculateError
 from .catalogue import Bench, Methods, Problems
 from .certify import Certify
 from .commands import Compare, Replay, Train
+from .compare_structures import CompareStructures
 from .convergence_map import ConvergenceMap
+from .diagnose import Diagnose, Microscope
 from .verify import Verify
 
 __all__ = ["execute", "main"]
@@ -30,6 +32,9 @@ Command = (
     | Annotated[Certify, tyro.conf.subcommand("certify")]
     | Annotated[ConvergenceMap, tyro.conf.subcommand("convergence-map")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
+    | Annotated[Microscope, tyro.conf.subcommand("microscope")]
+    | Annotated[CompareStructures, tyro.conf.subcommand("compare-structures")]
 )
 
 DESCRIPTION = """Second-order optimizers for deep networks, composed from small parts.

@@ -1,0 +1,139 @@
+"""The command ``compare-structures``: every registered structure against the exact curvature of one checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from .. import registry
+from ..analysis.approximation import Effort
+from ..analysis.compared_structures import StructureQuality, compare_structures
+from ..analysis.exact_blocks import Target
+from ..errors import ArgumentError
+from .config import RunConfig, parse_options
+from .environment import prepare_process
+from .problems import get_problem
+from .records import RunFolder
+from .reopen import copy_of, probes, reopen
+from .tables import print_table, write_rows
+from .targets import require_folder
+from .training import prepare
+from .training_run import TrainingRun
+
+__all__ = ["CompareStructures"]
+
+_MEANS = ("error_frobenius", "error_scaled", "cosine", "condition_before", "condition_after")
+_SHOWN = {
+    "structure": "structure",
+    "error_frobenius": "error",
+    "error_scaled": "error, best scale",
+    "cosine": "cosine to exact",
+    "condition_before": "condition",
+    "condition_after": "preconditioned",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareStructures:
+    """Compare all registered structures with the exact curvature at one checkpoint; print a table, best angle first.
+
+    All get the same mini-batches at the same parameters: those of RUN's last checkpoint, or of a problem after a few
+    steps. The folder gets structures.csv, one line per structure and layer.
+    """
+
+    folder: Annotated[Path | None, tyro.conf.arg(name="run", metavar="RUN", help_behavior_hint="")] = None
+    """Folder of a run. Default: a fresh network of --problem."""
+    problem: str = "curves-autoencoder"
+    """Problem where no run is given; 'osculate problems' lists them."""
+    problem_option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Further keyword of the problem: --problem-option size=small."""
+    train_steps: int = 30
+    """Steps of Adam before the comparison where no run is given."""
+    structures: tuple[str, ...] = ()
+    """Pieces of names, such as Kronecker: only structures that contain one. Default: all."""
+    damping: float = 0.1
+    """Of every structure and of the exact matrices, > 0."""
+    samples: int = 100
+    """Samples of a mini-batch."""
+    history: int = 20
+    """Mini-batches on which statistics are gathered."""
+    targets: tuple[Target, ...] = ("ggn",)
+    """Exact matrices to compare with; the table shows the first."""
+    largest: int = 1500
+    """Layers with more parameters are left out."""
+    seed: int = 0
+    """Of the network and the order of the data."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """Folder with the data sets. Default: download, or generate."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """Folder to write. Default: runs/structures-PROBLEM."""
+
+    def run(self, console: Console) -> int:
+        """Compare, print, write, and return the exit status."""
+        prepare_process()
+        out = self.out or Path("runs") / f"structures-{self.problem}"
+        require_folder(out, "structures.csv")
+        chosen = self._structures()
+        run = self._checkpoint()
+        probe, *history = probes(run.problem, run.data, self.samples, 1 + self.history)
+        effort = Effort(dense=self.largest, largest=self.largest)
+        with console.status("measuring") as status:
+            found = list(
+                compare_structures(
+                    copy_of(run),
+                    probe,
+                    history,
+                    damping=self.damping,
+                    targets=self.targets,
+                    structures=chosen,
+                    effort=effort,
+                    announce=lambda name: status.update(name),
+                )
+            )
+        self._print(found, console)
+        rows = [{"structure": entry.structure} | block.as_dict() for entry in found for block in entry.blocks]
+        write_rows(out / "structures.csv", rows)
+        console.print(f"table lies in {out}", highlight=False, markup=False, soft_wrap=True)
+        return 0
+
+    def _structures(self) -> dict[str, Any]:
+        table = registry.examples()["structure"]
+        words = [word.lower() for word in self.structures]
+        found = {name: part for name, part in table.items() if not words or any(w in name.lower() for w in words)}
+        if not found:
+            raise ArgumentError(f"no structure contains {' or '.join(self.structures)}; known: {', '.join(table)}")
+        return found
+
+    def _checkpoint(self) -> TrainingRun:
+        if self.folder is not None:
+            return reopen(RunFolder(self.folder), self.data_dir, device=self.device)
+        config = RunConfig(
+            self.problem,
+            "adam",
+            seed=self.seed,
+            device=self.device,
+            problem_options=parse_options(self.problem_option),
+        )
+        problem = get_problem(config.problem, **config.problem_options)
+        run = prepare(config, problem, problem.load(self.data_dir))
+        for _ in range(self.train_steps):
+            run.step()
+        return run
+
+    def _print(self, found: list[StructureQuality], console: Console) -> None:
+        target = self.targets[0]
+        cosines = {entry.structure: entry.mean("cosine", target) for entry in found}
+        ranked = sorted((entry for entry in found if entry.blocks), key=lambda entry: -cosines[entry.structure])
+        measured = [
+            {"structure": entry.structure} | {name: entry.mean(name, target) for name in _MEANS} for entry in ranked
+        ]
+        print_table(console, f"against the damped {target}, mean over layers", measured, _SHOWN)
+        for entry in found:
+            if entry.trouble:
+                console.print(f"{entry.structure}: {entry.trouble}", markup=False, highlight=False, soft_wrap=True)
