@@ -172,7 +172,7 @@ def _measure(
         numbers["condition_before"] = (highest + shift) / (lowest + shift)
     structure = _structure(block, sides, dense, matrix, effort)
     if structure is not None:
-        numbers |= _errors(structure[0], truth, dense, effort)
+        numbers |= _errors(structure[0], truth, max(abs(lowest + shift), abs(highest + shift)), effort)
         if definite:
             low, high = _extremes(truth, effort, structure)
             numbers["condition_after"] = high / low if low > 0.0 else math.inf
@@ -262,14 +262,13 @@ def _inverted(matrix: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(0.5 * (matrix + matrix.T)))
 
 
-def _errors(structure: SymmetricOperator, truth: SymmetricOperator, dense: bool, effort: Effort) -> dict[str, float]:
+def _errors(structure: SymmetricOperator, truth: SymmetricOperator, norm: float, effort: Effort) -> dict[str, float]:
     """Operator and Frobenius norms of C - T relative to T, and the best multiple of C."""
-    if dense:
+    if truth.size <= effort.dense:
         approximate, exact = structure.dense(), truth.dense()
-        top = float(torch.linalg.eigvalsh(approximate - exact).abs().max() / torch.linalg.eigvalsh(exact).abs().max())
+        top = float(torch.linalg.eigvalsh(approximate - exact).abs().max() / norm)
     else:
-        difference = structure - truth
-        top = difference.norm(effort.tolerance) / truth.norm(effort.tolerance)
+        top = (structure - truth).norm(effort.tolerance) / norm
         drawn = signs(truth, effort.probes, torch.Generator().manual_seed(0))
         approximate = torch.stack([structure.product(vector) for vector in drawn])
         exact = torch.stack([truth.product(vector) for vector in drawn])

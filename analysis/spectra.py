@@ -17,7 +17,13 @@ from ..errors import ArgumentError, require_positive_integer
 __all__ = ["Density", "SymmetricOperator", "conjugate_gradients", "frobenius_norm", "lanczos", "spectral_density"]
 
 _DENSE = 64
-"""Up to this order eigenvalues come from the dense matrix: Arnoldi iterations need room."""
+"""Up to this order eigenvalues come from the dense matrix: Lanczos iterations need room."""
+
+_ROOM = 60
+"""Vectors of a Lanczos basis."""
+
+_RESTARTS = 5
+"""Of a basis, before its best value counts."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,7 @@ class SymmetricOperator:
 
         return LinearOperator((self.size, self.size), matvec=product, dtype=np.float64)
 
-    def extremes(
-        self, metric: tuple[SymmetricOperator, SymmetricOperator] | None = None, tolerance: float = 1e-8
-    ) -> tuple[float, float]:
+    def extremes(self, metric: Metric | None = None, tolerance: float = 1e-8) -> tuple[float, float]:
         """Smallest and largest eigenvalue.
 
         Args:
@@ -89,24 +93,23 @@ class SymmetricOperator:
             return float(torch.linalg.eigvalsh(self.dense()).abs().max())
         return abs(self._eigenvalue("LM", None, tolerance))
 
-    def _eigenvalue(
-        self, which: str, metric: tuple[SymmetricOperator, SymmetricOperator] | None, tolerance: float
-    ) -> float:
+    def _eigenvalue(self, which: str, metric: Metric | None, tolerance: float) -> float:
         start = np.random.default_rng(0).standard_normal(self.size)
         given: dict[str, Any] = {} if metric is None else {"M": metric[0].scipy(), "Minv": metric[1].scipy()}
         options: dict[str, Any] = {"k": 1, "which": which, "tol": tolerance, "v0": start, "return_eigenvectors": False}
-        room = min(self.size, 40)
         try:
-            return float(eigsh(self.scipy(), ncv=room, maxiter=60, **options, **given)[0])
-        except ArpackNoConvergence:  # tightly clustered: a coarser answer is an answer
-            options["tol"] = max(1e-2, tolerance)
-            found = eigsh(self.scipy(), ncv=min(self.size, 120), maxiter=60, **options, **given)
-            return float(found[0])
+            room = min(self.size, _ROOM)
+            return float(eigsh(self.scipy(), ncv=room, maxiter=_RESTARTS, **options, **given)[0])
+        except ArpackNoConvergence:  # tightly clustered, as at the zeros of a singular matrix: a Ritz value will do
+            begin = torch.as_tensor(start, device=self.device)
+            values = lanczos(self, begin, 2 * _ROOM, metric)[0]
+            return float({"SA": values[0], "LA": values[-1], "LM": values[values.abs().argmax()]}[which])
 
 
-def _dense_eigenvalues(
-    operator: SymmetricOperator, metric: tuple[SymmetricOperator, SymmetricOperator] | None
-) -> Tensor:
+Metric = tuple[SymmetricOperator, SymmetricOperator]
+
+
+def _dense_eigenvalues(operator: SymmetricOperator, metric: Metric | None) -> Tensor:
     matrix = operator.dense()
     if metric is not None:
         factor = torch.linalg.cholesky(metric[0].dense())
@@ -138,31 +141,40 @@ def signs(operator: SymmetricOperator, probes: int, generator: torch.Generator) 
     return list((2.0 * drawn.double() - 1.0).to(operator.device))
 
 
-def lanczos(operator: SymmetricOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def lanczos(
+    operator: SymmetricOperator, start: Tensor, steps: int, metric: Metric | None = None
+) -> tuple[Tensor, Tensor]:
     """Lanczos' tridiagonal matrix with full reorthogonalisation.
 
     Args:
-        operator: symmetric.
+        operator: symmetric M.
         start: (d,) not zero.
         steps: >= 1; fewer are taken where the Krylov space ends.
+        metric: a positive definite C and its inverse: of C^-1 M, in the inner product of C.
 
     Returns:
         Ritz values, ascending, and the weights of the quadrature they are nodes of (summing to 1).
     """
-    basis = [start / torch.linalg.vector_norm(start)]
+    own = SymmetricOperator(operator.size, lambda v: v, operator.device)
+    product, solve = (own, own) if metric is None else metric
+    dual = product.product(start)
+    length = float(torch.dot(start, dual).sqrt())
+    basis, duals = [start / length], [dual / length]
     diagonal: list[float] = []
     beside: list[float] = []
     for _ in range(min(steps, operator.size)):
         image = operator.product(basis[-1])
         diagonal.append(float(torch.dot(image, basis[-1])))
-        kept = torch.stack(basis)
+        residual, kept, weights = solve.product(image), torch.stack(basis), torch.stack(duals)
         for _ in range(2):  # twice is enough
-            image = image - kept.T @ (kept @ image)
-        length = float(torch.linalg.vector_norm(image))
+            residual = residual - kept.T @ (weights @ residual)
+        dual = product.product(residual)
+        length = float(torch.dot(residual, dual).clamp(min=0.0).sqrt())
         if length <= 1e-12 * (abs(diagonal[-1]) + sum(beside[-1:]) + 1e-300):
             break
         beside.append(length)
-        basis.append(image / length)
+        basis.append(residual / length)
+        duals.append(dual / length)
     size = len(diagonal)
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     off = torch.tensor(beside[: size - 1], dtype=torch.float64)
