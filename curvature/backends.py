@@ -13,6 +13,7 @@ from .capture import Capture, PassKind, Record
 from .func_backend import FuncBackend
 from .layers import Layer
 from .likelihoods import Likelihood
+from .passes import Pauses
 from .statistics import LayerStatistics
 
 __all__ = ["BACKENDS", "Backend", "make_backend", "require_supported"]
@@ -22,7 +23,7 @@ class Backend(Protocol):
     """What the optimizer uses of a backend. Constructed as ``(model, layers, likelihood, loss_reduction, seed)``.
 
     ``cannot`` maps records that it refuses to the reason; ``step``, ``seed`` and ``stream`` (one per
-    process that shares a mini-batch) determine the sampled labels.
+    process that shares a mini-batch) determine the sampled labels; while ``pauses`` is true nothing is recorded.
     """
 
     name: ClassVar[str]
@@ -32,6 +33,7 @@ class Backend(Protocol):
     step: int
     seed: int
     stream: int
+    pauses: Pauses
 
     def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
         """Choose what the following forward passes record."""

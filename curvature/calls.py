@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["Arrange", "BatchSecond", "Call", "Calls", "ParameterSum", "column_sum"]
+__all__ = ["EMPTY", "Arrange", "BatchSecond", "Call", "Calls", "ParameterSum", "column_sum"]
+
+
+EMPTY = "it has no statistics: skip empty batches, or run them inside optimizer.paused() or torch.no_grad()"
+"""What an error about a batch without samples says."""
 
 
 class Arrange(Protocol):
@@ -64,6 +68,20 @@ class Call:
     complete: bool = False
     labelled: bool = False
 
+    def take_gradient(self, gradient: Tensor) -> None:
+        """Keep the gradient of one backward; several through one forward add up, as they do in ``.grad``."""
+        value = self.arranged(gradient.detach())
+        self.gradient = value if self.gradient is None else self.gradient + value
+
+    def take_gradient_sum(self, value: Tensor) -> None:
+        """The same for its sum over samples and positions."""
+        self.gradient_sum = value if self.gradient_sum is None else self.gradient_sum + value
+
+    def forget_gradient(self) -> None:
+        """As before the first backward: the user has cleared ``.grad``, and may go backward again."""
+        self.gradient = self.gradient_sum = None
+        self.complete = self.labelled = False
+
     def arranged(self, value: Tensor) -> Tensor:
         """A tensor in the output's shape, batch axis first."""
         return value if self.arrange is None else self.arrange(value)
@@ -99,9 +117,12 @@ class Calls:
             self._kept.append(call)
 
     def discard_complete(self) -> None:
-        """Forget the calls that have a gradient."""
-        self._references = [weakref.ref(call) for call in self if not call.complete]
-        self._kept = [call for call in self._kept if not call.complete]
+        """Forget the gradients that have arrived; a call lives on if its graph does, for another backward."""
+        for call in self:
+            if call.complete:
+                call.forget_gradient()
+        self._kept = [call for call in self._kept if call.complete]
+        self._references = [reference for reference in self._references if reference() is not None]
 
     def clear(self) -> None:
         """Forget every call, and let go of graphs that nobody ran backward."""

@@ -8,7 +8,7 @@ output never received a gradient (an evaluation pass, the first of two passes un
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +21,7 @@ from .hooks import attach
 from .joining import combine
 from .layers import Layer
 from .likelihoods import Likelihood
+from .passes import Pauses, accumulates
 from .sampling import is_extra_backward, label_generator, require_predictive, roots_backward, sampled_backward
 from .statistics import LayerStatistics
 from .uses import Use, watch_attention
@@ -79,6 +80,8 @@ class Capture:
         self._pass = 0
         self._kind: PassKind = "gradient"
         self._inside = False
+        self._leaves: dict[int, list[Tensor]] = {}  # artificial ones of each pass
+        self.pauses = Pauses()
         self._handles = attach(self)
 
     def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
@@ -86,9 +89,9 @@ class Capture:
 
         Args:
             wanted: layers that are missing record nothing.
-            kind: ``"gradient"``: a pass counts when its gradient has arrived; ``"look back"``: parameters are frozen,
-                an output that needs no gradient gets an artificial leaf so that the gradients at the pre-activations
-                exist all the same; ``"forward"``: a pass counts without any gradient.
+            kind: ``"gradient"``: a pass counts when a backward that fills ``.grad`` has arrived; ``"look back"``:
+                parameters are frozen, an output that needs no gradient gets an artificial leaf so that the gradients at
+                the pre-activations exist all the same; ``"forward"``: a pass counts without any gradient.
         """
         self._wanted = {name: record for name, record in wanted.items() if record}
         self._kind = kind
@@ -97,13 +100,14 @@ class Capture:
         """A capture of more layers in place of this one, whose hooks are removed and whose records are dropped."""
         self.close()
         result = Capture(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
-        result.step = self.step
+        result.step, result.pauses = self.step, self.pauses
         return result
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what was recorded, and the hooks, belong to the original."""
         fresh = {name: Calls() for name in self._calls}
-        return {**self.__dict__, "_handles": [], "_calls": fresh, "_parameter_sums": {}, "_pass": 0, "_inside": False}
+        own = {"_handles": [], "_calls": fresh, "_parameter_sums": {}, "_leaves": {}, "pauses": Pauses()}
+        return {**self.__dict__, **own, "_pass": 0, "_inside": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy places hooks on its own model."""
@@ -117,27 +121,27 @@ class Capture:
 
     def discard_complete(self) -> None:
         """Forget calls that already have a gradient: the user threw that gradient away (``zero_grad``)."""
-        done = self._completed_passes()
+        if self._completed_passes() and not self._inside:
+            self._pass += 1  # parts called one by one from here on are another pass
         for calls in self._calls.values():
             calls.discard_complete()
-        for name, sums in self._parameter_sums.items():
-            self._parameter_sums[name] = [entry for entry in sums if entry.pass_index not in done]
+        self._forget_abandoned_sums()
 
     def collect(self) -> dict[str, LayerStatistics]:
         """Statistics per layer name from all complete calls since the last time; forgets every call."""
         result: dict[str, LayerStatistics] = {}
         done = self._completed_passes()
+        every = self._kind == "forward"
+        calls = {name: [call for call in entries if call.complete or every] for name, entries in self._calls.items()}
+        sums = {
+            name: [entry for entry in entries if every or entry.pass_index in done]
+            for name, entries in self._parameter_sums.items()
+        }
+        self.clear()
         for layer in self.layers:
-            calls = [call for call in self._calls[layer.name] if call.complete or self._kind == "forward"]
-            sums = [
-                entry
-                for entry in self._parameter_sums.get(layer.name, [])
-                if self._kind == "forward" or entry.pass_index in done
-            ]
-            record = combine(layer, calls, sums, self.loss_reduction)
+            record = combine(layer, calls[layer.name], sums.get(layer.name, []), self.loss_reduction)
             if record is not None:
                 result[layer.name] = record
-        self.clear()
         return result
 
     def clear(self) -> None:
@@ -145,7 +149,7 @@ class Capture:
         for calls in self._calls.values():
             calls.clear()
         self._parameter_sums.clear()
-        self._pass, self._inside = 0, False
+        self._pass, self._inside, self._leaves = 0, False, {}
 
     def _completed_passes(self) -> set[int]:
         return {call.pass_index for calls in self._calls.values() for call in calls if call.complete}
@@ -153,7 +157,8 @@ class Capture:
     def _watch(self, layers: Sequence[Layer]) -> ProjectionWatch | None:
         """What records the projections of one call of an attention module; ``None`` if there is nothing to record."""
         wanted = [layer for layer in layers if layer.name in self._wanted]
-        if not wanted or not (torch.is_grad_enabled() or self._kind == "forward"):
+        idle = self.pauses and self._kind != "look back"
+        if idle or not wanted or not (torch.is_grad_enabled() or self._kind == "forward"):
             return None
         return watch_attention(wanted, self._on_use)
 
@@ -162,25 +167,40 @@ class Capture:
         uses = [use for use in uses if use.layer.name in self._wanted]
         if not uses or not isinstance(output, Tensor):
             return None
+        if self.pauses:
+            return self._with_leaf(output)
         if not self._inside and self._pass in self._completed_passes():
             self._pass += 1  # parts of the model are called one by one, and a backward has ended the last pass
         if self._kind == "forward":
             for use in uses:
                 self._calls[use.layer.name].keep(self._new_call(use, output))
             return None
-        replaced = None
+        replaced = self._with_leaf(output)
+        output = output if replaced is None else replaced
         if not output.requires_grad:
-            if self._kind != "look back" or not torch.is_grad_enabled():
-                return None
-            leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-            output = replaced = output + leaf
-        elif output._is_view():
+            return None
+        if replaced is None and output._is_view():
             # Linear on (N, ..., d) returns a view; an in-place activation would cut it off from the hook below.
             output = replaced = torch.ops.aten._unsafe_view(output, output.shape)
         for use in uses:
             call, name = self._new_call(use, output), use.layer.name
-            output.register_hook(_gradient_hook(use.layer, call, self._wanted[name], self._calls[name]))
+            hook = GradientHook(use.layer, call, self._wanted[name], self._calls[name], self.pauses)
+            hook.leaves = self._leaves.get(self._pass, []) if self._kind == "look back" else hook.leaves
+            output.register_hook(hook)
         return replaced
+
+    def _with_leaf(self, output: Tensor) -> Tensor | None:
+        """When looking back, the output with an artificial leaf if none is behind it, else ``None``.
+
+        Parameters are frozen then: such a leaf lets a backward run at all, and tells which one fills leaves.
+        """
+        if self._kind != "look back" or not torch.is_grad_enabled():
+            return None
+        leaves = [] if self.pauses else self._leaves.setdefault(self._pass, [])
+        if output.requires_grad and (leaves or self.pauses):
+            return None
+        leaves.append(torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True))
+        return output + leaves[-1]
 
     def _new_call(self, use: Use, output: Tensor) -> Call:
         layer, wanted, call = use.layer, self._wanted[use.layer.name], use.call(self._pass, output)
@@ -240,18 +260,25 @@ class Capture:
         return label_generator(self.seed, self.step, len(earlier), device, self.stream)
 
 
-def _gradient_hook(layer: Layer, call: Call, wanted: Record, calls: Calls) -> Callable[[Tensor], None]:
-    """The hook owns its call until the gradient comes: with a graph that is thrown away, its records vanish."""
+class GradientHook:
+    """Takes the gradients at one output.
 
-    def hook(gradient: Tensor) -> None:
-        if is_extra_backward():  # it runs through the same tensors
+    It owns its call until the first comes: with a graph that is thrown away, its records vanish.
+    """
+
+    def __init__(self, layer: Layer, call: Call, wanted: Record, calls: Calls, pauses: Pauses):
+        self.leaves: Sequence[Tensor] = list(layer.parameters.values())
+        self._layer, self._call, self._wanted, self._calls, self._pauses = layer, call, wanted, calls, pauses
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Take it in, if it belongs to a backward that fills the leaves' ``.grad``."""
+        if is_extra_backward() or self._pauses or not accumulates(self.leaves):
             return
+        call, adapter = self._call, self._layer.adapter
         call.complete = True
-        calls.keep(call)
-        if Record.GRADIENTS in wanted:
-            call.gradient = call.arranged(gradient.detach())
-        if Record.MEANS in wanted and layer.adapter is not None:
-            expanded = layer.adapter.expand_output(layer.module, call.arranged(gradient.detach()))
-            call.gradient_sum = column_sum(expanded)
-
-    return hook
+        self._calls.keep(call)
+        if Record.GRADIENTS in self._wanted:
+            call.take_gradient(gradient)
+        if Record.MEANS in self._wanted and adapter is not None:
+            expanded = adapter.expand_output(self._layer.module, call.arranged(gradient.detach()))
+            call.take_gradient_sum(column_sum(expanded))

@@ -47,7 +47,8 @@ class LayerHook(Hook):
         capture = self.capture()
         if capture is None or self._layer is None or not any(module is own for own in self._layer.modules):
             return None  # a replica shares its hooks
-        return capture._on_use([use_of(self._layer, args, kwargs)], output)
+        use = use_of(self._layer, args, kwargs)
+        return None if use is None else capture._on_use([use], output)
 
 
 class AttentionHooks(Hook):
@@ -84,7 +85,7 @@ class BeginHook(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A new pass begins."""
         capture = self.capture()
-        if capture is not None and module is capture.model:
+        if capture is not None and module is capture.model and not capture.pauses:
             capture._pass, capture._inside = capture._pass + 1, True
 
 
@@ -94,7 +95,7 @@ class EndHook(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The pass is complete: its output is the model's."""
         capture = self.capture()
-        if capture is not None and module is capture.model:
+        if capture is not None and module is capture.model and not capture.pauses:
             capture._inside = False
             capture._on_model(output)
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .adapters import LayerAdapter
-from .calls import Call, ParameterSum
+from .calls import EMPTY, Call, ParameterSum
 from .layers import Layer
 from .statistics import LayerStatistics, Tensors
 
@@ -32,12 +33,17 @@ def combine(
         calls: of all passes that count, in order.
         sums: of the same passes.
         loss_reduction: ``"mean"`` or ``"sum"``, how the user's loss combines samples.
+
+    Raises:
+        ArgumentError: if there are calls, and no samples in them.
     """
     if not calls:
         samples = sum(entry.samples for entry in sums)
         return LayerStatistics(layer, samples, 1, sampled_parameter_gradients=mean_of_sums(sums)) if sums else None
     passes = _by_pass(calls)
     samples = sum(entry[0][0].samples for entry in passes)
+    if samples == 0:
+        raise ArgumentError(f"layer {layer.name!r} saw a batch of 0 samples; {EMPTY}")
     scale = float(samples) if loss_reduction == "mean" else 1.0
     rows = sum(call.samples * call.positions for call in calls)
     output_sum = _total([call.output_sum for call in calls])

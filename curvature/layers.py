@@ -24,6 +24,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..errors import ArgumentError, CompatibilityError
 from .adapters import ADAPTERS, LayerAdapter
 from .attention import attention_parts, is_attention, sequence_first
+from .parametrised import has_plain_weights
 
 __all__ = ["Layer", "LayerAdapter", "discover_layers"]
 
@@ -41,6 +42,7 @@ class Layer:
         others: further modules with the same parameters; their calls count as calls of this layer.
         batch_axis: the axis of its input and output that counts samples: 0, or 1 inside torch's own transformer layers
             built with ``batch_first=False``.
+        note: why it is of kind ``"Other"`` although modules of its type usually are not; else empty.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Layer:
     adapter: LayerAdapter | None = field(repr=False)
     others: tuple[nn.Module, ...] = field(default=(), repr=False)
     batch_axis: int = 0
+    note: str = ""
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -119,7 +122,8 @@ def discover_layers(model: nn.Module, adapters: Sequence[LayerAdapter] = ADAPTER
 
     Modules of one kind and configuration that share all their parameters are one layer, under the first one's name.
     Any other shared parameter belongs to the first module that has it, and every module with a part in it is of kind
-    ``"Other"``: statistics would count only some of its uses.
+    ``"Other"``: statistics would count only some of its uses. So is a module whose weight is computed from other
+    parameters (``weight_norm``, ``spectral_norm``, pruning, ``torch.nn.utils.parametrize``).
 
     Raises:
         ArgumentError: if a parameter is not initialised yet, or a trainable embedding has sparse gradients.
@@ -130,7 +134,11 @@ def discover_layers(model: nn.Module, adapters: Sequence[LayerAdapter] = ADAPTER
     seen: set[int] = set()
     for name, module in model.named_modules():
         own = _unseen(name, module, seen)
-        if is_attention(module) and all(len(owners[id(p)]) == 1 for p in module.parameters()):
+        if (
+            is_attention(module)
+            and has_plain_weights(module)
+            and all(len(owners[id(p)]) == 1 for p in module.parameters())
+        ):
             own |= _unseen(name, module.out_proj, seen)
             layers += [Layer(*part) for part in attention_parts(name, module, own)]
         elif own:
@@ -148,12 +156,17 @@ def _layer(
     sequence: bool,
 ) -> Layer:
     adapter = next((entry for entry in adapters if entry.matches(module)), None)
+    note = ""
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        note = "parameters of a reparametrised weight"
+    elif (adapter is not None or is_attention(module)) and not has_plain_weights(module):
+        adapter, note = None, "its weight is computed from other parameters (parametrize, weight_norm, pruning)"
     users = list({id(user): user for parameter in own.values() for user in owners[id(parameter)]}.values())
     others = tuple(user for user in users if user is not module)
     if adapter is None or not all(_interchangeable(module, other) for other in others):
         adapter, others = None, ()
     axis = int(sequence and adapter is not None)
-    return Layer(name or "(root)", adapter.kind if adapter else "Other", module, own, adapter, others, axis)
+    return Layer(name or "(root)", adapter.kind if adapter else "Other", module, own, adapter, others, axis, note)
 
 
 def _interchangeable(first: nn.Module, second: nn.Module) -> bool:

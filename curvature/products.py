@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .layers import Layer
+from .passes import standing_for_backward
 from .statistics import Tensors
 
 __all__ = ["GraphKeepingBackward"]
@@ -46,11 +47,15 @@ class GraphKeepingBackward(TorchFunctionMode):
 
     def _backward(self, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], inputs: Any) -> None:
         """Fill ``.grad`` as autograd would, and add the differentiable gradients to the kept ones."""
-        gradients = torch.autograd.grad(
-            tensors, self.parameters, vectors, create_graph=True, allow_unused=True, materialize_grads=True
-        )
+        filled: Sequence[Tensor] = self.parameters
         if inputs is not None:
-            chosen = {id(value) for value in ([inputs] if isinstance(inputs, Tensor) else inputs)}
+            filled = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        with standing_for_backward(filled):
+            gradients = torch.autograd.grad(
+                tensors, self.parameters, vectors, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        if inputs is not None:
+            chosen = {id(value) for value in filled}
             pairs = zip(self.parameters, gradients, strict=True)
             gradients = tuple(value if id(p) in chosen else torch.zeros_like(p) for p, value in pairs)
         if self.gradients:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, CompatibilityError
-from .calls import Call, ParameterSum
+from .calls import EMPTY, Call, ParameterSum
 from .capture import PassKind, Record
 from .hooks import Hook
 from .joining import combine
 from .layers import Layer
 from .likelihoods import Likelihood
+from .passes import Pauses, accumulates
 from .sampling import extra_backward, is_extra_backward, label_generator, require_predictive
 from .statistics import LayerStatistics, SampleGradients, Tensors
 
@@ -31,7 +32,10 @@ __all__ = ["Measured", "Pass", "ReplayBackend", "RootHook", "require_replayable"
 
 @dataclass
 class Pass:
-    """One forward pass of the whole model: ``output`` is (N, ...), ``gradient`` that of the user's loss there."""
+    """One forward pass of the whole model: ``output`` is (N, ...), ``gradient`` that of the user's loss there.
+
+    ``discarded``: the user has cleared the gradient, and may go backward again while the graph lives.
+    """
 
     index: int
     args: tuple[Any, ...]
@@ -39,6 +43,7 @@ class Pass:
     output: Tensor
     targets: Tensor | None = None
     gradient: Tensor | None = None
+    discarded: bool = False
 
     @property
     def samples(self) -> int:
@@ -85,6 +90,7 @@ class ReplayBackend(ABC):
         self._kept: list[Pass] = []
         self._count = 0
         self._kind: PassKind = "gradient"
+        self.pauses = Pauses()
         self._handles = self._attach()
 
     @abstractmethod
@@ -104,7 +110,7 @@ class ReplayBackend(ABC):
         """A backend for more layers in place of this one, whose hooks are removed and whose records are dropped."""
         self.close()
         result = type(self)(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
-        result.step = self.step
+        result.step, result.pauses = self.step, self.pauses
         return result
 
     def close(self) -> None:
@@ -114,7 +120,8 @@ class ReplayBackend(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what was recorded, and the hooks, belong to the original."""
-        return {**self.__dict__, "_handles": [], "_references": [], "_kept": [], "_count": 0}
+        own = {"_handles": [], "_references": [], "_kept": [], "_count": 0, "pauses": Pauses()}
+        return {**self.__dict__, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy places its hook on its own model."""
@@ -127,8 +134,10 @@ class ReplayBackend(ABC):
 
     def discard_complete(self) -> None:
         """Forget passes that already have a gradient: the user threw that gradient away (``zero_grad``)."""
-        self._references = [weakref.ref(entry) for entry in self._passes if entry.gradient is None]
-        self._kept[:] = [entry for entry in self._kept if entry.gradient is None]  # hooks hold this very list
+        for entry in self._passes:
+            if entry.gradient is not None:
+                entry.gradient, entry.discarded = None, True
+        self._kept[:] = [entry for entry in self._kept if not entry.discarded]  # hooks hold this very list
 
     @property
     def _passes(self) -> list[Pass]:
@@ -160,23 +169,25 @@ class ReplayBackend(ABC):
         """Record a pass; may replace the output by one that carries an artificial leaf."""
         if not self._wanted or not torch.is_grad_enabled():
             return None
+        if self.pauses:
+            return self._with_leaf(output)[0] if isinstance(output, Tensor) else None
         if not isinstance(output, Tensor) or output.ndim == 0:
             raise ArgumentError(
                 f"backend={self.name!r} needs a model that returns one Tensor with a batch axis, got "
                 f"{type(output).__name__}; use backend='hooks'"
             )
+        if output.shape[0] == 0:
+            raise ArgumentError(f"the model was called on a batch of 0 samples; {EMPTY}")
         if torch.is_autocast_enabled(output.device.type):
             raise CompatibilityError(
                 f"backend={self.name!r} measures in full precision; leave torch.autocast, or use backend='hooks'"
             )
-        replaced = None
+        replaced, leaves = self._with_leaf(output)
+        output = output if replaced is None else replaced
         if self._kind != "forward":
             if not output.requires_grad:
-                if self._kind != "look back":
-                    return None
-                leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-                output = replaced = output + leaf
-            elif output._is_view():
+                return None
+            if replaced is None and output._is_view():
                 output = replaced = torch.ops.aten._unsafe_view(output, output.shape)
         self.check()
         entry = Pass(self._count, args, kwargs, output.detach().clone(), self._labels(output))
@@ -185,8 +196,20 @@ class ReplayBackend(ABC):
         if self._kind == "forward":
             self._kept.append(entry)
         elif output.requires_grad:
-            output.register_hook(_gradient_hook(entry, self._kept))
+            output.register_hook(_gradient_hook(entry, self._kept, self.pauses, leaves))
         return replaced
+
+    def _with_leaf(self, output: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """When looking back, the output with an artificial leaf; and what a backward must fill to count."""
+        if self._kind == "look back":
+            leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            return output + leaf, [leaf]
+        wanted = [layer for layer in self.layers if layer.name in self._wanted]
+        return None, [parameter for layer in wanted for parameter in layer.parameters.values()]
+
+    def _earlier(self) -> int:
+        """Passes before this one that count, or still may."""
+        return sum(not entry.discarded for entry in self._passes)
 
     def _labels(self, output: Tensor) -> Tensor | None:
         """Labels drawn from the model, the same that the ``hooks`` backend draws."""
@@ -196,7 +219,7 @@ class ReplayBackend(ABC):
         likelihood, output = require_predictive(self.likelihood, output)
         if not any(record & (Record.SAMPLED | Record.SAMPLED_PARAMETERS) for record in every):
             return None
-        generator = label_generator(self.seed, self.step, len(self._passes), output.device, self.stream)
+        generator = label_generator(self.seed, self.step, self._earlier(), output.device, self.stream)
         return likelihood.sample(output.detach(), generator)
 
 
@@ -238,13 +261,17 @@ def _dropout(module: nn.Module) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _gradient_hook(entry: Pass, kept: list[Pass]) -> Any:
-    """The hook owns its pass until the gradient comes: with a graph that is thrown away, the pass vanishes."""
+def _gradient_hook(entry: Pass, kept: list[Pass], pauses: Pauses, leaves: Sequence[Tensor]) -> Any:
+    """The hook owns its pass until the gradient comes: with a graph that is thrown away, the pass vanishes.
+
+    Gradients of several backwards through one forward add up, as they do in ``.grad``.
+    """
 
     def hook(gradient: Tensor) -> None:
-        if is_extra_backward():
+        if is_extra_backward() or pauses or not accumulates(leaves):
             return
-        entry.gradient = gradient.detach().clone()
+        entry.gradient = gradient.detach().clone() if entry.gradient is None else entry.gradient + gradient.detach()
+        entry.discarded = False
         if not any(entry is other for other in kept):
             kept.append(entry)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from .attention import ProjectionCall, ProjectionWatch
-from .calls import Arrange, BatchSecond, Call
+from .calls import EMPTY, Arrange, BatchSecond, Call
 from .layers import Layer
 
 __all__ = ["Observer", "Use", "attention_modules", "observed", "use_of", "watch_attention"]
@@ -43,7 +43,7 @@ class Use:
         """An empty record of this use.
 
         Raises:
-            ArgumentError: if the output has no batch axis.
+            ArgumentError: if the output has no batch axis, or the batch is empty.
         """
         adapter, module = self.layer.adapter, self.layer.module
         if adapter is None:
@@ -53,12 +53,19 @@ class Use:
                 f"layer {self.layer.name!r} was called on one unbatched sample; give it a batch of size 1"
             )
         shaped = output if self.arrange is None else self.arrange.tokens(output.detach())
+        if shaped.shape[0] == 0:
+            raise ArgumentError(f"layer {self.layer.name!r} was called on a batch of 0 samples; {EMPTY}")
         return Call(pass_index, shaped.shape[0], adapter.positions(module, shaped), self.arrange, self.group)
 
 
-def use_of(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Use:
-    """The use that a module's call with these arguments is."""
-    value = args[0] if args else next(iter(kwargs.values()))
+def use_of(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Use | None:
+    """The use that a module's call with these arguments is.
+
+    ``None`` if it has no argument, as learned positions and reparametrised weights have none: it saw no samples.
+    """
+    value = args[0] if args else next(iter(kwargs.values()), None)
+    if value is None:
+        return None
     return Use(layer, value.transpose(0, 1), BatchSecond()) if layer.batch_axis else Use(layer, value)
 
 
@@ -107,7 +114,8 @@ def observed(layers: Sequence[Layer], observer: Observer) -> Iterator[None]:
 
 def _module_hook(layer: Layer, observer: Observer) -> Callable[..., Tensor | None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        return observer([use_of(layer, args, kwargs)], output) if isinstance(output, Tensor) else None
+        use = use_of(layer, args, kwargs)
+        return observer([use], output) if use is not None and isinstance(output, Tensor) else None
 
     return hook
 

@@ -123,7 +123,8 @@ class Block:
         else:
             shape = (sum(parameter.numel() for parameter in self.parameters),)
         size = self.state.bytes() + sum(value.numel() * value.element_size() for value in self.storage)
-        return LayerRow(self.layer.name, self.layer.kind, self.names, shape, describe(self.part), self.fallback, size)
+        layer = self.layer
+        return LayerRow(layer.name, layer.kind, self.names, shape, describe(self.part), self.fallback, size, layer.note)
 
     def to_dict(self) -> dict[str, Any]:
         """State, momentum and counters."""
@@ -194,7 +195,8 @@ def make_blocks(
             key = layer.name if index == 0 else f"{layer.name}:{'+'.join(names)}"
             blocks.append(_block(key, layer, names, part, False))
         if rest:
-            left.append(f"{layer.name} ({type(layer.module).__name__}): {', '.join(rest)}")
+            note = f" ({layer.note})" if layer.note else ""
+            left.append(f"{layer.name} ({type(layer.module).__name__}): {', '.join(rest)}{note}")
             key = layer.name if not chosen else f"{layer.name}:{'+'.join(rest)}"
             blocks.append(_block(key, layer, rest, fallback, True))
     if strict and left:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..curvature.capture import Record
 from ..curvature.statistics import LayerStatistics, Needs
@@ -45,6 +45,7 @@ class LookBack:
         self.optimizer = optimizer
         self.state = optimizer.method.guard.init()
         self._before: Snapshot | None = None
+        self._differentiates = False
         self._parameters: list[tuple[Tensor, Tensor]] = []
         self._slope: Tensor | None = None
         self._penalty: Tensor | float = 0.0
@@ -127,17 +128,32 @@ class LookBack:
     def _evaluate(self, closure: Closure) -> tuple[Tensor, dict[str, LayerStatistics]]:
         """One lean pass: no parameter gradient is computed, gradients and buffers end up as they were."""
         optimizer = self.optimizer
-        assert self._before is not None
         served = [block.layer for block in optimizer.blocks if Needs.PAIRS in block.part.needs]
-        optimizer.capture.clear()
-        optimizer.capture.arm({layer.name: Record.MEANS for layer in served}, "look back")
-        optimizer.gradient_evaluations += 1
         # Only layers whose outputs the capture makes need a gradient: a loss without any could not run backward.
-        with preserved(optimizer.model), frozen([p for layer in served for p in layer.parameters.values()]):
+        parameters = [p for layer in served for p in layer.parameters.values()]
+        wanted = {layer.name: Record.MEANS for layer in served}
+        try:
+            loss = self._closure_again(closure, wanted, [] if self._differentiates else parameters)
+        except RuntimeError as error:
+            if self._differentiates or "does not require grad" not in str(error):
+                raise
+            self._differentiates = True  # torch.autograd.grad in the closure, by parameters, beside its backward
+            loss = self._closure_again(closure, wanted, [])
+        return optimizer.ranks.mean(loss), optimizer.collect()
+
+    def _closure_again(
+        self, closure: Closure, wanted: Mapping[str, Record], constants: Sequence[nn.Parameter]
+    ) -> Tensor:
+        """The closure from the state before the step, with these parameters held constant."""
+        optimizer = self.optimizer
+        assert self._before is not None
+        optimizer.capture.clear()
+        optimizer.capture.arm(wanted, "look back")
+        optimizer.gradient_evaluations += 1
+        with preserved(optimizer.model), frozen(constants):
             self._before.restore(optimizer.model)
             with optimizer.ranks.silent():
-                loss = run_closure(closure)
-        return optimizer.ranks.mean(loss), optimizer.collect()
+                return run_closure(closure)
 
     def _observe(self, before: Mapping[str, LayerStatistics], after: Mapping[str, LayerStatistics]) -> Events:
         events: Events = {}

@@ -17,7 +17,7 @@ from ..preconditioners.protocol import Observation, Refining
 from .blocks import Block
 from .evaluation import Closure, preserved
 from .method import Method
-from .recording import fill, records_for_forward, require_filled
+from .recording import fill, records_for_forward, require_filled, require_pairs
 
 __all__ = ["observe", "refine", "refresh", "warm_up"]
 
@@ -48,6 +48,8 @@ def observe(
         record = records.get(block.key)
         if record is not None and block.statistics_due(step, warm):
             require_filled(block, record)
+        if gradients[block.key] is not None and method.looks_back_at(step):
+            require_pairs(block, statistics.get(block.layer.name))
     updated: list[tuple[Block, Observation]] = []
     for block in blocks:
         values = gradients[block.key]

@@ -7,7 +7,7 @@ error before it leaves the model as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class SecondOrder(GroupedOptimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler calls step in any case and says what it found
     _inverse_scale: Tensor | None = None
+    _closed = False
 
     def __init__(
         self,
@@ -146,6 +147,16 @@ class SecondOrder(GroupedOptimizer):
     def close(self) -> None:
         """Remove the hooks from the model; the optimizer cannot step afterwards."""
         self.capture.close()
+        self._closed = True
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Passes inside this context belong to no mini-batch: nothing of them is recorded, forward or backward.
+
+        For evaluations with gradients, adversarial perturbations, penalties, teachers. What such a pass adds to
+        ``.grad`` counts as gradient. A pass that fills no ``.grad`` is never counted; to pause for it saves recording.
+        Contexts nest, and end however they are left.
+        """
+        return self.capture.pauses.paused()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics that belong to them."""
@@ -167,12 +178,14 @@ class SecondOrder(GroupedOptimizer):
 
         Raises:
             ClosureRequiredError: if the method evaluates the loss itself.
-            ArgumentError: if no parameter has a gradient.
+            ArgumentError: if no parameter has a gradient, the optimizer is closed or paused, or nothing was recorded of
+                a layer that measures (``torch.autograd.grad`` in the place of ``loss.backward()``).
             NumericalError: if a loss, gradient, statistic or step size is not finite (``on_nonfinite="raise"``); no
                 parameter and no state has changed.
         """
         if closure is None and self.needs_closure:
             raise ClosureRequiredError(_CLOSURE_MESSAGE)
+        self._require_open()
         self._check_values()
         scaling = Scaling(self)
         self._look_back.prepare()
@@ -353,6 +366,14 @@ class SecondOrder(GroupedOptimizer):
     def collect(self) -> dict[str, LayerStatistics]:
         """What the backend has recorded, without loss scale and in full precision."""
         return self.ranks.joint(self.layers, widened(self.capture.collect(), self._inverse_scale))
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ArgumentError(
+                "this optimizer was closed: its hooks are gone from the model; build a new one and load state_dict()"
+            )
+        if self.capture.pauses:
+            raise ArgumentError("step() inside optimizer.paused() would see no statistics; leave the context before it")
 
     def snapshot(self) -> Snapshot:
         """Random state and buffers now."""

@@ -29,6 +29,7 @@ __all__ = [
     "records_for_forward",
     "records_for_step",
     "require_filled",
+    "require_pairs",
     "require_sampled",
     "with_hessians",
 ]
@@ -139,11 +140,27 @@ def require_filled(block: Block, record: LayerStatistics) -> None:
     )
     empty = empty or (Needs.MATRIX in block.part.needs and record.matrix is None)
     if empty or (Needs.INPUTS in block.part.needs and record.inputs is None):
-        raise ArgumentError(
-            f"nothing was recorded of layer {block.layer.name!r}: run the whole model that was given to osculate.build "
-            "(not its submodules one by one), with gradients enabled (no torch.no_grad()); the layer must be called as "
-            "a module and must influence the model's output, else give it Identity() with ByLayer"
-        )
+        raise _nothing_recorded(block)
+
+
+def require_pairs(block: Block, record: LayerStatistics | None) -> None:
+    """Check that there is something to compare with after the step.
+
+    Raises:
+        ArgumentError: as :func:`require_filled`.
+    """
+    if Needs.PAIRS in block.part.needs and (record is None or record.mean_gradient is None):
+        raise _nothing_recorded(block)
+
+
+def _nothing_recorded(block: Block) -> ArgumentError:
+    return ArgumentError(
+        f"nothing was recorded of layer {block.layer.name!r}: run the whole model that was given to osculate.build "
+        "(not its submodules one by one), with gradients enabled (no torch.no_grad(), not inside "
+        "optimizer.paused()), and call loss.backward() (torch.autograd.grad fills no .grad, so it is not counted); "
+        "the layer must be called as a module and must influence the model's output, else give it Identity() with "
+        "ByLayer"
+    )
 
 
 def require_sampled(

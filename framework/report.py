@@ -70,6 +70,7 @@ class LayerRow:
         part: the structure, e.g. ``Kronecker(HessianActionBFGS, BFGS)``.
         fallback: whether the structure is the method's fallback.
         bytes: state of the structure and momentum.
+        note: why the layer could not be read, if it usually can.
     """
 
     layer: str
@@ -79,3 +80,4 @@ class LayerRow:
     part: str
     fallback: bool
     bytes: int
+    note: str = ""
