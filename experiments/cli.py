@@ -18,6 +18,7 @@ from .commands import Compare, Replay, Train
 from .compare_structures import CompareStructures
 from .convergence_map import ConvergenceMap
 from .diagnose import Diagnose, Microscope
+from .report import Report
 from .verify import Verify
 
 __all__ = ["execute", "main"]
@@ -31,6 +32,7 @@ Command = (
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Certify, tyro.conf.subcommand("certify")]
     | Annotated[ConvergenceMap, tyro.conf.subcommand("convergence-map")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Microscope, tyro.conf.subcommand("microscope")]

@@ -46,6 +46,7 @@ class Metrics:
         valid_accuracy: share of validation samples classified rightly; None without classes or validation samples.
         suboptimality: training loss less the least possible one, penalty left out; None where that is unknown.
         events: what the method counted since the line before, such as rejected pairs; only counts above 0.
+        layer_steps: step size of every layer at the last step, of methods that choose one per layer.
     """
 
     epoch: float
@@ -62,9 +63,10 @@ class Metrics:
     valid_accuracy: float | None = None
     suboptimality: float | None = None
     events: Mapping[str, int] = field(default_factory=dict)
+    layer_steps: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values; accuracies, validation, suboptimality and ``events`` only where there are any."""
+        """Return plain values; what there is not (accuracy, validation, events, layer steps, ...) is left out."""
         plain = asdict(self)
         return {name: value for name, value in plain.items() if value is not None and value != {}}
 

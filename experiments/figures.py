@@ -14,11 +14,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .comparison import Comparison, Curve
 
-__all__ = ["comparison_figure", "save_figure"]
+__all__ = ["COLOURS", "DASHES", "comparison_figure", "logarithmic_axis", "save_figure"]
 
 # Okabe and Ito's colour-blind-safe palette, its yellow (too light for lines) replaced by brown.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8C510A")
-_DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.2, 1.2), (6, 1.5, 1.2, 1.5))
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8C510A")
+DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.2, 1.2), (6, 1.5, 1.2, 1.5))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LOG_FROM_RATIO = 4.0
 
@@ -73,7 +73,7 @@ def _draw(axes: Axes, curve: Curve, name: str, index: int) -> Line2D:
     (line,) = axes.plot(
         [point[name] for point in finite],
         [point["train_loss"] for point in finite],
-        color=_COLOURS[index % len(_COLOURS)],
+        color=COLOURS[index % len(COLOURS)],
         linewidth=1.7,
         marker=_MARKERS[index % len(_MARKERS)],
         markersize=4.5,
@@ -81,7 +81,7 @@ def _draw(axes: Axes, curve: Curve, name: str, index: int) -> Line2D:
         markeredgecolor="white",
         markeredgewidth=0.5,
     )
-    dashes = _DASHES[index % len(_DASHES)]
+    dashes = DASHES[index % len(DASHES)]
     if dashes:
         line.set_dashes(dashes)
     return line
@@ -97,13 +97,19 @@ def _scale(axes: Axes, curves: Sequence[Curve]) -> None:
         values = [value for value in values if value <= ceiling]
     logarithmic = min(values) > 0 and max(values) >= _LOG_FROM_RATIO * min(values)
     if logarithmic:
-        _logarithmic(axes, values)
+        logarithmic_axis(axes, values)
     if capped:
         margin = 0.05 * (max(values) - min(values))
         axes.set_ylim(min(values) / 1.1 if logarithmic else min(values) - margin, ceiling)
 
 
-def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
+def logarithmic_axis(axes: Axes, values: Sequence[float]) -> None:
+    """Make the vertical axis logarithmic, with plain numbers where the values lie within few decades.
+
+    Args:
+        axes: to change.
+        values: what is drawn, > 0.
+    """
     axes.set_yscale("log")
     decades = math.log10(max(values) / min(values))
     between = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0) if decades < 1 else (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)

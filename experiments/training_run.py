@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..framework.optimizer import SecondOrder
 from ..framework.report import StepReport
+from ..stepsize.constant import ConstantStep
 from .batches import BatchOrder, augmentation_generator
 from .config import RunConfig, WarmStart
 from .environment import peak_memory_bytes, reset_peak_memory
@@ -166,11 +167,22 @@ class TrainingRun:
             valid_accuracy=None if valid is None else valid.accuracy,
             suboptimality=None if self._optimum is None else train.loss - self._optimum,
             events=events,
+            layer_steps=self._layer_steps(),
         )
 
     def _valid_score(self) -> Score | None:
         inputs, targets = self.data.valid_inputs, self.data.valid_targets
         return None if inputs is None or targets is None else score(self.model, self.problem, inputs, targets)
+
+    def _layer_steps(self) -> dict[str, float]:
+        """Step sizes of the last step, fetched at once; empty where all layers share the learning rate."""
+        sizes = self.optimizer.last_report.step_sizes
+        if isinstance(self.optimizer.method.step_size, ConstantStep) or not sizes:
+            return {}
+        joined = torch.stack(
+            [torch.as_tensor(size, dtype=torch.float64, device=self.device) for size in sizes.values()]
+        )
+        return dict(zip(sizes, joined.tolist(), strict=True))
 
     def _count(self, report: StepReport) -> None:
         """Add up the step's events; tensors stay on the device until the next evaluation."""

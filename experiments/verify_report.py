@@ -5,56 +5,17 @@ Equations are pictures drawn by matplotlib, figures are inside the page, tables 
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from ..analysis.theorem import Evidence, Inequality, Verdict
+from .html_page import inline, number_cell, page, pairs, picture, table, text_cell
 from .theorem_figures import equation_pieces, equation_svg, plots_figure
 from .verify_records import counts
 
 __all__ = ["report"]
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 76rem; margin: 0 auto; }
-body { padding: 1rem 1.2rem 4rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.6rem; border-top: 1px solid #ccc; padding-top: 1.2rem; }
-h3 { font-size: 1rem; margin-bottom: .3rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; width: 100%; }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #e3e3e3; vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th button { font: inherit; font-weight: 600; background: none; border: 0; padding: 0; cursor: pointer; }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-th[aria-sort=descending] button::after { content: " \\2193"; }
-.good { color: #06662f; } .bad { color: #a8071a; font-weight: 600; } .open { color: #8a5a00; font-weight: 600; }
-.equation img { vertical-align: middle; margin: .3rem 1.6rem .3rem 0; max-width: 100%; }
-.source, .note { color: #555; font-size: .88rem; }
-figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; }
-details { margin: .6rem 0; } summary { cursor: pointer; } code { white-space: pre-wrap; }
-"""
-
-_SCRIPT = """
-document.querySelectorAll("table.sortable").forEach(table => {
-  table.querySelectorAll("th").forEach((head, column) => {
-    head.querySelector("button").addEventListener("click", () => {
-      const down = head.getAttribute("aria-sort") === "ascending";
-      table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const key = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
-      const rows = Array.from(table.tBodies[0].rows);
-      rows.sort((a, b) => {
-        const x = Number(key(a)), y = Number(key(b));
-        const order = Number.isNaN(x) || Number.isNaN(y) ? key(a).localeCompare(key(b)) : x - y;
-        return down ? -order : order;
-      });
-      table.tBodies[0].append(...rows);
-    });
-  });
-});
-"""
 
 _INTRODUCTION = (
     "Every claim is checked in double precision on the library's own parts. A margin is the distance to the bound "
@@ -82,12 +43,9 @@ def report(verdicts: Sequence[Verdict], environment: Mapping[str, Any], setting:
         _overview(verdicts),
         *(_section(verdict) for verdict in verdicts),
         "<h2>Environment</h2>",
-        _pairs(dict(setting) | dict(environment)),
+        pairs(dict(setting) | {"widths": setting.get("widths") or "the theorem's own"} | dict(environment)),
     ]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    title = "<title>osculate verify</title>"
-    page = f'<!doctype html>\n<html lang="en"><head>{head}{title}<style>{_STYLE}</style></head>\n<body>\n'
-    return page + "\n".join(body) + f"\n<script>{_SCRIPT}</script>\n</body></html>\n"
+    return page("osculate verify", body)
 
 
 def _summary(verdicts: Sequence[Verdict]) -> str:
@@ -116,7 +74,7 @@ def _overview(verdicts: Sequence[Verdict]) -> str:
             ]
         )
     heads = ["", "status", "claim", "closest inequality", "measured", "bound", "margin", "control", "seconds"]
-    return _table(heads, rows)
+    return table(heads, rows, _NUMBERS)
 
 
 def _section(verdict: Verdict) -> str:
@@ -133,7 +91,7 @@ def _section(verdict: Verdict) -> str:
     if evidence.assumptions:
         parts += ["<h3>Assumptions, measured</h3>", _inequalities(evidence.assumptions)]
     if evidence.constants:
-        parts += ["<h3>Constants</h3>", _pairs({key: f"{value:.6g}" for key, value in evidence.constants.items()})]
+        parts += ["<h3>Constants</h3>", pairs({key: f"{value:.6g}" for key, value in evidence.constants.items()})]
     for control, found in zip(theorem.controls, verdict.controls, strict=True):
         parts.append(_control(control.claim, found))
     parts.append(_figure(verdict))
@@ -162,57 +120,28 @@ def _inequalities(entries: Sequence[Inequality]) -> str:
         ]
         for entry in entries
     ]
-    return _table(["inequality", "measured", "", "bound", "margin", "instances", "status"], rows)
+    return table(["inequality", "measured", "", "bound", "margin", "instances", "status"], rows, _NUMBERS)
 
 
 def _figure(verdict: Verdict) -> str:
     if not verdict.evidence.plots:
         return ""
+    name = f"{verdict.theorem.name}: {', '.join(plot.title for plot in verdict.evidence.plots)}"
     buffer = io.BytesIO()
     plots_figure(verdict.evidence.plots).savefig(buffer, format="png", dpi=100)
-    name = escape(f"{verdict.theorem.name}: {', '.join(plot.title for plot in verdict.evidence.plots)}")
-    return f'<figure><img alt="{name}" src="{_inline("image/png", buffer.getvalue())}"></figure>'
+    return picture(buffer.getvalue(), name)
 
 
 def _equation(piece: str) -> str:
     picture = equation_svg(piece)
     if picture is None:
         return f"<code>{escape(piece)}</code> "
-    return f'<img alt="{escape(piece)}" src="{_inline("image/svg+xml", picture.encode())}">'
-
-
-def _inline(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    rows = [[f"<td>{escape(str(key))}</td>", f"<td>{escape(_plain(value))}</td>"] for key, value in values.items()]
-    return _table(["what", "value"], rows)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {entry}" for key, entry in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "the theorem's own"
-    return str(value)
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(_head(head) for head in heads)
-    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    table = f'<table class="sortable"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="scroll">{table}</div>'
-
-
-def _head(name: str) -> str:
-    kind = ' class="number"' if name in _NUMBERS else ""
-    return f'<th scope="col"{kind}><button type="button">{escape(name) or "&nbsp;"}</button></th>'
+    return f'<img alt="{escape(piece)}" src="{inline("image/svg+xml", picture.encode())}">'
 
 
 def _number(value: float, style: str = ".6g") -> str:
-    return f'<td class="number" data-value="{value!r}">{value:{style}}</td>'
+    return number_cell(value, f"{value:{style}}")
 
 
 def _status(name: str) -> str:
-    return f'<td class="{_CLASSES[name]}">{escape(name)}</td>'
+    return text_cell(name, _CLASSES[name])

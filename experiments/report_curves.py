@@ -1,0 +1,180 @@
+"""Figures of courses: medians over seeds with bands between the quartiles, and step sizes layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from .figures import logarithmic_axis
+from .report_style import Styles, label_lines, new_figure, plain_axes
+from .scoring import higher_is_better, quantile
+from .study_records import StudyRecord
+
+__all__ = ["course_band", "course_figure", "generalisation_figure", "layer_step_figures"]
+
+_CLOCKS = {"epoch": "epochs", "seconds": "training time (s)", "gradient_evaluations": "gradient evaluations"}
+_HELD_OUT = ("valid_loss", "valid_accuracy", "test_loss", "test_accuracy")
+_POINTS = 200
+_LOG_FROM_RATIO = 4.0
+
+Floats = NDArray[np.float64]
+
+
+def course_band(record: StudyRecord, problem: str, arm: str, clock: str, metric: str) -> tuple[Floats, Floats] | None:
+    """Quartiles of a metric over the seeds of an arm, on one clock.
+
+    Runs are interpolated linearly between evaluations, up to where the first run that finished ends. A run that broke
+    down is the worst possible from its last evaluation on, so a median of an arm that breaks down ends there.
+
+    Returns:
+        The clock, (T,), and quartiles, (3, T) with infinities; ``None`` without a run that has the metric.
+    """
+    finals = record.finals(problem, arm)
+    runs = [(record.course(run), state) for run, state in zip(finals.run, finals.state, strict=True)]
+    runs = [(course, state) for course, state in runs if len(course) and clock in course and metric in course]
+    if not runs:
+        return None
+    ends = [float(course[clock].iloc[-1]) for course, state in runs if state == "finished"]
+    end = min(ends, default=max(float(course[clock].iloc[-1]) for course, _ in runs))
+    marks = np.unique(np.concatenate([course[clock].to_numpy(dtype=float) for course, _ in runs]))
+    grid = marks[marks <= end] if len(marks) <= _POINTS else np.linspace(marks[0], end, _POINTS)
+    sign = -1.0 if higher_is_better(metric) else 1.0
+    lines = []
+    for course, _ in runs:
+        times, values = course[clock].to_numpy(dtype=float), sign * course[metric].to_numpy(dtype=float)
+        known = np.isfinite(values)
+        if known.any():
+            lines.append(np.interp(grid, times[known], values[known], right=math.inf))
+    if not lines:
+        return None
+    stacked = np.stack(lines)
+    return grid, sign * np.stack([quantile(stacked, share, axis=0) for share in (0.25, 0.5, 0.75)])
+
+
+def course_figure(record: StudyRecord, problem: str, styles: Styles) -> Figure | None:
+    """Training loss against epochs, seconds and gradient evaluations; ``None`` without a run."""
+    target = record.target(problem)
+    line = target[1] if target and target[0] == "train_loss" else None
+    panels = [(clock, "train_loss", label, "training loss") for clock, label in _CLOCKS.items()]
+    return _figure(record, problem, styles, panels, line)
+
+
+def generalisation_figure(record: StudyRecord, problem: str, styles: Styles) -> Figure | None:
+    """Losses and accuracies on validation and test data against epochs; ``None`` where there are none."""
+    panels = [("epoch", metric, "epochs", metric.replace("_", " ")) for metric in _HELD_OUT]
+    return _figure(record, problem, styles, panels, None)
+
+
+def _figure(
+    record: StudyRecord,
+    problem: str,
+    styles: Styles,
+    panels: Sequence[tuple[str, str, str, str]],
+    target: float | None,
+) -> Figure | None:
+    drawn = []
+    for panel in panels:
+        bands = {arm: course_band(record, problem, arm, panel[0], panel[1]) for arm in record.arms}
+        found = {arm: band for arm, band in bands.items() if band is not None}
+        if found:
+            drawn.append((panel, found))
+    if not drawn:
+        return None
+    figure, grid = new_figure(len(drawn))
+    for axes, ((_, metric, x_label, y_label), found) in zip(grid, drawn, strict=True):
+        _draw_bands(axes, found, styles, target)
+        _scale(axes, [median for _, (_, median, _) in found.values()], target, metric)
+        axes.set(xlabel=x_label, ylabel=y_label)
+    figure.suptitle(
+        f"{problem}: median over seeds, band between the quartiles; a cross: half of the runs broke down", fontsize=10
+    )
+    _name_lines(grid[-1], drawn[-1][1], styles)
+    return figure
+
+
+def _draw_bands(axes: Axes, bands: dict[str, tuple[Floats, Floats]], styles: Styles, target: float | None) -> None:
+    for arm, (clock, (low, median, high)) in bands.items():
+        seen = np.where(np.isfinite(median), median, math.nan)
+        axes.plot(clock, seen, **styles.line(arm))
+        known = np.flatnonzero(np.isfinite(median))
+        if 0 < len(known) < len(median):  # half of the runs have broken down
+            axes.plot(clock[known[-1]], median[known[-1]], "x", color=styles.colour(arm), markersize=7)
+        axes.fill_between(
+            clock, low, np.where(np.isfinite(high), high, seen), color=styles.colour(arm), alpha=0.15, lw=0
+        )
+    if target is not None:
+        axes.axhline(target, color="0.4", linewidth=0.9, linestyle=":")
+        axes.annotate(
+            "target", (0.01, target), xycoords=("axes fraction", "data"), fontsize=7, color="0.4", va="bottom"
+        )
+    plain_axes(axes)
+
+
+def _scale(axes: Axes, medians: Sequence[Floats], target: float | None, metric: str) -> None:
+    """Logarithmic where losses spread over a factor of four; what diverges leaves at the top."""
+    if higher_is_better(metric):
+        return
+    finite = [median[np.isfinite(median)] for median in medians]
+    values = np.concatenate([*finite, [] if target is None else [target]])
+    if not len(values):
+        return
+    ceiling = 1.5 * max((float(entry[0]) for entry in finite if len(entry)), default=math.inf)
+    shown = values[values <= ceiling] if ceiling > 0 else values
+    if len(shown) and shown.min() > 0 and shown.max() >= _LOG_FROM_RATIO * shown.min():
+        logarithmic_axis(axes, [float(value) for value in shown])
+    if len(shown) and shown.max() < values.max():
+        axes.set_ylim(top=ceiling)
+
+
+def _name_lines(axes: Axes, last: dict[str, tuple[Floats, Floats]], styles: Styles) -> None:
+    """Names at the ends of the lines of the last panel."""
+    ends = []
+    for arm, (clock, (_, median, _)) in last.items():
+        seen = np.flatnonzero(np.isfinite(median) & (median <= axes.get_ylim()[1]))
+        if len(seen):
+            ends.append((arm, float(clock[seen[-1]]), float(median[seen[-1]]), styles.colour(arm)))
+    named = {end[0] for end in ends}
+    gone = [arm for arm in styles.arms if arm in last and arm not in named]
+    if gone:
+        axes.set_title(f"off the scale: {', '.join(gone)}", fontsize=8, color="0.3")
+    label_lines(axes, ends)
+
+
+def layer_step_figures(record: StudyRecord) -> dict[str, Figure]:
+    """Step size of every layer over the epochs, one figure per problem and arm that recorded any.
+
+    Lines are medians over the seeds, the first layer dark, the last one light.
+    """
+    steps = record.layer_steps.merge(record.runs[record.runs.phase == "final"][["run", "problem", "arm"]], on="run")
+    figures = {}
+    for (problem, arm), group in steps.groupby(["problem", "arm"], sort=False):
+        figures[f"{problem}-{arm}"] = _layer_figure(f"{problem}, {arm}: step sizes by layer, median over seeds", group)
+    return figures
+
+
+def _layer_figure(title: str, group: pd.DataFrame) -> Figure:
+    layers = list(dict.fromkeys(group.layer))
+    medians = group.groupby(["layer", "epoch"]).step.median().unstack("layer")[layers]
+    figure, (axes,) = new_figure(1, width=7.2, height=4.2)
+    colours = colormaps["viridis"](np.linspace(0.0, 0.85, len(layers)))
+    ends = []
+    for layer, colour in zip(layers, colours, strict=True):
+        line = medians[layer].dropna()
+        axes.plot(line.index, line, color=colour, linewidth=1.5, marker="o", markersize=2.5)
+        ends.append((str(layer), float(line.index[-1]), float(line.iloc[-1]), colour))
+    positive = medians.to_numpy()[medians.to_numpy() > 0]
+    if len(positive) and positive.max() >= 10 * positive.min():
+        axes.set_yscale("symlog", linthresh=float(positive.min()))
+        axes.set_ylim(bottom=0)
+    axes.set(xlabel="epochs", ylabel="step size")
+    axes.set_title(title, fontsize=10)
+    plain_axes(axes)
+    label_lines(axes, ends)
+    return figure

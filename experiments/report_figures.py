@@ -1,0 +1,162 @@
+"""Figures of scores: budget curves, performance profiles, effects of replaced parts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from .report_curves import course_figure, generalisation_figure, layer_step_figures
+from .report_style import Styles, label_lines, new_figure, plain_axes
+from .report_tables import ALL_PROBLEMS, CLOCKS, profile_times
+from .scoring import quantile
+from .scoring_profiles import LARGEST_RATIO, profile, ratios_to_best
+from .study_records import StudyRecord
+
+__all__ = ["ablation_figures", "budget_figure", "profile_figure", "report_figures"]
+
+_EDGE = 16.0
+
+
+def report_figures(record: StudyRecord, values: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
+    """All figures that the study has the runs for, by name.
+
+    Args:
+        record: the study.
+        values: see ``report_tables.final_values``.
+        tables: with ``budget`` and ``ablation``.
+    """
+    styles = Styles(record.arms)
+    found: dict[str, Figure | None] = {}
+    for problem in record.problems:
+        found[f"loss-{problem}"] = course_figure(record, problem, styles)
+        found[f"held-out-{problem}"] = generalisation_figure(record, problem, styles)
+        found[f"budget-{problem}"] = budget_figure(tables["budget"], problem, styles)
+    found["profiles"] = profile_figure(record, values, styles)
+    found |= ablation_figures(tables["ablation"])
+    found |= {f"layer-steps-{name}": figure for name, figure in layer_step_figures(record).items()}
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def budget_figure(table: pd.DataFrame, problem: str, styles: Styles) -> Figure | None:
+    """Best tuning value after k trials: median of all choices of k trials, band between the quartiles."""
+    mine = table[table.problem == problem]
+    mine = mine[mine.groupby("arm").trials.transform("max") > 1]
+    if not len(mine):
+        return None
+    figure, (axes,) = new_figure(1, width=6.4, height=4.0)
+    ends, without = [], []
+    for arm, curve in mine.groupby("arm", sort=False):
+        seen = curve["median"].where(np.isfinite(curve["median"]))
+        axes.plot(curve.trials, seen, marker="o", markersize=3, **styles.line(str(arm)))
+        high = curve.q75.where(np.isfinite(curve.q75), seen)
+        axes.fill_between(curve.trials, curve.q25, high, color=styles.colour(str(arm)), alpha=0.13, lw=0)
+        known = seen.dropna()
+        if len(known):
+            ends.append((str(arm), float(curve.trials.iloc[-1]), float(known.iloc[-1]), styles.colour(str(arm))))
+        else:
+            without.append(str(arm))
+    drawn = [end[2] for end in ends]
+    if drawn and min(drawn) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="trials", ylabel=f"best {mine.metric.iloc[0].replace('_', ' ')} so far")
+    missing = f"; only misses: {', '.join(without)}" if without else ""
+    axes.set_title(f"{problem}: what tuning buys, median and quartiles{missing}", fontsize=10)
+    plain_axes(axes)
+    label_lines(axes, ends)
+    return figure
+
+
+def profile_figure(record: StudyRecord, values: pd.DataFrame, styles: Styles) -> Figure | None:
+    """Share of problems solved within a factor of the best arm, per clock; ``None`` without a target."""
+    clocks = {clock: times for clock in CLOCKS if (times := profile_times(record, values, clock))}
+    if not clocks:
+        return None
+    figure, grid = new_figure(len(clocks), width=4.2)
+    factors = np.geomspace(1.0, LARGEST_RATIO, 400)
+    ends: list[tuple[str, float, float, str]] = []
+    for axes, (clock, times) in zip(grid, clocks.items(), strict=True):
+        problems = list(dict.fromkeys(problem for problem, _ in times))
+        medians = [[_median(times[problem, arm]) for arm in record.arms] for problem in problems]
+        ratios, ends = ratios_to_best(np.array(medians)), []
+        for place, arm in enumerate(record.arms):
+            # A little apart, so that arms with the same profile are all seen.
+            share = profile(ratios[:, place], factors) + 0.006 * (place - (len(record.arms) - 1) / 2)
+            axes.step(factors, share, where="post", **styles.line(arm))
+            ends.append((arm, LARGEST_RATIO, float(share[-1]), styles.colour(arm)))
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator([1, 1.5, 2, 3, 4]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlim=(1, LARGEST_RATIO), ylim=(-0.04, 1.04), xlabel=f"{clock}, relative to the best")
+        plain_axes(axes)
+    grid[0].set_ylabel("share of problems")
+    number = len({problem for times in clocks.values() for problem, _ in times})
+    figure.suptitle(f"performance profiles over {number} problem{'s' if number > 1 else ''}", fontsize=10)
+    label_lines(grid[-1], ends)
+    return figure
+
+
+def _median(times: list[float]) -> float:
+    return float(quantile(times, 0.5)) if times else math.inf
+
+
+def ablation_figures(table: pd.DataFrame) -> dict[str, Figure | None]:
+    """Effect of replacing one part of the base, one figure per measure: bars by part, with intervals."""
+    return {
+        f"ablation-{str(measure).replace(' ', '-').replace('_', '-')}": _ablation(str(measure), group)
+        for measure, group in table.groupby("measure", sort=False)
+    }
+
+
+def _ablation(measure: str, table: pd.DataFrame) -> Figure:
+    whole = ALL_PROBLEMS if (table.problem == ALL_PROBLEMS).any() else table.problem.iloc[0]
+    chosen = table[table.problem == whole].sort_values("part", kind="stable")
+    figure, (axes,) = new_figure(1, width=7.2, height=1.3 + 0.34 * len(chosen))
+    numbers = chosen[["ratio", "low", "high"]].to_numpy(dtype=float)
+    bound = min(_EDGE, 1.25 * max([1.5, *_distances(numbers)]))
+    for place, entry in enumerate(numbers):
+        _bar(axes, place, entry, bound)
+    axes.axvline(1.0, color="0.3", linewidth=0.9)
+    axes.set_xscale("log")
+    axes.set_xlim(1 / bound, bound)
+    axes.xaxis.set_major_locator(FixedLocator([1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.8, 1, 1.25, 2, 4, 8, 16]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(
+        range(len(chosen)), [f"{part}: {value}" for part, value in zip(chosen.part, chosen.value, strict=True)]
+    )
+    axes.set_ylim(len(chosen) - 0.4, -0.6)
+    axes.set(xlabel=f"{measure.replace('_', ' ')}, ratio to the base on the same seeds (left of 1 is better)")
+    axes.set_title(f"{whole}: replacing one part of the base; faint where the interval covers 1", fontsize=10)
+    plain_axes(axes)
+    return figure
+
+
+def _bar(axes: Axes, place: int, entry: NDArray[np.float64], bound: float) -> None:
+    """Bar from 1 to the ratio, whisker over the interval, both cut at the edges, and the number beside them."""
+    ratio, low, high = (float(value) for value in entry)
+    shown, start, end = (min(max(value, 1 / bound), bound) for value in (ratio, low, high))
+    clear = high < 1 or low > 1
+    colour = "#0072B2" if ratio < 1 else "#D55E00"
+    left, right = min(1.0, shown), max(1.0, shown)
+    axes.barh([place], [right - left], left=[left], height=0.62, color=colour, alpha=0.9 if clear else 0.45)
+    if not math.isnan(low):
+        axes.plot([start, end], [place, place], color="0.15", linewidth=1.4, marker="|", markersize=7)
+    text = "miss" if math.isinf(ratio) else f"{ratio:.3g}"
+    axes.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+
+
+def _distances(numbers: NDArray[np.float64]) -> list[float]:
+    """How far each finite ratio is from 1, as a factor."""
+    usable = numbers[np.isfinite(numbers) & (numbers > 0)]
+    return [float(factor) for factor in np.maximum(usable, 1 / usable)]

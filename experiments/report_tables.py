@@ -1,0 +1,283 @@
+"""The tables of a report, from the runs of a study; misses are infinite and stay in every one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from .scoring import higher_is_better, summarise, time_to_target, value_within
+from .scoring_budget import budget_curve
+from .scoring_pairs import Values, as_costs, combined_effect, compare_pairs, paired_ratios
+from .scoring_profiles import profile_scores
+from .study_records import StudyRecord
+
+__all__ = [
+    "CLOCKS",
+    "Spread",
+    "ablation_table",
+    "budget_table",
+    "final_values",
+    "measures",
+    "overview_table",
+    "pairs_table",
+    "primary_measures",
+    "profile_table",
+    "profile_times",
+    "runs_table",
+    "scores_table",
+]
+
+CLOCKS = {"steps": "iterations", "gradient evaluations": "gradient_evaluations", "seconds": "seconds"}
+"""What time is counted in, and the column of the evaluations."""
+
+_METRICS = ("train_loss", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy")
+_KEYS = ["problem", "arm", "seed", "run", "state"]
+ALL_PROBLEMS = "all problems"
+
+
+class Spread(NamedTuple):
+    """Median over seeds, quartiles, and the interval of the median."""
+
+    median: float
+    q25: float
+    q75: float
+    low: float
+    high: float
+
+
+def final_values(record: StudyRecord) -> pd.DataFrame:
+    """One row per final run whose outcome is known, one column per measure.
+
+    A run that missed has an infinite time, loss and (negative) accuracy. ``train_loss at equal seconds`` and ``at equal
+    epochs`` are taken at the last evaluation within what every finished run of the problem had.
+    """
+    rows = []
+    for problem in record.problems:
+        finals = [record.finals(problem, arm) for arm in record.arms]
+        runs = pd.concat(finals) if finals else record.runs.iloc[:0]
+        limits = _common_limits(record, runs)
+        rows += [_final_row(record, run, limits) for run in runs.to_dict("records")]
+    return pd.DataFrame(rows, columns=None if rows else _KEYS)
+
+
+def _common_limits(record: StudyRecord, runs: pd.DataFrame) -> dict[str, float]:
+    """What every finished run reached: seconds and epochs."""
+    ends = [record.course(run).iloc[-1] for run in runs.loc[runs.state == "finished", "run"]]
+    return {clock: min((float(end[clock]) for end in ends), default=math.nan) for clock in ("seconds", "epoch")}
+
+
+def _final_row(record: StudyRecord, run: Mapping[Hashable, object], limits: dict[str, float]) -> dict[str, object]:
+    course, missed = record.course(str(run["run"])), run["state"] == "missed"
+    row: dict[str, object] = {key: run[key] for key in _KEYS}
+    target = record.target(str(run["problem"]))
+    for clock, column in CLOCKS.items():
+        if target is not None:
+            row[f"{clock} to target"] = math.inf if missed else time_to_target(course, column, *target)
+    for metric in _METRICS:
+        if metric in course:
+            worst = -math.inf if higher_is_better(metric) else math.inf
+            row[metric] = worst if missed else float(course[metric].iloc[-1])
+    for clock, name in (("seconds", "seconds"), ("epoch", "epochs")):
+        found = value_within(course, clock, limits[clock], "train_loss")
+        row[f"train_loss at equal {name}"] = math.inf if missed else found
+    row["ms per step"] = _step_time(course)
+    return row
+
+
+def _step_time(course: pd.DataFrame) -> float:
+    """Milliseconds of a step, warm start and evaluation left out."""
+    if not len(course) or not course["iterations"].iloc[-1]:
+        return math.nan
+    warm = float(course["warm_start_seconds"].iloc[-1]) if "warm_start_seconds" in course else 0.0
+    return 1e3 * (float(course["seconds"].iloc[-1]) - warm) / float(course["iterations"].iloc[-1])
+
+
+def measures(values: pd.DataFrame) -> list[str]:
+    """Columns of :func:`final_values` that measure something."""
+    return [column for column in values.columns if column not in _KEYS]
+
+
+def primary_measures(record: StudyRecord, problem: str) -> list[str]:
+    """What arms of a problem are compared by: times to the target where there is one, and the final tuning metric."""
+    times = [f"{clock} to target" for clock in CLOCKS] if record.target(problem) else []
+    return [*times, "train_loss", *_unless_equal(record.tuning_metric(problem), "train_loss")]
+
+
+def _unless_equal(metric: str, other: str) -> list[str]:
+    return [] if metric == other or metric not in _METRICS else [metric]
+
+
+def _counts(record: StudyRecord, problem: str, arm: str) -> dict[str, int]:
+    runs = record.runs
+    finals = runs[(runs.problem == problem) & (runs.arm == arm) & (runs.phase == "final")]
+    announced = len(record.description.get("seeds", []))
+    return {
+        "finished": int((finals.state == "finished").sum()),
+        "broke down": int((finals.state == "missed").sum()),
+        "unfinished": int((finals.state == "unfinished").sum()),
+        "not begun": max(0, announced - finals.seed.nunique()),
+    }
+
+
+def _pairs_of(record: StudyRecord) -> Iterator[tuple[str, str]]:
+    for problem in record.problems:
+        for arm in record.arms:
+            yield problem, arm
+
+
+def scores_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
+    """Long table: problem, arm, measure; how many runs; median, quartiles and interval over seeds.
+
+    ``missed`` counts runs whose measure is infinite: they broke down, or never met the target.
+    """
+    rows = []
+    for problem, arm in _pairs_of(record):
+        mine = values[(values.problem == problem) & (values.arm == arm)]
+        counts = _counts(record, problem, arm)
+        for measure in measures(values):
+            found = mine[measure].dropna()
+            if not len(found):
+                continue
+            sign = -1.0 if higher_is_better(measure) else 1.0
+            spread = {key: sign * value for key, value in summarise(sign * found).items()}
+            if sign < 0:
+                spread |= {"q25": spread["q75"], "q75": spread["q25"], "low": spread["high"], "high": spread["low"]}
+            missed = {"runs": len(found), "missed": int(np.isinf(found).sum())}
+            rows.append({"problem": problem, "arm": arm, "measure": measure} | missed | counts | spread)
+    return pd.DataFrame(rows)
+
+
+def overview_table(record: StudyRecord, scores: pd.DataFrame) -> pd.DataFrame:
+    """One row per problem and arm with how its runs ended and a :class:`Spread` per measure; every arm is there."""
+    rows = []
+    for problem, arm in _pairs_of(record):
+        row: dict[str, object] = {"problem": problem, "arm": arm} | dict(_counts(record, problem, arm))
+        mine = scores[(scores.problem == problem) & (scores.arm == arm)] if len(scores) else scores
+        for entry in mine.to_dict("records"):
+            row[str(entry["measure"])] = Spread(*(float(entry[name]) for name in Spread._fields))
+        rows.append(row)
+    order = ["problem", "arm", "finished", "broke down", "unfinished", "not begun"]
+    frame = pd.DataFrame(rows, columns=None if rows else order)
+    return frame.dropna(axis="columns", how="all")
+
+
+def profile_times(record: StudyRecord, values: pd.DataFrame, clock: str) -> dict[tuple[str, str], list[float]]:
+    """Time-to-target of every known final run by (problem, arm), for problems with a target and a run."""
+    times: dict[tuple[str, str], list[float]] = {}
+    for problem in record.problems:
+        mine = values[values.problem == problem]
+        if record.target(problem) and len(mine):
+            for arm in record.arms:
+                times[problem, arm] = list(mine.loc[mine.arm == arm, f"{clock} to target"])
+    return times
+
+
+def profile_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
+    """Score of every arm's performance profile, per clock."""
+    tables = [
+        profile_scores(times).assign(clock=clock) for clock in CLOCKS if (times := profile_times(record, values, clock))
+    ]
+    columns = ["clock", "arm", "score", "low", "high", "problems", "solved"]
+    return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def budget_table(record: StudyRecord) -> pd.DataFrame:
+    """Best tuning value after k trials, for every problem, arm and k; accuracies as error rates."""
+    tables = []
+    for problem, arm in _pairs_of(record):
+        runs = record.runs
+        mine = runs[(runs.problem == problem) & (runs.arm == arm) & (runs.phase == "tune")]
+        known = mine[mine.state != "unfinished"]
+        if len(known):
+            metric = record.tuning_metric(problem)
+            costs = as_costs(known.value.where(known.state == "finished"), higher_is_better(metric)).fillna(math.inf)
+            label = f"1 - {metric}" if higher_is_better(metric) else metric
+            left = len(mine) - len(known)
+            curve = budget_curve(list(costs)).assign(problem=problem, arm=arm, metric=label, unfinished=left)
+            tables.append(curve)
+    columns = ["problem", "arm", "metric", "trials", "expected", "median", "q25", "q75", "miss", "unfinished"]
+    return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def _costs(values: pd.DataFrame, problem: str, arm: str, measure: str) -> Values:
+    """Of every seed, smaller is better."""
+    mine = values[(values.problem == problem) & (values.arm == arm)]
+    if measure not in mine:
+        return {}
+    known = mine.dropna(subset=[measure])
+    costs = as_costs(known[measure], higher_is_better(measure))
+    return {int(seed): float(cost) for seed, cost in zip(known.seed, costs, strict=True)}
+
+
+def _reference(record: StudyRecord, values: pd.DataFrame, problem: str, measure: str) -> str | None:
+    """The study's base, or else the arm with the best median."""
+    if record.base is not None:
+        return record.base
+    medians = {arm: summarise(list(_costs(values, problem, arm, measure).values()))["median"] for arm in record.arms}
+    known = {arm: median for arm, median in medians.items() if not math.isnan(median)}
+    return min(known, key=known.__getitem__) if known else None
+
+
+def pairs_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
+    """Every arm against the reference on the same seeds: the study's base, else the best arm of the problem."""
+    rows = []
+    for problem in record.problems:
+        for measure in primary_measures(record, problem):
+            reference = _reference(record, values, problem, measure)
+            for arm in record.arms if reference is not None else ():
+                own = _costs(values, problem, arm, measure)
+                if arm == reference or not own:
+                    continue
+                found = compare_pairs(own, _costs(values, problem, str(reference), measure))
+                names = {"problem": problem, "measure": measure, "arm": arm, "reference": reference}
+                rows.append(names | found)
+    columns = ["problem", "measure", "arm", "reference", "pairs", "wins", "ties", "losses", "ratio", "low", "high", "p"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def ablation_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
+    """What replacing one part of the base does: ratio to the base on the same seeds, per problem and over all.
+
+    Below 1 the replacement is better. A problem counts towards a measure where the base and the arm have a pair.
+    """
+    rows = []
+    for arm in record.arms if record.base is not None else ():
+        varied = record.varied(arm)
+        if varied is None or arm == record.base:
+            continue
+        for measure in dict.fromkeys(m for problem in record.problems for m in primary_measures(record, problem)):
+            base = str(record.base)
+            ratios = {
+                problem: paired_ratios(_costs(values, problem, arm, measure), _costs(values, problem, base, measure))
+                for problem in record.problems
+            }
+            ratios = {problem: found for problem, found in ratios.items() if len(found)}
+            groups = {problem: [found] for problem, found in ratios.items()}
+            if len(groups) > 1:
+                groups[ALL_PROBLEMS] = list(ratios.values())
+            for problem, entries in groups.items():
+                effect, pairs = combined_effect(entries), sum(map(len, entries))
+                rows.append([*varied, arm, problem, measure, pairs, *effect])
+    columns = ["part", "value", "arm", "problem", "measure", "pairs", "ratio", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def runs_table(record: StudyRecord) -> pd.DataFrame:
+    """Every run there is, trials included, with its settings and how it ended."""
+    table = record.runs.assign(settings=[_settings(entry) for entry in record.runs.settings])
+    ends = {run: record.course(run) for run in table.run}
+    for column in ("epoch", "iterations", "seconds", "train_loss"):
+        table[column] = [
+            float(course[column].iloc[-1]) if column in course and len(course) else math.nan for course in ends.values()
+        ]
+    return table
+
+
+def _settings(entry: dict[str, object]) -> str:
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in entry.items()
+    )
