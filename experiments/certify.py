@@ -28,7 +28,7 @@ class Certify:
     A target is osculate (everything registered), a module of your own, or module:part, where the part is an instance, a
     class or function that needs no arguments, or osculate:NAME with NAME a registered method.
 
-    Exit status: 0 if every contract held, 1 if one is violated, 2 bad input.
+    Exit status: 0 if every contract held, 1 if one is violated or nothing was checked, 2 bad input.
     """
 
     target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")]
@@ -61,6 +61,8 @@ class Certify:
         for row in certificate.violations:
             text = f"[red]violated[/] {escape(f'{row.kind} {row.subject}')}, [bold]{row.contract}[/]: "
             console.print(text + escape(row.detail), highlight=False, soft_wrap=True)
+        for silence in [] if certificate.ok else certificate.silences():
+            console.print(f"[red]nothing checked[/] {escape(silence)}", highlight=False, soft_wrap=True)
         console.print(certificate.summary(), highlight=False, soft_wrap=True)
         if self.json is not None:
             write_json(self.json, {"target": self.target, "device": device} | certificate.to_dict())

@@ -93,19 +93,22 @@ class Proposal:
             move.take(fraction, weight_decay)
 
 
+def _example(layers: Sequence[Layer]) -> Tensor:
+    """A zero in the precision and on the device of the evidence: what ``StepSize.init`` is given as ``like``."""
+    return full_precision(next(iter(layers[0].parameters.values())).detach()).new_zeros(())
+
+
 class StepRule:
     """A step-size rule with its state and the layers it speaks about; and the judge of its steps, if there is one."""
 
     def __init__(self, rule: StepSize, layers: Sequence[Layer], seed: int, judge: AdaptiveDamping | None = None):
         self.rule, self.layers, self.seed, self.judge = rule, layers, seed, judge
-        example = full_precision(next(iter(layers[0].parameters.values())).detach())
-        self.state = rule.init(len(layers), example)
+        self.state = rule.init(len(layers), _example(layers))
 
     def grow(self, layers: Sequence[Layer]) -> None:
         """Make room for layers that were added behind the present ones; what was gathered stays."""
-        example = full_precision(next(iter(self.layers[0].parameters.values())).detach())
         old, self.layers = self.to_dict(), layers
-        self.state = self.rule.init(len(layers), example)
+        self.state = self.rule.init(len(layers), _example(layers))
         fresh = self.to_dict()
         for name, value in old.items():
             if isinstance(value, Tensor) and value.shape != fresh[name].shape:

@@ -32,7 +32,19 @@ class Trial:
 
 
 class Guard(Protocol):
-    """Decides from the mini-batch loss before and after the step."""
+    """Decides from the mini-batch loss before and after the step.
+
+    A step that is refused is taken back to the fraction ``shrink`` of itself and tried again, up to ``attempts`` times;
+    then it is dropped whole. ``accepts`` is asked once per trial, ``record`` is told of the trial that stays, and of
+    that one alone. All six names must be there, also where a guard keeps no state and asks for no slopes:
+
+        attempts, shrink, needs = 5, 0.5, Needs.NOTHING
+        def init(self): return None
+        def accepts(self, state, trial): return trial.after < trial.before
+        def record(self, state, trial): pass
+
+    A loss that is not finite must be refused, one below an accepted one accepted.
+    """
 
     @property
     def attempts(self) -> int:
@@ -47,10 +59,14 @@ class Guard(Protocol):
         """``Needs.SLOPES`` for guards that judge by the slope, else ``NOTHING``."""
 
     def init(self) -> Any:
-        """Fresh state with ``to_dict`` and ``load_dict``, or ``None``."""
+        """Fresh state, or ``None`` for guards that judge every step for itself.
+
+        A state has ``to_dict()``, whose values are numbers and tensors, and ``load_dict(values)``: it is saved and
+        loaded with the optimizer. Guards stand above the layers and work on plain numbers, so there is no ``like``.
+        """
 
     def accepts(self, state: Any, trial: Trial) -> bool:
-        """Whether the step stays. Does not change the state."""
+        """Whether the step stays. Does not change the state: the same trial has the same verdict twice."""
 
     def record(self, state: Any, trial: Trial) -> None:
         """Take a step that stays into the state."""

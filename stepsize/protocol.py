@@ -62,7 +62,17 @@ class StepSize(Protocol):
         """Whether quadratic forms are renewed at this step."""
 
     def init(self, count: int, like: Tensor) -> Any:
-        """Fresh state for ``count`` layers (a dataclass with ``to_dict`` and ``load_dict``)."""
+        """Fresh state, or ``None`` for rules that keep nothing between steps.
+
+        The state has ``to_dict()``, whose values are tensors and numbers, and ``load_dict(values)``. When layers are
+        added during training, a new state is made by ``init`` and what was gathered is copied into its leading entries,
+        so tensors with one entry per layer have the layers in front.
+
+        Args:
+            count: L >= 1 layers.
+            like: 0-dimensional zero with the dtype and device of the evidence's tensors, and nothing else to be read
+                from: make tensors by ``like.new_zeros(count)``.
+        """
 
     def propose(self, state: Any, evidence: StepEvidence) -> Tensor | float:
-        """(L,) step sizes, or one number for all layers."""
+        """(L,) step sizes in the dtype of the evidence, or one number for all layers; updates the state in place."""

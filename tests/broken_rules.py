@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import osculate as osc
@@ -11,7 +11,7 @@ import torch
 from osculate.curvature import Gaussian
 from osculate.preconditioners import SideDamping
 from osculate.preconditioners.pairs import DampedPair
-from osculate.stepsize.guard import Trial
+from osculate.stepsize.guard import Level, Trial
 from torch import Tensor
 
 
@@ -88,6 +88,44 @@ class DampingUnchecked(osc.ConstantDamping):
         return SideDamping(abs(value), abs(value), abs(value))
 
 
+class DampingCounts(osc.ConstantDamping):
+    """A thousandth more at every other call."""
+
+    def sides(self, value: float, positions: int, eigenvalues: Any = None) -> SideDamping:
+        found = super().sides(value, positions, eigenvalues)
+        calls = getattr(self, "calls", 0)
+        object.__setattr__(self, "calls", calls + 1)
+        return replace(found, whole=found.whole * (1.0 + 1e-3 * (calls % 2)))
+
+
+class DampingUnbounded(osc.LevenbergMarquardt):
+    """Forgets its bounds."""
+
+    def adapted(self, value: float, actual: float, predicted: float) -> float:
+        return value * (0.5 if actual > predicted else 2.0)
+
+
+class DampingBlind(osc.LevenbergMarquardt):
+    """Takes a loss that is no number as it comes."""
+
+    def adapted(self, value: float, actual: float, predicted: float) -> float:
+        return super().adapted(value, actual, predicted) + 0.0 * actual
+
+
+class DampingNegative(osc.LevenbergMarquardt):
+    """Follows the reduction down below zero."""
+
+    def adapted(self, value: float, actual: float, predicted: float) -> float:
+        return super().adapted(value, actual, predicted) if math.isfinite(actual) and actual >= 0.0 else -value
+
+
+class DampingHalfDeclared(osc.ConstantDamping):
+    """Would adapt lambda, but nobody asks it: it does not say when, nor within which bounds."""
+
+    def adapted(self, value: float, actual: float, predicted: float) -> float:
+        return value
+
+
 class MomentumDrifts(osc.EMA):
     """Other coefficients at each call."""
 
@@ -127,6 +165,15 @@ class DecayUnchecked(osc.Coupled):
         return value
 
 
+class DecayCounts(osc.Coupled):
+    """Decays a little less each time."""
+
+    def gradient_factor(self, value: float) -> float:
+        calls = getattr(self, "calls", 0)
+        object.__setattr__(self, "calls", calls + 1)
+        return super().gradient_factor(value) * (1.0 - 1e-13 * calls)
+
+
 class _Average:
     normalised = False
     unbiased = False
@@ -150,6 +197,16 @@ class AverageBiased(_Average):
     unbiased = True
 
 
+class AverageCounts(_Average):
+    """Other coefficients at every other call."""
+
+    calls = 0
+
+    def coefficients(self, weight: float) -> tuple[float, float, float]:
+        self.calls += 1
+        return 0.9, 0.1 + 1e-3 * (self.calls % 2), 1.0
+
+
 class GuardEndless(osc.Backtrack):
     shrink = 1.0  # type: ignore[misc]
 
@@ -171,6 +228,26 @@ class GuardStubborn(osc.Backtrack):
 class GuardFickle(osc.Backtrack):
     def accepts(self, state: None, trial: Trial) -> bool:
         return super().accepts(state, trial) and not 0.5 < trial.after < 0.9
+
+
+class GuardPatient(osc.Nonmonotone):
+    """Counts verdicts in its state, and judges by the count."""
+
+    def accepts(self, state: Any, trial: Trial) -> bool:
+        state.weight += 1e-9
+        return super().accepts(state, trial)
+
+
+class GuardForgetful(osc.Nonmonotone):
+    """Its state saves the level, and not how many steps made it."""
+
+    def init(self) -> Any:
+        @dataclass
+        class Forgetting(Level):
+            def to_dict(self) -> dict[str, float]:
+                return {**super().to_dict(), "weight": 1.0}
+
+        return Forgetting()
 
 
 class PartitionFlips(osc.PerOutput):
@@ -245,6 +322,8 @@ RULES: dict[str, Any] = {
     "damping-monotone": DampingReturns(),
     "damping-product": DampingOneSided(),
     "damping-range": DampingUnchecked(),
+    "damping-purity": DampingCounts(),
+    "damping-adapted": DampingUnbounded(),
     "momentum-closed-form": MomentumDrifts(),
     "momentum-stable": MomentumUnstable(),
     "momentum-unbiased": MomentumBiased(),
@@ -252,13 +331,17 @@ RULES: dict[str, Any] = {
     "decay-once": DecayTwice(),
     "decay-linear": DecaySquared(),
     "decay-range": DecayUnchecked(),
+    "decay-purity": DecayCounts(),
     "average-coefficients": AverageNegative(),
     "average-weights": AverageWeights(),
     "average-unbiased": AverageBiased(),
+    "average-purity": AverageCounts(),
     "guard-numbers": GuardEndless(),
     "guard-nonfinite": GuardBlind(),
     "guard-descent": GuardStubborn(),
     "guard-monotone": GuardFickle(),
+    "guard-purity": GuardPatient(),
+    "guard-save-load-continue": GuardForgetful(),
     "partition-bijection": PartitionFlips(),
     "partition-cover": PartitionRepeats(),
     "partition-shape": PartitionMiscounts(),
@@ -269,3 +352,6 @@ RULES: dict[str, Any] = {
     "likelihood-generator": LikelihoodGlobal(),
     "likelihood-purity": LikelihoodImpure(),
 }
+
+ADAPTED: tuple[Any, ...] = (DampingUnbounded(), DampingBlind(), DampingNegative(), DampingHalfDeclared())
+"""Adaptive dampings whose lambda leaves its range in one way each."""

@@ -83,6 +83,41 @@ class Indefinite(Squares):
         return [-value for value in super().scales(state)]
 
 
+class IndefiniteWhereRepeated(Squares):
+    """As it should be, unless a parameter has the same gradient in every sample."""
+
+    def init(self, layer: Layer, parameters: Tensors) -> SquaresState:
+        state = super().init(layer, parameters)
+        state.repeated = [torch.zeros_like(parameter, dtype=torch.bool) for parameter in parameters]  # type: ignore[attr-defined]
+        return state
+
+    def update(self, state: SquaresState, observation: Observation, average: Any = None) -> None:
+        super().update(state, observation, average)
+        assert observation.statistics is not None and observation.statistics.vectors is not None
+        spread = [value.std(0, correction=0) for value in observation.statistics.vectors()]
+        state.repeated = [value < 1e-12 for value in spread]  # type: ignore[attr-defined]
+
+    def scales(self, state: SquaresState) -> list[Tensor]:
+        flags: list[Tensor] = state.repeated  # type: ignore[attr-defined]
+        return [torch.where(flag, -value, value) for flag, value in zip(flags, super().scales(state), strict=True)]
+
+
+class Flattened(Squares):
+    """Directions as vectors, whatever shape the momentum had."""
+
+    def precondition(self, state: SquaresState, momentum: Tensors) -> Tensors:
+        return tuple(value.flatten() for value in super().precondition(state, momentum))
+
+
+class StoresNothing(MiniBlock):
+    """Installs what there is, and where there is nothing an inverse of NaNs."""
+
+    def install(self, state: Any, results: Any) -> None:
+        super().install(state, results)
+        if any(result.value is None for result in results):
+            state.inverse = torch.full_like(state.inverse, torch.nan)
+
+
 class WrongBounds(Squares):
     """States a spectrum that it does not have."""
 
@@ -203,6 +238,7 @@ class Normalising(Squares):
 class Undamped(Squares):
     """Divides by the bare squares, unless every single one is zero."""
 
+    linear = False
     scaling = ScalingLaw(2.0)
 
     def scales(self, state: SquaresState) -> list[Tensor]:
@@ -212,6 +248,8 @@ class Undamped(Squares):
 
 class Unbiased(Squares):
     """Estimates a variance from N - 1 degrees of freedom, which one sample does not have."""
+
+    linear = False
 
     def moment(self, statistics: LayerStatistics) -> Sequence[Tensor]:
         assert statistics.vectors is not None
@@ -233,6 +271,8 @@ STRUCTURES: dict[str, Any] = {
     "dense-solve": WrongSolve(),
     "positive-definite": Indefinite(),
     "spectrum-bounds": WrongBounds(),
+    "direction-layout": Flattened(),
+    "failed-inverse": StoresNothing(),
     "purity": Impure(),
     "save-load-continue": Forgetful(),
     "dtype-and-device": Upcasting(),

@@ -17,6 +17,7 @@ from .contract import (
     require_equal,
     require_finite,
     require_same_state,
+    require_symmetric,
 )
 from .methods import Training
 from .subjects import KINDS, Subject, kind_of, registered_subjects, resolve, subjects_of
@@ -46,6 +47,7 @@ __all__ = [
     "require_equal",
     "require_finite",
     "require_same_state",
+    "require_symmetric",
     "resolve",
     "subjects_of",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...curvature.likelihoods import Likelihood, resolve_likelihood
 from ...errors import ArgumentError
 
-__all__ = ["CASES", "Batch", "Case", "MeanOverPositions"]
+__all__ = ["CASES", "Batch", "Case", "MeanOverPositions", "low_rank"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -96,6 +96,14 @@ class Case:
     def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> Case:
         """The case in another precision or on another device."""
         return replace(self, dtype=dtype or self.dtype, device=device or self.device)
+
+
+def low_rank(case: Case) -> Iterator[tuple[str, list[Batch]]]:
+    """Pairs of mini-batches whose statistics do not have full rank, each with what it is, in words."""
+    (inputs, targets), zeros = case.batch(), torch.zeros(case.samples, dtype=torch.long, device=case.device)
+    yield "with every sample the same", [(inputs[zeros], targets[zeros])] * 2
+    yield "with inputs of zero", [(torch.zeros_like(inputs), targets[zeros])] * 2
+    yield "with one sample", [case.batch(0, 1), case.batch(1, 1)]
 
 
 @functools.lru_cache(maxsize=64)

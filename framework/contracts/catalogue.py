@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from . import (
+    dampings,
     estimators,
+    guards,
     invariances,
     likelihoods,
     matrices,
@@ -25,7 +27,9 @@ CONTRACTS: tuple[Contract, ...] = (
     *partitions.CONTRACTS,
     *matrices.CONTRACTS,
     *pairs.CONTRACTS,
+    *dampings.CONTRACTS,
     *rules.CONTRACTS,
+    *guards.CONTRACTS,
     *estimators.CONTRACTS,
     *steps.CONTRACTS,
     *signs.CONTRACTS,

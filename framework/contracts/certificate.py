@@ -49,8 +49,18 @@ class Certificate:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was violated."""
-        return not self.violations
+        """Whether nothing was violated, something was checked, and no subject got past its whole suite unchecked."""
+        checked = len(self.unchecked) < len({(row.kind, row.subject) for row in self.rows})
+        whole = [rows for rows in self.unchecked if len(rows) == len(contracts_for(rows[0].kind))]
+        return checked and not whole and not self.violations
+
+    @property
+    def unchecked(self) -> tuple[tuple[Row, ...], ...]:
+        """The rows of every subject about which no contract had anything to say."""
+        grouped: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            grouped.setdefault((row.kind, row.subject), []).append(row)
+        return tuple(tuple(rows) for rows in grouped.values() if all(row.status == "not applicable" for row in rows))
 
     @property
     def violations(self) -> tuple[Row, ...]:
@@ -76,14 +86,21 @@ class Certificate:
         return {"ok": self.ok, "counts": self.counts(), "rows": [vars(row) for row in self.rows]}
 
     def require(self) -> None:
-        """Raise if a contract is violated.
+        """Raise if a contract is violated, or nothing was checked.
 
         Raises:
-            ContractViolation: listing every violation.
+            ContractViolation: listing every violation; or every subject that no contract has checked, with the reason.
         """
-        if not self.ok:
-            lines = [f"{row.kind} {row.subject}, {row.contract}: {row.detail}" for row in self.violations]
+        if self.ok:
+            return
+        lines = [f"{row.kind} {row.subject}, {row.contract}: {row.detail}" for row in self.violations]
+        if lines:
             raise ContractViolation("\n".join([f"{len(lines)} contracts violated", *lines]))
+        raise ContractViolation("\n".join(["nothing was checked", *self.silences()]))
+
+    def silences(self) -> list[str]:
+        """One line per subject that no contract has checked, with the reason that the first of them gives."""
+        return [f"{rows[0].kind} {rows[0].subject}, {rows[0].contract}: {rows[0].detail}" for rows in self.unchecked]
 
 
 def contracts_for(kind: str) -> tuple[Contract, ...]:
@@ -115,7 +132,7 @@ def certify(
         A table; nothing is raised for a broken contract, see :meth:`Certificate.require`.
 
     Raises:
-        ArgumentError: if the target is no part, or a contract is unknown.
+        ArgumentError: if the target is no part, or a contract is unknown or about none of the kinds of the target.
 
     Example:
         >>> import osculate as osc
@@ -123,7 +140,7 @@ def certify(
         True
     """
     subjects = subjects_of(target, name)
-    chosen = _chosen(contracts)
+    chosen = _chosen(contracts, {subject.kind for subject in subjects})
     placed = [case.to(device=device) for case in cases]
     rows: list[Row] = []
     for index, subject in enumerate(subjects):
@@ -132,7 +149,7 @@ def certify(
     return Certificate(tuple(rows))
 
 
-def _chosen(names: Iterable[str] | None) -> tuple[Contract, ...]:
+def _chosen(names: Iterable[str] | None, kinds: set[str]) -> tuple[Contract, ...]:
     if names is None:
         return CONTRACTS
     wanted = set(names)
@@ -140,7 +157,17 @@ def _chosen(names: Iterable[str] | None) -> tuple[Contract, ...]:
     if unknown:
         known = sorted({contract.name for contract in CONTRACTS})
         raise ArgumentError(f"unknown contracts {sorted(unknown)}; known: {', '.join(known)}")
-    return tuple(contract for contract in CONTRACTS if contract.name in wanted)
+    chosen = tuple(contract for contract in CONTRACTS if contract.name in wanted)
+    for contract in chosen:
+        if not kinds.intersection(contract.kinds):
+            own = ", ".join(entry.name for kind in sorted(kinds) for entry in contracts_for(kind))
+            raise ArgumentError(
+                f"contract {contract.name!r} is about a {' or a '.join(contract.kinds)}, and this is a "
+                f"{' and a '.join(sorted(kinds))}; contracts about that: {own}"
+            )
+    if not chosen:
+        raise ArgumentError("contracts is empty: name at least one, or leave it out for all")
+    return chosen
 
 
 def _rows(subject: Subject, contracts: Sequence[Contract], cases: Sequence[Case]) -> Iterator[Row]:
@@ -154,7 +181,10 @@ def _verdict(contract: Contract, subject: Subject, cases: Sequence[Case]) -> tup
     """Held if at least one case had something to say and none was violated."""
     held, reasons = False, [""]
     for part in views(subject):
-        reason = contract.excuse(part)
+        try:
+            reason = contract.excuse(part)
+        except Exception as error:  # e.g. a declaration that is missing
+            return "violated", f"raised {type(error).__name__}: {error}"
         if reason is not None:
             reasons.append(reason)
             continue

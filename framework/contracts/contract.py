@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,19 +27,21 @@ __all__ = [
     "require_equal",
     "require_finite",
     "require_same_state",
+    "require_symmetric",
 ]
 
 Check = Callable[[Any, Case], None]
 Excuse = Callable[[Any], str | None]
+Relation = Literal["at most", "at least", "more than", "less than", "exactly"]
 
 
 class ContractViolation(OsculateError, AssertionError):  # noqa: N818 - the word that users read in a report
     """A part does not keep a contract.
 
     Args:
-        message: what was found, and where.
+        message: what was found, where, and what should have been found, in words.
         value: the measured number, if there is one.
-        bound: what it may be at most (or must equal).
+        bound: what it was held against.
 
     Attributes:
         ratio: ``value / bound``; ``None`` unless both are numbers and the bound is not zero.
@@ -48,11 +50,7 @@ class ContractViolation(OsculateError, AssertionError):  # noqa: N818 - the word
     def __init__(self, message: str, *, value: float | None = None, bound: float | None = None):
         self.value, self.bound = value, bound
         self.ratio = value / bound if value is not None and bound else None
-        numbers = ""
-        if value is not None and bound is not None:
-            numbers = f": {value:.6g}, bound {bound:.6g}"
-            numbers += f", ratio {self.ratio:.3g}" if self.ratio is not None else ""
-        super().__init__(message + numbers)
+        super().__init__(message)
 
 
 class NotApplicable(Exception):  # noqa: N818 - not an error: a case that says nothing about this part
@@ -108,14 +106,40 @@ def contract(
     return wrap
 
 
-def require(condition: bool, message: str, *, value: float | None = None, bound: float | None = None) -> None:
+def require(
+    condition: bool,
+    message: str,
+    *,
+    value: float | None = None,
+    bound: float | None = None,
+    relation: Relation = "at most",
+) -> None:
     """Check a condition.
 
+    Args:
+        condition: what must be true.
+        message: what was found; where a value and a bound are given, the name of the value.
+        value: the measured number.
+        bound: what it was held against.
+        relation: what the value must be of the bound.
+
     Raises:
-        ContractViolation: if it is false.
+        ContractViolation: if the condition is false; "NAME is VALUE, but must be RELATION BOUND".
     """
-    if not condition:
-        raise ContractViolation(message, value=value, bound=bound)
+    if condition:
+        return
+    if value is not None and bound is not None:
+        message = f"{message} is {value:.6g}, but must be {relation} {bound:.6g}"
+    raise ContractViolation(message, value=value, bound=bound)
+
+
+def _entry(index: tuple[int, ...]) -> str:
+    """Which entry of a tensor, in words; nothing for a number."""
+    return f" at entry {index}" if index else ""
+
+
+def _too_much(error: float, bound: float) -> str:
+    return f"they differ by {error:.3g}, {error / bound:.3g} times the {bound:.3g} allowed"
 
 
 def require_finite(what: str, *tensors: Tensor) -> None:
@@ -128,7 +152,7 @@ def require_finite(what: str, *tensors: Tensor) -> None:
         bad = ~torch.isfinite(tensor)
         if bool(bad.any()):
             index = tuple(torch.nonzero(bad)[0].tolist())
-            raise ContractViolation(f"{what} is not finite: entry {index} is {float(tensor[index])}")
+            raise ContractViolation(f"{what} is not finite: it is {float(tensor[index])}{_entry(index)}")
 
 
 def require_equal(what: str, actual: Tensor, expected: Tensor) -> None:
@@ -146,7 +170,7 @@ def require_equal(what: str, actual: Tensor, expected: Tensor) -> None:
     if bool(different.any()):
         index = tuple(torch.nonzero(different)[0].tolist())
         one, other = float(actual[index]), float(expected[index])
-        raise ContractViolation(f"{what} is not bitwise the same: entry {index} is {one!r}, expected {other!r}")
+        raise ContractViolation(f"{what} is not bitwise the same: it is {one!r}{_entry(index)}, expected {other!r}")
 
 
 def require_close(
@@ -155,7 +179,7 @@ def require_close(
     """Check that two tensors agree up to ``tolerance`` times the largest entry of ``scale`` (default: expected).
 
     Raises:
-        ContractViolation: with the worst entry, both values, the bound and the ratio.
+        ContractViolation: with the worst entry, both values, how far they are apart and how far they may be.
     """
     if actual.shape != expected.shape:
         raise ContractViolation(f"{what} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
@@ -169,7 +193,32 @@ def require_close(
     if not worst <= bound:
         index = tuple(torch.nonzero(error == error.max())[0].tolist())
         raise ContractViolation(
-            f"{what}: entry {index} is {float(actual[index]):.9g}, expected {float(expected[index]):.9g}; error",
+            f"{what} is {float(actual[index]):.9g}{_entry(index)}, expected {float(expected[index]):.9g}: "
+            f"{_too_much(worst, bound)}",
+            value=worst,
+            bound=bound,
+        )
+
+
+def require_symmetric(what: str, matrix: Tensor, *, tolerance: float = 1e-8) -> None:
+    """Check that a square matrix equals its transpose up to ``tolerance`` times its largest entry.
+
+    Raises:
+        ContractViolation: with the worst pair of entries, both values, and how far they are and may be apart.
+    """
+    require_finite(what, matrix)
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    require(square, f"{what} is no square matrix, its shape is {tuple(matrix.shape)}")
+    error = (matrix - matrix.T).abs()
+    if not error.numel():
+        return
+    worst, bound = float(error.max()), tolerance * (float(matrix.abs().max()) or 1.0)
+    if worst > bound:
+        row, column = torch.nonzero(error == error.max())[0].tolist()
+        one, other = float(matrix[row, column]), float(matrix[column, row])
+        raise ContractViolation(
+            f"{what} is not symmetric: entry ({row}, {column}) is {one:.9g}, but entry ({column}, {row}) is "
+            f"{other:.9g}: {_too_much(worst, bound)}",
             value=worst,
             bound=bound,
         )

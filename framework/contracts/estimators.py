@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,16 @@ from torch import Tensor
 
 from ...curvature.statistics import LayerStatistics, Needs
 from .cases import Batch, Case
-from .contract import Contract, NotApplicable, contract, require, require_close, require_equal
+from .contract import (
+    Contract,
+    ContractViolation,
+    NotApplicable,
+    contract,
+    require,
+    require_close,
+    require_equal,
+    require_symmetric,
+)
 from .measuring import Measured, curvature_of, exact_fisher, exact_hessian
 
 __all__ = ["CONTRACTS"]
@@ -139,10 +149,12 @@ def estimator_definite(part: Any, case: Case) -> None:
     for name, entry in Measured(case).statistics(part, [case.batch()]).items():
         assert entry.matrix is not None
         matrix = entry.matrix()
-        require_close(f"dense matrix of layer {name!r}, transposed", matrix.T, matrix)
+        require_symmetric(f"the dense matrix of layer {name!r}", matrix)
         eigenvalues = torch.linalg.eigvalsh(matrix)
         least, slack = float(eigenvalues[0]), 1e-10 * float(eigenvalues.abs().max())
-        require(least >= -slack, f"smallest eigenvalue of layer {name!r}", value=least, bound=-slack)
+        require(
+            least >= -slack, f"smallest eigenvalue of layer {name!r}", value=least, bound=-slack, relation="at least"
+        )
 
 
 @contract("estimator-purity", "curvature", "filling a record leaves what was recorded as it was")
@@ -181,10 +193,17 @@ def estimator_fisher(part: Any, case: Case) -> None:
 
 def _require_mean(what: str, found: Tensor, expected: Tensor, error: Tensor) -> None:
     allowed = _SIGMAS * error + 1e-8 * expected.abs().max()
-    ratio = float(((found - expected).abs() / allowed).max())
-    require(
-        ratio <= 1.0, f"{what}, distance from the exact value in {_SIGMAS:g} standard errors", value=ratio, bound=1.0
-    )
+    ratios = (found - expected).abs() / allowed
+    worst = float(ratios.max())
+    if not worst <= 1.0:
+        index = tuple(torch.nonzero(ratios == ratios.max())[0].tolist()) if math.isfinite(worst) else ()
+        where = f" at entry {index}: {float(found[index]):.6g}, exact {float(expected[index]):.6g};" if index else ","
+        raise ContractViolation(
+            f"{what} is not the exact one on average{where} the distance is {worst:.3g} times the {_SIGMAS:g} standard "
+            "errors allowed",
+            value=worst,
+            bound=1.0,
+        )
 
 
 @contract("form-symmetric", "quadratic form", "one symmetric matrix over all layers")
@@ -193,7 +212,7 @@ def form_symmetric(part: Any, case: Case) -> None:
     measured = Measured(case)
     found, count = measured.form(part, measured.directions()), len(measured.layers)
     require(tuple(found.shape) == (count, count), f"{count} layers, but a matrix of shape {tuple(found.shape)}")
-    require_close("the matrix, transposed", found.T, found)
+    require_symmetric("the matrix of the forms", found)
 
 
 @contract("form-quadratic", "quadratic form", "directions c times as long have forms c^2 times as large")
@@ -216,7 +235,7 @@ def form_definite(part: Any, case: Case) -> None:
     measured = Measured(case)
     eigenvalues = torch.linalg.eigvalsh(measured.form(part, measured.directions()))
     least, slack = float(eigenvalues[0]), 1e-10 * float(eigenvalues.abs().max())
-    require(least >= -slack, "smallest eigenvalue of the forms", value=least, bound=-slack)
+    require(least >= -slack, "smallest eigenvalue of the forms", value=least, bound=-slack, relation="at least")
 
 
 @contract(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...curvature.statistics import Needs
-from .cases import Batch, Case
+from .cases import Batch, Case, low_rank
 from .contract import Contract, NotApplicable, contract, require_close, require_finite
 from .structures import _nonlinear
 from .workbench import Workbench, declared
@@ -139,10 +140,8 @@ def zero_gradients(part: Any, case: Case) -> None:
 @contract("rank-deficient-batch", _KINDS, "a mini-batch of one sample many times gives finite directions")
 def rank_deficient_batch(part: Any, case: Case) -> None:
     """Also with inputs that are all zero."""
-    (inputs, targets), zeros = case.batch(), torch.zeros(1, dtype=torch.long, device=case.device)
-    same = zeros.expand(case.samples)
-    for change in (inputs[same], torch.zeros_like(inputs)):
-        _require_usable("with a mini-batch of low rank", Workbench(part, case).run([(change, targets[same])] * 2))
+    for what, batches in islice(low_rank(case), 2):
+        _require_usable(what, Workbench(part, case).run(batches))
 
 
 @contract("one-sample", _KINDS, "a mini-batch of one sample gives finite directions")

@@ -13,7 +13,16 @@ from ...curvature.statistics import LayerStatistics, Needs
 from ...preconditioners.identity import Identity
 from ...preconditioners.operations import Request
 from .cases import Case
-from .contract import Contract, NotApplicable, contract, require, require_close, require_equal, require_finite
+from .contract import (
+    Contract,
+    NotApplicable,
+    contract,
+    require,
+    require_close,
+    require_equal,
+    require_finite,
+    require_symmetric,
+)
 from .structures import given_tensors
 from .workbench import Workbench, estimator_for
 
@@ -78,9 +87,11 @@ def spectrum_definite(rule: Any, case: Case) -> None:
         matrices.append(case.spd(4, 50.0, 1) - 2.0 * torch.eye(4).to(vector))
     for matrix in matrices:
         damped = rule.damped(matrix, _DAMPING)
-        require_close("the damped matrix, transposed", damped.T, damped)
+        require_symmetric("the damped matrix", damped)
         smallest = float(torch.linalg.eigvalsh(damped)[0])
-        require(smallest > 0.0, "smallest eigenvalue of the damped matrix", value=smallest, bound=0.0)
+        require(
+            smallest > 0.0, "smallest eigenvalue of the damped matrix", value=smallest, bound=0.0, relation="more than"
+        )
 
 
 def _measured(rule: Any, case: Case) -> list[LayerStatistics]:
@@ -103,7 +114,7 @@ def moments_trace(rule: Any, case: Case) -> None:
         turned = rule.squares(entry, inner, outer)
         require_finite("squares in the basis", plain, turned)
         least = float(torch.minimum(plain.min(), turned.min()))
-        require(least >= 0.0, "smallest square", value=least, bound=0.0)
+        require(least >= 0.0, "smallest square", value=least, bound=0.0, relation="at least")
         require_close(f"sum of squares of layer {entry.layer.name!r} in another basis", turned.sum(), plain.sum())
 
 
@@ -161,7 +172,8 @@ def scale_positive(rule: Any, case: Case) -> None:
     """For tall, square and wide matrices."""
     for rows, columns in ((1, 1), (1, 64), (64, 1), (8, 8), (512, 32)):
         factor = rule.factor(rows, columns)
-        require(0.0 < factor < math.inf, f"factor of a {rows} x {columns} matrix", value=float(factor), bound=0.0)
+        fits = 0.0 < factor < math.inf
+        require(fits, f"the factor of a {rows} x {columns} matrix is {factor:g}, but must be finite and more than 0")
 
 
 @contract("skip-negative", "skip rule", "a pair without positive curvature is never used")

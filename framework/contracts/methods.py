@@ -121,7 +121,7 @@ def method_descends(method: Any, case: Case) -> None:
     before = training.vector()
     training.step(case.batch())
     slope = float(gradient @ (training.vector() - before))
-    require(slope < 0.0, "inner product of gradient and step", value=slope, bound=0.0)
+    require(slope < 0.0, "inner product of gradient and step", value=slope, bound=0.0, relation="less than")
 
 
 @contract("method-save-load-continue", _KIND, "a saved and loaded optimizer continues bit for bit")

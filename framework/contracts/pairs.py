@@ -102,7 +102,7 @@ def pair_positive(rule: Any, case: Case) -> None:
     for pair in secant_pairs(rule, case):
         damped = pair.damped(rule)
         curvature = float(torch.dot(damped.step, damped.change))
-        require(curvature > 0.0, "s'y of a damped pair is not > 0", value=curvature, bound=0.0)
+        require(curvature > 0.0, "s'y of a damped pair", value=curvature, bound=0.0, relation="more than")
 
 
 @contract(
@@ -117,7 +117,13 @@ def pair_floor(rule: Any, case: Case) -> None:
         damped, floor = pair.damped(rule), rule.curvature_floor(pair.damping)
         curvature, square = (float(torch.dot(damped.step, other)) for other in (damped.change, damped.step))
         enough = curvature >= floor * square * (1.0 - 1e-9)
-        require(enough, f"s'y of a damped pair (mu2 = {pair.damping:g})", value=curvature, bound=floor * square)
+        require(
+            enough,
+            f"s'y of a damped pair (mu2 = {pair.damping:g})",
+            value=curvature,
+            bound=floor * square,
+            relation="at least",
+        )
 
 
 @contract("pair-scale", _KIND, "a pair c times as long is damped to a pair c times as long")

@@ -47,7 +47,7 @@ def sign_finite(rule: Any, case: Case) -> None:
 def sign_nonnegative(rule: Any, case: Case) -> None:
     """Where the solution has a negative entry."""
     least = float(rule.choose(*_system(case, 2, coupled=True)).min())
-    require(least >= 0.0, "smallest step", value=least, bound=0.0)
+    require(least >= 0.0, "smallest step", value=least, bound=0.0, relation="at least")
 
 
 @contract("sign-minimum", "sign", "a solution without negative entries is taken as it is")

@@ -115,7 +115,7 @@ def step_nonnegative(rule: Any, case: Case) -> None:
     for sequence in (_usual(case), uphill):
         for sizes in _steps(rule, case, sequence):
             least = float(sizes.min())
-            require(least >= 0.0, "smallest step size", value=least, bound=0.0)
+            require(least >= 0.0, "smallest step size", value=least, bound=0.0, relation="at least")
 
 
 @contract("step-shape", "step size", "one number, or one step size per layer in the precision of the evidence")
@@ -157,7 +157,13 @@ def step_learning_rate(rule: Any, case: Case) -> None:
                 require_close("step sizes at lr = 0", size, torch.zeros_like(size), tolerance=0.0)
             else:
                 least = float((size - previous[index]).min())
-                require(least >= -1e-12, f"change of a step size up to lr = {lr:g}", value=least, bound=-1e-12)
+                require(
+                    least >= -1e-12,
+                    f"change of a step size up to lr = {lr:g}",
+                    value=least,
+                    bound=-1e-12,
+                    relation="at least",
+                )
         previous = sizes
 
 
@@ -234,7 +240,9 @@ def coupling_majorises(rule: Any, case: Case) -> None:
     forms, norms = _forms(case)
     found = float((rule.curvature(forms.clone(), norms.clone()) * norms.square()).sum())
     bound = float(norms @ forms.abs() @ norms)
-    require(found >= bound * (1.0 - 1e-12), "curvature along the common step", value=found, bound=bound)
+    require(
+        found >= bound * (1.0 - 1e-12), "curvature along the common step", value=found, bound=bound, relation="at least"
+    )
 
 
 @contract("coupling-purity", "coupling", "forms and norms stay bitwise as they were")

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...curvature.statistics import LayerStatistics
+from ...curvature.statistics import LayerStatistics, Needs
+from ...preconditioners.linalg import RETRIES, Computed
 from ...preconditioners.protocol import Refining
-from .cases import Case
-from .contract import Contract, contract, require, require_close, require_equal, require_same_state
+from .cases import Case, low_rank
+from .contract import (
+    Contract,
+    ContractViolation,
+    NotApplicable,
+    contract,
+    require,
+    require_close,
+    require_equal,
+    require_finite,
+    require_same_state,
+    require_symmetric,
+)
 from .workbench import Workbench, declared, saved_copy
 
 __all__ = ["CONTRACTS", "given_tensors"]
 
 _KINDS = ("structure", "factor")
+_MEASURED = (Needs.INPUTS, Needs.ROOTS, Needs.VECTORS, Needs.MATRIX, Needs.PAIRS)
 
 
 def _nonlinear(part: Any) -> str | None:
@@ -44,14 +59,46 @@ def dense_solve(part: Any, case: Case) -> None:
 
 @contract("positive-definite", _KINDS, "to_dense is symmetric positive definite", unless=(_nonlinear, _indefinite))
 def positive_definite(part: Any, case: Case) -> None:
-    """Symmetry to rounding, smallest eigenvalue above zero."""
+    """Symmetry to rounding, smallest eigenvalue above zero; also of statistics without full rank."""
+    for what, batches in (("", None), *low_rank(case)):
+        bench = Workbench(part, case).run(batches)
+        for block in bench.blocks:
+            dense, name = bench.dense(block), f"to_dense of layer {block.layer.name!r} {what}".rstrip()
+            require_symmetric(name, dense, tolerance=1e-9)
+            smallest = float(torch.linalg.eigvalsh(0.5 * (dense + dense.T))[0])
+            require(smallest > 0.0, f"smallest eigenvalue of {name}", value=smallest, bound=0.0, relation="more than")
+
+
+@contract("direction-layout", _KINDS, "a direction has the shapes of the momentum that was given")
+def direction_layout(part: Any, case: Case) -> None:
+    """As many tensors, each in the shape of its own."""
     bench = Workbench(part, case).run()
     for block in bench.blocks:
-        dense = bench.dense(block)
-        where = f"of layer {block.layer.name!r}"
-        require_close(f"to_dense {where}, transposed", dense.T, dense, tolerance=1e-9)
-        smallest = float(torch.linalg.eigvalsh(0.5 * (dense + dense.T))[0])
-        require(smallest > 0.0, f"smallest eigenvalue of to_dense {where} is not > 0", value=smallest, bound=0.0)
+        momentum = bench.momentum(block)
+        given = [tuple(value.shape) for value in momentum]
+        found = [tuple(value.shape) for value in block.part.precondition(block.state, momentum)]
+        what = f"the direction of layer {block.layer.name!r} has the shapes {found}, its momentum has {given}"
+        require(found == given, what)
+
+
+@contract("failed-inverse", _KINDS, "where nothing could be computed of its matrices, a part keeps what it had")
+def failed_inverse(part: Any, case: Case) -> None:
+    """``install`` with results whose ``value`` is ``None``: finite when fresh, unchanged after use."""
+    asked = False
+    for used, bench in ((False, Workbench(part, case)), (True, Workbench(part, case).run())):
+        for block in bench.blocks:
+            requests = block.part.matrices(block.state, bench.sides(block))
+            if not requests:
+                continue
+            asked, name = True, f"the direction of layer {block.layer.name!r} after an inverse failed"
+            before = bench.direction(block).clone()
+            block.part.install(block.state, [Computed(None, RETRIES, request.damping) for request in requests])
+            after = bench.direction(block)
+            require_finite(name, after)
+            if used:
+                require_equal(name, after, before)
+    if not asked:
+        raise NotApplicable("it asks for no inverse")
 
 
 @contract(
@@ -66,7 +113,7 @@ def spectrum_bounds(part: Any, case: Case) -> None:
         slack = 1e-9 * float(eigenvalues.abs().max())
         least, most = float(eigenvalues[0]), float(eigenvalues[-1])
         where = f"eigenvalue of to_dense of layer {block.layer.name!r}"
-        require(least >= low - slack, f"smallest {where}", value=least, bound=low)
+        require(least >= low - slack, f"smallest {where}", value=least, bound=low, relation="at least")
         require(most <= high + slack, f"largest {where}", value=most, bound=high)
 
 
@@ -163,11 +210,12 @@ def memory(part: Any, case: Case) -> None:
     fresh, used = Workbench(part, case), Workbench(part, case).run()
     for one, other in zip(fresh.blocks, used.blocks, strict=True):
         counts = [sum(tensor.numel() for tensor in block.state.tensors()) for block in (one, other)]
-        where = f"numbers in the state of layer {one.layer.name!r}"
-        require(counts[0] == counts[1], f"{where} grew", value=counts[1], bound=counts[0])
+        where = f"size of the state of layer {one.layer.name!r}"
+        require(counts[0] == counts[1], f"{where} after use", value=counts[1], bound=counts[0], relation="exactly")
         stated = one.part.numbers(one.layer) if hasattr(one.part, "numbers") else None
         if stated is not None:
-            require(counts[0] == stated, f"{where} differ from the formula", value=counts[0], bound=stated)
+            what = f"{where}, of which numbers(layer) tells,"
+            require(counts[0] == stated, what, value=counts[0], bound=stated, relation="exactly")
 
 
 @contract("renamed-layers", _KINDS, "the name of a layer changes nothing")
@@ -180,16 +228,52 @@ def renamed_layers(part: Any, case: Case) -> None:
 
 @contract("declared-needs", _KINDS, "a part reads nothing that its needs do not name")
 def declared_needs(part: Any, case: Case) -> None:
-    """States and directions are the same when everything else is left out of the statistics."""
-    whole, bare = Workbench(part, case).run(), Workbench(part, case, only_declared=True).run()
-    for one, two in zip(whole.tensors() + whole.directions(), bare.tensors() + bare.directions(), strict=True):
-        require_equal("state or direction with only the declared statistics", two, one)
+    """States and directions are the same, bitwise, when everything else is left out of the statistics."""
+    whole, bare = _seen(part, case, None), _seen(part, case, lambda needs: needs)
+    if isinstance(whole, Exception):
+        raise whole
+    if _same(whole, bare):
+        return
+    records = _seen(part, case, lambda needs: ~Needs.NOTHING)
+    read = [need for need in _MEASURED if not _same(records, _seen(part, case, partial(_without, need)))]
+    found = " and ".join(f"Needs.{need.name}" for need in read)
+    if not _same(whole, records):
+        found = "raw gradients of the record (output_gradient, sampled_gradient), which are the estimator's"
+    what = f"it then raises {type(bare).__name__}: {bare}" if isinstance(bare, Exception) else "it then does otherwise"
+    raise ContractViolation(
+        f"it reads {found or 'something'} without declaring it: add it to needs (now {part.needs}), which is all that "
+        f"is measured for it; {what}"
+    )
+
+
+def _without(need: Needs, needs: Needs) -> Needs:
+    """Everything but one need, unless that one is declared."""
+    return needs | ~need
+
+
+def _seen(part: Any, case: Case, shown: Callable[[Needs], Needs] | None) -> list[Tensor] | Exception:
+    """States and directions of a part that is shown only some statistics, or what it raised."""
+    try:
+        bench = Workbench(part, case, shown=shown).run()
+        return bench.tensors() + bench.directions()
+    except NotApplicable:
+        raise
+    except Exception as error:  # whatever a part raises is the finding
+        return error
+
+
+def _same(one: list[Tensor] | Exception, other: list[Tensor] | Exception) -> bool:
+    if isinstance(one, Exception) or isinstance(other, Exception):
+        return isinstance(one, Exception) and isinstance(other, Exception)
+    return all(torch.equal(value.nan_to_num(), copy.nan_to_num()) for value, copy in zip(one, other, strict=True))
 
 
 CONTRACTS: tuple[Contract, ...] = (
     dense_solve,
     positive_definite,
     spectrum_bounds,
+    direction_layout,
+    failed_inverse,
     purity,
     save_load_continue,
     dtype_and_device,

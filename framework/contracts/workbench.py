@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +75,7 @@ class Workbench:
         part: the structure.
         case: network and data.
         names: put in front of every layer's name.
-        only_declared: leave everything out of the statistics that the structure's ``needs`` do not name.
+        shown: from a structure's ``needs`` to the needs whose statistics it is shown; default: it is shown everything.
         estimator: default: one that provides what the structure needs.
 
     Raises:
@@ -88,10 +88,10 @@ class Workbench:
         case: Case,
         *,
         names: str = "",
-        only_declared: bool = False,
+        shown: Callable[[Needs], Needs] | None = None,
         estimator: Estimator | None = None,
     ):
-        self.case, self.only_declared = case, only_declared
+        self.case, self.shown = case, shown
         self.model = case.model()
         self.estimator = estimator_for(part.needs) if estimator is None else estimator
         self.layers = [replace(layer, name=names + layer.name) for layer in discover_layers(self.model)]
@@ -154,8 +154,8 @@ class Workbench:
         gradients = dict(zip(block.layer.parameters, entry.gradients or (), strict=True))
         momentum = tuple(scale * value for value in block.vector)
         parameters = tuple(value.detach().clone() for value in block.parameters)
-        if self.only_declared:
-            entry = _stripped(entry, block.part.needs)
+        if self.shown is not None:
+            entry = _stripped(entry, self.shown(block.part.needs))
         own = tuple(gradients[name].clone() for name in block.names)
         return Observation(entry, own, momentum, 0.0, parameters)
 
@@ -203,8 +203,9 @@ class Workbench:
             after = self.measure(batch, reduction=reduction, raw=raw)
         for block in looking:
             one, other = before[block.layer.name], after[block.layer.name]
-            if self.only_declared:
-                one, other = _stripped(one, block.part.needs), _stripped(other, block.part.needs)
+            if self.shown is not None:
+                needs = self.shown(block.part.needs)
+                one, other = _stripped(one, needs), _stripped(other, needs)
             block.part.observe_step(block.state, one, other, self.sides(block))
 
     def moved(self, key: int) -> _Moved:

@@ -49,9 +49,18 @@ def test_a_part_that_holds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 def test_a_part_that_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(["certify", "their_parts:Climbing"]) == 1
     shown = capsys.readouterr().out
-    assert "violated pair damping Climbing, pair-positive:" in shown and "s'y of a damped pair is not > 0" in shown
+    assert "violated pair damping Climbing, pair-positive:" in shown
+    assert "s'y of a damped pair is -0.0434361, but must be more than 0" in shown
     assert execute(["certify", "their_parts"]) == 1
     assert execute(["certify", "their_parts:Climbing", "--contracts", "pair-purity", "pair-scale"]) == 0
+
+
+def test_a_part_that_was_not_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["certify", "osculate:ConstantDamping", "--contracts", "damping-product"]) == 1
+    shown = capsys.readouterr().out
+    assert "nothing checked damping ConstantDamping, damping-product: does not declare splits" in shown
+    assert execute(["certify", "osculate:ConstantDamping", "--contracts", "dense-solve"]) == 2
+    assert "is about a structure or a factor" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.usefixtures("_module")
