@@ -77,15 +77,16 @@ class RunConfig:
         """Return the configuration with a problem's own numbers for this method, where the run gives none.
 
         Args:
-            settings: per method some of lr, damping and weight_decay.
+            settings: per method some of lr, damping, weight_decay and the method's own keywords.
         """
         suited = settings.get(self.method, {})
+        options = {name: value for name, value in suited.items() if name not in _NUMBERS}
         left_open: dict[str, Any] = {
             name: value
             for name, value in suited.items()
-            if getattr(self, name) is None and name not in self.method_options
+            if name in _NUMBERS and getattr(self, name) is None and name not in self.method_options
         }
-        return dataclasses.replace(self, **left_open)
+        return dataclasses.replace(self, **left_open, method_options=options | dict(self.method_options))
 
     def method_arguments(self) -> dict[str, Any]:
         """Return the keywords for ``osculate.build``, without those left to the method's defaults.

@@ -36,18 +36,27 @@ class RemoteFile:
         mirrors: web folders that hold it, ending in ``/``, tried in this order.
         sha256: its checksum; None where the published file's is unknown, so that the reader checks the content.
         size: its length in bytes, for messages; None if unknown.
+        md5: the checksum its publisher names, where there is no SHA-256.
     """
 
     name: str
     mirrors: tuple[str, ...]
     sha256: str | None = None
     size: int | None = None
+    md5: str | None = None
+
+    @property
+    def checksum(self) -> str | None:
+        """The checksum with the name of its algorithm in front, such as ``md5:...``; None where none is known."""
+        if self.sha256 is not None:
+            return f"sha256:{self.sha256}"
+        return None if self.md5 is None else f"md5:{self.md5}"
 
     @property
     def identity(self) -> str:
         """Name, length and checksum in words."""
         size = f"{self.size} bytes, " if self.size is not None else ""
-        return f"{self.name!r} ({size}sha256 {self.sha256 or 'unknown'})"
+        return f"{self.name!r} ({size}{(self.checksum or 'sha256:unknown').replace(':', ' ')})"
 
 
 def cache_folder() -> Path:
@@ -69,31 +78,32 @@ def data_folder(data_dir: Path | None) -> Path | None:
     return folder
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 checksum of a file, 64 hexadecimal digits."""
+def sha256_of(path: Path, algorithm: str = "sha256") -> str:
+    """Return the checksum of a file, 64 hexadecimal digits; fewer with another algorithm of ``hashlib``."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
-def verify(path: Path, sha256: str, size: int | None = None) -> None:
+def verify(path: Path, sha256: str, size: int | None = None, algorithm: str = "sha256") -> None:
     """Check a file against its published checksum.
 
     Args:
         path: the file.
         sha256: expected checksum.
         size: expected length in bytes, which tells a truncated file from one that was changed.
+        algorithm: of the checksum, where it is another one.
 
     Raises:
         DataError: the checksum differs; the message names the path and both checksums.
     """
-    found = sha256_of(path)
+    found = sha256_of(path, algorithm)
     if found == sha256:
         return
     length = path.stat().st_size
     known = f", expected {size} bytes" if size is not None else ""
     state = "truncated" if size is not None and length < size else "damaged or another file of that name"
     raise DataError(
-        f"{path} is {state}: it has {length} bytes{known}; sha256 found {found}, expected {sha256}; "
+        f"{path} is {state}: it has {length} bytes{known}; {algorithm} found {found}, expected {sha256}; "
         "delete it to have it downloaded, or put an intact copy in its place"
     )
 
@@ -110,13 +120,12 @@ def download(file: RemoteFile, subfolder: str, searched: Iterable[Path] = ()) ->
         DataError: no mirror delivered the file.
     """
     folder = cache_folder() / subfolder
-    known_hash = f"sha256:{file.sha256}" if file.sha256 else None
     failures: list[str] = []
     for mirror in file.mirrors:
         try:
             fetched = pooch.retrieve(
                 mirror + file.name,
-                known_hash,
+                file.checksum,
                 file.name,
                 folder,
                 downloader=pooch.HTTPDownloader(timeout=_TIMEOUT_SECONDS),

@@ -11,8 +11,12 @@ from typing import Any
 from ...errors import UnknownNameError
 from ..datasets import FASHION, MNIST
 from .autoencoders import curves_autoencoder, faces_autoencoder, image_autoencoder
+from .citations import GRAPH_TASKS, graph_network
 from .images import fashion_mlp, image_cnn
+from .known import logistic, quadratic
+from .natural_images import cifar10_resnet32, cifar_vgg16, svhn_vgg11
 from .problem import Data, Problem, Source, Target
+from .text import char_transformer
 
 __all__ = ["PROBLEMS", "Data", "Problem", "Source", "Target", "get_problem"]
 
@@ -25,6 +29,14 @@ PROBLEMS: Mapping[str, Callable[..., Problem]] = MappingProxyType(
         "mnist-cnn": partial(image_cnn, "mnist-cnn", MNIST),
         "fashion-cnn": partial(image_cnn, "fashion-cnn", FASHION),
         "fashion-mlp": fashion_mlp,
+        "cifar10-resnet32": cifar10_resnet32,
+        "cifar10-vgg16": partial(cifar_vgg16, 10),
+        "cifar100-vgg16": partial(cifar_vgg16, 100),
+        "svhn-vgg11": svhn_vgg11,
+        **{name: partial(graph_network, name) for name in GRAPH_TASKS},
+        "char-transformer": char_transformer,
+        "logistic": logistic,
+        "quadratic": quadratic,
     }
 )
 """Each problem's name and what makes it; the first is the default and needs no files."""

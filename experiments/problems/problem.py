@@ -110,8 +110,8 @@ class Problem:
         target: what counts as solved; None where nothing is agreed on.
         augmentation: changes every training mini-batch at random.
         undecayed: patterns of names of parameters that weight decay leaves alone.
-        settings: for some methods lr, damping or weight decay that suit the problem better than the method's defaults,
-            chosen on the validation samples; used where a run names none.
+        settings: for some methods lr, damping, weight decay or keywords that suit the problem better than the method's
+            defaults, chosen on the validation samples; used where a run names none.
         optimum: the least training loss, where it is known.
     """
 

@@ -4,15 +4,18 @@ import math
 
 import pytest
 import torch
+from osculate import registry
 from osculate.errors import ArgumentError, UnknownNameError
 from osculate.experiments.curves import CurveImages, generate_curves
 from osculate.experiments.datasets import LabelledImages
 from osculate.experiments.faces import FacePatches
-from osculate.experiments.problems import PROBLEMS, autoencoders, get_problem, images
+from osculate.experiments.problems import PROBLEMS, Target, autoencoders, get_problem, images
 from osculate.experiments.problems.problem import bernoulli_loss, gaussian_loss
 from torch import nn
 
-NAMES = list(PROBLEMS)
+NAMES = [
+    name for name in PROBLEMS if name.endswith("autoencoder") or name in ("mnist-cnn", "fashion-cnn", "fashion-mlp")
+]
 SIZES = ["full", "small"]
 
 
@@ -98,7 +101,7 @@ def test_losses_are_sums_over_pixels_and_means_over_samples():
     torch.testing.assert_close(bernoulli_loss(output, target), entropy)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_parameters_depend_on_the_seed_alone(name):
     problem = get_problem(name, size="small")
     state = torch.get_rng_state()
@@ -115,12 +118,39 @@ def test_the_initial_distribution_is_torchs_own():
     assert torch.equal(built, expected.weight)
 
 
-@pytest.mark.parametrize("name", ["mnist-cnn", "fashion-mlp"])
+@pytest.mark.parametrize("name", ["mnist-cnn", "fashion-cnn", "fashion-mlp"])
 def test_classified_images_are_standardised(name, few_samples):
     inputs = get_problem(name).load(None).train_inputs
     assert abs(float(inputs.mean())) < 1e-4
     assert abs(float(inputs.std()) - 1) < 1e-4
-    assert inputs.shape[1:] == ((1, 28, 28) if name == "mnist-cnn" else (784,))
+    assert inputs.shape[1:] == ((1, 28, 28) if name.endswith("cnn") else (784,))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_problem_says_where_its_data_come_from(name):
+    problem = get_problem(name)
+    assert problem.name == name
+    assert problem.source.title and problem.source.licence and problem.source.citation
+    assert set(problem.settings) <= set(registry.methods())
+
+
+@pytest.mark.parametrize("name", ["mnist-cnn", "fashion-cnn", "fashion-mlp"])
+def test_held_out_samples_are_the_last_training_samples(name, few_samples):
+    whole, part = (get_problem(name, validation=count).load(None) for count in (0, 8))
+    assert whole.valid_inputs is None
+    assert torch.equal(torch.cat([part.train_inputs, part.valid_inputs]), whole.train_inputs)
+    assert torch.equal(torch.cat([part.train_targets, part.valid_targets]), whole.train_targets)
+    assert len(part.valid_targets) == 8
+    with pytest.raises(ArgumentError, match="validation"):
+        get_problem(name, validation=50).load(None)
+
+
+def test_targets_are_reached_from_the_right_side():
+    assert Target("train_loss", 62.0).reached({"train_loss": 61.0})
+    assert not Target("train_loss", 62.0).reached({"train_loss": 63.0})
+    assert Target("test_accuracy", 0.8).reached({"test_accuracy": 0.81})
+    assert not Target("test_accuracy", 0.8).reached({"test_accuracy": 0.79})
+    assert not Target("valid_loss", 1.0).reached({})
 
 
 def test_unknown_names_list_the_near_misses():

@@ -1,0 +1,192 @@
+"""CIFAR-10 and CIFAR-100 in their published binary layout: label bytes, then 3072 bytes of a 32 x 32 image.
+
+The files are looked for below the data folder, as they are or packed by xz, then the published archive, which is
+downloaded where nothing is found. A data folder with only the first 1000 test images is used too, and says so.
+
+Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009, and the page of the data sets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .datafiles import DataError, RemoteFile, data_folder, download, verify
+
+__all__ = ["CIFAR10", "CIFAR100", "CifarFiles", "ColourImages", "load_cifar"]
+
+_PIXELS = 3 * 32 * 32
+_MIRRORS = ("https://www.cs.toronto.edu/~kriz/",)
+
+
+@dataclass(frozen=True)
+class ColourImages:
+    """Images (N, 3, 32, 32) and labels (N,) as unsigned bytes; ``test_set`` says what the test images are."""
+
+    train_images: NDArray[np.uint8]
+    train_labels: NDArray[np.uint8]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.uint8]
+    test_set: str = "test set"
+
+
+@dataclass(frozen=True)
+class CifarFiles:
+    """The files of one set.
+
+    Args:
+        folder: of the set below a data folder.
+        archive: the published one.
+        inside: folder within the archive, which may also lie in a data folder.
+        train: names of the files with training images, in order.
+        test: name of the file with test images.
+        partial_test: name of a file with the first test images only, and what to call them; None if there is none.
+        label_bytes: bytes before each image; the last of them is the class.
+        classes: number of classes.
+        sha256: checksums of unpacked files, as far as they are known.
+    """
+
+    folder: str
+    archive: RemoteFile
+    inside: str
+    train: tuple[str, ...]
+    test: str
+    partial_test: tuple[str, str] | None
+    label_bytes: int
+    classes: int
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+CIFAR10 = CifarFiles(
+    folder="cifar10",
+    archive=RemoteFile("cifar-10-binary.tar.gz", _MIRRORS, md5="c32a1d4ab5d03f1284b67883e8d87530"),
+    inside="cifar-10-batches-bin",
+    train=tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
+    test="test_batch.bin",
+    partial_test=("test_batch_first1000.bin", "first 1,000 test images"),
+    label_bytes=1,
+    classes=10,
+    sha256={
+        "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+        "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+        "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+        "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+        "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+        "test_batch_first1000.bin": "8314c96d7cd65618193bab23acdd5d4c4af15bf6dd00a1781d55beedf3be1ef5",
+    },
+)
+"""Ten kinds of things, 50 000 training and 10 000 test images."""
+
+CIFAR100 = CifarFiles(
+    folder="cifar100",
+    archive=RemoteFile("cifar-100-binary.tar.gz", _MIRRORS, md5="03b5dce01913d631647c71ecec9e9cb8"),
+    inside="cifar-100-binary",
+    train=("train.bin",),
+    test="test.bin",
+    partial_test=None,
+    label_bytes=2,
+    classes=100,
+)
+"""A hundred kinds of things, 50 000 training and 10 000 test images; the class is the fine label."""
+
+
+def load_cifar(files: CifarFiles, data_dir: Path | None = None, train: int | None = None) -> ColourImages:
+    """Return the images and labels of a set.
+
+    Args:
+        files: ``CIFAR10`` or ``CIFAR100``.
+        data_dir: folder that may hold the files; None is what ``OSCULATE_DATA`` names, if anything.
+        train: how many training images are wanted, >= 1: no more files are read than hold them; None is all.
+
+    Raises:
+        ArgumentError: the data folder does not exist.
+        DataError: a file is damaged, is not what its name says, or is missing and cannot be downloaded.
+    """
+    folder = data_folder(data_dir)
+    images: list[NDArray[np.uint8]] = []
+    labels: list[NDArray[np.uint8]] = []
+    for name in files.train:
+        if train is None or sum(map(len, labels)) < train:
+            batch = _records(_content(files, name, folder), files, name)
+            images.append(batch[0])
+            labels.append(batch[1])
+    name, test_set = _test_file(files, folder)
+    test = _records(_content(files, name, folder), files, name)
+    return ColourImages(np.concatenate(images)[:train], np.concatenate(labels)[:train], *test, test_set)
+
+
+def _test_file(files: CifarFiles, folder: Path | None) -> tuple[str, str]:
+    """Name of the file with test images, and what they are: all, unless only the first ones lie in the folder."""
+    if files.partial_test is not None and folder is not None:
+        complete = any(_present(files, files.test, folder)) or _local_archive(files, folder) is not None
+        if not complete and any(_present(files, files.partial_test[0], folder)):
+            return files.partial_test
+    return files.test, "test set"
+
+
+def _present(files: CifarFiles, name: str, folder: Path) -> Iterator[Path]:
+    """Where a file lies, plain or packed."""
+    for below in (files.folder, files.inside, "."):
+        for ending in ("", ".xz"):
+            path = folder / below / (name + ending)
+            if path.is_file():
+                yield path
+
+
+def _local_archive(files: CifarFiles, folder: Path) -> Path | None:
+    places = (folder / files.folder / files.archive.name, folder / files.archive.name)
+    return next((path for path in places if path.is_file()), None)
+
+
+def _content(files: CifarFiles, name: str, folder: Path | None) -> bytes:
+    path = next(_present(files, name, folder), None) if folder is not None else None
+    if path is None:
+        return _from_archive(files, name, folder)
+    try:
+        content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    except lzma.LZMAError as error:
+        raise DataError(f"{path} is truncated or no xz file: {error}; put an intact copy in its place") from error
+    expected, found = files.sha256.get(name), hashlib.sha256(content).hexdigest()
+    if expected is not None and found != expected:
+        raise DataError(
+            f"{path} is damaged or another file of that name: unpacked it has {len(content)} bytes, sha256 found "
+            f"{found}, expected {expected}; put an intact copy in its place, or remove it to have the set downloaded"
+        )
+    return content
+
+
+def _from_archive(files: CifarFiles, name: str, folder: Path | None) -> bytes:
+    path = None if folder is None else _local_archive(files, folder)
+    if path is None:
+        searched = [] if folder is None else [folder / files.folder / name, folder / files.folder / (name + ".xz")]
+        path = download(files.archive, files.folder, searched)
+    elif files.archive.md5 is not None:
+        verify(path, files.archive.md5, algorithm="md5")
+    with tarfile.open(path) as archive:
+        try:
+            member = archive.extractfile(f"{files.inside}/{name}")
+        except KeyError:
+            member = None
+        if member is None:
+            raise DataError(f"{path} has no file {files.inside}/{name}; put the published archive in its place")
+        return member.read()
+
+
+def _records(content: bytes, files: CifarFiles, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    length = files.label_bytes + _PIXELS
+    if not content or len(content) % length:
+        raise DataError(f"{name} has {len(content)} bytes, no multiple of the {length} of an image with its label")
+    records = np.frombuffer(content, np.uint8).reshape(-1, length)
+    labels = records[:, files.label_bytes - 1]
+    if labels.max() >= files.classes:
+        raise DataError(
+            f"{name} has class {labels.max()}, expected 0 ... {files.classes - 1}; it is another set's file"
+        )
+    return records[:, files.label_bytes :].reshape(-1, 3, 32, 32), labels

@@ -1,0 +1,53 @@
+"""Every registered method takes finite steps on every problem at ``size=small``."""
+
+from functools import cache
+
+import pytest
+import torch
+from osculate import registry
+from osculate.experiments.config import RunConfig
+from osculate.experiments.problems import PROBLEMS, Data, get_problem
+from osculate.experiments.training import prepare
+
+STEPS = 3
+SAMPLES = 12
+IMAGES = {"cifar10-resnet32", "cifar10-vgg16", "cifar100-vgg16", "svhn-vgg11"}
+FILES = {"mnist-autoencoder": (784,), "fashion-autoencoder": (784,), "faces-autoencoder": (625,)}
+FILES |= {"mnist-cnn": (1, 28, 28), "fashion-cnn": (1, 28, 28), "fashion-mlp": (784,), "curves-autoencoder": (784,)}
+
+
+@cache
+def data(name: str) -> Data:
+    """Numbers in the place of files; the data themselves where they are generated."""
+    problem = get_problem(name, size="small")
+    if name not in IMAGES | FILES.keys():
+        return problem.load(None)
+    generator = torch.Generator().manual_seed(1)
+    if name in IMAGES:
+        inputs = torch.randint(0, 256, (SAMPLES, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    else:
+        inputs = torch.rand(SAMPLES, *FILES[name], generator=generator)
+    targets = inputs
+    if problem.classes is not None:
+        targets = torch.randint(0, problem.classes, (SAMPLES,), generator=generator)
+    return Data(inputs, targets, inputs, targets)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_every_method_takes_finite_steps(problem: str) -> None:
+    broken = {}
+    for method in registry.methods():
+        small = get_problem(problem, size="small")
+        batch = SAMPLES // 2 if small.batch_size is not None else None
+        run = prepare(RunConfig(problem, method, batch_size=batch), small, data(problem))
+        run.warm_start()
+        before = [parameter.detach().clone() for parameter in run.model.parameters()]
+        for _ in range(STEPS):
+            run.step()
+        after = list(run.model.parameters())
+        finite = run.evaluate().finite and all(bool(value.isfinite().all()) for value in after)
+        moved = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+        others = {entry.kind for entry in run.optimizer.layers if entry.kind == "Other"}
+        if not finite or not moved or others:
+            broken[method] = (finite, moved, others)
+    assert not broken
