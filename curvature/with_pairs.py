@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..checking import require_fields
 from .capture import Record
 from .estimators import EmpiricalFisher, Estimator
 from .statistics import LayerStatistics, Needs
@@ -23,6 +24,9 @@ class WithPairs:
     """
 
     estimator: Estimator = field(default_factory=EmpiricalFisher)
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     @property
     def provides(self) -> Needs:

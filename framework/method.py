@@ -8,6 +8,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from ..checking import require_fields
 from ..curvature.estimators import Estimator, InputsOnly
 from ..curvature.statistics import Needs
 from ..errors import ArgumentError, CompatibilityError, require_finite_nonnegative
@@ -27,17 +28,6 @@ __all__ = ["Method"]
 
 _MEASURED = (Needs.ROOTS, Needs.VECTORS, Needs.MATRIX, Needs.PAIRS)
 """What only an estimator can provide."""
-
-_VERBS = {
-    "preconditioner": "precondition",
-    "curvature": "fill",
-    "damping": "sides",
-    "momentum": "coefficients",
-    "weight_decay": "gradient_factor",
-    "step_size": "propose",
-    "guard": "accepts",
-    "fallback": "precondition",
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,10 @@ class Method:
     defaults: Mapping[str, float] = field(default_factory=lambda: {"lr": 1e-2, "damping": 0.0, "weight_decay": 0.0})
 
     def __post_init__(self) -> None:
-        self._check_parts()
+        require_fields(self)
+        unknown = sorted(set(self.defaults) - {"lr", "damping", "weight_decay"})
+        if unknown:
+            raise ArgumentError(f"defaults has unknown keys {unknown}; known: damping, lr, weight_decay")
         object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
         self._check_needs("curvature estimator", self.curvature)
         if self.warm_start is not None and Needs.PAIRS not in self.needs:
@@ -209,21 +202,6 @@ class Method:
                 f"{type(self.weight_decay).__name__} moves the parameters besides; use Coupled() or weight_decay=0"
             )
 
-    def _check_parts(self) -> None:
-        """Each field holds an object of its kind: a number or a class here would only fail in the first step."""
-        for name, verb in _VERBS.items():
-            part = getattr(self, name)
-            if isinstance(part, type) or not callable(getattr(part, verb, None)):
-                fits = isinstance(part, ByLayer) if name == "preconditioner" else False
-                if not fits:
-                    raise ArgumentError(
-                        f"{name} must be a part with a method {verb!r}, got {part!r}; numbers belong into defaults or "
-                        "osculate.build, and a class needs its parentheses"
-                    )
-        unknown = sorted(set(self.defaults) - {"lr", "damping", "weight_decay"})
-        if unknown:
-            raise ArgumentError(f"defaults has unknown keys {unknown}; known: damping, lr, weight_decay")
-
     def _check_eigenvalues(self) -> None:
         """A damping rule that balances Kronecker factors finds two in every Kronecker structure, and one structure."""
         if not getattr(self.damping, "uses_eigenvalues", False):
@@ -267,7 +245,8 @@ def _suppliers(needs: Needs) -> str:
     """Registered estimators that provide all of ``needs`` with a matrix that has no negative eigenvalue."""
     from . import registry
 
-    entries = [part for part in registry.examples()["curvature"].values() if part.definite]
+    parts = [part for cls in registry.parts()["curvature"].values() for part in registry.instances(cls)]
+    entries = [part for part in parts if part.definite]
     wanted = [need for need in _MEASURED if need in needs]
     names = dict.fromkeys(type(part).__name__ for part in entries if all(need in part.provides for need in wanted))
     return ", ".join(f"{name}()" for name in names) or "none that is registered"

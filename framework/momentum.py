@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..checking import require_fields
 from ..errors import require_finite_nonnegative, require_interval
 
 __all__ = [
@@ -57,6 +58,7 @@ class EMA(_Plain):
     decay: float = 0.9
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("momentum decay", self.decay, 0.0, 1.0)
 
     def coefficients(self) -> tuple[float, float]:
@@ -90,6 +92,7 @@ class HeavyBall(_Plain):
     decay: float = 0.9
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("momentum decay", self.decay, 0.0, 1.0)
 
     def coefficients(self) -> tuple[float, float]:
@@ -128,6 +131,9 @@ class Nesterov:
     """
 
     momentum: Momentum = field(default_factory=HeavyBall)
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     def coefficients(self) -> tuple[float, float]:
         """Those of the recurrence."""

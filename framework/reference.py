@@ -44,7 +44,7 @@ def _reference(part: Preconditioner | ByLayer) -> Preconditioner | ByLayer:
     if not isinstance(part, ByLayer):
         return _reference_of_part(part)
     otherwise = None if part.otherwise is None else _reference_of_part(part.otherwise)
-    return ByLayer({key: _reference_of_part(entry) for key, entry in part.table.items()}, otherwise)
+    return ByLayer({key: _reference(entry) for key, entry in part.table.items()}, otherwise)
 
 
 def _reference_of_part(part: Preconditioner) -> Preconditioner:

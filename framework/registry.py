@@ -22,6 +22,7 @@ __all__ = [
     "MethodEntry",
     "compatible_methods",
     "examples",
+    "instances",
     "method",
     "methods",
     "parts",
@@ -155,13 +156,15 @@ def register(name: str, factory: Callable[..., Method], *, paper: str = "") -> N
 
 def examples() -> dict[str, dict[str, Any]]:
     """Instances of every registered part, by kind and short name: what compositions and contracts are tried with."""
-    found = {
-        kind: [part for cls in table.values() for part in _EXAMPLES.get(cls, ()) or default_examples(cls)]
-        for kind, table in parts().items()
-    }
+    found = {kind: [part for cls in table.values() for part in instances(cls)] for kind, table in parts().items()}
     covers_all = [part for part in found["partition"] if part.joint]
     found["structure"] += structure_examples(covers_all, found["factor"], found["pair damping"])
     return {kind: {label(part): part for part in entries} for kind, entries in found.items()}
+
+
+def instances(cls: type) -> tuple[Any, ...]:
+    """Example instances of one part."""
+    return _EXAMPLES.get(cls, ()) or default_examples(cls)
 
 
 def compatible_methods() -> list[Composition]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..checking import require_fields
 from ..errors import require_interval
 
 __all__ = ["Average", "MovingAverage", "PlainAverage", "RunningSum", "ZeroStartAverage"]
@@ -38,6 +39,7 @@ class MovingAverage:
     decay: float = 0.9
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("decay", self.decay, 0.0, 1.0)
 
     def coefficients(self, weight: float) -> tuple[float, float, float]:
@@ -59,6 +61,7 @@ class ZeroStartAverage:
     unbiased = False
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("decay", self.decay, 0.0, 1.0)
 
     def coefficients(self, weight: float) -> tuple[float, float, float]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.statistics import LayerStatistics, Needs
 from .averages import Average, MovingAverage, ZeroStartAverage
 from .factors import Side, accumulate_second_moment
@@ -102,6 +103,9 @@ class BFGS(_DenseInverse):
     sides = frozenset[Side](("outputs",))
     operation = Inverse()
 
+    def __post_init__(self) -> None:
+        require_fields(self)
+
     def needs(self, side: Side) -> Needs:
         """Secant pairs."""
         return Needs.PAIRS
@@ -165,6 +169,9 @@ class HessianActionBFGS(_DenseInverse):
     skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("inputs",))
     operation = Inverse()
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     def needs(self, side: Side) -> Needs:
         """Layer inputs, and to be called after every step: it learns there."""

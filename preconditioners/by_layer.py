@@ -6,15 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
+from ..checking import require_fields
 from ..curvature.adapters import KINDS
 from ..curvature.layers import Layer
 from ..curvature.statistics import Needs
 from ..errors import ArgumentError, UnknownNameError
-
-if TYPE_CHECKING:
-    from .protocol import Preconditioner
+from .protocol import Preconditioner
 
 __all__ = ["ByLayer", "leaves", "require_matching_keys", "select"]
 
@@ -26,23 +24,25 @@ class ByLayer:
     Args:
         table: from a layer's kind (``"Linear"``, ``"Conv1d"``, ``"ConvTranspose2d"``, ``"Embedding"``, ``"LayerNorm"``,
             ``"Attention"``, ``"Other"``, ...; ``osculate.curvature.adapters.KINDS``) or a shell pattern of its
-            qualified name (``"encoder.*"``) to a structure. Names win over kinds; among names the first match wins.
+            qualified name (``"encoder.*"``) to a structure, or a table of them. Names win over kinds; among names the
+            first match wins.
         otherwise: the structure for every parameter that its layer's entry does not serve (a convolution's bias under
             kernel blocks) and for layers without an entry. ``None``: they get the method's fallback.
 
     Raises:
-        ArgumentError: if the table is empty.
+        ArgumentError: if the table is empty, a key is no name (``"Linear"``, not ``nn.Linear``), an entry no structure.
     """
 
-    table: Mapping[str, Preconditioner]
+    table: Mapping[str, Preconditioner | ByLayer]
     otherwise: Preconditioner | None = None
 
     def __post_init__(self) -> None:
+        require_fields(self)
         if not self.table:
             raise ArgumentError("ByLayer needs at least one entry, e.g. ByLayer({'Linear': MiniBlock()})")
         object.__setattr__(self, "table", MappingProxyType(dict(self.table)))
 
-    def __reduce__(self) -> tuple[type[ByLayer], tuple[dict[str, Preconditioner], Preconditioner | None]]:
+    def __reduce__(self) -> tuple[type[ByLayer], tuple[dict[str, Preconditioner | ByLayer], Preconditioner | None]]:
         """For copies and pickles: a read-only view of a dictionary has neither."""
         return type(self), (dict(self.table), self.otherwise)
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.layers import Layer
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import require_positive_integer
@@ -99,6 +100,7 @@ class Dense:
     joint = False
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_positive_integer("limit", self.limit)
 
     @property

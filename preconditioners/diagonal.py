@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.layers import Layer
 from ..curvature.statistics import Needs, Tensors
 from ..errors import ArgumentError, require_finite_nonnegative
@@ -58,10 +59,9 @@ class Diagonal(Stateless):
     joint = False
 
     def __post_init__(self) -> None:
+        require_fields(self)
         if self.power not in (0.5, 1.0):
             raise ArgumentError(f"power must be 0.5 or 1, got {self.power!r}")
-        if self.source not in ("gradient", "momentum"):
-            raise ArgumentError(f"source must be 'gradient' or 'momentum', got {self.source!r}")
         require_finite_nonnegative("epsilon", self.epsilon)
 
     @property

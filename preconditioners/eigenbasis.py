@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.layers import Layer
 from ..curvature.statistics import Needs, Tensors
 from ..errors import ArgumentError, require_positive_integer
@@ -76,6 +77,7 @@ class Eigenbasis(Stateless):
     joint = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         if self.power not in (0.5, 1.0):
             raise ArgumentError(f"power must be 0.5 or 1, got {self.power!r}")
         require_positive_integer("limit", self.limit)

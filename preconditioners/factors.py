@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.statistics import LayerStatistics, Needs
 from .averages import Average, MovingAverage
 from .linalg import Computed, accumulate_gram_, accumulate_homogeneous_gram_
@@ -187,6 +188,9 @@ class Covariance(AveragedMatrix):
 
     average: Average = field(default_factory=lambda: MovingAverage(0.9))
     sharing: Sharing = field(default_factory=Expand)
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     def scaling(self, side: Side) -> tuple[float, float]:
         """Squared gradients at the outputs, nothing at the inputs."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.statistics import LayerStatistics, Needs
 from .averages import Average, MovingAverage
 from .factors import AveragedMatrix, CovarianceState, Side, accumulate_gradient_products
@@ -37,6 +38,9 @@ class GradientCovariance(AveragedMatrix):
 
     average: Average = field(default_factory=lambda: MovingAverage(0.9))
     additive = False
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     def scaling(self, side: Side) -> tuple[float, float]:
         """Squared gradients, shared between the sides in equal parts."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.layers import Layer
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import CompatibilityError, require_positive_integer
@@ -57,6 +58,7 @@ class Kronecker:
     joint = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_positive_integer("limit", self.limit)
         if "inputs" not in self.inputs.sides:
             raise CompatibilityError(_wrong_side(self.inputs, "inputs"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.statistics import LayerStatistics, Needs
 from ..errors import require_interval, require_positive_integer
 from .averages import Average, ZeroStartAverage
@@ -100,6 +101,7 @@ class LBFGS:
     operation = Inverse()
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_positive_integer("memory", self.memory)
         require_interval("initial", self.initial, 0.0, float("inf"), closed="()")
 

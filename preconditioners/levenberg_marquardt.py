@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
 from ..curvature.statistics import Needs
 from ..errors import ArgumentError, require_interval, require_positive_integer
@@ -86,6 +87,7 @@ class LevenbergMarquardt:
     high: float = 0.75
 
     def __post_init__(self) -> None:
+        require_fields(self)
         if isinstance(self.inner, AdaptiveDamping):
             raise ArgumentError(
                 f"LevenbergMarquardt(inner={type(self.inner).__name__}(...)) would adapt lambda twice; inner only "

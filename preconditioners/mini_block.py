@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.layers import Layer
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from .averages import Average, MovingAverage
@@ -52,6 +53,9 @@ class MiniBlock:
     schedule: Schedule = field(default_factory=lambda: Schedule(statistics=2, inverses=25, eager=25))
     needs = Needs.VECTORS
     scaling = ScalingLaw(2.0, whole=2.0)
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     @property
     def joint(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.statistics import LayerStatistics, Needs
 from .factors import accumulate_gradient_products, accumulate_second_moment
 from .operations import Eigenvectors, Operation, PowerIteration
@@ -122,6 +123,9 @@ class GradientMoments:
     renewal: Operation = field(default_factory=PowerIteration)
     needs = Needs.VECTORS
     sides_first = False
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     def accumulate(self, inputs: Tensor, outputs: Tensor, statistics: LayerStatistics, keep: float, add: float) -> None:
         """G' G and G G'."""

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..errors import require_finite_nonnegative, require_interval
 from .linalg import RETRIES, Computed, factorisation_dtype, inverse_of_many, stack, stackable
 
@@ -60,6 +61,7 @@ class InverseRoot:
     p: float = 4.0
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("p", self.p, 0.0, float("inf"), closed="()")
 
     def compute(self, requests: Sequence[Request]) -> list[Computed]:
@@ -113,6 +115,7 @@ class Eigenvectors:
     ramp: float = 0.0
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_finite_nonnegative("ramp", self.ramp)
 
     def _ramped(self, request: Request) -> Request:
@@ -156,6 +159,7 @@ class PowerIteration:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_finite_nonnegative("shift", self.shift)
 
     def compute(self, requests: Sequence[Request]) -> list[Computed]:

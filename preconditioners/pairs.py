@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..errors import ArgumentError, require_interval
 
 __all__ = [
@@ -101,6 +102,7 @@ class DoubleDamping:
     keeps_positive = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
 
     def curvature_floor(self, damping: float) -> float:
@@ -137,6 +139,7 @@ class PowellThenLM:
     keeps_positive = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
 
     def curvature_floor(self, damping: float) -> float:
@@ -170,6 +173,7 @@ class PowellH:
     keeps_positive = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
 
     def validate(self, damping: float) -> None:
@@ -201,6 +205,7 @@ class MergedDoubleDamping:
     keeps_positive = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
 
     def validate(self, damping: float) -> None:
@@ -237,6 +242,7 @@ class PowellB0:
     keeps_positive = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
         require_interval("floor", self.floor, 0.0, float("inf"), closed="()")
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.layers import Layer
 from ..curvature.statistics import Tensors
 from ..errors import require_positive_integer
@@ -87,6 +88,7 @@ class PerOutput(PerOutputAveraged):
     limit: int = 2**22
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_positive_integer("limit", self.limit)
 
     def shared(self, layer: Layer) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.layers import Layer
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import ArgumentError, require_positive_integer
@@ -47,6 +48,7 @@ class Schedule:
     first: int = 0
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_positive_integer("statistics interval", self.statistics)
         if self.inverses is not None:
             require_positive_integer("inverses interval", self.inverses)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..checking import require_fields
 from ..curvature.statistics import LayerStatistics, Needs
 from ..errors import require_interval
 from .averages import Average, RunningSum
@@ -37,6 +38,7 @@ class Root(AveragedMatrix):
     average: Average = field(default_factory=RunningSum)
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("p", self.p, 0.0, float("inf"), closed="()")
 
     @property

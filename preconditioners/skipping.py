@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..errors import require_finite_nonnegative, require_interval
 
 __all__ = ["CurvatureTest", "SkipRule", "TwoSidedCurvatureTest"]
@@ -37,6 +38,7 @@ class CurvatureTest:
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_finite_nonnegative("tolerance", self.tolerance)
 
     def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
@@ -64,6 +66,7 @@ class TwoSidedCurvatureTest:
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("mu3", self.mu3, 0.0, float("inf"), closed="()")
         require_finite_nonnegative("tolerance", self.tolerance)
 

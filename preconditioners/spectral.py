@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.layers import Layer
 from ..curvature.statistics import Needs, Tensors
 from ..errors import CompatibilityError, require_interval, require_positive_integer
@@ -51,6 +52,7 @@ class MatchAdam:
     scale: float = 0.2
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("scale", self.scale, 0.0, float("inf"), closed="()")
 
     def factor(self, rows: int, columns: int) -> float:
@@ -115,6 +117,9 @@ class Spectral(Stateless):
     linear = False
 
     def __post_init__(self) -> None:
+        require_fields(self)
+        for coefficient in self.coefficients:
+            require_interval("each of the coefficients", coefficient, -math.inf, math.inf, closed="()")
         require_positive_integer("iterations", self.iterations)
         require_interval("epsilon", self.epsilon, 0.0, float("inf"), closed="()")
 

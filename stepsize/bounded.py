@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm
 from ..curvature.statistics import Needs
 from ..errors import require_interval
@@ -30,6 +31,7 @@ class RelativeBound:
     limit: float = 0.25
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("limit of a relative step bound", self.limit, 0.0, float("inf"), closed="(]")
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
 from ..curvature.statistics import Needs
 from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
@@ -39,6 +40,7 @@ class GlobalQuadratic:
     length_free = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_coupled("GlobalQuadratic", self.curvature)
         require_finite_nonnegative("damping", self.damping)
         require_positive_integer("every", self.every)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..checking import require_fields
 from ..curvature.statistics import Needs
 from ..errors import require_interval, require_positive_integer
 
@@ -116,6 +117,7 @@ class Backtrack(_Stateless):
     attempts: int = 8
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("growth", self.growth, 1.0, math.inf, closed="(]")
         require_interval("shrink", self.shrink, 0.0, 1.0, closed="()")
         require_positive_integer("attempts", self.attempts)
@@ -146,6 +148,7 @@ class Armijo(_Stateless):
     needs = Needs.SLOPES
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("c of a sufficient-decrease test", self.c, 0.0, 1.0, closed="()")
         require_interval("shrink", self.shrink, 0.0, 1.0, closed="()")
         require_positive_integer("attempts", self.attempts)
@@ -195,6 +198,7 @@ class Nonmonotone:
     needs = Needs.SLOPES
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("memory", self.memory, 0.0, 1.0)
         require_interval("c of a sufficient-decrease test", self.c, 0.0, 1.0, closed="()")
         require_interval("shrink", self.shrink, 0.0, 1.0, closed="()")

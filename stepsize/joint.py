@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores
 from ..curvature.statistics import Needs
 from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
@@ -48,6 +49,7 @@ class JointLayerwise:
     length_free = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_positive_integer("every", self.every)
         require_interval("decay", self.decay, 0.0, 1.0)
         require_finite_nonnegative("ridge", self.ridge)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm
 from ..curvature.statistics import Needs
 from ..errors import require_interval
@@ -36,6 +37,7 @@ class KLClip:
     kappa: float = 1e-3
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("kappa of KLClip", self.kappa, 0.0, float("inf"), closed="(]")
 
     @property

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores
 from ..curvature.statistics import Needs
 from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
@@ -92,6 +93,7 @@ class LeadingSlope:
     decay: float = 0.9
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_interval("decay", self.decay, 0.0, 1.0)
 
     def value(self, state: AveragedForms, momentum: Tensor, gradient: Tensor) -> Tensor:
@@ -126,6 +128,7 @@ class LayerwiseQuadratic:
     length_free = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_positive_integer("every", self.every)
         require_interval("decay", self.decay, 0.0, 1.0)
         require_finite_nonnegative("damping", self.damping)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
 from ..curvature.statistics import Needs
 from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
@@ -45,6 +46,7 @@ class SelfConcordant:
     length_free = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require_coupled("SelfConcordant", self.curvature)
         require_finite_nonnegative("constant", self.constant)
         require_positive_integer("every", self.every)

@@ -16,15 +16,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "errors": 0,
-    "curvature": 1,
-    "preconditioners": 2,
-    "stepsize": 2,
-    "framework": 3,
-    "analysis": 4,
-    "experiments": 5,
+    "checking": 1,
+    "curvature": 2,
+    "preconditioners": 3,
+    "stepsize": 3,
+    "framework": 4,
+    "analysis": 5,
+    "experiments": 6,
 }
 FOLDERS = [name for name in FLOORS if (ROOT / name).is_dir()]
-LIBRARY = sorted([ROOT / "__init__.py", ROOT / "errors.py", *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))])
+LIBRARY = sorted([*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))])
 CORE = [path for path in LIBRARY if path.relative_to(ROOT).parts[0] not in ("analysis", "experiments")]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 EXAMPLES = sorted((ROOT / "docs").rglob("*.py"))

@@ -11,7 +11,7 @@ from torch import nn
 
 @pytest.mark.parametrize("field", ["damping", "step_size", "momentum", "guard", "curvature", "preconditioner"])
 def test_a_number_in_the_place_of_a_part_is_named(field):
-    with pytest.raises(osc.ArgumentError, match=f"{field} must be a part"):
+    with pytest.raises(osc.ArgumentError, match=f"{field} of Method must be a part"):
         osc.Method(**{field: 0.1})
 
 
