@@ -106,8 +106,8 @@ def _trouble(value: Any, hint: Any) -> str | None:
         return None if fits else f"a tuple of {len(arguments)} entries, each {_trouble(object(), arguments[0])}"
     if inspect.isclass(origin) and issubclass(origin, Mapping):
         return _trouble_in_mapping(value, *arguments)
-    if hint in _PLAIN:
-        accepts, phrase = _PLAIN[hint]
+    if hint in _PLAIN or origin is Callable:
+        accepts, phrase = _PLAIN[Callable if origin is Callable else hint]
         return None if accepts(value) else phrase
     if hint is type(None):
         return None if value is None else "None"
@@ -146,6 +146,8 @@ _PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
     float: (_is_number, "a number"),
     int: (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
     str: (lambda value: isinstance(value, str), "a name"),
+    bool: (lambda value: isinstance(value, bool), "True or False"),
+    Callable: (callable, "a function"),
     Any: (lambda value: True, "anything"),
 }
 
@@ -185,7 +187,10 @@ def _listed(phrases: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}... ({type(value).__name__})"
 
 
 def _way_out(entry: dataclasses.Field[Any], value: Any) -> str:

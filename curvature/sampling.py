@@ -56,8 +56,13 @@ def label_generator(seed: int, step: int, passes: int, device: torch.device, str
         device: of the model's output.
         stream: number of the process among those that share a mini-batch, each of which draws its own labels.
     """
+    return seeded_generator((seed * 1_000_003 + step) * 1_009 + passes + stream * 2**48, device)
+
+
+def seeded_generator(seed: int, device: torch.device) -> torch.Generator:
+    """A generator from any whole number: torch takes 64 bits, and counts a negative seed from the end."""
     generator = torch.Generator(device=device)
-    generator.manual_seed((seed * 1_000_003 + step) * 1_009 + passes + stream * 2**48)
+    generator.manual_seed(seed % 2**64)
     return generator
 
 

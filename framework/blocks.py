@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..curvature.layers import Layer
 from ..curvature.statistics import Tensors
-from ..errors import CompatibilityError
+from ..errors import ArgumentError, CompatibilityError
 from ..preconditioners.by_layer import ByLayer, select
 from ..preconditioners.kronecker import Kronecker
 from ..preconditioners.protocol import Preconditioner
@@ -108,13 +108,24 @@ class Block:
         """Preconditioned momentum in the shapes of the parameters. May share memory with the momentum."""
         factor = momentum.correction(self.updates)
         if not getattr(self.part, "linear", True):
-            return self.parameter_views(
-                self.part.precondition(self.state, tuple(factor * value for value in self.vector))
-            )
-        result = self.part.precondition(self.state, self.vector)
+            return self.parameter_views(self._preconditioned(tuple(factor * value for value in self.vector)))
+        result = self._preconditioned(self.vector)
         if factor != 1.0:
             result = tuple(factor * value for value in result)
         return self.parameter_views(result)
+
+    def _preconditioned(self, momentum: Tensors) -> Tensors:
+        """What the structure makes of it: tensors of the same shapes and dtypes, or an error that names it."""
+        result: Any = self.part.precondition(self.state, momentum)
+        if isinstance(result, tuple | list) and len(result) == len(momentum):
+            pairs = zip(result, momentum, strict=True)
+            if all(isinstance(a, Tensor) and a.shape == b.shape and a.dtype == b.dtype for a, b in pairs):
+                return tuple(result)
+        raise ArgumentError(
+            f"{type(self.part).__name__}.precondition must return one tensor per tensor of the momentum, of the same "
+            f"shape and dtype: {_layout(momentum)}; for {self.key!r} it returned {_layout(result)}; no parameter was "
+            "changed. osculate.contracts.certify(part) tells more"
+        )
 
     def row(self) -> LayerRow:
         """This block in the table of all parameters."""
@@ -143,6 +154,12 @@ class Block:
             own.copy_(saved)
         self.updates, self.positions = int(values["updates"]), int(values["positions"])
         self.born = int(values["born"])
+
+
+def _layout(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_layout, value))})"
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def full_precision(value: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Ranks:
     """
 
     def __init__(self, group: Any, wrapper: DistributedDataParallel | None):
-        if isinstance(group, str) and group != "auto":
+        if isinstance(group, str | int | float) and group != "auto":
             raise ArgumentError(f"process_group must be 'auto', None or a process group, got {group!r}")
         self.group, self.wrapper = group, wrapper
 

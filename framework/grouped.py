@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..curvature.backends import Backend
 from ..curvature.layers import Layer
 from ..preconditioners.damping import SideDamping, TwoSided
+from .arguments import as_number
 from .blocks import Block, make_blocks
-from .groups import GroupValues, chosen_parameters
+from .groups import GroupValues, chosen_parameters, numbers_of
 from .growing import late_layers, unowned_parameters
 from .method import Method
 from .stepping import StepRule
@@ -98,7 +99,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             return
         chosen = chosen_parameters(self.model, param_group)
         added = late_layers(self.model, self.layers, chosen)
-        numbers = {name: float(param_group.get(name, self.defaults[name])) for name in self.defaults}
+        numbers = {name: as_number(name, param_group.get(name, self.defaults[name])) for name in self.defaults}
         self.method.check_values(**numbers)
         blocks = make_blocks(added, self.method.preconditioner, self.method.fallback, strict=self._strict)
         super().add_param_group({**param_group, "params": chosen})
@@ -120,8 +121,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _check_values(self) -> None:
         """The numbers of all groups are in range, and agree within each layer."""
-        for group in self.param_groups:
-            self.method.check_values(**{name: float(group[name]) for name in ("lr", "damping", "weight_decay")})
+        for index, group in enumerate(self.param_groups):
+            self.method.check_values(**numbers_of(group, index))
         for key in ("lr", "damping") if len(self.param_groups) > 1 else ():
             self._values.common(self.param_groups, key)
 

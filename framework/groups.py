@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..curvature.layers import Layer
 from ..errors import ArgumentError, UnknownNameError
+from .arguments import as_number
 from .blocks import Block
 
-__all__ = ["GroupValues", "chosen_parameters", "split_into_groups"]
+__all__ = ["GroupValues", "chosen_parameters", "numbers_of", "split_into_groups"]
 
 _NUMBERS = ("lr", "damping", "weight_decay")
 _KEYS = ("params", *_NUMBERS, "name", "initial_lr")
@@ -39,6 +40,13 @@ def split_into_groups(
         ArgumentError: for an unknown key, a pattern that matches nothing, a parameter in two groups.
     """
     owned = [parameter for layer in layers for parameter in layer.parameters.values()]
+    if given is None:
+        return [{"params": owned}]
+    if isinstance(given, str | Mapping) or not isinstance(given, Sequence):
+        raise ArgumentError(
+            "groups must be a list of dictionaries, e.g. [{'params': ['*.bias'], 'weight_decay': 0.0}], got "
+            f"{given!r}"
+        )
     if not given:
         return [{"params": owned}]
     result: list[dict[str, Any]] = []
@@ -57,6 +65,18 @@ def split_into_groups(
         result.append({**entry, "params": chosen})
     rest = [parameter for parameter in owned if id(parameter) not in taken]
     return [*result, {"params": rest}] if rest else result
+
+
+def numbers_of(group: Mapping[str, Any], index: int) -> dict[str, float]:
+    """``lr``, ``damping`` and ``weight_decay`` of a group, whatever a user has written into it.
+
+    Raises:
+        ArgumentError: if one is missing or no number.
+    """
+    missing = [name for name in _NUMBERS if name not in group]
+    if missing:
+        raise ArgumentError(f"param_groups[{index}] lacks {', '.join(missing)}; set it to a number")
+    return {name: as_number(f"{name} of param_groups[{index}]", group[name]) for name in _NUMBERS}
 
 
 def chosen_parameters(model: nn.Module, group: Mapping[str, Any]) -> list[nn.Parameter]:

@@ -22,6 +22,7 @@ from ..preconditioners.protocol import Preconditioner
 from ..stepsize.constant import ConstantStep
 from ..stepsize.guard import Guard, NoGuard
 from ..stepsize.protocol import StepSize
+from .arguments import as_number
 from .momentum import EMA, Coupled, Momentum, WeightDecay
 
 __all__ = ["Method"]
@@ -68,6 +69,12 @@ class Method:
             raise ArgumentError(f"defaults has unknown keys {unknown}; known: damping, lr, weight_decay")
         object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
         self._check_needs("curvature estimator", self.curvature)
+        if self.adaptive_damping is not None and not self.needs:
+            found = ", ".join(sorted({type(part).__name__ for part in leaves(self.preconditioner)}))
+            raise CompatibilityError(
+                f"{type(self.damping).__name__} evaluates mini-batches twice to choose a damping, and {found} has no "
+                "matrix that is damped; use ConstantDamping(), or a structure with curvature like Kronecker(...)"
+            )
         if self.warm_start is not None and Needs.PAIRS not in self.needs:
             self._check_needs("warm start", self.warm_start)
         if self.fallback.needs:
@@ -151,7 +158,7 @@ class Method:
         names = ("lr", "damping", "weight_decay")
         standard = {"lr": 1e-2, "damping": 0.0, "weight_decay": 0.0} | dict(self.defaults)
         chosen = {name: given.get(name) for name in names}
-        return {name: standard[name] if value is None else _number(name, value) for name, value in chosen.items()}
+        return {name: standard[name] if value is None else as_number(name, value) for name, value in chosen.items()}
 
     def check_values(self, *, lr: float, damping: float, weight_decay: float) -> None:
         """Check the numbers that live in the parameter groups.
@@ -250,13 +257,6 @@ def _suppliers(needs: Needs) -> str:
     wanted = [need for need in _MEASURED if need in needs]
     names = dict.fromkeys(type(part).__name__ for part in entries if all(need in part.provides for need in wanted))
     return ", ".join(f"{name}()" for name in names) or "none that is registered"
-
-
-def _number(name: str, value: object) -> float:
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ArgumentError(f"{name} must be a number, got {value!r}") from None
 
 
 def _require_positive_damping(part: Preconditioner, damping: float) -> None:

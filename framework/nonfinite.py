@@ -21,7 +21,7 @@ from .blocks import Block
 from .method import Method
 from .stepping import StepRule
 
-__all__ = ["Undo", "find_trouble", "is_risky", "require_finite_loss"]
+__all__ = ["Undo", "find_trouble", "is_risky", "require_finite_loss", "spoiled_parameters"]
 
 
 def find_trouble(
@@ -62,9 +62,23 @@ def find_trouble(
     return "the sum of all squared gradients and statistics is not finite"
 
 
-def is_risky(method: Method) -> bool:
+def spoiled_parameters(blocks: Iterable[Block]) -> str | None:
+    """What is wrong before the loss is: parameters that are not finite, and the part that moved them.
+
+    Asked only when something is not finite: nobody pays for it in a run that goes well.
+    """
+    for block in blocks:
+        if not all(_finite(parameter) for parameter in block.parameters):
+            return (
+                f"the parameters of layer {block.layer.name} are not finite: they never were, or an earlier "
+                f"step of {type(block.part).__name__} left the range of their dtype"
+            )
+    return None
+
+
+def is_risky(method: Method, step: int) -> bool:
     """Whether a step can break down after its states have been written."""
-    unguarded = method.looks_back and method.guard.attempts == 0
+    unguarded = method.looks_back_at(step) and method.guard.attempts == 0
     return unguarded or not isinstance(method.step_size, ConstantStep)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..curvature.backends import Backend
 from ..curvature.estimators import Estimator
 from ..curvature.statistics import LayerStatistics, Tensors
+from ..errors import ArgumentError
 from ..preconditioners.averages import PlainAverage
 from ..preconditioners.damping import SideDamping
 from ..preconditioners.operations import compute_many
 from ..preconditioners.protocol import Observation, Refining
+from .arguments import require_callable
 from .blocks import Block
 from .evaluation import Closure, preserved
 from .method import Method
@@ -101,16 +103,31 @@ def warm_up(
     """Plain averages of the estimator's statistics over the closures' mini-batches. Returns whether there were any.
 
     No parameter, buffer, gradient or global random state is changed.
+
+    Raises:
+        ArgumentError: if the closures are no functions, there are none, or no layer records anything.
     """
-    warm = False
+    if not isinstance(closures, Iterable) or isinstance(closures, str | Tensor):
+        raise ArgumentError(
+            f"warm_start takes one function per mini-batch, e.g. (lambda x=x: model(x) for x, _ in loader), got "
+            f"{type(closures).__name__}"
+        )
+    warm, count = False, 0
     capture.clear()
     capture.arm(records_for_forward(blocks, estimator), "forward")
     with preserved(model), torch.no_grad():
-        for index, closure in enumerate(closures):
-            capture.step = 2**31 + index
+        for count, closure in enumerate(closures, 1):
+            require_callable(f"entry {count - 1} of the closures of warm_start", closure)
+            capture.step = 2**31 + count - 1
             with torch.enable_grad():
                 closure()
             warm |= _average_in(blocks, estimator, collect())
+    if not warm and any(block.part.needs for block in blocks):
+        found = "is empty (a generator that was used before?)" if not count else f"ran {count} times without effect"
+        raise ArgumentError(
+            f"nothing was recorded: what was given to warm_start {found}; give one function per mini-batch that runs "
+            "the model given to osculate.build, e.g. (lambda x=x: model(x) for x, _ in loader)"
+        )
     return warm
 
 

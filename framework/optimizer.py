@@ -21,6 +21,7 @@ from ..curvature.products import GraphKeepingBackward
 from ..curvature.statistics import LayerStatistics, Tensors
 from ..errors import ArgumentError, ClosureRequiredError, NumericalError
 from ..preconditioners.by_layer import ByLayer, require_matching_keys
+from .arguments import require_arguments, require_callable, require_values
 from .blocks import make_blocks
 from .distributed import Ranks, unwrapped
 from .evaluation import Closure, Snapshot, run_closure
@@ -29,7 +30,7 @@ from .groups import split_into_groups
 from .growing import require_nobody_left_out, unowned_parameters
 from .lookback import LookBack
 from .method import Method
-from .nonfinite import Undo, find_trouble, is_risky, require_finite_loss
+from .nonfinite import Undo, find_trouble, is_risky, require_finite_loss, spoiled_parameters
 from .observers import Observer, StepTrace
 from .observing import observe, refine, refresh, warm_up
 from .precision import Scaling, require_plain_loss, widened
@@ -93,10 +94,7 @@ class SecondOrder(GroupedOptimizer):
         backend: str = "hooks",
         process_group: Any = "auto",
     ):
-        if loss_reduction not in ("mean", "sum"):
-            raise ArgumentError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
-        if on_nonfinite not in ("raise", "skip"):
-            raise ArgumentError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
+        require_arguments(locals())
         values = method.hyperparameters({"lr": lr, "damping": damping, "weight_decay": weight_decay})
         method.check_values(**values)
         resolved = resolve_likelihood(likelihood)
@@ -106,6 +104,7 @@ class SecondOrder(GroupedOptimizer):
                 "'bernoulli' or 'gaussian'"
             )
         model, wrapper = unwrapped(model)
+        require_values(model)
         layers = discover_layers(model)
         if not layers:
             raise ArgumentError(f"{type(model).__name__} has no trainable parameters")
@@ -186,6 +185,8 @@ class SecondOrder(GroupedOptimizer):
         if closure is None and self.needs_closure:
             raise ClosureRequiredError(_CLOSURE_MESSAGE)
         self._require_open()
+        if closure is not None:
+            require_callable("closure", closure)
         self._check_values()
         scaling = Scaling(self)
         self._look_back.prepare()
@@ -201,10 +202,10 @@ class SecondOrder(GroupedOptimizer):
         gradients = {block.key: block.gradients() for block in self.blocks}
         trouble = find_trouble(loss, gradients, statistics)
         if trouble is not None:
-            return self._refuse(trouble, loss)
+            return self._refuse(spoiled_parameters(self.blocks) or trouble, loss)
         active = dict.fromkeys(block.layer.name for block in self.blocks if gradients[block.key] is not None)
         require_sampled(self.method, self._step, statistics, active)
-        undo = self._undo(gradients) if is_risky(self.method) else None
+        undo = self._undo(gradients) if is_risky(self.method, self._step) else None
         try:
             self.last_report = self._advance(closure, loss, statistics, gradients, products)
         except NumericalError as error:
@@ -263,7 +264,7 @@ class SecondOrder(GroupedOptimizer):
 
     def _undo(self, gradients: Mapping[str, Tensors | None]) -> Undo:
         active = [block for block in self.blocks if gradients[block.key] is not None]
-        unguarded = self.method.looks_back and self.method.guard.attempts == 0
+        unguarded = self.method.looks_back_at(self._step) and self.method.guard.attempts == 0
         moved = [parameter for block in active for parameter in block.parameters] if unguarded else []
         return Undo(self.blocks, self._rule, moved, self._step, self._warm)
 
@@ -330,15 +331,20 @@ class SecondOrder(GroupedOptimizer):
             closures: each runs the model on one mini-batch, e.g. ``lambda: model(x)``.
 
         Raises:
-            ArgumentError: if the method has no warm start, or training has begun.
+            ArgumentError: if the method has no warm start, training has begun, or the closures are none or record
+                nothing; no statistic has changed.
         """
         estimator = self.method.warm_start
         if estimator is None or not self.has_warm_start:
             raise ArgumentError("this method has no warm start (or it samples labels and no likelihood was given)")
         if self._step:
             raise ArgumentError(f"warm_start must come before the first step, {self._step} steps have been taken")
+        undo = Undo(self.blocks, self._rule, [], self._step, False)
         try:
             self._warm = warm_up(self.model, self.capture, self.collect, self.blocks, estimator, closures)
+        except Exception:
+            undo.roll_back()
+            raise
         finally:
             self._arm()
 

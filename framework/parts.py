@@ -184,7 +184,7 @@ def label(part: Any) -> str:
         'Kronecker(Covariance, LBFGS(memory=3))'
     """
     if not dataclasses.is_dataclass(part) or isinstance(part, type):
-        return str(part)
+        return type(part).__name__ if type(part).__repr__ is object.__repr__ else str(part)
     shown: list[str] = []
     for entry in dataclasses.fields(part):
         value = getattr(part, entry.name)
@@ -203,4 +203,4 @@ def _default(entry: dataclasses.Field[Any]) -> Any:
 def _short(value: Any) -> str:
     if hasattr(value, "items"):
         return "{" + ", ".join(f"{key}: {label(entry)}" for key, entry in value.items()) + "}"
-    return str(value)
+    return getattr(value, "__qualname__", None) or str(value)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
+from ..checking import require_kind
 from ..errors import ArgumentError, UnknownNameError
 from . import baselines, curvature_methods, gradient_methods, published, variants
 from .compositions import Composition, compositions
@@ -129,7 +130,9 @@ def method(name: str, **options: Any) -> Method:
     for option in options:
         if option not in entry.options:
             raise UnknownNameError(f"option of {name}", option, entry.options)
-    return entry.factory(**options)
+    result = entry.factory(**options)
+    require_kind(f"what the factory of {name!r} returns", result, Method, "end it with `return osculate.Method(...)`")
+    return result
 
 
 def parts() -> dict[str, dict[str, type]]:
@@ -142,8 +145,10 @@ def register(name: str, factory: Callable[..., Method], *, paper: str = "") -> N
     """Add a method.
 
     Raises:
-        ArgumentError: if the name is taken, or the factory needs arguments.
+        ArgumentError: if the name is taken, or the factory is no function or needs arguments.
     """
+    require_kind("name", name, str, "call it register(name, factory)")
+    require_kind("factory", factory, Callable, "pass a function that returns a Method, not the method itself")
     if name in _METHODS:
         raise ArgumentError(f"method {name!r} is registered already; choose another name")
     required = [
@@ -186,10 +191,16 @@ def register_part(kind: str, cls: type, *instances: Any) -> None:
         *instances: examples that compositions and contracts are tried with; none: ``cls()`` if it needs no arguments.
 
     Raises:
-        UnknownNameError: for an unknown kind. ArgumentError: if the name is taken.
+        UnknownNameError: for an unknown kind.
+        ArgumentError: if the name is taken, or an instance takes the place of the class.
     """
     if kind not in _PARTS:
-        raise UnknownNameError("kind of part", kind, _PARTS)
+        raise UnknownNameError("kind of part", str(kind), _PARTS)
+    if not isinstance(cls, type):
+        name = type(cls).__name__
+        raise ArgumentError(
+            f"register_part takes a class, got {cls!r}; write register_part({kind!r}, {name}, {name}(...))"
+        )
     if cls.__name__ in _PARTS[kind]:
         raise ArgumentError(f"{kind} {cls.__name__!r} is registered already; choose another name")
     _PARTS[kind][cls.__name__] = cls

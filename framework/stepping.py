@@ -13,11 +13,13 @@ from torch import Tensor
 from ..curvature.layers import Layer
 from ..curvature.products import GraphKeepingBackward
 from ..curvature.quadratic_forms import DirectionalEvidence, QuadraticForm
+from ..curvature.sampling import seeded_generator
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import ArgumentError, NumericalError
 from ..preconditioners.levenberg_marquardt import AdaptiveDamping
 from ..preconditioners.protocol import Events
 from ..stepsize.protocol import StepEvidence, StepSize
+from .arguments import as_number
 from .blocks import Block, full_precision
 from .momentum import Momentum, WeightDecay
 
@@ -156,7 +158,9 @@ class StepRule:
             values = sizes.tolist() if sizes.device.type == "cpu" else list(sizes.unbind())
             by_layer = dict(zip(evidence.names, values, strict=True))
         else:
-            by_layer = {name: float(sizes) for name in evidence.names}
+            by_layer = dict.fromkeys(
+                evidence.names, as_number(f"what {type(self.rule).__name__}.propose returns", sizes)
+            )
         bad = [name for name, size in by_layer.items() if isinstance(size, float) and not math.isfinite(size)]
         if bad:
             raise NumericalError(
@@ -224,8 +228,7 @@ class StepRule:
         """(L, L) quadratic forms along the directions."""
         names = [layer.name for layer in self.layers]
         directions = {name: tuple(piece.direction for piece in pieces[name].values()) for name in names}
-        generator = torch.Generator(device=directions[names[0]][0].device)
-        generator.manual_seed(self.seed * 1_000_003 + step)
+        generator = seeded_generator(self.seed * 1_000_003 + step, directions[names[0]][0].device)
         product = products.product if products is not None else None
         return form.measure(DirectionalEvidence(names, directions, statistics, product, generator))
 
