@@ -36,7 +36,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     blocks: list[Block]
     capture: Backend
     _strict: bool
-    _step: int
+    _step: int = 0
     _rule: StepRule
     _unowned: dict[str, Tensor]
 
@@ -59,8 +59,11 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     @property
     def damping(self) -> float | dict[str, float]:
-        """lambda; per layer where parameter groups differ."""
-        return self._values.common(self.param_groups, "damping")
+        """lambda of the coming step; per layer where parameter groups differ."""
+        value = self._values.common(self.param_groups, "damping")
+        if isinstance(value, dict):
+            return {layer: self.method.damping_at(entry, self._step) for layer, entry in value.items()}
+        return self.method.damping_at(value, self._step)
 
     def penalty(self) -> Tensor:
         """(tau / 2) |theta|^2 for coupled weight decay, 0 for decoupled: what the method adds to the loss."""
@@ -75,6 +78,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def sides(self, block: Block) -> SideDamping:
         """Damping of a block's matrices."""
         value = self._values.of_layer(self.param_groups, block.layer.name, "damping")
+        value = self.method.damping_at(value, self._step)
         rule, part = self.method.damping, block.part
         if getattr(rule, "uses_eigenvalues", False) and isinstance(part, TwoSided) and part.without_eigenvalues() == ():
             return rule.sides(value, block.positions, part.mean_eigenvalues(block.state))
@@ -122,7 +126,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _check_values(self) -> None:
         """The numbers of all groups are in range, and agree within each layer."""
         for index, group in enumerate(self.param_groups):
-            self.method.check_values(**numbers_of(group, index))
+            numbers = numbers_of(group, index)
+            self.method.check_values(**numbers | {"damping": self.method.damping_at(numbers["damping"], self._step)})
         for key in ("lr", "damping") if len(self.param_groups) > 1 else ():
             self._values.common(self.param_groups, key)
 

@@ -19,6 +19,7 @@ from ..preconditioners.kronecker import Kronecker
 from ..preconditioners.levenberg_marquardt import AdaptiveDamping
 from ..preconditioners.pairs import PairDamping
 from ..preconditioners.protocol import Preconditioner
+from ..preconditioners.scheduled import ScheduledDamping
 from ..stepsize.constant import ConstantStep
 from ..stepsize.guard import Guard, NoGuard
 from ..stepsize.protocol import StepSize
@@ -102,6 +103,10 @@ class Method:
     def adaptive_damping(self) -> AdaptiveDamping | None:
         """The damping rule, if it also changes lambda."""
         return self.damping if isinstance(self.damping, AdaptiveDamping) else None
+
+    def damping_at(self, value: float, step: int) -> float:
+        """lambda of step ``step``: ``value``, that of the parameter group, unless the damping rule has a schedule."""
+        return self.damping.at(value, step) if isinstance(self.damping, ScheduledDamping) else value
 
     @property
     def looks_back(self) -> bool:

@@ -80,6 +80,7 @@ KINDS: dict[str, dict[str, type]] = {
         preconditioners.Split,
         preconditioners.Factored,
         preconditioners.LevenbergMarquardt,
+        preconditioners.Scheduled,
     ),
     "pair damping": _named(
         preconditioners.DoubleDamping,
@@ -129,6 +130,7 @@ EXAMPLES: dict[type, tuple[Any, ...]] = {
     ),
     preconditioners.LBFGS: (preconditioners.LBFGS(memory=3),),
     preconditioners.LevenbergMarquardt: (preconditioners.LevenbergMarquardt(every=2, maximum=0.9),),
+    preconditioners.Scheduled: (preconditioners.Scheduled(factor=preconditioners.Geometric(0.8)),),
     stepsize.RelativeBound: (stepsize.RelativeBound(stepsize.JointLayerwise()),),
 }
 """Instances to try, for parts whose default construction is missing or not telling."""

@@ -28,6 +28,7 @@ from .pairs import (
 from .partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutput, PerOutputAveraged
 from .protocol import Observation, Preconditioner, Refining, Request, ScalingLaw, Schedule
 from .root import Root
+from .scheduled import Geometric, Scheduled
 from .sharing import Expand, Reduce, Sharing, Sum
 from .skipping import CurvatureTest, SkipRule, TwoSidedCurvatureTest
 from .spectral import AspectRatio, MatchAdam, Spectral
@@ -55,6 +56,7 @@ __all__ = [
     "Factor",
     "Factored",
     "FlatChunk",
+    "Geometric",
     "GradientCovariance",
     "GradientMoments",
     "HessianActionBFGS",
@@ -93,6 +95,7 @@ __all__ = [
     "RunningSum",
     "ScalingLaw",
     "Schedule",
+    "Scheduled",
     "Semidefinite",
     "Sharing",
     "SideDamping",

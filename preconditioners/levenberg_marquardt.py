@@ -88,7 +88,7 @@ class LevenbergMarquardt:
 
     def __post_init__(self) -> None:
         require_fields(self)
-        if isinstance(self.inner, AdaptiveDamping):
+        if isinstance(self.inner, AdaptiveDamping) or hasattr(self.inner, "at"):
             raise ArgumentError(
                 f"LevenbergMarquardt(inner={type(self.inner).__name__}(...)) would adapt lambda twice; inner only "
                 "splits it: ConstantDamping(), Split() or Factored()"
