@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..checking import require_kind
 from ..curvature.likelihoods import Likelihood
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ClosureRequiredError
 
-__all__ = ["as_number", "require_arguments", "require_callable", "require_values"]
+__all__ = ["as_number", "require_arguments", "require_callable", "require_closure", "require_values"]
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "loss_reduction": (Literal["mean", "sum"], "say how your loss combines samples"),
@@ -67,6 +67,19 @@ def require_callable(name: str, value: Any) -> None:
         )
 
 
+def require_closure(closure: Any, needed: bool) -> None:
+    """Check the argument of ``step``.
+
+    Raises:
+        ClosureRequiredError: if there is none and the method evaluates the mini-batch itself.
+        ArgumentError: if it cannot be called.
+    """
+    if closure is not None:
+        require_callable("closure", closure)
+    elif needed:
+        raise ClosureRequiredError(_CLOSURE_MESSAGE)
+
+
 def as_number(name: str, value: Any) -> float:
     """A number from what users write: int, float, or a tensor or NumPy scalar with one entry.
 
@@ -80,3 +93,12 @@ def as_number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         raise ArgumentError(f"{name} must be a number, got {value!r}") from None
+
+
+_CLOSURE_MESSAGE = """this method evaluates the mini-batch itself; give step() a closure:
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        return loss
+    optimizer.step(closure)"""

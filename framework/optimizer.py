@@ -19,9 +19,9 @@ from ..curvature.layers import discover_layers
 from ..curvature.likelihoods import Likelihood, resolve_likelihood
 from ..curvature.products import GraphKeepingBackward
 from ..curvature.statistics import LayerStatistics, Tensors
-from ..errors import ArgumentError, ClosureRequiredError, NumericalError
+from ..errors import ArgumentError, NumericalError
 from ..preconditioners.by_layer import ByLayer, require_matching_keys
-from .arguments import require_arguments, require_callable, require_values
+from .arguments import require_arguments, require_closure, require_values
 from .blocks import make_blocks
 from .distributed import Ranks, unwrapped
 from .evaluation import Closure, Snapshot, run_closure
@@ -182,11 +182,8 @@ class SecondOrder(GroupedOptimizer):
             NumericalError: if a loss, gradient, statistic or step size is not finite (``on_nonfinite="raise"``); no
                 parameter and no state has changed.
         """
-        if closure is None and self.needs_closure:
-            raise ClosureRequiredError(_CLOSURE_MESSAGE)
         self._require_open()
-        if closure is not None:
-            require_callable("closure", closure)
+        require_closure(closure, self.needs_closure)
         self._check_values()
         scaling = Scaling(self)
         self._look_back.prepare()
@@ -395,12 +392,3 @@ class SecondOrder(GroupedOptimizer):
         self._samples_labels = any(record & sampled for record in records.values())
         own = Record.GRADIENTS | Record.MEANS
         self._records_gradients = any(record & own for record in records.values())
-
-
-_CLOSURE_MESSAGE = """this method evaluates the mini-batch itself; give step() a closure:
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_fn(model(x), y)
-        loss.backward()
-        return loss
-    optimizer.step(closure)"""

@@ -210,6 +210,7 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
         ),
         ("LevenbergMarquardt", "IdentityFactor"),
     ),
+    (lambda: osc.Method(damping=osc.LevenbergMarquardt()), ("LevenbergMarquardt", "Identity", "ConstantDamping()")),
     (lambda: osc.LevenbergMarquardt(osc.LevenbergMarquardt()), ("twice", "Split()")),
     (lambda: osc.LevenbergMarquardt(curvature=osc.SignedHessian()), ("SignedHessian", "ExactHessian()")),
     (lambda: osc.LevenbergMarquardt(every=0), ("every", "0")),
@@ -219,13 +220,18 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
     (lambda: osc.LevenbergMarquardt(maximum=math.inf), ("maximum", "inf")),
     (lambda: osc.LevenbergMarquardt(low=0.8), ("low", "0.8")),
     (lambda: osc.LevenbergMarquardt(high=math.nan), ("high", "nan")),
-    (lambda: osc.Method(damping=osc.LevenbergMarquardt()), ("damping", "LevenbergMarquardt", "0.0", "defaults")),
+    (
+        lambda: osc.Method(KFAC, osc.EmpiricalFisher(), osc.LevenbergMarquardt()),
+        ("damping", "LevenbergMarquardt", "0.0", "defaults"),
+    ),
     (
         lambda: osc.Method(PAIRED, osc.SecantPairs(), damping=osc.LevenbergMarquardt(), defaults={"damping": 0.3}),
         ("double damping", "10000"),
     ),
     (
         lambda: osc.Method(
+            KFAC,
+            osc.EmpiricalFisher(),
             damping=osc.LevenbergMarquardt(),
             weight_decay=osc.Decoupled(),
             defaults={"damping": 0.1, "weight_decay": 0.1},
@@ -249,5 +255,6 @@ def test_what_fits_after_all() -> None:
     losses = train(osc.build(method, model, likelihood="categorical"), model, [data()] * 12)
     assert losses[-1] < losses[0]
     decay = {"lr": 0.1, "damping": 0.1}
-    osc.Method(damping=osc.LevenbergMarquardt(), weight_decay=osc.Decoupled(), defaults=decay)
+    fisher = osc.EmpiricalFisher()
+    osc.Method(KFAC, fisher, osc.LevenbergMarquardt(), weight_decay=osc.Decoupled(), defaults=decay)
     osc.Method(osc.ByLayer({"Linear": KFAC}), osc.EmpiricalFisher(), damping=osc.Factored(), defaults=decay)

@@ -161,7 +161,7 @@ def test_the_level_is_saved_and_missing_state_is_named() -> None:
 @pytest.mark.parametrize(
     ("make_guard", "word"),
     [
-        *((lambda kind=kind, bad=bad: kind(c=bad), "c of a sufficient") for kind in (osc.Armijo, osc.Nonmonotone)
+        *((lambda kind=kind, bad=bad: kind(c=bad), "c of") for kind in (osc.Armijo, osc.Nonmonotone)
           for bad in (0.0, 1.0, math.nan, "1e-4")),
         *((lambda kind=kind: kind(shrink=1.0), "shrink") for kind in (osc.Armijo, osc.Nonmonotone)),
         *((lambda kind=kind: kind(attempts=0), "attempts") for kind in (osc.Armijo, osc.Nonmonotone)),
