@@ -107,7 +107,7 @@ def rows_lars(*, momentum: float = 0.9) -> osc.Method:
     """
     return osc.Method(
         RowCurvature(),
-        osc.EmpiricalFisher(),
+        osc.BatchMean(),
         momentum=osc.EMA(momentum),
         step_size=TrustRatio(),
         defaults={"lr": 0.01, "damping": 1e-3},
