@@ -147,7 +147,7 @@ _PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
     int: (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
     str: (lambda value: isinstance(value, str), "a name"),
     bool: (lambda value: isinstance(value, bool), "True or False"),
-    Callable: (callable, "a function"),
+    Callable: (lambda value: callable(value) and not isinstance(value, type), "a function"),
     Any: (lambda value: True, "anything"),
 }
 

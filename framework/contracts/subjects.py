@@ -232,6 +232,8 @@ def resolve(target: str) -> Any:
     for piece in path.split(".") if path else ():
         if not hasattr(found, piece):
             public = [name for name in dir(found) if not name.startswith("_")]
+            if getattr(found, "__name__", "") == __name__.split(".")[0]:
+                public += registry.methods()
             raise ArgumentError(_missing(module_name, piece, public))
         found = getattr(found, piece)
     return found
@@ -240,7 +242,8 @@ def resolve(target: str) -> Any:
 def _missing(module: str, piece: str, public: list[str]) -> str:
     import difflib
 
-    near = difflib.get_close_matches(piece, public, n=3, cutoff=0.5)
+    lower = {name.lower(): name for name in public}
+    near = [lower[name] for name in difflib.get_close_matches(piece.lower(), lower, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(public[:12])}"
     return f"{module!r} has no {piece!r}; {hint}"
 

@@ -76,6 +76,8 @@ def test_factories_and_registered_methods_are_certified(capsys: pytest.CaptureFi
     [
         ("no_such_module:part", "cannot import 'no_such_module'"),
         ("osculate:DoubleDampin", "did you mean 'DoubleDamping'"),
+        ("osculate:kfacc", "did you mean 'kfac'"),
+        ("osculate:KBFGS-l", "did you mean 'kbfgs-l'"),
         ("their_parts:number", "number is not a part"),
         ("their_parts:needy", "needy needs the arguments size"),
         ("osculate:", "a target is written module or module:part"),
