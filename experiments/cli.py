@@ -19,6 +19,7 @@ from .compare_structures import CompareStructures
 from .convergence_map import ConvergenceMap
 from .diagnose import Diagnose, Microscope
 from .report import Report
+from .submission import ExportSubmission
 from .verify import Verify
 
 __all__ = ["execute", "main"]
@@ -33,6 +34,7 @@ Command = (
     | Annotated[Certify, tyro.conf.subcommand("certify")]
     | Annotated[ConvergenceMap, tyro.conf.subcommand("convergence-map")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[ExportSubmission, tyro.conf.subcommand("export-submission")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Microscope, tyro.conf.subcommand("microscope")]
