@@ -27,6 +27,9 @@ outcome is unknown, so it enters no statistic and every table counts it."""
 
 _STATE = {"finished": "finished", "broken down": "missed", "no step taken": "missed"}
 _RUN_COLUMNS = ["run", "problem", "arm", "phase", "trial", "seed", "value", "state", "status", "reason", "settings"]
+_SHARED = ("problem", "options", "batch_size", "target", "tuning")
+"""What studies must agree on for runs of one problem to stand side by side."""
+
 _NUMBERED = re.compile(r"(tune|final)-(\d+)$")
 
 
@@ -149,9 +152,10 @@ def side_by_side(studies: Sequence[StudyRecord]) -> StudyRecord:
     problems: dict[str, Any] = {}
     for study in studies:
         for entry in study.description.get("problems", []):
-            if problems.setdefault(entry["name"], entry) != entry:
+            first = problems.setdefault(entry["name"], entry)
+            if any(first.get(key) != entry.get(key) for key in _SHARED):
                 raise ArgumentError(
-                    f"the studies define problem {entry['name']!r} differently ({problems[entry['name']]} and "
+                    f"the studies define problem {entry['name']!r} differently ({first} and "
                     f"{entry}); their runs cannot be compared"
                 )
     arms = {
@@ -174,6 +178,7 @@ def side_by_side(studies: Sequence[StudyRecord]) -> StudyRecord:
     runs = [_renamed(study.runs, name, ["run", "arm"]) for name, study in zip(names, studies, strict=True)]
     courses = [_renamed(study.courses, name, ["run"]) for name, study in zip(names, studies, strict=True)]
     layers = [_renamed(study.layer_steps, name, ["run"]) for name, study in zip(names, studies, strict=True)]
+    description["notes"] += _different_budgets(studies)
     gaps = [f"{name}: {gap}" for name, study in zip(names, studies, strict=True) for gap in study.gaps]
     return StudyRecord(
         str(description["name"]),
@@ -183,6 +188,15 @@ def side_by_side(studies: Sequence[StudyRecord]) -> StudyRecord:
         pd.concat(layers, ignore_index=True),
         tuple(gaps),
     )
+
+
+def _different_budgets(studies: Sequence[StudyRecord]) -> list[str]:
+    budgets: dict[str, list[Any]] = {}
+    for study in studies:
+        for entry in study.description.get("problems", []):
+            budgets.setdefault(entry["name"], []).append(entry.get("budget") or study.description.get("budget"))
+    unequal = [name for name, found in budgets.items() if any(entry != found[0] for entry in found)]
+    return [f"the studies trained {name} with different budgets: final values do not compare" for name in unequal]
 
 
 def _renamed(frame: pd.DataFrame, name: str, columns: list[str]) -> pd.DataFrame:

@@ -125,6 +125,11 @@ def test_studies_side_by_side(study: Path, tmp_path: Path) -> None:
     tables, _ = report_tables(record)
     profiles = chosen(tables["profiles"], clock="steps").set_index("arm").score
     assert profiles["made 1: Split"] == profiles["made 2: Split"] == 1.0
+    assert "different budgets" not in str(record.description["notes"])
+    second.problems[0]["budget"] = {"epochs": 20}
+    second.write()
+    notes = side_by_side([read_study(study), read_study(second.folder)]).description["notes"]
+    assert [note for note in notes if "different budgets" in note and "autoencoder_1" in note]
     second.problems[0]["target"]["value"] = 3.0
     second.write()
     with pytest.raises(ArgumentError, match="define problem 'autoencoder_1' differently"):

@@ -1,4 +1,4 @@
-"""Exported submissions, driven as the benchmark drives them: a workload with its signatures, and nothing of osculate."""
+"""Exported submissions, driven as the benchmark drives them, by a workload with its signatures."""
 
 from __future__ import annotations
 
