@@ -148,46 +148,47 @@ def side_by_side(studies: Sequence[StudyRecord]) -> StudyRecord:
     """
     if len(studies) == 1:
         return studies[0]
-    names = _distinct([study.name for study in studies])
+    named = dict(zip(_distinct([study.name for study in studies]), studies, strict=True))
+    title = " and ".join(str(study.description.get("title") or study.name) for study in studies)
+    notes = [f"{name}: {note}" for name, study in named.items() for note in study.description.get("notes", [])]
+    description: dict[str, Any] = {
+        "name": " and ".join(named),
+        "title": title,
+        "notes": notes + _different_budgets(studies),
+        "problems": _shared_problems(studies),
+        "arms": {
+            f"{name}: {arm}": entry | {"varied": None}
+            for name, study in named.items()
+            for arm, entry in study.description.get("arms", {}).items()
+        },
+        "studies": {name: dict(study.description) for name, study in named.items()},
+    }
+    return StudyRecord(
+        str(description["name"]),
+        description,
+        pd.concat([_renamed(study.runs, name, "run", "arm") for name, study in named.items()], ignore_index=True),
+        pd.concat([_renamed(study.courses, name, "run") for name, study in named.items()], ignore_index=True),
+        pd.concat([_renamed(study.layer_steps, name, "run") for name, study in named.items()], ignore_index=True),
+        tuple(f"{name}: {gap}" for name, study in named.items() for gap in study.gaps),
+    )
+
+
+def _shared_problems(studies: Sequence[StudyRecord]) -> list[Any]:
+    """Problems of all studies, each once.
+
+    Raises:
+        ArgumentError: two studies mean different things by one name.
+    """
     problems: dict[str, Any] = {}
     for study in studies:
         for entry in study.description.get("problems", []):
             first = problems.setdefault(entry["name"], entry)
             if any(first.get(key) != entry.get(key) for key in _SHARED):
                 raise ArgumentError(
-                    f"the studies define problem {entry['name']!r} differently ({first} and "
-                    f"{entry}); their runs cannot be compared"
+                    f"the studies define problem {entry['name']!r} differently ({first} and {entry}); their runs "
+                    "cannot be compared"
                 )
-    arms = {
-        f"{name}: {arm}": entry | {"varied": None}
-        for name, study in zip(names, studies, strict=True)
-        for arm, entry in study.description.get("arms", {}).items()
-    }
-    description = {
-        "name": " and ".join(names),
-        "title": " and ".join(str(study.description.get("title") or study.name) for study in studies),
-        "notes": [
-            f"{name}: {note}"
-            for name, study in zip(names, studies, strict=True)
-            for note in study.description.get("notes", [])
-        ],
-        "problems": list(problems.values()),
-        "arms": arms,
-        "studies": {name: dict(study.description) for name, study in zip(names, studies, strict=True)},
-    }
-    runs = [_renamed(study.runs, name, ["run", "arm"]) for name, study in zip(names, studies, strict=True)]
-    courses = [_renamed(study.courses, name, ["run"]) for name, study in zip(names, studies, strict=True)]
-    layers = [_renamed(study.layer_steps, name, ["run"]) for name, study in zip(names, studies, strict=True)]
-    description["notes"] += _different_budgets(studies)
-    gaps = [f"{name}: {gap}" for name, study in zip(names, studies, strict=True) for gap in study.gaps]
-    return StudyRecord(
-        str(description["name"]),
-        description,
-        pd.concat(runs, ignore_index=True),
-        pd.concat(courses, ignore_index=True),
-        pd.concat(layers, ignore_index=True),
-        tuple(gaps),
-    )
+    return list(problems.values())
 
 
 def _different_budgets(studies: Sequence[StudyRecord]) -> list[str]:
@@ -199,7 +200,8 @@ def _different_budgets(studies: Sequence[StudyRecord]) -> list[str]:
     return [f"the studies trained {name} with different budgets: final values do not compare" for name in unequal]
 
 
-def _renamed(frame: pd.DataFrame, name: str, columns: list[str]) -> pd.DataFrame:
+def _renamed(frame: pd.DataFrame, name: str, *columns: str) -> pd.DataFrame:
+    """The frame with a study's name before the entries of some columns."""
     return frame.assign(**{column: f"{name}: " + frame[column].astype(str) for column in columns})
 
 
