@@ -20,6 +20,7 @@ from .convergence_map import ConvergenceMap
 from .diagnose import Diagnose, Microscope
 from .report import Report
 from .submission import ExportSubmission
+from .study.command import RunStudy
 from .verify import Verify
 
 __all__ = ["execute", "main"]
@@ -35,6 +36,7 @@ Command = (
     | Annotated[ConvergenceMap, tyro.conf.subcommand("convergence-map")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[ExportSubmission, tyro.conf.subcommand("export-submission")]
+    | Annotated[RunStudy, tyro.conf.subcommand("study")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Microscope, tyro.conf.subcommand("microscope")]

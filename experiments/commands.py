@@ -15,6 +15,7 @@ from ..errors import ArgumentError
 from .config import Budget, RunConfig, WarmStart, parse_options
 from .datafiles import data_folder
 from .environment import prepare_process
+from .flags import Count, Number, Place
 from .problems import get_problem
 from .records import RunFolder
 from .runs import Resume, default_folder, run_in_folder
@@ -31,10 +32,6 @@ SHOWN = ["method", "train loss", "test loss", "accuracy", "epochs", "ms/step", "
 FILES = tuple(f"comparison.{ending}" for ending in ("json", "csv", "png", "pdf"))
 _STATUS = {"finished": 0, "broken down": 1, "no step taken": 1, "interrupted": 130}
 
-# The help of these flags says in words what is taken where they are left out; "(default: None)" would contradict it.
-Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
-Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-Place = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 Options = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")]
 
 

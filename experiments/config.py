@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import registry
 from ..errors import ArgumentError
+from ..framework.expressions import with_parts
+from ..framework.method import Method
 
 __all__ = ["Budget", "RunConfig", "WarmStart", "differences", "parse_options"]
 
@@ -50,6 +53,7 @@ class RunConfig:
         warm_start: whether the method's initial pass runs.
         problem_options: further keywords of the problem.
         method_options: further keywords of the method.
+        parts: parts of the method exchanged for others, see :func:`osculate.framework.expressions.with_parts`.
 
     Raises:
         ArgumentError: ``batch_size`` or ``seed`` is out of range.
@@ -66,6 +70,7 @@ class RunConfig:
     warm_start: WarmStart = WarmStart.AUTO
     problem_options: Mapping[str, Any] = field(default_factory=dict)
     method_options: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
@@ -103,9 +108,23 @@ class RunConfig:
         return given | dict(self.method_options)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for a JSON file."""
+        """Return plain values for a JSON file; ``parts`` only where there are any."""
         plain = dataclasses.asdict(self)
+        if not self.parts:
+            del plain["parts"]
         return plain | {"warm_start": self.warm_start.value}
+
+    def composed(self) -> tuple[str | Method, dict[str, Any]]:
+        """Return the method and the keywords that ``osculate.build`` takes with it.
+
+        Raises:
+            ArgumentError: an option or a part is unknown or out of range, or the parts do not fit together.
+        """
+        arguments = self.method_arguments()
+        if not self.parts:
+            return self.method, arguments
+        numbers = {name: arguments.pop(name) for name in _NUMBERS if name in arguments}
+        return with_parts(registry.method(self.method, **arguments), self.parts), numbers
 
 
 @dataclass(frozen=True)

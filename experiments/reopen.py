@@ -39,6 +39,7 @@ def saved_config(folder: RunFolder, device: str | None = None) -> RunConfig:
             warm_start=WarmStart(saved["warm_start"]),
             problem_options=saved["problem_options"],
             method_options=options,
+            parts=saved.get("parts", {}),
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ArgumentError(f"{folder.path} holds no complete configuration of a run ({error})") from error

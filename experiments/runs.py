@@ -22,7 +22,7 @@ from .problems import get_problem
 from .progress import Display
 from .records import RunFolder
 from .targets import exclusive
-from .training import EveryEpoch, measure, prepare
+from .training import measure, prepare
 from .training_run import TrainingRun
 from .watched import Extras, certified, watched
 
@@ -169,7 +169,7 @@ def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console
     with Display(console, budget) as display, interruptible() as interrupted, watched(run, folder, extras) as observed:
         display.begin(run.config.method)
         try:
-            for metrics in measure(run, budget, EveryEpoch(), display.step, interrupted):
+            for metrics in measure(run, budget, extras.schedule, display.step, interrupted):
                 _record(run, metrics, folder, extras)
                 display.measured(metrics)
         except NumericalError as error:

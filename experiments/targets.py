@@ -9,7 +9,11 @@ from pathlib import Path
 
 from ..errors import ArgumentError, OsculateError
 
-__all__ = ["OutputError", "exclusive", "require_file", "require_folder", "writing"]
+__all__ = ["HeldError", "OutputError", "exclusive", "require_file", "require_folder", "writing"]
+
+
+class HeldError(ArgumentError):
+    """Another process writes to the same folder."""
 
 
 class OutputError(OsculateError):
@@ -83,7 +87,7 @@ def exclusive(path: Path) -> Iterator[None]:
         path: the folder.
 
     Raises:
-        ArgumentError: another process holds it.
+        HeldError: another process holds it.
         OutputError: it cannot be made.
     """
     with writing(path):
@@ -98,7 +102,7 @@ def exclusive(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ArgumentError(
+            raise HeldError(
                 f"another process is writing to folder {str(path)!r}; wait for its end, or name another one with --out"
             ) from None
         except OSError:

@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import nn
+
 from .. import build
-from ..errors import NumericalError
+from ..errors import NumericalError, require_positive_integer
+from ..framework.optimizer import SecondOrder
 from .batches import move_data
 from .config import Budget, RunConfig
 from .environment import choose_device
@@ -19,7 +22,7 @@ from .evaluation import Metrics
 from .problems import Data, Problem
 from .training_run import TrainingRun
 
-__all__ = ["BoundedShare", "EveryEpoch", "Schedule", "measure", "prepare"]
+__all__ = ["BoundedShare", "EveryEpoch", "EveryShare", "Schedule", "measure", "optimizer_for", "prepare"]
 
 
 class Schedule(Protocol):
@@ -42,6 +45,25 @@ class EveryEpoch:
     def due(self, run: TrainingRun, last: float, cost: float) -> bool:
         """Whether an epoch has just ended."""
         return run.at_epoch_end
+
+
+@dataclass(frozen=True)
+class EveryShare:
+    """Evaluate several times within every epoch, at equal distances as far as the number of batches allows.
+
+    Args:
+        count: evaluations in an epoch, >= 1.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        require_positive_integer("evaluations in an epoch", self.count)
+
+    def due(self, run: TrainingRun, last: float, cost: float) -> bool:
+        """Whether a share of an epoch has just ended."""
+        batches = run.order.batches_per_epoch
+        return run.iterations * self.count // batches > (run.iterations - 1) * self.count // batches
 
 
 @dataclass(frozen=True)
@@ -79,16 +101,23 @@ def prepare(config: RunConfig, problem: Problem, data: Data) -> TrainingRun:
     model: Any = problem.build_model(config.seed).to(device)
     if data.context:
         model.set_context(*data.context)
+    return TrainingRun(config, problem, data, model, optimizer_for(config, problem, model))
+
+
+def optimizer_for(config: RunConfig, problem: Problem, model: nn.Module) -> SecondOrder:
+    """Build the optimizer of a run, with the problem's likelihood and without decay where the problem wants none.
+
+    Args:
+        config: what is run, the problem's own numbers filled in.
+        problem: the problem that ``config`` names.
+        model: its network.
+
+    Raises:
+        ArgumentError: a number is out of range, a name is unknown, or parts do not fit together or to the network.
+    """
+    method, arguments = config.composed()
     groups = [{"params": list(problem.undecayed), "weight_decay": 0.0}] if problem.undecayed else None
-    optimizer = build(
-        config.method,
-        model,
-        likelihood=problem.likelihood,
-        seed=config.seed,
-        groups=groups,
-        **config.method_arguments(),
-    )
-    return TrainingRun(config, problem, data, model, optimizer)
+    return build(method, model, likelihood=problem.likelihood, seed=config.seed, groups=groups, **arguments)
 
 
 def measure(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..analysis.readings import JsonLines, WatchCertificate
 from ..analysis.watching import Watch, watch
 from ..errors import require_positive_integer
 from .records import RunFolder, write_json
+from .training import EveryEpoch, Schedule
 from .training_run import TrainingRun
 
 __all__ = ["Extras", "certified", "watched"]
@@ -23,10 +24,12 @@ class Extras:
         watch_every: steps between two examinations by all monitors, >= 1; ``None``: nobody watches. Their time counts
             as training time.
         keep_checkpoints: whether the checkpoint of every evaluation stays.
+        schedule: when it is evaluated, and its checkpoint written.
     """
 
     watch_every: int | None = None
     keep_checkpoints: bool = False
+    schedule: Schedule = field(default_factory=EveryEpoch)
 
     def __post_init__(self) -> None:
         if self.watch_every is not None:

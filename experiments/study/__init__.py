@@ -1,0 +1,1 @@
+"""Studies: what is compared, by whom it is run, and what it leaves on disk."""

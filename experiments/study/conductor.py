@@ -1,0 +1,180 @@
+"""The process that runs a study: it starts the workers, watches them, and shows how far they are."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from rich.console import Console
+
+from ...errors import OsculateError, require_positive_integer
+from ..interrupts import interruptible
+from .definition import Study
+from .display import Board
+from .folders import write_study
+from .ledger import Entry, Ledger, Slot, open_storage
+from .presence import clear
+from .worker import Assignment, work
+
+__all__ = ["Place", "WorkerError", "conduct"]
+
+_LOOK_SECONDS = 0.5
+_PATIENCE_SECONDS = 60.0
+
+
+class WorkerError(OsculateError, RuntimeError):
+    """Worker processes end again and again without doing their work."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study runs.
+
+    Args:
+        out: its folder.
+        storage: URL of a database that several machines share, or ``None`` for a journal in the folder.
+        data_dir: where the data sets lie, or ``None``.
+        workers: processes, >= 1; the processor's threads are divided among them.
+    """
+
+    out: Path
+    storage: str | None = None
+    data_dir: Path | None = None
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive_integer("workers", self.workers)
+
+    @property
+    def threads(self) -> int:
+        """Threads of one operation in every worker."""
+        return max(
+            1, (os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count() or 1) // self.workers
+        )
+
+
+@dataclass
+class _Crew:
+    """The worker processes, by name."""
+
+    study: Study
+    place: Place
+    processes: dict[str, BaseProcess] = field(default_factory=dict)
+    deaths: int = 0
+
+    def start(self) -> None:
+        """Add one worker."""
+        place, name = self.place, uuid.uuid4().hex[:12]
+        told = Assignment(self.study, place.out, place.storage, place.data_dir, place.threads, name)
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(told,), daemon=True, name=name)
+        process.start()
+        self.processes[name] = process
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every worker."""
+        for process in self.processes.values():
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, number)
+
+    def replace_dead(self) -> None:
+        """Forget workers that have ended; those that died are replaced, up to a point.
+
+        Raises:
+            WorkerError: too many died.
+        """
+        for name, process in list(self.processes.items()):
+            if process.is_alive():
+                continue
+            process.join()
+            del self.processes[name]
+            if process.exitcode:
+                self.deaths += 1
+                if self.deaths > 3 * self.place.workers + 3:
+                    raise WorkerError(
+                        f"{self.deaths} worker processes died (the last with exit code {process.exitcode}); see their "
+                        "messages above, and make room on the disk or in memory"
+                    )
+                self.start()
+
+    def enforce(self, limit: float | None, entries: Mapping[Slot, Entry], ledger: Ledger) -> list[Slot]:
+        """Kill the workers whose runs exceed the limit; their runs are misses. Returns those runs."""
+        late = []
+        for entry in entries.values() if limit is not None else ():
+            process = self.processes.get(entry.owner)
+            overdue = entry.started is not None and limit is not None and time.time() - entry.started > limit
+            if entry.state == "running" and process is not None and overdue:
+                process.kill()
+                process.join()
+                ledger.finish(entry, None, f"over the limit of {limit:g} s")
+                late.append(entry.slot)
+        return late
+
+
+def conduct(study: Study, place: Place, source: Path | None, console: Console) -> bool:
+    """Run a study to its end, or until Ctrl-C.
+
+    The first Ctrl-C lets every worker finish its step and save; the second one gives up the steps in progress.
+
+    Args:
+        study: as ``checked`` returned it.
+        place: where it runs.
+        source: the file it was read from, or ``None``.
+        console: shows what runs and what is left.
+
+    Returns:
+        Whether all runs are done.
+
+    Raises:
+        ArgumentError: the folder holds a study of other arms or problems under the same names.
+        WorkerError: workers die again and again.
+    """
+    clear(place.out / "workers")
+    ledger = Ledger(open_storage(place.out, place.storage), study, place.out / "workers")
+    ledger.publish()
+    write_study(place.out, study, ledger, source)
+    crew = _Crew(study, place)
+    with interruptible() as stopped, Board(console, study) as board:
+        entries = ledger.entries()
+        board.show(entries)
+        left = sum(entry.state != "done" for entry in entries.values())
+        for _ in range(min(place.workers, left)):
+            crew.start()
+        try:
+            _watch(crew, ledger, board, stopped)
+        finally:
+            crew.signal(signal.SIGKILL)
+    entries = ledger.entries()
+    clear(place.out / "workers")
+    return all(entry.state == "done" for entry in entries.values())
+
+
+def _watch(crew: _Crew, ledger: Ledger, board: Board, stopped: Callable[[], bool]) -> None:
+    while crew.processes:
+        time.sleep(_LOOK_SECONDS)
+        entries = ledger.entries()
+        board.show(entries)
+        if stopped():
+            _wind_down(crew, board)
+            return
+        for slot in crew.enforce(crew.study.limit, entries, ledger):
+            board.say(f"{slot}: killed, over the limit of {crew.study.limit:g} s")
+        crew.replace_dead()
+    board.show(ledger.entries())
+
+
+def _wind_down(crew: _Crew, board: Board) -> None:
+    board.say("stopping: every worker finishes its step and saves; Ctrl-C again to give up the steps in progress")
+    crew.signal(signal.SIGINT)
+    until = time.time() + _PATIENCE_SECONDS
+    try:
+        for process in crew.processes.values():
+            process.join(max(0.0, until - time.time()))
+    except KeyboardInterrupt:
+        board.say("giving up the steps in progress")

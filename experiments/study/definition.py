@@ -1,0 +1,273 @@
+"""What a study compares: arms, problems, seeds, budget and how arms are tuned.
+
+House protocol (the field's bar): search spaces declared before the first run; equal trials for every arm; tuning on a
+validation metric where the problem has one; the best setting of each arm run again on fresh seeds, which all arms
+share; no pruning. A run that breaks down is a miss: it counts as infinitely bad and stays in every table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ... import registry
+from ...errors import ArgumentError, UnknownNameError, require_positive_integer
+from ...framework.expressions import is_part_text
+from ..config import Budget, RunConfig, WarmStart
+from .spaces import SAMPLERS, Range, grid_size, points
+
+__all__ = ["METRICS", "Arm", "Study", "StudyProblem", "Target", "Tuning"]
+
+METRICS = {
+    "train_loss": False,
+    "valid_loss": False,
+    "valid_accuracy": True,
+    "test_loss": False,
+    "test_accuracy": True,
+}
+"""Metrics that a run records, and whether more is better."""
+
+_LABEL = re.compile(r"[\w.,=+()-]+")
+_NUMBERS = ("lr", "damping", "weight_decay")
+
+
+def _require_label(kind: str, label: str) -> None:
+    if not _LABEL.fullmatch(label) or label.startswith("."):
+        raise ArgumentError(
+            f"{kind} {label!r} names a folder: use letters, digits and any of . , = + ( ) - _, not a dot first"
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What counts as reached: ``metric`` at most ``value`` (at least, for an accuracy)."""
+
+    metric: str
+    value: float
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise UnknownNameError("metric", self.metric, METRICS)
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not math.isfinite(self.value):
+            raise ArgumentError(f"a target's value must be a finite number, got {self.value!r}")
+
+
+@dataclass(frozen=True)
+class StudyProblem:
+    """A problem of a study.
+
+    Args:
+        name: of a registered problem.
+        label: its folder's name, unique in the study.
+        options: keywords of the problem.
+        batch_size: samples in a mini-batch, >= 1; ``None``: the problem's own.
+        epochs: passes over the data on this problem, >= 1; ``None``: those of the study.
+        target: what is to be reached, or ``None``.
+    """
+
+    name: str
+    label: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+    epochs: int | None = None
+    target: Target | None = None
+
+    def __post_init__(self) -> None:
+        _require_label("problem", self.label)
+        if self.epochs is not None:
+            require_positive_integer(f"epochs of problem {self.label!r}", self.epochs)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the competitors: a method, its settings, and what may be tuned.
+
+    Args:
+        label: its name in tables, and its folder's.
+        method: registered method.
+        settings: ``lr``, ``damping``, ``weight_decay``, ``batch_size``, ``warm_start``; options of the method; parts by
+            place (a value with a capital letter first is a part, see :mod:`osculate.framework.expressions`).
+        space: ranges of settings that are tuned; none: the arm goes straight to the final seeds.
+        varied: in an ablation, which part was changed against the base and to what.
+    """
+
+    label: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    space: Mapping[str, Range] = field(default_factory=dict)
+    varied: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        _require_label("arm", self.label)
+        both = sorted(self.settings.keys() & self.space.keys())
+        if both:
+            raise ArgumentError(f"arm {self.label!r}: {', '.join(both)} both set and searched; do one of them")
+
+    def config(self, problem: StudyProblem, point: Mapping[str, Any], seed: int, device: str = "cpu") -> RunConfig:
+        """Return the configuration of one run.
+
+        Args:
+            problem: on which it runs.
+            point: values of the searched settings.
+            seed: of the run.
+            device: where it computes.
+
+        Raises:
+            UnknownNameError: the method is unknown.
+            ArgumentError: a value is of the wrong kind.
+        """
+        entries = registry.methods()
+        if self.method not in entries:
+            raise UnknownNameError("method", self.method, entries)
+        options = entries[self.method].options
+        fields: dict[str, Any] = {"batch_size": problem.batch_size}
+        chosen: dict[str, Any] = {}
+        parts: dict[str, Any] = {}
+        for name, value in {**self.settings, **point}.items():
+            if is_part_text(value):
+                parts[name] = value
+            elif name in _NUMBERS or name == "batch_size":
+                fields[name] = value
+            elif name == "warm_start":
+                fields[name] = _warm_start(value)
+            else:
+                (chosen if name in options else parts)[name] = value
+        fields |= {"method_options": chosen, "parts": parts, "problem_options": problem.options}
+        return RunConfig(problem=problem.name, method=self.method, seed=seed, device=device, **fields)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for a JSON file."""
+        varied = None if self.varied is None else {"part": self.varied[0], "value": self.varied[1]}
+        space = {name: entry.as_dict() for name, entry in self.space.items()}
+        return {"method": self.method, "settings": dict(self.settings), "space": space, "varied": varied}
+
+
+def _warm_start(value: Any) -> WarmStart:
+    try:
+        return WarmStart(value)
+    except ValueError:
+        raise UnknownNameError("warm_start", str(value), [entry.value for entry in WarmStart]) from None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How arms are tuned.
+
+    Args:
+        trials: settings tried for every arm with a space, >= 1; a grid with fewer points is tried whole.
+        metric: by which the best is chosen: one of ``METRICS``, or ``auto``: validation loss where the problem has a
+            validation split, else training loss.
+        sampler: ``quasi-random`` or ``random``; grids take neither.
+        seed: of the tuning runs (initial parameters, order of the data) and of the points, >= 0.
+    """
+
+    trials: int = 8
+    metric: str = "auto"
+    sampler: str = "quasi-random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive_integer("trials", self.trials)
+        if self.metric != "auto" and self.metric not in METRICS:
+            raise UnknownNameError("metric", self.metric, ["auto", *METRICS])
+        if self.sampler not in SAMPLERS:
+            raise UnknownNameError("sampler", self.sampler, SAMPLERS)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ArgumentError(f"seed of the tuning must be an integer >= 0, got {self.seed!r}")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that decides the runs of a study.
+
+    Args:
+        name: of its folder.
+        arms: what is compared; labels are unique.
+        problems: on what; labels are unique.
+        seeds: of the final runs, each once and none the tuning seed.
+        budget: of every run, tuning or final.
+        tuning: how arms are tuned.
+        title: one line for people.
+        base: label of the arm against which others are varied, or ``None``.
+        notes: caveats, such as how it was scaled down.
+        limit: wall-clock seconds of a run with everything, > 0, after which its process is killed and the run a miss;
+            ``None``: no limit beside the budget, which is looked at after every step.
+        evaluations: evaluations in an epoch, >= 1.
+        tuned_by: metric of the tuning by problem, where ``auto`` chose it; filled in by ``checking.checked``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ArgumentError: labels or seeds come twice, or something is missing.
+    """
+
+    name: str
+    arms: tuple[Arm, ...]
+    problems: tuple[StudyProblem, ...]
+    seeds: tuple[int, ...]
+    budget: Budget
+    tuning: Tuning = field(default_factory=Tuning)
+    title: str = ""
+    base: str | None = None
+    notes: tuple[str, ...] = ()
+    limit: float | None = None
+    evaluations: int = 1
+    tuned_by: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        _require_label("study", self.name)
+        _require_unique("arms", [arm.label for arm in self.arms])
+        _require_unique("problems", [problem.label for problem in self.problems])
+        _require_unique("seeds", list(self.seeds))
+        for seed in self.seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+                raise ArgumentError(f"seeds must be integers >= 0, got {seed!r}")
+        require_positive_integer("evaluations in an epoch", self.evaluations)
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise ArgumentError(f"limit must be positive and finite, got {self.limit!r}")
+        if self.tuning.seed in self.seeds and any(arm.space for arm in self.arms):
+            raise ArgumentError(
+                f"seed {self.tuning.seed} is the tuning seed; final runs need fresh ones, or change the tuning's"
+            )
+
+    def trials(self, arm: Arm) -> int:
+        """Return how many settings of an arm are tried on each problem."""
+        return min(self.tuning.trials, grid_size(arm.space) or self.tuning.trials) if arm.space else 0
+
+    def points(self, arm: Arm) -> list[dict[str, Any]]:
+        """Return the settings of an arm that are tried, in order; see :func:`spaces.points`."""
+        return points(arm.space, self.trials(arm), self.tuning.sampler, self.tuning.seed)
+
+    def problem_budget(self, problem: StudyProblem) -> Budget:
+        """Return the budget of a run on a problem."""
+        return self.budget if problem.epochs is None else dataclasses.replace(self.budget, epochs=problem.epochs)
+
+    def definition(self, problem: StudyProblem, arm: Arm) -> dict[str, Any]:
+        """Return as plain values all that decides the runs of an arm on a problem, but how many there are."""
+        budget = self.problem_budget(problem)
+        own = arm.as_dict()
+        del own["varied"]
+        return {
+            **own,
+            "problem": [problem.name, dict(problem.options), problem.batch_size],
+            "budget": [budget.epochs, budget.seconds, self.evaluations],
+            "tuning": [self.tuning.metric, self.tuning.sampler, self.tuning.seed],
+            "device": self.device,
+        }
+
+    @property
+    def runs(self) -> int:
+        """Number of runs, tuning and final."""
+        return len(self.problems) * sum(self.trials(arm) + len(self.seeds) for arm in self.arms)
+
+
+def _require_unique(kind: str, labels: list[Any]) -> None:
+    if not labels:
+        raise ArgumentError(f"a study needs {kind}; it names none")
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ArgumentError(f"{kind} must differ, but {', '.join(map(repr, twice))} comes twice")

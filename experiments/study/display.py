@@ -1,0 +1,124 @@
+"""What a person sees of a study: a table of what runs and what is left, or one line per finished run in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from .definition import Study
+from .ledger import FINAL, TUNE, Entry, Slot
+
+__all__ = ["Board"]
+
+
+class Board:
+    """The state of a study while it runs.
+
+    Args:
+        console: where to draw; a terminal gets a live table, anything else lines.
+        study: whose runs are shown.
+    """
+
+    def __init__(self, console: Console, study: Study) -> None:
+        self._console = console
+        self._study = study
+        self._began = time.time()
+        self._first: int | None = None
+        self._seen: set[Slot] = set()
+        self._started: set[tuple[Slot, float]] = set()
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, entries: Mapping[Slot, Entry]) -> None:
+        """Draw the table, or print what has changed."""
+        done = {slot for slot, entry in entries.items() if entry.state == "done"}
+        if self._first is None:
+            self._first, self._seen = len(done), done
+            if done:
+                self.say(f"{len(done)} of {len(entries)} runs are done already")
+        if self._live is not None:
+            self._live.update(self.table(entries), refresh=True)
+            return
+        for slot in entries:
+            entry = entries[slot]
+            if slot in done - self._seen:
+                self._seen.add(slot)
+                value = "miss" if entry.value is None else f"{entry.value:.6g}"
+                self.say(f"[{len(self._seen)}/{len(entries)}] {slot}: {value}{self._left(len(done), len(entries))}")
+            elif entry.state == "running" and entry.started and (slot, entry.started) not in self._started:
+                self._started.add((slot, entry.started))
+                self.say(f"started {slot}")
+
+    def table(self, entries: Mapping[Slot, Entry]) -> Table:
+        """One row per arm and problem."""
+        done = sum(entry.state == "done" for entry in entries.values())
+        title = escape(self._study.title or self._study.name)
+        table = Table(title=f"{title}: {done} of {len(entries)} runs{self._left(done, len(entries))}")
+        for name in ("problem", "arm"):
+            table.add_column(name)
+        for name in ("tuned", "final", "misses", "best"):
+            table.add_column(name, justify="right")
+        table.add_column("running")
+        for problem in self._study.problems:
+            for arm in self._study.arms:
+                own = [
+                    entry for slot, entry in entries.items() if (slot.problem, slot.arm) == (problem.label, arm.label)
+                ]
+                table.add_row(problem.label, escape(arm.label), *map(escape, _row(own)))
+        return table
+
+    def _left(self, done: int, total: int) -> str:
+        fresh = done - (self._first or 0)
+        if not fresh or done == total:
+            return ""
+        return f", about {_time((time.time() - self._began) / fresh * (total - done))} left"
+
+
+def _row(own: list[Entry]) -> list[str]:
+    def count(phase: str) -> str:
+        phased = [entry for entry in own if entry.slot.phase == phase]
+        return f"{sum(entry.state == 'done' for entry in phased)}/{len(phased)}" if phased else "-"
+
+    over = [entry for entry in own if entry.state == "done"]
+    values = [entry.value for entry in over if entry.value is not None]
+    misses = sum(entry.value is None for entry in over)
+    running = [
+        f"{entry.slot.phase}-{entry.slot.index} {_time(time.time() - (entry.started or time.time()))}"
+        for entry in own
+        if entry.state == "running"
+    ]
+    return [
+        count(TUNE),
+        count(FINAL),
+        str(misses or ""),
+        f"{min(values):.5g}" if values else "",
+        ", ".join(running),
+    ]
+
+
+def _time(seconds: float) -> str:
+    seconds = max(0, round(seconds))
+    if seconds < 90:
+        return f"{seconds} s"
+    return f"{seconds // 60} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,142 @@
+"""What a study leaves on disk: how it was meant, and one folder for each of its runs.
+
+| file | holds |
+|---|---|
+| ``study.toml`` | the file as it ran |
+| ``study.json`` | the study with everything resolved: arms, problems, seeds, budget, protocol, environment, notes |
+| ``journal.log`` | the book of the runs (Optuna's journal), unless a database keeps it |
+| ``runs/PROBLEM/ARM/tune-N``, ``.../final-SEED`` | one run each, as ``osculate train`` writes it |
+| ``.../trial.json`` | which run that is, its settings, and its value (null for a miss) |
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import ArgumentError
+from ..environment import choose_device, describe_environment
+from ..records import RunFolder, write_json
+from ..targets import writing
+from .definition import Study
+from .ledger import FINAL, Ledger, Slot
+
+__all__ = ["describe_study", "recorded_value", "run_folder", "write_study", "write_trial"]
+
+_NUMBERS = ("lr", "damping", "weight_decay")
+
+
+def run_folder(out: Path, slot: Slot) -> RunFolder:
+    """Return the folder of a run."""
+    return RunFolder(out / "runs" / slot.folder)
+
+
+def write_study(out: Path, study: Study, ledger: Ledger, source: Path | None) -> None:
+    """Write ``study.json`` and, where there is a file, ``study.toml``."""
+    write_json(out / "study.json", describe_study(study, ledger))
+    target = out / "study.toml"
+    if source is not None and (not target.exists() or not target.samefile(source)):
+        with writing(target):
+            shutil.copyfile(source, target)
+
+
+def describe_study(study: Study, ledger: Ledger) -> dict[str, Any]:
+    """Return the study as plain values, see LAYOUT in the module's docstring."""
+    return {
+        "name": study.name,
+        "title": study.title,
+        "notes": list(study.notes),
+        "base": study.base,
+        "arms": {arm.label: _arm(study, number) for number, arm in enumerate(study.arms)},
+        "problems": [
+            {
+                "name": problem.label,
+                "problem": problem.name,
+                "options": dict(problem.options),
+                "batch_size": problem.batch_size,
+                "target": None
+                if problem.target is None
+                else {"metric": problem.target.metric, "value": problem.target.value},
+                "tuning": ledger.metric(problem.label),
+                "budget": _budget(study.problem_budget(problem)),
+            }
+            for problem in study.problems
+        ],
+        "seeds": list(study.seeds),
+        "budget": _budget(study.budget) | {"limit": study.limit, "evaluations": study.evaluations},
+        "protocol": _protocol(study),
+        "environment": describe_environment(choose_device(study.device)),
+    }
+
+
+def _budget(budget: Any) -> dict[str, Any]:
+    return {"epochs": budget.epochs, "seconds": budget.seconds}
+
+
+def _arm(study: Study, number: int) -> dict[str, Any]:
+    arm = study.arms[number]
+    config = arm.config(study.problems[0], {}, 0, study.device)
+    numbers = {name: getattr(config, name) for name in _NUMBERS if getattr(config, name) is not None}
+    plain = arm.as_dict()
+    del plain["settings"]
+    own = {"options": numbers | dict(config.method_options), "parts": dict(config.parts)}
+    return plain | own | {"trials": study.trials(arm), "settings": dict(arm.settings)}
+
+
+def _protocol(study: Study) -> str:
+    tuned = [arm for arm in study.arms if arm.space]
+    sampling = f"grids whole or in seeded order, other spaces {study.tuning.sampler}"
+    tuning = (
+        f"{len(tuned)} of {len(study.arms)} arms tuned with {study.tuning.trials} trials each at most ({sampling}; "
+        f"points decided before the first run; seed {study.tuning.seed}; no pruning), "
+        if tuned
+        else "no arm tuned, "
+    )
+    return (
+        f"{tuning}the best setting by the last value of the tuning metric run again on {len(study.seeds)} other seeds; "
+        "initial parameters and order of the data are the same for all arms of a seed; a breakdown is a miss"
+    )
+
+
+def write_trial(
+    folder: RunFolder, slot: Slot, seed: int, settings: Mapping[str, Any], value: float | None, reason: str = ""
+) -> None:
+    """Write ``trial.json``: which run this is, and its value (``None`` for a miss)."""
+    write_json(
+        folder.path / "trial.json",
+        {
+            "problem": slot.problem,
+            "arm": slot.arm,
+            "phase": slot.phase,
+            "trial": None if slot.phase == FINAL else slot.index,
+            "seed": seed,
+            "settings": dict(settings),
+            "value": value,
+            "reason": reason,
+        },
+    )
+
+
+def recorded_value(folder: RunFolder, metric: str) -> tuple[str, float | None] | None:
+    """Return how a run in a folder ended and its value; ``None`` if it has not ended.
+
+    Args:
+        folder: of the run.
+        metric: whose last value counts.
+
+    Raises:
+        ArgumentError: the run does not measure that metric.
+    """
+    try:
+        status = json.loads((folder.path / "status.json").read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    if status == "finished":
+        last = folder.read_metrics()[-1]
+        if metric not in last:
+            raise ArgumentError(f"runs of this problem have no {metric}; they have {', '.join(last)}")
+        return status, last[metric]
+    return (status, None) if status in ("broken down", "no step taken") else None

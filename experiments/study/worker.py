@@ -1,0 +1,203 @@
+"""A worker: one process that takes runs out of the book, one after another, until there is none left.
+
+Runs share the process. On the small curves autoencoder a run of one epoch takes 0.3 s, and a process takes 3 s to
+begin (imports), so a process for every run would cost ten times the runs themselves.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from ...errors import OsculateError
+from ..environment import prepare_process
+from ..interrupts import interruptible
+from ..runs import Resume, run_in_folder
+from ..targets import HeldError, OutputError
+from ..training import EveryEpoch, EveryShare, Schedule
+from ..watched import Extras
+from .definition import Study
+from .folders import recorded_value, run_folder, write_trial
+from .ledger import FINAL, Entry, Ledger, Slot, open_storage
+from .presence import BEAT_SECONDS, Presence
+
+__all__ = ["Assignment", "perform", "work"]
+
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker is told.
+
+    Args:
+        study: whose runs are done.
+        out: folder of the study.
+        storage: URL of the storage, or ``None`` for the journal in ``out``.
+        data_dir: where the data sets lie, or ``None``.
+        threads: threads of one operation, >= 1.
+        name: of the worker.
+    """
+
+    study: Study
+    out: Path
+    storage: str | None
+    data_dir: Path | None
+    threads: int
+    name: str
+
+    @property
+    def presence(self) -> Path:
+        """Folder of the workers' files."""
+        return self.out / "workers"
+
+
+def work(assignment: Assignment) -> None:
+    """Do runs until none is left, or until told to stop; the body of a worker process.
+
+    The first SIGINT ends the run in progress after its step, and gives it back to be continued. The death of the
+    parent ends the worker at once.
+    """
+    os.setpgrp()  # Ctrl-C reaches the parent alone, who passes it on
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    prepare_process(assignment.threads)
+    with interruptible() as stopped, Presence(assignment.presence, assignment.name):
+        ledger = Ledger(open_storage(assignment.out, assignment.storage), assignment.study, assignment.presence)
+        while not stopped():
+            entries = ledger.entries()
+            if all(entry.state == "done" for entry in entries.values()):
+                return
+            ledger.recover(entries)
+            entry = _claimed(ledger, entries, assignment.name)
+            if entry is None:
+                time.sleep(_POLL_SECONDS)
+            elif not _do(ledger, entry, assignment, stopped):
+                return
+
+
+def _claimed(ledger: Ledger, entries: dict[Slot, Entry], owner: str) -> Entry | None:
+    for entry in entries.values():
+        if entry.state == "waiting" and ledger.ready(entry.slot, entries) and ledger.claim(entry, owner):
+            return entry
+    return None
+
+
+def _do(ledger: Ledger, entry: Entry, assignment: Assignment, stopped: Callable[[], bool]) -> bool:
+    """Do one claimed run and record it; whether the worker goes on."""
+    point = ledger.point(entry.slot, ledger.entries())
+    try:
+        with _beating(ledger, entry.trial):
+            if stopped():
+                ended = None
+            else:
+                ended = perform(assignment.study, entry.slot, point, ledger.metric(entry.slot.problem), assignment)
+    except HeldError:  # by a worker that was thought gone
+        time.sleep(_POLL_SECONDS)
+        ledger.give_back(entry)
+        return True
+    except BaseException:
+        ledger.give_back(entry)
+        raise
+    if ended is None:
+        ledger.give_back(entry)
+        return False
+    status, value = ended
+    ledger.finish(entry, value, status)
+    return True
+
+
+def perform(
+    study: Study, slot: Slot, point: dict[str, object] | None, metric: str, assignment: Assignment
+) -> tuple[str, float | None] | None:
+    """Do one run in its folder, or what is left of it; nothing where it is done already.
+
+    Args:
+        study: to which it belongs.
+        slot: the run.
+        point: its searched settings; ``None``: its arm has only misses, and so is this run.
+        metric: its value is the last one of.
+        assignment: where it runs.
+
+    Returns:
+        How it ended and its value (``None`` for a miss); ``None`` if it was interrupted.
+
+    Raises:
+        OutputError: nothing can be written.
+        HeldError: another process writes to its folder.
+    """
+    problem = next(problem for problem in study.problems if problem.label == slot.problem)
+    arm = next(arm for arm in study.arms if arm.label == slot.arm)
+    seed = slot.index if slot.phase == FINAL else study.tuning.seed
+    folder = run_folder(assignment.out, slot)
+    if point is None:
+        reason = "every tuning run of this arm was a miss"
+        write_trial(folder, slot, seed, arm.settings, None, reason)
+        return reason, None
+    settings = {**arm.settings, **point}
+    ended = recorded_value(folder, metric)
+    reason = ""
+    if ended is None:
+        write_trial(folder, slot, seed, settings, None, "not finished")
+        config = arm.config(problem, point, seed, study.device)
+        schedule: Schedule = EveryEpoch() if study.evaluations == 1 else EveryShare(study.evaluations)
+        silent = Console(file=io.StringIO())
+        try:
+            result = run_in_folder(
+                config,
+                study.problem_budget(problem),
+                folder,
+                assignment.data_dir,
+                Resume.AUTO,
+                silent,
+                Extras(schedule=schedule),
+            )
+        except (OutputError, HeldError):
+            raise
+        except Exception as error:  # whatever a method does wrong is its own miss, not the end of the study
+            result, reason = (
+                None,
+                f"{type(error).__name__}: {error}" if not isinstance(error, OsculateError) else str(error),
+            )
+        if result is not None and result.status == "interrupted":
+            return None
+        reason = reason or (result.reason if result is not None else "")
+        ended = ("broken down", None) if result is None else recorded_value(folder, metric) or (result.status, None)
+    write_trial(folder, slot, seed, settings, ended[1], reason)
+    return ended
+
+
+@contextmanager
+def _beating(ledger: Ledger, trial: int) -> Iterator[None]:
+    """Leave signs of life while the block lasts."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_SECONDS):
+            try:
+                ledger.beat(trial)
+            except Exception:  # a storage out of reach for a moment; the next sign of life may come through
+                continue
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # as if killed: the next command finds the run's last checkpoint

@@ -1,0 +1,74 @@
+"""Parts as text, and methods with parts exchanged."""
+
+from __future__ import annotations
+
+import osculate as osc
+import pytest
+from osculate import registry
+from osculate.errors import ArgumentError, CompatibilityError, UnknownNameError
+from osculate.framework.expressions import is_part_text, places, read_part, with_parts
+from osculate.framework.parts import label
+
+
+def test_every_example_of_the_registry_is_read_back_from_its_short_name() -> None:
+    read = 0
+    for kind, table in registry.examples().items():
+        for name, part in table.items():
+            if "table=" in name or "source=" in name or "dtype" in name:
+                continue  # the short name of a table or a text is no expression
+            again = read_part(name)
+            assert label(again) == name, kind
+            assert type(again) is type(part)
+            read += 1
+    assert read > 100
+
+
+def test_parts_are_exchanged_by_any_tail_of_their_place_and_the_base_stays() -> None:
+    base = registry.method("kbfgs")
+    changed = with_parts(base, {"pairs": "PowellThenLM", "momentum.decay": 0.5, "damping": "Split"})
+    assert changed.preconditioner.outputs == osc.BFGS(osc.PowellThenLM())
+    assert changed.momentum == osc.EMA(0.5)
+    assert base.preconditioner.outputs == osc.BFGS() and base.momentum == osc.EMA(0.9)
+
+
+def test_a_star_exchanges_all_and_a_table_is_entered_by_key() -> None:
+    base = registry.method("mbf")
+    changed = with_parts(base, {"table.Linear.partition": "FlatChunk", "*.schedule.inverses": 7})
+    blocks = changed.preconditioner.table
+    assert blocks["Linear"].partition == osc.FlatChunk() and blocks["Conv2d"].partition == osc.Kernel()
+    assert {part.schedule.inverses for part in blocks.values()} == {7}
+
+
+def test_all_changes_are_made_before_the_method_is_composed() -> None:
+    """One after the other these would meet a refusal on the way: a structure without its estimator."""
+    changed = with_parts(
+        registry.method("sgdm"), {"preconditioner": "MiniBlock", "curvature": "BatchMean", "damping": "ConstantDamping"}
+    )
+    assert changed.preconditioner == osc.MiniBlock()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"pars": "PowellH"}, UnknownNameError, "did you mean 'pairs'"),
+        ({"pairs": "PowelH"}, UnknownNameError, "did you mean 'PowellH'"),
+        ({"pairs": "PowellH(mu3=1)"}, ArgumentError, "cannot be built"),
+        ({"pairs": "PowellH("}, ArgumentError, "a part reads"),
+        ({"pairs": "PowellH(__import__('os'))"}, UnknownNameError, "unknown part '__import__'"),
+        ({"average": "MovingAverage(0.5)"}, ArgumentError, "names 2 places"),
+        ({"preconditioner": "Identity", "pairs": "PowellH"}, ArgumentError, "inside it too"),
+        ({"curvature": "EmpiricalFisher"}, CompatibilityError, "secant pairs"),
+    ],
+)
+def test_refusals_name_the_way_out(changes: dict[str, object], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says.replace("(", r"\(")):
+        with_parts(registry.method("kbfgs"), changes)
+
+
+def test_places_cover_every_nested_number() -> None:
+    known = places(registry.method("kfac"))
+    assert known["preconditioner.inputs.average.decay"] == 0.9 and "defaults" not in known
+
+
+def test_capital_letters_make_a_part() -> None:
+    assert is_part_text("Split") and not is_part_text("sampled") and not is_part_text(1.0)
