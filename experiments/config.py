@@ -124,7 +124,7 @@ class RunConfig:
         if not self.parts:
             return self.method, arguments
         numbers = {name: arguments.pop(name) for name in _NUMBERS if name in arguments}
-        return with_parts(registry.method(self.method, **arguments), self.parts), numbers
+        return with_parts(registry.method(self.method, **arguments), self.parts, numbers), numbers
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def places(method: Method) -> dict[str, Any]:
     return {".".join(path): value for path, value in _walk(method, ())}
 
 
-def with_parts(method: Method, changes: Mapping[str, Any]) -> Method:
+def with_parts(method: Method, changes: Mapping[str, Any], defaults: Mapping[str, float] | None = None) -> Method:
     """Return the method with other parts, or other numbers inside its parts.
 
     All changes are made before the new method is composed, so that they are checked together.
@@ -64,6 +64,8 @@ def with_parts(method: Method, changes: Mapping[str, Any]) -> Method:
     Args:
         method: the base; it stays unchanged.
         changes: from places to what comes there: text for :func:`read_part`, a part, or a number.
+        defaults: ``lr``, ``damping`` and ``weight_decay`` of the new method that differ from the base's: other parts
+            may need other numbers.
 
     Raises:
         UnknownNameError: a place does not exist; near misses are listed.
@@ -78,6 +80,8 @@ def with_parts(method: Method, changes: Mapping[str, Any]) -> Method:
         inside = [inner for inner in chosen if inner[: len(outer)] == outer and inner != outer]
         if inside:
             raise ArgumentError(f"{'.'.join(outer)} is exchanged as a whole, and {'.'.join(inside[0])} inside it too")
+    if defaults:
+        chosen["defaults",] = {**method.defaults, **defaults}
     result: Method = _replaced(method, chosen)
     return result
 
