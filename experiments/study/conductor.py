@@ -135,9 +135,10 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
         ArgumentError: the folder holds a study of other arms or problems under the same names.
         WorkerError: workers die again and again.
     """
-    clear(place.out / "workers")
     ledger = Ledger(open_storage(place.out, place.storage), study, place.out / "workers")
     ledger.publish()
+    ledger.recover(ledger.entries())  # as long as the files of the dead tell that they are dead
+    clear(ledger.presence)
     write_study(place.out, study, ledger, source)
     crew = _Crew(study, place)
     with interruptible() as stopped, Board(console, study) as board:
@@ -151,7 +152,7 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
         finally:
             crew.signal(signal.SIGKILL)
     entries = ledger.entries()
-    clear(place.out / "workers")
+    clear(ledger.presence)
     return all(entry.state == "done" for entry in entries.values())
 
 
