@@ -1,0 +1,115 @@
+"""A study on real processes: killed, continued, shared; one arm diverges."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from osculate.experiments.study.definition import Study
+from osculate.experiments.study.ledger import Ledger, open_storage
+from osculate.experiments.study.reading import read_study
+
+STUDY = """
+seeds = [1, 2]
+[[problems]]
+name = "curves-autoencoder"
+options = { size = "small" }
+batch_size = 1000
+[budget]
+epochs = 3
+[tuning]
+trials = 3
+[arms.sgdm]
+method = "sgdm"
+space = { lr = { log = [1e-3, 1e-2] } }
+[arms.diverging]
+method = "sgdm"
+lr = 1e9
+"""
+RUNS = 3 + 2 + 2
+MAIN = "from osculate.experiments.cli import main; main()"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(STUDY)
+    return path
+
+
+def start(file: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", MAIN, "study", str(file), "--out", str(out), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def wait_for(process: subprocess.Popen[str], words: str, count: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        count -= words in line
+        if not count:
+            return
+    pytest.fail(f"the study ended before it said {words!r}")
+
+
+def statuses(out: Path) -> dict[Path, dict[str, object]]:
+    return {path.parent: json.loads(path.read_text()) for path in out.glob("runs/*/*/*/status.json")}
+
+
+def check_complete(out: Path, study: Study, url: str | None = None) -> None:
+    """Every run is there once, with metrics in order; the diverging arm's are misses."""
+    entries = Ledger(open_storage(out, url), study, out / "workers").entries()
+    assert len(entries) == RUNS and all(entry.state == "done" for entry in entries.values())
+    assert all((entry.value is None) == (slot.arm == "diverging") for slot, entry in entries.items())
+
+
+def check_folder(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["iterations"] for line in lines]
+    assert steps == sorted(set(steps))
+    trial = json.loads((folder / "trial.json").read_text())
+    assert (trial["value"] is None) == (trial["arm"] == "diverging")
+    assert trial["value"] is None or (trial["value"] == lines[-1]["train_loss"] and steps[-1] == 12)
+
+
+def test_killed_in_the_middle_the_same_command_finishes_and_repeats_nothing(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    first = start(file, out, "--workers", "2")
+    wait_for(first, "]", 1)  # one run is done, others are under way
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    time.sleep(0.5)  # the workers notice
+    finished = {path: (path / "status.json").stat().st_mtime_ns for path, s in statuses(out).items() if s["status"] == "finished"}
+    assert finished and len(statuses(out)) < RUNS
+    second = start(file, out, "--workers", "2")
+    said, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, said
+    assert "runs are done already" in said and "all runs are done" in said
+    assert {path: (path / "status.json").stat().st_mtime_ns for path in finished} == finished
+    check_complete(out, read_study(file))
+    assert len(statuses(out)) == RUNS
+    for folder in statuses(out):
+        check_folder(folder)
+    assert not (out / "workers").exists()
+
+
+def test_two_commands_share_one_database_and_ctrl_c_gives_back(file: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'book.db'}"
+    first = start(file, tmp_path / "one", "--storage", url)
+    wait_for(first, "started", 1)
+    second = start(file, tmp_path / "two", "--storage", url)
+    wait_for(second, "started", 1)
+    first.send_signal(signal.SIGINT)
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode in (0, 130), said
+    said, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, said
+    check_complete(tmp_path / "two", read_study(file), url)
+    done = [s for out in ("one", "two") for s in statuses(tmp_path / out).values() if s["status"] != "interrupted"]
+    assert len(done) == RUNS
