@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import ArgumentError, NumericalError
+from ..preconditioners.linalg import inner_product
 from ..stepsize.constant import ConstantStep
 from .blocks import Block
 from .method import Method
@@ -150,8 +151,11 @@ def _sum_of_squares(values: Sequence[Tensor]) -> Tensor:
         groups.setdefault((value.dtype, value.device), []).append(value.detach())
     device = values[0].device
     sums: list[Tensor] = []
-    for (dtype, _), entries in groups.items():
+    for (dtype, place), entries in groups.items():
         half = dtype in (torch.float16, torch.bfloat16)
+        if place.type == "cpu" and not half:  # half the time of norms
+            sums.append(torch.stack([inner_product(value, value) for value in entries]).sum().to(device))
+            continue
         norms = torch._foreach_norm(entries, 2, torch.float32) if half else torch._foreach_norm(entries)
         sums.append(torch.stack(list(norms)).square().sum().to(device))
     return torch.stack([value.double() for value in sums]).sum() if len(sums) > 1 else sums[0]

@@ -17,6 +17,7 @@ from ..curvature.sampling import seeded_generator
 from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from ..errors import ArgumentError, NumericalError
 from ..preconditioners.levenberg_marquardt import AdaptiveDamping
+from ..preconditioners.linalg import inner_product
 from ..preconditioners.protocol import Events
 from ..stepsize.protocol import StepEvidence, StepSize
 from .arguments import as_number
@@ -188,7 +189,7 @@ class StepRule:
         forms = evidence.forms if self.judge.curvature == self.rule.curvature else None
         if forms is None:
             forms = self._forms(self.judge.curvature, step, pieces, statistics, products)
-        slopes = self._sums(pieces, lambda piece: _dot(piece.gradient, piece.direction))
+        slopes = self._sums(pieces, lambda piece: inner_product(piece.gradient, piece.direction))
         alpha = torch.as_tensor(sizes, dtype=slopes.dtype, device=slopes.device).expand_as(slopes)
         return torch.dot(alpha, slopes) - 0.5 * torch.dot(alpha, forms @ alpha)
 
@@ -206,13 +207,13 @@ class StepRule:
         form = self.rule.curvature if self.rule.due(step) else None
         gradient_slopes = None
         if self.rule.needs & Needs.SLOPES:
-            gradient_slopes = self._sums(pieces, lambda piece: _dot(piece.gradient, piece.direction))
+            gradient_slopes = self._sums(pieces, lambda piece: inner_product(piece.gradient, piece.direction))
         return StepEvidence(
             names,
             lr,
-            slopes=self._sums(pieces, lambda piece: piece.correction * _dot(piece.momentum, piece.direction)),
+            slopes=self._sums(pieces, lambda piece: piece.correction * inner_product(piece.momentum, piece.direction)),
             gradient_slopes=gradient_slopes,
-            squared_norms=self._sums(pieces, lambda piece: _dot(piece.direction, piece.direction)),
+            squared_norms=self._sums(pieces, lambda piece: inner_product(piece.direction, piece.direction)),
             parameter_norms=self._norms() if self.rule.needs & Needs.NORMS else None,
             forms=None if form is None else self._forms(form, step, pieces, statistics, products),
         )
@@ -284,10 +285,3 @@ def _pieces(
         missing = {name: _Piece(zero, zero, 1.0, zero) for name, zero in zeros.items()}
         result[layer.name] = {name: (found[layer.name] | missing)[name] for name in layer.parameters}
     return result
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Inner product; without a temporary where both are contiguous."""
-    if left.is_contiguous() and right.is_contiguous():
-        return torch.dot(left.view(-1), right.view(-1))
-    return torch.sum(left * right)

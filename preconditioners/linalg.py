@@ -21,6 +21,7 @@ __all__ = [
     "add_to_diagonal",
     "bfgs_inverse_update_",
     "factorisation_dtype",
+    "inner_product",
     "inverse_of_many",
     "newton_schulz",
     "stack",
@@ -41,6 +42,13 @@ _PANEL = 256
 def factorisation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half-precision statistics are factorised in float32; everything else in its own type."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def inner_product(left: Tensor, right: Tensor) -> Tensor:
+    """Sum of the products of all entries of two tensors of one shape; without a temporary where both are contiguous."""
+    if left.is_contiguous() and right.is_contiguous():
+        return torch.dot(left.view(-1), right.view(-1))
+    return torch.sum(left * right)
 
 
 def add_to_diagonal(matrix: Tensor, value: float) -> Tensor:

@@ -209,6 +209,30 @@ def test_every_method_walks_as_without_the_other_passes(name: str, pause: bool) 
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["kbfgs", "kbfgs-l", "joint-kbfgs"])
+@pytest.mark.parametrize("backend", ["hooks", "func"])
+def test_a_paused_backward_inside_a_closure_that_is_evaluated_again(name: str, backend: str) -> None:
+    """Looking back freezes the parameters: the paused pass must be able to go backward all the same."""
+    ends = []
+    for disturbed in (False, True):
+        model = make("mlp")
+        optimizer = build(name, model, backend=backend)
+        for index in range(3):
+            x, y = data(seed=index)
+            plain = closure_of(optimizer, model, x, y)
+
+            def closure(plain=plain, model=model, optimizer=optimizer, x=x, disturbed=disturbed):  # type: ignore[no-untyped-def]
+                loss = plain()
+                if disturbed:
+                    with optimizer.paused():
+                        model(x + 1).square().mean().mul(0.0).backward()
+                return loss
+
+            optimizer.step(closure)
+        ends.append(flat(model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backward_that_keeps_its_graph_for_products_counts(backend: str) -> None:
     """It is ``torch.autograd.grad`` behind the scenes, but fills ``.grad``; the user's own calls of it do not."""
