@@ -118,10 +118,10 @@ class Calls:
 
     def discard_complete(self) -> None:
         """Forget the gradients that have arrived; a call lives on if its graph does, for another backward."""
+        self._kept = [call for call in self._kept if not call.complete]
         for call in self:
             if call.complete:
                 call.forget_gradient()
-        self._kept = [call for call in self._kept if call.complete]
         self._references = [reference for reference in self._references if reference() is not None]
 
     def clear(self) -> None:
