@@ -9,6 +9,8 @@ import pytest
 from osculate.errors import UnknownNameError
 from osculate.experiments.docstrings import describe
 from osculate.experiments.listing import exported_name, show_methods, show_parts
+from osculate.experiments.problem_listing import show_problems
+from osculate.experiments.problems import PROBLEMS, get_problem
 from rich.console import Console
 
 
@@ -141,3 +143,27 @@ def test_a_docstring_taken_apart() -> None:
         ("inner", "Inner(size=5)", "made anew."),
         ("unsaid", "x", ""),
     ]
+
+
+class TestProblems:
+    def test_the_table_has_every_problem_and_pieces_of_names_choose(self) -> None:
+        text = shown(show_problems, width=200)
+        assert all(name in text for name in PROBLEMS)
+        chosen = shown(show_problems, "gcn", "logistic", width=200)
+        assert {name for name in PROBLEMS if name in chosen} == {"cora-gcn", "citeseer-gcn", "pubmed-gcn", "logistic"}
+        with pytest.raises(UnknownNameError, match="problem 'cifra'"):
+            shown(show_problems, "cifra")
+
+    @pytest.mark.parametrize("name", PROBLEMS)
+    def test_a_page_says_where_the_data_come_from_and_what_can_be_chosen(self, name: str) -> None:
+        text, problem = squeezed(shown(show_problems, name, width=120)), get_problem(name)
+        for fact in (problem.summary, problem.source.title, problem.source.licence, problem.source.citation):
+            assert squeezed(fact) in text
+        assert "size" in text and "batch" in text
+        if problem.target is not None:
+            assert f"{problem.target.metric}{problem.target.value:g}" in text
+        for method, numbers in problem.settings.items():
+            assert squeezed(f"{method} takes") in text
+            assert all(f"{option}{value:g}" in text for option, value in numbers.items())
+        options = shown(show_problems, name, width=120).split("options")[1]
+        assert "source" not in options and "classes" not in options
