@@ -37,12 +37,15 @@ class Effort:
         dense: blocks up to this many parameters are treated as dense matrices, >= 1.
         probes: random vectors behind each Frobenius norm of larger ones, >= 1.
         tolerance: relative accuracy of their eigenvalues and directions, > 0.
+        restarts: how often an eigenvalue that 60 Lanczos steps do not find to that accuracy is pursued, >= 0. With 0,
+            norms and condition numbers of larger blocks are lower bounds, close ones as a rule.
         largest: blocks with more parameters are left out, >= 1; ``None``: none is.
     """
 
     dense: int = 600
     probes: int = 12
     tolerance: float = 1e-3
+    restarts: int = 0
     largest: int | None = None
 
     def __post_init__(self) -> None:
@@ -194,7 +197,7 @@ def _extremes(
     operator: SymmetricOperator, effort: Effort, metric: tuple[SymmetricOperator, SymmetricOperator] | None = None
 ) -> tuple[float, float]:
     if operator.size > effort.dense:
-        return operator.extremes(metric, effort.tolerance)
+        return operator.extremes(metric, effort.tolerance, effort.restarts)
     matrix = operator.dense()
     if metric is not None:
         factor = torch.linalg.cholesky(metric[0].dense())
@@ -268,7 +271,7 @@ def _errors(structure: SymmetricOperator, truth: SymmetricOperator, norm: float,
         approximate, exact = structure.dense(), truth.dense()
         top = float(torch.linalg.eigvalsh(approximate - exact).abs().max() / norm)
     else:
-        top = (structure - truth).norm(effort.tolerance) / norm
+        top = (structure - truth).norm(effort.tolerance, effort.restarts) / norm
         drawn = signs(truth, effort.probes, torch.Generator().manual_seed(0))
         approximate = torch.stack([structure.product(vector) for vector in drawn])
         exact = torch.stack([truth.product(vector) for vector in drawn])

@@ -75,35 +75,50 @@ class SymmetricOperator:
 
         return LinearOperator((self.size, self.size), matvec=product, dtype=np.float64)
 
-    def extremes(self, metric: Metric | None = None, tolerance: float = 1e-8) -> tuple[float, float]:
+    def extremes(
+        self, metric: Metric | None = None, tolerance: float = 1e-8, restarts: int = _RESTARTS
+    ) -> tuple[float, float]:
         """Smallest and largest eigenvalue.
+
+        One Lanczos run finds both; scipy's iteration goes on with an end whose error bound is still too large.
 
         Args:
             metric: a positive definite C and its inverse: eigenvalues of C^-1 times this matrix.
-            tolerance: relative accuracy, > 0; where the iteration does not get there its best value counts.
+            tolerance: accuracy relative to the value, > 0; to a thousandth of the largest one for values below that.
+            restarts: of scipy's iteration, >= 0. Where they are used up the best Ritz value counts, which lies inside
+                the spectrum.
         """
         if self.size <= _DENSE:
             values = _dense_eigenvalues(self, metric)
             return float(values[0]), float(values[-1])
-        return self._eigenvalue("SA", metric, tolerance), self._eigenvalue("LA", metric, tolerance)
+        start = torch.as_tensor(np.random.default_rng(0).standard_normal(self.size), device=self.device)
+        errors = [float("inf")] * 2
 
-    def norm(self, tolerance: float = 1e-8) -> float:
-        """Operator norm."""
-        if self.size <= _DENSE:
-            return float(torch.linalg.eigvalsh(self.dense()).abs().max())
-        return abs(self._eigenvalue("LM", None, tolerance))
+        def close(values: Tensor, bounds: Tensor) -> bool:
+            largest = float(values.abs().max())
+            allowed = tolerance * values[[0, -1]].abs().clamp(min=1e-3 * largest)
+            errors[:] = (bounds[[0, -1]] - allowed).tolist()
+            return max(errors) <= 0.0
 
-    def _eigenvalue(self, which: str, metric: Metric | None, tolerance: float) -> float:
+        values = lanczos(self, start, _ROOM, metric, close)[0]
+        ends = [float(values[0]), float(values[-1])]
+        for index, which in enumerate(("SA", "LA")):
+            if errors[index] > 0.0 and restarts:
+                ends[index] = self._eigenvalue(which, metric, (tolerance, restarts), ends[index])
+        return ends[0], ends[1]
+
+    def norm(self, tolerance: float = 1e-8, restarts: int = _RESTARTS) -> float:
+        """Operator norm; arguments as :meth:`extremes`."""
+        return max(abs(value) for value in self.extremes(None, tolerance, restarts))
+
+    def _eigenvalue(self, which: str, metric: Metric | None, effort: tuple[float, int], otherwise: float) -> float:
         start = np.random.default_rng(0).standard_normal(self.size)
         given: dict[str, Any] = {} if metric is None else {"M": metric[0].scipy(), "Minv": metric[1].scipy()}
-        options: dict[str, Any] = {"k": 1, "which": which, "tol": tolerance, "v0": start, "return_eigenvectors": False}
+        options: dict[str, Any] = {"tol": effort[0], "maxiter": effort[1], "v0": start, "return_eigenvectors": False}
         try:
-            room = min(self.size, _ROOM)
-            return float(eigsh(self.scipy(), ncv=room, maxiter=_RESTARTS, **options, **given)[0])
+            return float(eigsh(self.scipy(), k=1, which=which, ncv=min(self.size, _ROOM), **options, **given)[0])
         except ArpackNoConvergence:  # tightly clustered, as at the zeros of a singular matrix: a Ritz value will do
-            begin = torch.as_tensor(start, device=self.device)
-            values = lanczos(self, begin, 2 * _ROOM, metric)[0]
-            return float({"SA": values[0], "LA": values[-1], "LM": values[values.abs().argmax()]}[which])
+            return otherwise
 
 
 Metric = tuple[SymmetricOperator, SymmetricOperator]
@@ -142,7 +157,11 @@ def signs(operator: SymmetricOperator, probes: int, generator: torch.Generator) 
 
 
 def lanczos(
-    operator: SymmetricOperator, start: Tensor, steps: int, metric: Metric | None = None
+    operator: SymmetricOperator,
+    start: Tensor,
+    steps: int,
+    metric: Metric | None = None,
+    enough: Callable[[Tensor, Tensor], bool] = lambda values, bounds: False,
 ) -> tuple[Tensor, Tensor]:
     """Lanczos' tridiagonal matrix with full reorthogonalisation.
 
@@ -151,35 +170,45 @@ def lanczos(
         start: (d,) not zero.
         steps: >= 1; fewer are taken where the Krylov space ends.
         metric: a positive definite C and its inverse: of C^-1 M, in the inner product of C.
+        enough: asked after every tenth step with the Ritz values so far and a bound of the distance of each to an
+            eigenvalue; true ends the iteration.
 
     Returns:
         Ritz values, ascending, and the weights of the quadrature they are nodes of (summing to 1).
     """
     own = SymmetricOperator(operator.size, lambda v: v, operator.device)
     product, solve = (own, own) if metric is None else metric
-    dual = product.product(start)
-    length = float(torch.dot(start, dual).sqrt())
-    basis, duals = [start / length], [dual / length]
+    room = min(steps, operator.size)
+    basis = start.new_empty(room, operator.size)
+    duals = basis if metric is None else torch.empty_like(basis)
+    residual, dual = start, product.product(start)
     diagonal: list[float] = []
-    beside: list[float] = []
-    for _ in range(min(steps, operator.size)):
-        image = operator.product(basis[-1])
-        diagonal.append(float(torch.dot(image, basis[-1])))
-        residual, kept, weights = solve.product(image), torch.stack(basis), torch.stack(duals)
+    beside = [float(torch.dot(start, dual).sqrt())]
+    for size in range(1, room + 1):
+        basis[size - 1], duals[size - 1] = residual / beside[-1], dual / beside[-1]
+        image = operator.product(basis[size - 1])
+        diagonal.append(float(torch.dot(image, basis[size - 1])))
+        residual = solve.product(image)
         for _ in range(2):  # twice is enough
-            residual = residual - kept.T @ (weights @ residual)
+            residual = residual - basis[:size].T @ (duals[:size] @ residual)
         dual = product.product(residual)
         length = float(torch.dot(residual, dual).clamp(min=0.0).sqrt())
-        if length <= 1e-12 * (abs(diagonal[-1]) + sum(beside[-1:]) + 1e-300):
-            break
+        if length <= 1e-12 * (abs(diagonal[-1]) + sum(beside[1:][-1:]) + 1e-300):
+            length = 0.0
+        if length == 0.0 or size % 10 == 0:
+            values, vectors = _tridiagonal(diagonal, beside[1:])
+            if enough(values, length * vectors[-1].abs()) or length == 0.0:
+                break
         beside.append(length)
-        basis.append(residual / length)
-        duals.append(dual / length)
-    size = len(diagonal)
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    off = torch.tensor(beside[: size - 1], dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(matrix + torch.diag(off, 1) + torch.diag(off, -1))
+    values, vectors = _tridiagonal(diagonal, beside[1 : len(diagonal)])
     return values, vectors[0].square()
+
+
+def _tridiagonal(diagonal: list[float], beside: list[float]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors."""
+    matrix, off = (torch.tensor(entries, dtype=torch.float64) for entries in (diagonal, beside))
+    values, vectors = torch.linalg.eigh(torch.diag(matrix) + torch.diag(off, 1) + torch.diag(off, -1))
+    return values, vectors
 
 
 @dataclass(frozen=True)

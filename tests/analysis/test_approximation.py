@@ -93,7 +93,7 @@ def test_spectra_agree_with_curvlinops(which: str) -> None:
     assert torch.allclose(found, expected, atol=1e-6 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("effort", [Effort(), Effort(dense=1, probes=200, tolerance=1e-10)], ids=["dense", "products"])
+@pytest.mark.parametrize("effort", [Effort(), Effort(dense=1, probes=200, tolerance=1e-10, restarts=20)], ids=["dense", "products"])
 def test_the_exact_structure_is_perfect(effort: Effort) -> None:
     model, probe = case()
     for quality in measure_approximation(stepped(EXACT, model, probe, 1), probe, targets=("ggn",), effort=effort):
@@ -132,7 +132,7 @@ def test_products_and_dense_matrices_tell_the_same_of_every_method(method: str) 
     optimizer = stepped(method, model, probe, 3)
     few, many = (
         measure_approximation(optimizer, probe, targets=("ggn",), damping=0.1, effort=effort)
-        for effort in (Effort(), Effort(dense=1, probes=100, tolerance=1e-8))
+        for effort in (Effort(), Effort(dense=1, probes=100, tolerance=1e-8, restarts=20))
     )
     for dense, products in zip(few, many, strict=True):
         assert -1.0 <= dense.cosine <= 1.0
