@@ -22,7 +22,10 @@ from ..errors import ArgumentError, NumericalError
 from ..framework.optimizer import SecondOrder
 from .exact_blocks import Probe
 
-__all__ = ["StepQuality", "compare_steps", "settle"]
+__all__ = ["MULTIPLES", "StepQuality", "compare_steps", "settle"]
+
+MULTIPLES = tuple(index / 8.0 for index in range(17))
+"""Of a step, at which the loss along it is measured."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class StepQuality:
         norm: |p| over all parameters.
         best_multiple: c > 0 that minimises the quadratic model along c p; ``nan`` where it has no minimum. Below 1 the
             step is too long, above 1 too short.
+        along: loss of the mini-batch at ``MULTIPLES`` of the step; ``None`` if there was none.
         cosines: of the angles to the steps of all methods, by name.
         trouble: why the method took no step, else empty.
     """
@@ -53,13 +57,15 @@ class StepQuality:
     ratio: float = math.nan
     norm: float = math.nan
     best_multiple: float = math.nan
+    along: tuple[float, ...] | None = None
     cosines: Mapping[str, float] | None = None
     trouble: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, one column per angle."""
+        """Plain values, one column per angle; not the loss along the step."""
         own = asdict(self)
         cosines = own.pop("cosines") or {}
+        own.pop("along")
         return own | {f"cosine {name}": value for name, value in cosines.items()}
 
 
@@ -147,6 +153,7 @@ def _measured(name: str, before: nn.Module, model: nn.Module, probe: Probe, loss
         actual / predicted if predicted else math.nan,
         float(torch.linalg.vector_norm(flat)),
         -slope / curvature if curvature > 0.0 > slope else math.nan,
+        objective.at(point, step),
     )
 
 
@@ -160,6 +167,11 @@ class _Objective:
     def __call__(self, values: Mapping[str, Tensor]) -> Tensor:
         output = functional_call(self.model, dict(values), (self.probe.inputs,))
         return self.probe.loss(output, self.probe.targets)
+
+    @torch.no_grad()
+    def at(self, point: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> tuple[float, ...]:
+        """Losses at multiples of the step."""
+        return tuple(float(self({key: point[key] + c * step[key] for key in point})) for c in MULTIPLES)
 
     def along(self, point: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> tuple[float, float]:
         """g'p and p'Hp."""

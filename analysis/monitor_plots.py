@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from ..errors import ArgumentError
-from ..framework.build import build
+from ..errors import ArgumentError, NumericalError
 from ..framework.optimizer import SecondOrder
-from ..framework.published import kbfgs
-from ..preconditioners.bfgs import BFGS
-from ..preconditioners.kronecker import Kronecker
-from ..preconditioners.pairs import (
-    DoubleDamping,
-    MergedDoubleDamping,
-    NoDamping,
-    PairDamping,
-    PowellH,
-    PowellThenLM,
-)
-from ..stepsize.guard import NoGuard
 from .eigenvalue_monitor import EigenvalueBounds
 from .readings import Memory, Reading, WatchCertificate
 from .theorem import Curve, Inequality, Plot
 from .watching import watch
 
-__all__ = ["PAIR_DAMPINGS", "BoundedRun", "bounded_plots", "bounded_run", "read_readings", "reading_plots"]
-
-PAIR_DAMPINGS: Mapping[str, PairDamping] = {
-    "double damping": DoubleDamping(),
-    "Powell, then LM": PowellThenLM(),
-    "Powell on H": PowellH(),
-    "merged": MergedDoubleDamping(),
-    "none": NoDamping(),
-}
-"""The dampings of pairs that are compared."""
+__all__ = ["BoundedRun", "bounded_plots", "bounded_run", "read_readings", "reading_plots"]
 
 
 def read_readings(path: Path) -> list[Reading]:
@@ -54,7 +31,7 @@ def read_readings(path: Path) -> list[Reading]:
         for line in path.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             measured, bound = (float("nan") if entry[key] is None else entry[key] for key in ("measured", "bound"))
-            inequality = Inequality(entry["claim"], measured, bound, entry["direction"])
+            inequality = Inequality(entry["claim"], measured, bound, entry["direction"], tolerance=entry["tolerance"])
             found.append(Reading(entry["step"], entry["monitor"], entry["layer"], inequality))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ArgumentError(
@@ -64,118 +41,125 @@ def read_readings(path: Path) -> list[Reading]:
     return found
 
 
-def reading_plots(readings: Iterable[Reading], monitor: str = "EigenvalueBounds") -> tuple[Plot, ...]:
-    """One plot per claim and layer of a monitor: what was measured beside its bound, over steps."""
-    grouped: dict[tuple[str, str], list[Reading]] = {}
+def reading_plots(readings: Iterable[Reading]) -> tuple[Plot, ...]:
+    """One plot per claim of every monitor: over steps, the layer closest to its bound, or furthest beyond it."""
+    grouped: dict[tuple[str, str], dict[int, Reading]] = {}
     for reading in readings:
-        if reading.monitor == monitor:
-            grouped.setdefault((reading.layer, reading.inequality.name), []).append(reading)
-    return tuple(_plot(f"{layer}: {claim}" if layer else claim, own) for (layer, claim), own in grouped.items())
+        steps = grouped.setdefault((reading.monitor, reading.inequality.name), {})
+        other = steps.get(reading.step)
+        if other is None or _urgency(reading) < _urgency(other):
+            steps[reading.step] = reading
+    return tuple(_plot(key, list(own.values())) for key, own in grouped.items())
 
 
-def _plot(title: str, readings: Sequence[Reading]) -> Plot:
+def _urgency(reading: Reading) -> tuple[bool, float]:
+    """Violations before what held, then by margin; what is not a number comes first."""
+    margin = reading.inequality.margin
+    return reading.inequality.holds, -math.inf if math.isnan(margin) else margin
+
+
+def _plot(key: tuple[str, str], readings: Sequence[Reading]) -> Plot:
     steps = [float(entry.step) for entry in readings]
     measured = [entry.inequality.measured for entry in readings]
     bound = [entry.inequality.bound for entry in readings]
+    broken = sum(not entry.inequality.holds for entry in readings)
+    layers = Counter(entry.layer for entry in readings if entry.layer).most_common(1)
+    where = f", mostly layer {layers[0][0]}" if layers else ""
+    title = f"{key[0]}: {key[1]}\n" + (f"VIOLATED at {broken} steps" if broken else "held") + where
     curves = (Curve("measured", steps, measured), Curve("bound", steps, bound, "bound"))
-    positive = all(value > 0.0 for value in (*measured, *bound))
+    positive = all(value > 0.0 for value in (*measured, *bound) if not math.isnan(value))
     return Plot(title, "step", "", curves, y_log=positive)
 
 
 @dataclass(frozen=True)
 class BoundedRun:
-    """One training run of the experiment: every reading, the certificate, and the training loss by step."""
+    """One training run in which every H was watched.
+
+    Attributes:
+        readings: all of them.
+        certificate: what they add up to.
+        losses: of the mini-batch at every step.
+        trouble: why the run ended early, else empty.
+    """
 
     readings: list[Reading]
     certificate: WatchCertificate
     losses: list[float]
+    trouble: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: per layer and claim, [step, measured, bound]."""
+        curves: dict[str, dict[str, list[list[Any]]]] = {}
+        for reading in self.readings:
+            row = reading.as_dict()
+            own = curves.setdefault(reading.layer, {}).setdefault(reading.inequality.name, [])
+            own.append([row["step"], row["measured"], row["bound"]])
+        return {
+            "certificate": self.certificate.as_dict(),
+            "trouble": self.trouble,
+            "losses": [value if math.isfinite(value) else None for value in self.losses],
+            "curves": curves,
+        }
 
 
-def bounded_run(pairs: PairDamping, *, steps: int = 150, damping: float = 0.3, seed: int = 0) -> BoundedRun:
-    """Train a small autoencoder with K-BFGS and one damping of pairs, unguarded, and watch every H.
-
-    The data are 400 points near a curved surface of dimension 3 in 16 dimensions, noise included; mini-batches of 50,
-    tanh layers 16-10-3-10-16, float64.
+def bounded_run(optimizer: SecondOrder, train: Callable[[], float], *, steps: int, every: int = 1) -> BoundedRun:
+    """Train and watch the eigenvalues of every quasi-Newton matrix beside their bounds.
 
     Args:
-        pairs: how pairs are damped.
+        optimizer: that ``train`` steps.
+        train: takes one step and returns the loss; a NumericalError of it ends the run.
         steps: >= 1.
-        damping: lambda; in (0, 1) for double damping.
-        seed: of data, parameters and mini-batches.
+        every: steps between two examinations, >= 1.
     """
-    generator = torch.Generator().manual_seed(seed)
-    data, model = _surface(generator), _autoencoder(generator)
-    optimizer = _optimizer(model, pairs, damping)
-    memory, losses = Memory(), []
-    with watch(optimizer, [EigenvalueBounds()], sinks=[memory]) as observed:
-        for _ in range(steps):
-            batch = data[torch.randperm(len(data), generator=generator)[:50]]
-            losses.append(_train(optimizer, model, batch))
-    return BoundedRun(memory.readings, observed.certificate(), losses)
+    memory, trouble = Memory(), ""
+    losses: list[float] = []
+    with watch(optimizer, [EigenvalueBounds()], sinks=[memory], every=every) as observed:
+        try:
+            for _ in range(steps):
+                losses += [train()]
+        except NumericalError as error:
+            trouble = str(error)
+    return BoundedRun(memory.readings, observed.certificate(), losses, trouble)
 
 
-def bounded_plots(runs: Mapping[str, BoundedRun]) -> tuple[Plot, ...]:
-    """Largest and smallest eigenvalue over all layers' H_g, each beside its bound, and E of the input sides.
+_CLAIMS = (
+    ("lambda_max(H)", "largest eigenvalue of any H_g", max),
+    ("lambda_min(H)", "smallest eigenvalue of any H_g", min),
+    ("lambda_min(H^-1 H+)", "U1: smallest eigenvalue of H^-1 H+, any H_g", min),
+    ("lambda_max(E)", "largest eigenvalue of any A^1/2 H_a A^1/2", max),
+    ("lambda_min(E)", "smallest eigenvalue of any A^1/2 H_a A^1/2", min),
+)
+
+
+def bounded_plots(runs: Mapping[str, BoundedRun], name: str = "") -> tuple[Plot, ...]:
+    """Extreme eigenvalues over all layers, each beside its bound at that layer; then the training loss.
 
     Args:
         runs: by name of the damping of pairs.
+        name: of the method, for the titles.
     """
-    shown = (
-        ("lambda_max(H)", "largest eigenvalue of any H_g", max),
-        ("lambda_min(H)", "smallest eigenvalue of any H_g", min),
-        ("lambda_max(E)", "largest eigenvalue of any A^1/2 H_a A^1/2", max),
-        ("lambda_min(E)", "smallest eigenvalue of any A^1/2 H_a A^1/2", min),
-    )
+    before = f"{name}: " if name else ""
     plots = []
-    for claim, title, extreme in shown:
-        curves = []
-        for name, run in runs.items():
-            by_step: dict[int, list[Inequality]] = {}
-            for reading in run.readings:
-                if reading.inequality.name == claim:
-                    by_step.setdefault(reading.step, []).append(reading.inequality)
-            steps = [float(step) for step in by_step]
-            picked = [extreme(entries, key=lambda entry: entry.measured) for entries in by_step.values()]
-            curves.append(Curve(name, steps, [entry.measured for entry in picked]))
-            curves.append(Curve(f"{name}, bound", steps, [entry.bound for entry in picked], "bound"))
-        plots.append(Plot(title, "step", claim, tuple(curves), y_log=True))
-    return tuple(plots)
+    for claim, title, extreme in _CLAIMS:
+        curves: list[Curve] = []
+        for label, run in runs.items():
+            curves += _extremes(run, label, claim, extreme)
+        if curves:
+            plots.append(Plot(before + title, "step", claim, tuple(curves), y_log=True))
+    losses = [Curve(label, range(len(run.losses)), run.losses) for label, run in runs.items()]
+    return (*plots, Plot(f"{before}training", "step", "loss of the mini-batch", tuple(losses), y_log=True))
 
 
-def _optimizer(model: nn.Module, pairs: PairDamping, damping: float) -> SecondOrder:
-    base = kbfgs()
-    assert isinstance(base.preconditioner, Kronecker)
-    structure = replace(base.preconditioner, outputs=BFGS(pairs=pairs))
-    return build(replace(base, preconditioner=structure, guard=NoGuard()), model, lr=0.1, damping=damping)
-
-
-def _surface(generator: torch.Generator) -> Tensor:
-    code = torch.randn(400, 3, dtype=torch.float64, generator=generator)
-    mixing = torch.randn(6, 16, dtype=torch.float64, generator=generator)
-    noise = 0.05 * torch.randn(400, 16, dtype=torch.float64, generator=generator)
-    points: Tensor = torch.tanh(torch.cat([code, code.square() - 1.0], 1) @ mixing / 6**0.5) + noise
-    return points
-
-
-def _autoencoder(generator: torch.Generator) -> nn.Module:
-    widths = (16, 10, 3, 10, 16)
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(widths):
-        linear = nn.Linear(fan_in, fan_out).double()
-        with torch.no_grad():
-            linear.weight.copy_(torch.randn(fan_out, fan_in, dtype=torch.float64, generator=generator) / fan_in**0.5)
-            linear.bias.zero_()
-        layers += [linear, nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-def _train(optimizer: SecondOrder, model: nn.Module, batch: Tensor) -> float:
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = 0.5 * (model(batch) - batch).square().sum() / len(batch)
-        loss.backward()
-        return loss
-
-    loss = optimizer.step(closure)
-    assert loss is not None
-    return float(loss)
+def _extremes(run: BoundedRun, label: str, claim: str, extreme: Callable[..., Inequality]) -> list[Curve]:
+    by_step: dict[int, list[Inequality]] = {}
+    for reading in run.readings:
+        if reading.inequality.name == claim:
+            by_step.setdefault(reading.step, []).append(reading.inequality)
+    if not by_step:
+        return []
+    steps = [float(step) for step in by_step]
+    picked = [extreme(entries, key=lambda entry: entry.measured) for entries in by_step.values()]
+    return [
+        Curve(label, steps, [entry.measured for entry in picked]),
+        Curve(f"{label}, bound", steps, [entry.bound for entry in picked], "bound"),
+    ]

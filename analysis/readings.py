@@ -42,6 +42,7 @@ class Reading:
             "measured": _finite(entry.measured),
             "direction": entry.direction,
             "bound": _finite(entry.bound),
+            "tolerance": _finite(entry.tolerance),
             "holds": entry.holds,
         }
 

@@ -114,9 +114,9 @@ class SymmetricOperator:
     def _eigenvalue(self, which: str, metric: Metric | None, effort: tuple[float, int], otherwise: float) -> float:
         start = np.random.default_rng(0).standard_normal(self.size)
         given: dict[str, Any] = {} if metric is None else {"M": metric[0].scipy(), "Minv": metric[1].scipy()}
-        options: dict[str, Any] = {"tol": effort[0], "maxiter": effort[1], "v0": start, "return_eigenvectors": False}
+        given |= {"which": which, "tol": effort[0], "maxiter": effort[1], "ncv": min(self.size, _ROOM), "v0": start}
         try:
-            return float(eigsh(self.scipy(), k=1, which=which, ncv=min(self.size, _ROOM), **options, **given)[0])
+            return float(eigsh(self.scipy(), k=1, return_eigenvectors=False, **given)[0])
         except ArpackNoConvergence:  # tightly clustered, as at the zeros of a singular matrix: a Ritz value will do
             return otherwise
 

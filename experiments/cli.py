@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from ..errors import OsculateError
+from .bounded import BoundedTraining
 from .catalogue import Bench, Methods, Problems
 from .certify import Certify
 from .commands import Compare, Replay, Train
@@ -38,6 +39,7 @@ Command = (
     | Annotated[ExportSubmission, tyro.conf.subcommand("export-submission")]
     | Annotated[RunStudy, tyro.conf.subcommand("study")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[BoundedTraining, tyro.conf.subcommand("bounded-training")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Microscope, tyro.conf.subcommand("microscope")]
     | Annotated[CompareStructures, tyro.conf.subcommand("compare-structures")]

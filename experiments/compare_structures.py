@@ -45,7 +45,7 @@ class CompareStructures:
     steps. The folder gets structures.csv, one line per structure and layer.
     """
 
-    folder: Annotated[Path | None, tyro.conf.arg(name="run", metavar="RUN", help_behavior_hint="")] = None
+    folder: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
     """Folder of a run. Default: a fresh network of --problem."""
     problem: str = "curves-autoencoder"
     """Problem where no run is given; 'osculate problems' lists them."""
@@ -63,7 +63,7 @@ class CompareStructures:
     """Mini-batches on which statistics are gathered."""
     targets: tuple[Target, ...] = ("ggn",)
     """Exact matrices to compare with; the table shows the first."""
-    largest: int = 1500
+    largest: int = 600
     """Layers with more parameters are left out."""
     seed: int = 0
     """Of the network and the order of the data."""

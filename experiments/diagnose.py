@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from ..analysis.approximation import BlockQuality, Effort, measure_approximation
+from ..analysis.approximation import BlockQuality, Effort, ExactBlock, measure_approximation
 from ..analysis.exact_blocks import Target
 from ..analysis.microscope import compare_steps
 from ..analysis.monitor_plots import read_readings, reading_plots
-from ..analysis.theorem import Curve, Plot
+from ..analysis.quality_plots import approximation_plots, spectrum_plots, step_plots
+from ..analysis.theorem import Plot
 from ..framework.build import build
 from .environment import prepare_process
 from .records import RunFolder, write_json
@@ -32,12 +32,12 @@ _SHOWN = {
     "target": "against",
     "parameters": "parameters",
     "error_frobenius": "error",
-    "error_scaled": "error, best scale",
-    "error_operator": "error, operator norm",
-    "cosine": "cosine to exact",
+    "error_scaled": "best scale",
+    "error_operator": "operator norm",
+    "cosine": "cosine",
     "cosine_gradient": "of the gradient",
     "condition_before": "condition",
-    "condition_after": "preconditioned",
+    "condition_after": "after",
 }
 _STEPS = {
     "method": "method",
@@ -53,17 +53,17 @@ _STEPS = {
 class Diagnose:
     """Measure how well a run's preconditioner fits the exact curvature, layer by layer, and draw it.
 
-    Goes over the checkpoints that 'osculate train --keep-checkpoints' kept and the last one; where 'train --watch' let
-    monitors examine the run, what they saw is drawn too. The folder gets approximation.csv, approximation.png and,
-    for a watched run, monitors.png.
+    Goes over the checkpoints that 'osculate train --keep-checkpoints' kept, else takes the last one. The folder gets
+    approximation.csv, approximation.png, spectra.png (of the exact matrices at the last checkpoint) and, where
+    'train --watch' let monitors examine the run, monitors.png.
     """
 
     folder: Run
     """Folder of a run."""
     samples: int = 100
     """Samples of the mini-batch that defines the exact curvature."""
-    targets: tuple[Target, ...] = ("ggn", "hessian")
-    """Exact matrices to compare with; the Gauss-Newton matrix is the Fisher matrix of these likelihoods."""
+    targets: tuple[Target, ...] = ("ggn",)
+    """Exact matrices: ggn (the Fisher matrix of these likelihoods), hessian; equal in networks of rectified units."""
     dense: int = 600
     """Layers up to this many parameters are treated as dense matrices, larger ones through products."""
     largest: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
@@ -79,19 +79,23 @@ class Diagnose:
         """Measure, print, draw, and return the exit status."""
         prepare_process()
         folder, out = RunFolder(self.folder), self.out or self.folder / "diagnosis"
-        require_folder(out, "approximation.csv", "approximation.png", "monitors.png")
+        require_folder(out, "approximation.csv", "approximation.png", "spectra.png", "monitors.png")
         rows: list[dict[str, Any]] = []
         last: list[BlockQuality] = []
         effort = Effort(self.dense, largest=self.largest)
+        known: dict[tuple[str, tuple[str, ...], str], ExactBlock] = {}
         for source in self._sources(folder):
             run = reopen(folder, self.data_dir, source, self.device)
             (probe,) = probes(run.problem, run.data, self.samples, 1)
-            last = measure_approximation(run.optimizer, probe, targets=self.targets, effort=effort)
+            known.clear()
+            with console.status(f"measuring after {run.iterations} iterations"):
+                last = measure_approximation(run.optimizer, probe, targets=self.targets, effort=effort, known=known)
             rows += [{"iterations": run.iterations} | quality.as_dict() for quality in last]
         write_rows(out / "approximation.csv", rows)
         title = f"{rows[-1]['part']} after {rows[-1]['iterations']} iterations" if rows else "nothing was measured"
         print_table(console, title, [quality.as_dict() for quality in last], _SHOWN)
         _draw(approximation_plots(rows), out / "approximation")
+        _draw(spectrum_plots(known), out / "spectra")
         if folder.monitors_file.exists():
             _draw(reading_plots(read_readings(folder.monitors_file)), out / "monitors")
         console.print(f"table and figures lie in {out}", highlight=False, markup=False, soft_wrap=True)
@@ -100,32 +104,6 @@ class Diagnose:
     def _sources(self, folder: RunFolder) -> list[Path | None]:
         """Every kept checkpoint; the last one where none was kept."""
         return [*folder.kept_checkpoints()] or [None]
-
-
-def approximation_plots(rows: Sequence[dict[str, Any]]) -> tuple[Plot, ...]:
-    """Over iterations, one curve per layer: error at the best scale, cosine to the exact direction, conditions.
-
-    Args:
-        rows: of :class:`BlockQuality`, each with its ``iterations``.
-    """
-    shown = (
-        ("error_scaled", "relative Frobenius error at the best scale", False),
-        ("cosine", "cosine to the exact damped direction", False),
-        ("condition_before", "condition number", True),
-        ("condition_after", "condition number, preconditioned", True),
-    )
-    plots = []
-    for target in dict.fromkeys(row["target"] for row in rows):
-        for name, title, log in shown:
-            curves = []
-            for block in dict.fromkeys(row["block"] for row in rows):
-                own = [row for row in rows if row["block"] == block and row["target"] == target]
-                points = [(float(row["iterations"]), row[name]) for row in own if math.isfinite(row[name])]
-                if points:
-                    steps, values = zip(*points, strict=True)
-                    curves.append(Curve(f"layer {block}", steps, values))
-            plots.append(Plot(f"{target}: {title}", "iterations", name, tuple(curves), y_log=log and bool(curves)))
-    return tuple(plots)
 
 
 def _draw(plots: Sequence[Plot], stem: Path) -> None:
@@ -144,7 +122,8 @@ class Microscope:
     method has those of the run. Predicted is the reduction of the loss in the quadratic model with the exact Hessian;
     the best multiple of a step minimises that model along it.
 
-    The folder gets microscope.csv and microscope.json. Exit status: 0, or 1 if a method broke down.
+    The folder gets microscope.csv, microscope.json and microscope.png, the loss along every step. Exit status: 0, or 1
+    if a method broke down.
     """
 
     folder: Run
@@ -164,7 +143,7 @@ class Microscope:
         """Compare, print, write, and return the exit status."""
         prepare_process()
         out = self.out or self.folder / "microscope"
-        require_folder(out, "microscope.csv", "microscope.json")
+        require_folder(out, "microscope.csv", "microscope.json", "microscope.png")
         run = reopen(RunFolder(self.folder), self.data_dir, device=self.device)
         optimizers = {
             name: run.optimizer
@@ -183,5 +162,6 @@ class Microscope:
                 console.print(f"{quality.method} took no step: {quality.trouble}", markup=False, soft_wrap=True)
         write_rows(out / "microscope.csv", rows)
         write_json(out / "microscope.json", {"iterations": run.iterations, "steps": rows})
-        console.print(f"table lies in {out}", highlight=False, markup=False, soft_wrap=True)
+        _draw(step_plots(found), out / "microscope")
+        console.print(f"table and figure lie in {out}", highlight=False, markup=False, soft_wrap=True)
         return int(any(quality.trouble for quality in found))

@@ -53,18 +53,18 @@ def reopen(
     Args:
         folder: of the run.
         data_dir: where the data sets lie; None downloads or generates them.
-        source: one of the checkpoints that the run kept; ``None``: its last.
+        source: one of the checkpoints that the run kept; ``None``: its last, or its beginning if it broke down before
+            it wrote one.
         device: another device than the run's own, or ``None``.
 
     Raises:
-        ArgumentError: if there is no run or no checkpoint.
+        ArgumentError: if there is no run, or the checkpoint cannot be read.
     """
     config = saved_config(folder, device)
-    if source is None and not folder.checkpoint_file.exists():
-        raise ArgumentError(f"{folder.path} holds no checkpoint: the run has not come to its first evaluation")
     problem = get_problem(config.problem, **config.problem_options)
     run = prepare(config, problem, problem.load(data_dir))
-    run.load_state_dict(folder.load_checkpoint(run.device, source))
+    if source is not None or folder.checkpoint_file.exists():
+        run.load_state_dict(folder.load_checkpoint(run.device, source))
     return run
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -41,16 +42,16 @@ def print_table(console: Console, title: str, rows: Sequence[Mapping[str, Any]],
         rows: to show.
         columns: heading by name in the rows; text is left-aligned.
     """
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     for name, heading in columns.items():
         text = any(isinstance(row.get(name), str) for row in rows)
         table.add_column(heading, justify="left" if text else "right", no_wrap=text)
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in columns))
-    console.print(table, width=max(_WIDTH, console.width), crop=False, soft_wrap=False)
+    Console(file=console.file, width=max(_WIDTH, console.width), highlight=False).print(table)
 
 
 def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -57,14 +57,14 @@ def _draw_curves(axes: Axes, plot: Plot) -> None:
     colours: dict[str, str] = {}
     for curve in plot.curves:
         if curve.style == "bound" and len(plot.curves) < 3:
-            colours[curve.label] = "black"
+            colours[_family(curve)] = "black"
         else:
-            colours[curve.label] = _COLOURS[len(colours) % len(_COLOURS)]
+            colours.setdefault(_family(curve), _COLOURS[len(colours) % len(_COLOURS)])
     for curve in plot.curves:
         x, y = _drawable(plot, curve)
         marker = "o" if len(x) == 1 else None
         style = _DASHES[curve.style]
-        axes.plot(x, y, style, color=colours[curve.label], label=curve.label, linewidth=1.5, marker=marker)
+        axes.plot(x, y, style, color=colours[_family(curve)], label=curve.label, linewidth=1.5, marker=marker)
     if plot.x_log:
         axes.set_xscale("log")
     if plot.y_log:
@@ -75,6 +75,11 @@ def _draw_curves(axes: Axes, plot: Plot) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if 1 < len(plot.curves) <= _LEGEND_LIMIT:
         axes.legend(frameon=False, fontsize=7)
+
+
+def _family(curve: Curve) -> str:
+    """Curves of one colour: what was measured, and its bound or model."""
+    return curve.label.removesuffix(", bound").removesuffix(", model")
 
 
 def _drawable(plot: Plot, curve: Curve) -> tuple[list[float], list[float]]:

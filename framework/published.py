@@ -51,8 +51,12 @@ PAIRS: dict[str, type[PairDamping]] = {
 }
 
 
-def pair_damping(name: str) -> PairDamping:
-    """A pair damping by name: ``double``, ``powell-then-lm``, ``powell-h``, ``merged``, ``powell-b0`` or ``none``."""
+def pair_damping(name: str | None) -> PairDamping:
+    """A pair damping by name: ``double``, ``powell-then-lm``, ``powell-h``, ``merged``, ``powell-b0`` or ``none``.
+
+    ``None`` is what command lines make of the word.
+    """
+    name = "none" if name is None else name
     if name not in PAIRS:
         raise ArgumentError(f"pairs must be one of {', '.join(PAIRS)}, got {name!r}")
     return PAIRS[name]()

@@ -93,7 +93,9 @@ def test_spectra_agree_with_curvlinops(which: str) -> None:
     assert torch.allclose(found, expected, atol=1e-6 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("effort", [Effort(), Effort(dense=1, probes=200, tolerance=1e-10, restarts=20)], ids=["dense", "products"])
+@pytest.mark.parametrize(
+    "effort", [Effort(), Effort(dense=1, probes=200, tolerance=1e-10, restarts=20)], ids=["dense", "products"]
+)
 def test_the_exact_structure_is_perfect(effort: Effort) -> None:
     model, probe = case()
     for quality in measure_approximation(stepped(EXACT, model, probe, 1), probe, targets=("ggn",), effort=effort):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from osculate.experiments import catalogue, commands, comparison, runs
+from osculate.experiments import bounded, catalogue, commands, compare_structures, comparison, reopen, runs
 from osculate.experiments.augmentation import Augmentation
 from osculate.experiments.problems import Data
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyProblem:
     def get_problem(name: str, **options: Any) -> TinyProblem:
         return problem
 
-    for module in (runs, comparison, catalogue, commands):
+    for module in (runs, comparison, catalogue, commands, bounded, compare_structures, reopen):
         monkeypatch.setattr(module, "get_problem", get_problem)
     return problem
 

@@ -70,3 +70,19 @@ def test_the_command_prints_the_certificate(tiny: object, tmp_path: Path, capsys
 def test_an_interval_of_zero_is_refused() -> None:
     with pytest.raises(ArgumentError, match="watch_every"):
         Extras(watch_every=0)
+
+
+def test_bounds_are_checked_on_a_problem(tiny: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bounded-training", "--problem", "tiny", "--train-steps", "6", "--every", "2", "--out", str(tmp_path)]
+    assert execute([*words, "--pairs", "double", "none"]) == 0
+    printed = capsys.readouterr().out
+    assert "powell" not in printed and printed.count("held") == 4
+    saved = json.loads((tmp_path / "bounded.json").read_text())
+    steps = [row[0] for row in saved["runs"]["kbfgs"]["none"]["curves"]["0 outputs"]["lambda_max(H)"]]
+    assert saved["ok"] and steps == [0, 2, 4] and (tmp_path / "bounded.png").stat().st_size > 10_000
+    assert execute([*words, "--methods", "mbf"]) == 2  # has no pairs
+
+
+def test_the_word_none_names_a_damping_of_pairs(tiny: object, tmp_path: Path) -> None:
+    words = ["train", "--method", "kbfgs", "--epochs", "1", "--option", "pairs=none", "--out", str(tmp_path)]
+    assert execute(words) == 0
