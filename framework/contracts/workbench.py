@@ -29,6 +29,10 @@ __all__ = ["LAMBDA", "Workbench", "declared", "estimator_for", "saved_copy"]
 LAMBDA = 0.3
 """Damping of the method in every case."""
 
+_RECORDED: dict[Any, tuple[dict[int, LayerStatistics], list[Tensor | None]]] = {}
+_REMEMBERED = 512
+"""How many passes are remembered; each is a few kilobytes."""
+
 _ALWAYS = Needs.INPUTS | Needs.PAIRS | Needs.NORMS | Needs.SLOPES
 
 
@@ -130,10 +134,38 @@ class Workbench:
             scale: multiplies every gradient, as if the loss were so many times as large.
         """
         inputs, targets = self.case.batch() if batch is None else batch
-        capture = Capture(self.model, self.layers, self.case.distribution(), reduction, 0)
+        found = self._recorded(inputs, targets, reduction)
+        result: dict[str, LayerStatistics] = {}
+        for index, layer in enumerate(self.layers):
+            entry = fill(self.estimator, layer, found.get(index))
+            if entry is not None:
+                result[layer.name] = _own(entry, raw, scale)
+        return result
+
+    def _recorded(self, inputs: Tensor, targets: Tensor, reduction: str) -> dict[int, LayerStatistics]:
+        """Records by number of the layer; and the parameters' gradients. Copies, so that nobody else holds them.
+
+        What is recorded depends on the mini-batch and the parameters, not on the structure or the names: structures on
+        the same network share the passes through it.
+        """
         record = Record.INPUTS | Record.GRADIENTS | Record.MEANS
         if self.estimator.needs_likelihood:
             record |= self.estimator.records(~Needs.NOTHING)
+        parameters = list(self.model.parameters())
+        key = (self.case, reduction, record, *(_content(value) for value in (inputs, targets, *parameters)))
+        if key not in _RECORDED:
+            if len(_RECORDED) == _REMEMBERED:
+                _RECORDED.clear()
+            found = self._pass(inputs, targets, reduction, record)
+            _RECORDED[key] = found, [None if p.grad is None else p.grad.clone() for p in parameters]
+        found, gradients = _RECORDED[key]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        return {index: _copied(entry, self.layers[index]) for index, entry in found.items()}
+
+    def _pass(self, inputs: Tensor, targets: Tensor, reduction: str, record: Record) -> dict[int, LayerStatistics]:
+        """One pass forward and backward."""
+        capture = Capture(self.model, self.layers, self.case.distribution(), reduction, 0)
         capture.arm({layer.name: record for layer in self.layers})
         self.model.zero_grad()
         try:
@@ -142,12 +174,7 @@ class Workbench:
             found = capture.collect()
         finally:
             capture.close()
-        result: dict[str, LayerStatistics] = {}
-        for layer in self.layers:
-            entry = fill(self.estimator, layer, found.get(layer.name))
-            if entry is not None:
-                result[layer.name] = _own(entry, raw, scale)
-        return result
+        return {index: found[layer.name] for index, layer in enumerate(self.layers) if layer.name in found}
 
     def observation(self, block: Block, entry: LayerStatistics, scale: float = 1.0) -> Observation:
         """What ``update`` is given: copies throughout."""
@@ -244,6 +271,23 @@ class Workbench:
     def tensors(self) -> list[Tensor]:
         """Copies of all tensors of all states."""
         return [tensor.clone() for block in self.blocks for tensor in block.state.tensors()]
+
+
+def _content(value: Tensor) -> tuple[Any, ...]:
+    """What a small tensor holds, to tell it from others."""
+    whole = value.detach().cpu()
+    return tuple(whole.shape), whole.dtype, whole.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _copied(entry: LayerStatistics, layer: Layer) -> LayerStatistics:
+    """A record of another copy of its layer, with tensors of its own."""
+    changes: dict[str, Any] = {"layer": layer}
+    for name, value in vars(entry).items():
+        if isinstance(value, Tensor):
+            changes[name] = value.clone()
+        elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+            changes[name] = tuple(item.clone() if isinstance(item, Tensor) else item for item in value)
+    return replace(entry, **changes)
 
 
 class _Moved:
