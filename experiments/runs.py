@@ -127,6 +127,8 @@ def run_in_folder(
     data = problem.load(data_dir)
     run = prepare(config, problem, data)
     described = describe_run(config, run, data_checksum(data))
+    if "test_set" in described:
+        console.print(f"test loss and accuracy are those of the {data.test_set}", highlight=False, soft_wrap=True)
     with exclusive(folder.path):
         if _continues(folder, described, resume):
             _restore(run, folder)

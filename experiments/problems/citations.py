@@ -43,11 +43,21 @@ class GraphTask:
     settings: Mapping[str, Mapping[str, float]]
 
 
+_SETTINGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        "adamw": MappingProxyType({"lr": 0.02, "weight_decay": 0.5, "epsilon": 1e-3}),
+        "mbf": MappingProxyType({"lr": 2e-3, "damping": 1e-3, "weight_decay": 1.5}),
+        "lw-adamw": MappingProxyType({"lr": 0.1, "weight_decay": 1.5, "epsilon": 1e-3}),
+    }
+)
+"""Chosen on Cora's validation nodes. Gradients of one class in 140 nodes are of size 1e-3: an epsilon or a damping far
+below that lets every noise set the direction."""
+
 GRAPH_TASKS: Mapping[str, GraphTask] = MappingProxyType(
     {
-        "cora-gcn": GraphTask("Cora", CORA, 0.81, MappingProxyType({})),
-        "citeseer-gcn": GraphTask("Citeseer", CITESEER, 0.70, MappingProxyType({})),
-        "pubmed-gcn": GraphTask("Pubmed", PUBMED, 0.79, MappingProxyType({})),
+        "cora-gcn": GraphTask("Cora", CORA, 0.81, _SETTINGS),
+        "citeseer-gcn": GraphTask("Citeseer", CITESEER, 0.70, _SETTINGS),
+        "pubmed-gcn": GraphTask("Pubmed", PUBMED, 0.79, _SETTINGS),
     }
 )
 """By the name of the problem."""

@@ -85,7 +85,11 @@ def test_killed_in_the_middle_the_same_command_finishes_and_repeats_nothing(file
     first.send_signal(signal.SIGKILL)
     first.wait()
     time.sleep(0.5)  # the workers notice
-    finished = {path: (path / "status.json").stat().st_mtime_ns for path, s in statuses(out).items() if s["status"] == "finished"}
+    finished = {
+        path: (path / "status.json").stat().st_mtime_ns
+        for path, s in statuses(out).items()
+        if s["status"] == "finished"
+    }
     assert finished and len(statuses(out)) < RUNS
     second = start(file, out, "--workers", "2")
     said, _ = second.communicate(timeout=120)
