@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from .figures import logarithmic_axis
@@ -20,7 +21,7 @@ from .study_records import StudyRecord
 __all__ = ["course_band", "course_figure", "generalisation_figure", "layer_step_figures"]
 
 _CLOCKS = {"epoch": "epochs", "seconds": "training time (s)", "gradient_evaluations": "gradient evaluations"}
-_HELD_OUT = ("valid_loss", "valid_accuracy", "test_loss", "test_accuracy")
+_HELD_OUT = ("valid_loss", "valid_accuracy", "test_loss", "test_accuracy", "suboptimality")
 _POINTS = 200
 _LOG_FROM_RATIO = 4.0
 
@@ -67,7 +68,7 @@ def course_figure(record: StudyRecord, problem: str, styles: Styles) -> Figure |
 
 
 def generalisation_figure(record: StudyRecord, problem: str, styles: Styles) -> Figure | None:
-    """Losses and accuracies on validation and test data against epochs; ``None`` where there are none."""
+    """Losses and accuracies on held-out data, and the distance to a known optimum; ``None`` where there are none."""
     panels = [("epoch", metric, "epochs", metric.replace("_", " ")) for metric in _HELD_OUT]
     return _figure(record, problem, styles, panels, None)
 
@@ -92,9 +93,9 @@ def _figure(
         _draw_bands(axes, found, styles, target)
         _scale(axes, [median for _, (_, median, _) in found.values()], target, metric)
         axes.set(xlabel=x_label, ylabel=y_label)
-    figure.suptitle(
-        f"{problem}: median over seeds, band between the quartiles; a cross: half of the runs broke down", fontsize=10
-    )
+    line = "\n" if len(drawn) == 1 else " "
+    explanation = f"median over seeds, band between quartiles;{line}a cross: half of the runs broke down"
+    figure.suptitle(f"{problem}:{line}{explanation}", fontsize=10)
     _name_lines(grid[-1], drawn[-1][1], styles)
     return figure
 
@@ -173,6 +174,7 @@ def _layer_figure(title: str, group: pd.DataFrame) -> Figure:
     if len(positive) and positive.max() >= 10 * positive.min():
         axes.set_yscale("symlog", linthresh=float(positive.min()))
         axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
     axes.set(xlabel="epochs", ylabel="step size")
     axes.set_title(title, fontsize=10)
     plain_axes(axes)

@@ -86,11 +86,12 @@ def profile_figure(record: StudyRecord, values: pd.DataFrame, styles: Styles) ->
     ends: list[tuple[str, float, float, str]] = []
     for axes, (clock, times) in zip(grid, clocks.items(), strict=True):
         problems = list(dict.fromkeys(problem for problem, _ in times))
-        medians = [[_median(times[problem, arm]) for arm in record.arms] for problem in problems]
+        arms = list(dict.fromkeys(arm for _, arm in times))
+        medians = [[float(quantile(times[problem, arm], 0.5)) for arm in arms] for problem in problems]
         ratios, ends = ratios_to_best(np.array(medians)), []
-        for place, arm in enumerate(record.arms):
+        for place, arm in enumerate(arms):
             # A little apart, so that arms with the same profile are all seen.
-            share = profile(ratios[:, place], factors) + 0.006 * (place - (len(record.arms) - 1) / 2)
+            share = profile(ratios[:, place], factors) + 0.006 * (place - (len(arms) - 1) / 2)
             axes.step(factors, share, where="post", **styles.line(arm))
             ends.append((arm, LARGEST_RATIO, float(share[-1]), styles.colour(arm)))
         axes.set_xscale("log")
@@ -104,10 +105,6 @@ def profile_figure(record: StudyRecord, values: pd.DataFrame, styles: Styles) ->
     figure.suptitle(f"performance profiles over {number} problem{'s' if number > 1 else ''}", fontsize=10)
     label_lines(grid[-1], ends)
     return figure
-
-
-def _median(times: list[float]) -> float:
-    return float(quantile(times, 0.5)) if times else math.inf
 
 
 def ablation_figures(table: pd.DataFrame) -> dict[str, Figure | None]:

@@ -34,7 +34,7 @@ __all__ = [
 CLOCKS = {"steps": "iterations", "gradient evaluations": "gradient_evaluations", "seconds": "seconds"}
 """What time is counted in, and the column of the evaluations."""
 
-_METRICS = ("train_loss", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy")
+_METRICS = ("train_loss", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy", "suboptimality")
 _KEYS = ["problem", "arm", "seed", "run", "state"]
 ALL_PROBLEMS = "all problems"
 
@@ -166,14 +166,17 @@ def overview_table(record: StudyRecord, scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def profile_times(record: StudyRecord, values: pd.DataFrame, clock: str) -> dict[tuple[str, str], list[float]]:
-    """Time-to-target of every known final run by (problem, arm), for problems with a target and a run."""
-    times: dict[tuple[str, str], list[float]] = {}
-    for problem in record.problems:
-        mine = values[values.problem == problem]
-        if record.target(problem) and len(mine):
-            for arm in record.arms:
-                times[problem, arm] = list(mine.loc[mine.arm == arm, f"{clock} to target"])
-    return times
+    """Time-to-target of every known final run by (problem, arm).
+
+    Only arms with a run, and of the problems with a target those on which all of these arms have one: what has not
+    been run yet is no miss.
+    """
+    column = f"{clock} to target"
+    known = values.dropna(subset=[column]) if column in values else values.iloc[:0]
+    found = {key: list(group[column]) for key, group in known.groupby(["problem", "arm"], sort=False)}
+    arms = [arm for arm in record.arms if any(arm == other for _, other in found)]
+    shared = [problem for problem in record.problems if all((problem, arm) in found for arm in arms)]
+    return {(problem, arm): found[problem, arm] for problem in shared for arm in arms}
 
 
 def profile_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:

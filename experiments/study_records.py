@@ -30,6 +30,9 @@ _RUN_COLUMNS = ["run", "problem", "arm", "phase", "trial", "seed", "value", "sta
 _SHARED = ("problem", "options", "batch_size", "target", "tuning")
 """What studies must agree on for runs of one problem to stand side by side."""
 
+_OPEN = (None, "", "not finished")
+"""Reasons in ``trial.json`` of a run that may still go on."""
+
 _NUMBERED = re.compile(r"(tune|final)-(\d+)$")
 
 
@@ -267,6 +270,9 @@ def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: li
     number = int(numbered[2]) if numbered else 0
     known = str(status.get("status", "no status"))
     state = _STATE.get(known, "unfinished")
+    reason = str(trial.get("reason") or status.get("reason") or "")
+    if state == "unfinished" and trial.get("value") is None and trial.get("reason") not in _OPEN:
+        known, state = "broken down", "missed"  # the study gave it up: over its limit, or refused before it began
     if state == "finished" and (len(gaps) > before or not lines):
         state = "unfinished"
         gaps.append(f"{name} says it finished, but its files do not hold a whole run")
@@ -283,7 +289,7 @@ def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: li
         math.nan if value is None else float(value),
         state,
         known,
-        str(status.get("reason", "")),
+        reason,
         trial.get("settings") or {key: config[key] for key in ("lr", "damping") if config.get(key) is not None},
     ]
 

@@ -97,6 +97,23 @@ def test_an_incomplete_study_gets_a_report_that_says_so(tmp_path: Path, capsys: 
     assert not json.loads((study.folder / "report/report.json").read_text())["complete"]
 
 
+def test_what_the_study_gave_up_is_a_miss_and_what_may_go_on_is_not(tmp_path: Path) -> None:
+    """A run over its limit was killed: its status still says running. One that was refused has trial.json alone."""
+    study = small_study(tmp_path / "s")
+    folder, entry = study.folder / "runs/p_1/fast", {"problem": "p_1", "arm": "fast", "phase": "final", "value": None}
+    (folder / "final-0/status.json").write_text('{"status": "running"}')
+    (folder / "final-0/trial.json").write_text(json.dumps(entry | {"seed": 0, "reason": "over the limit of 5 s"}))
+    shutil.rmtree(folder / "final-1")
+    (folder / "final-1").mkdir()
+    (folder / "final-1/trial.json").write_text(json.dumps(entry | {"seed": 1, "reason": "every tuning run missed"}))
+    record = read_study(study.folder)
+    assert not record.gaps
+    overview = chosen(report_tables(record)[0]["overview"], arm="fast").iloc[0]
+    assert overview["broke down"] == 2 and overview["steps to target"].median == math.inf
+    (folder / "final-0/trial.json").write_text(json.dumps(entry | {"seed": 0, "reason": "not finished"}))
+    assert read_study(study.folder).gaps == ("runs/p_1/fast/final-0 did not end: running",)
+
+
 def test_a_last_line_cut_short_is_no_damage(tmp_path: Path) -> None:
     study = whole_study(tmp_path / "s")
     with (study.folder / "runs/cnn-2/Split/final-1/metrics.jsonl").open("a") as file:
@@ -190,6 +207,26 @@ def test_ablation_effects_are_below_one_for_what_helps(tables: dict[str, pd.Data
     steps = chosen(tables["ablation"], measure="steps to target", problem="all problems").set_index("arm")
     assert steps.loc["Split", "ratio"] < steps.loc["Split", "high"] < 1 < steps.loc["T2 100%", "low"]
     assert steps.loc["Split", "part"] == "damping" and steps.loc["Split", "pairs"] == 6
+
+
+def test_what_has_not_been_run_is_no_miss_in_a_profile(tmp_path: Path) -> None:
+    study = whole_study(tmp_path / "s")
+    shutil.rmtree(study.folder / "runs/cnn-2/Split")
+    scores = chosen(report_tables(read_study(study.folder))[0]["profiles"], clock="steps").set_index("arm")
+    assert set(scores.problems) == {1} and scores.score["Split"] == 1.0 and scores.score["no guard"] == 0.0
+
+
+def test_a_study_that_is_still_tuning_has_tables(tmp_path: Path) -> None:
+    study = small_study(tmp_path / "s")
+    for arm in ("fast", "slow & sure"):
+        for seed in study.seeds:
+            shutil.rmtree(study.folder / f"runs/p_1/{arm}/final-{seed}")
+    record = read_study(study.folder)
+    tables, values = report_tables(record)
+    assert not len(values) and len(tables["overview"]) == 2 and len(tables["budget"]) == 4
+    assert not any(len(tables[name]) for name in ("profiles", "pairs", "ablation", "scores"))
+    write_report(record, tmp_path / "out")
+    assert "no final run with seed 0, 1" in (tmp_path / "out/report.html").read_text()
 
 
 def test_budget_counts_the_trial_that_broke_down(tables: dict[str, pd.DataFrame]) -> None:
