@@ -20,8 +20,8 @@ from .compare_structures import CompareStructures
 from .convergence_map import ConvergenceMap
 from .diagnose import Diagnose, Microscope
 from .report import Report
-from .submission import ExportSubmission
 from .study.command import RunStudy
+from .submission import ExportSubmission
 from .verify import Verify
 
 __all__ = ["execute", "main"]
