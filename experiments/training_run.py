@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -109,7 +110,10 @@ class TrainingRun:
         if self.config.warm_start is WarmStart.NONE or not self.optimizer.has_warm_start:
             return
         self.clock.start()
-        self.optimizer.warm_start(self._warm_start_passes(halted))
+        passes = self._warm_start_passes(halted)
+        first = next(passes, None)
+        if first is not None:  # a warm start without a single mini-batch is an error, a run that is out of time is not
+            self.optimizer.warm_start(itertools.chain([first], passes))
         self.clock.pause()
         self.warm_start_seconds = self.clock.seconds
 
