@@ -18,7 +18,7 @@ from ...errors import OsculateError, require_positive_integer
 from ..interrupts import interruptible
 from .definition import Study
 from .display import Board
-from .folders import write_study
+from .folders import give_up, run_folder, write_study
 from .ledger import Entry, Ledger, Slot, open_storage
 from .presence import clear
 from .worker import Assignment, work
@@ -112,7 +112,9 @@ class _Crew:
             if entry.state == "running" and process is not None and overdue:
                 process.kill()
                 process.join()
-                ledger.finish(entry, None, f"over the limit of {limit:g} s")
+                reason = f"over the limit of {limit:g} s"
+                ledger.finish(entry, None, reason)
+                give_up(run_folder(self.place.out, entry.slot), reason)
                 late.append(entry.slot)
         return late
 

@@ -24,7 +24,7 @@ from ..targets import writing
 from .definition import Study
 from .ledger import FINAL, Ledger, Slot
 
-__all__ = ["describe_study", "recorded_value", "run_folder", "write_study", "write_trial"]
+__all__ = ["describe_study", "give_up", "recorded_value", "run_folder", "write_study", "write_trial"]
 
 _NUMBERS = ("lr", "damping", "weight_decay")
 
@@ -118,6 +118,16 @@ def write_trial(
             "reason": reason,
         },
     )
+
+
+def give_up(folder: RunFolder, reason: str) -> None:
+    """Record in ``trial.json`` that a run which was killed is a miss; its own status still says ``running``."""
+    file = folder.path / "trial.json"
+    try:
+        trial = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # killed before it had said what it is
+    write_json(file, trial | {"value": None, "reason": reason})
 
 
 def recorded_value(folder: RunFolder, metric: str) -> tuple[str, float | None] | None:
