@@ -87,12 +87,14 @@ def _composed(arm: Arm, settings: dict[str, Any]) -> Method:
 def _check_points(study: Study, arm: Arm, problem: StudyProblem) -> None:
     """The numbers of every point are in the range of every part."""
     for point in study.points(arm) or [{}]:
-        config = arm.config(problem, point, study.seeds[0], study.device)
-        method, arguments = config.composed()
+        method, arguments = arm.config(problem, point, study.seeds[0], study.device).composed()
         if isinstance(method, str):
             numbers = {name: arguments.pop(name) for name in _OTHER[:3] if name in arguments}
             method, arguments = registry.method(method, **arguments), numbers
-        method.check_values(**method.hyperparameters(arguments))
+        try:
+            method.check_values(**method.hyperparameters(arguments))
+        except OsculateError as error:
+            raise ArgumentError(f"with {point}: {error}" if point else str(error)) from error
 
 
 def _build(study: Study, arm: Arm, entry: StudyProblem, problem: Problem) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +61,10 @@ def statuses(out: Path) -> dict[Path, dict[str, object]]:
     return {path.parent: json.loads(path.read_text()) for path in out.glob("runs/*/*/*/status.json")}
 
 
+def written(folder: Path) -> int:
+    return (folder / "status.json").stat().st_mtime_ns
+
+
 def check_complete(out: Path, study: Study, url: str | None = None) -> None:
     """Every run is there once, with metrics in order; the diverging arm's are misses."""
     entries = Ledger(open_storage(out, url), study, out / "workers").entries()
@@ -83,19 +86,14 @@ def test_killed_in_the_middle_the_same_command_finishes_and_repeats_nothing(file
     first = start(file, out, "--workers", "2")
     wait_for(first, "]", 1)  # one run is done, others are under way
     first.send_signal(signal.SIGKILL)
-    first.wait()
-    time.sleep(0.5)  # the workers notice
-    finished = {
-        path: (path / "status.json").stat().st_mtime_ns
-        for path, s in statuses(out).items()
-        if s["status"] == "finished"
-    }
-    assert finished and len(statuses(out)) < RUNS
+    first.communicate(timeout=60)  # the workers hold the other end of its output: they have noticed
+    finished = {path: written(path) for path, status in statuses(out).items() if status["status"] == "finished"}
+    assert finished
     second = start(file, out, "--workers", "2")
     said, _ = second.communicate(timeout=120)
     assert second.returncode == 0, said
     assert "runs are done already" in said and "all runs are done" in said
-    assert {path: (path / "status.json").stat().st_mtime_ns for path in finished} == finished
+    assert {path: written(path) for path in finished} == finished
     check_complete(out, read_study(file))
     assert len(statuses(out)) == RUNS
     for folder in statuses(out):

@@ -1,0 +1,253 @@
+"""What a study is: its file, its spaces, what is refused before the first run, and the book of its runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import pytest
+from osculate.errors import ArgumentError, UnknownNameError
+from osculate.experiments.config import Budget
+from osculate.experiments.study.checking import checked
+from osculate.experiments.study.command import scaled
+from osculate.experiments.study.definition import Arm, Study, StudyProblem, Tuning
+from osculate.experiments.study.ledger import FINAL, TUNE, Ledger, Slot, open_storage
+from osculate.experiments.study.presence import Presence, clear, is_alive
+from osculate.experiments.study.reading import find_study, read_study, shipped_studies
+from osculate.experiments.study.spaces import Choice, Grid, LogUniform, Uniform, points
+from osculate.experiments.study.worker import Assignment, perform
+
+HEAD = """seeds = [1, 2]
+[[problems]]
+name = "curves-autoencoder"
+options = { size = "small" }
+[budget]
+epochs = 2
+"""
+
+
+def read(tmp_path: Path, text: str) -> Study:
+    file = tmp_path / "some.toml"
+    file.write_text(HEAD + text)
+    return read_study(file)
+
+
+def test_points_depend_on_the_seed_alone_and_more_trials_continue_them() -> None:
+    space = {"lr": LogUniform(1e-3, 1.0), "damping": Uniform(0.0, 2.0), "pairs": Choice(("double", "none"))}
+    eight = points(space, 8, seed=3)
+    assert points(space, 5, seed=3) == eight[:5] and points(space, 8, seed=4) != eight
+    assert all(1e-3 <= p["lr"] <= 1 and 0 <= p["damping"] <= 2 for p in eight)
+    halves = [p["lr"] < 10**-1.5 for p in eight]
+    assert sum(halves) == 4, "the first 8 points of a Sobol sequence fill both halves equally"
+    assert {p["pairs"] for p in eight} == {"double", "none"}
+    assert points(space, 4, "random", 1) == points(space, 4, "random", 1) != points(space, 4, "random", 2)
+
+
+def test_a_space_of_grids_is_tried_whole_each_point_once() -> None:
+    space = {"lr": Grid((0.1, 0.3, 1.0)), "pairs": Grid(("double", "none"))}
+    found = points(space, 100)
+    assert len(found) == 6 and len({tuple(sorted(p.items())) for p in found}) == 6
+    assert points(space, 4) == found[:4] and points({}, 5) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: LogUniform(0.0, 1.0),
+        lambda: Uniform(2, 1),
+        lambda: Grid(()),
+        lambda: Choice((1, 1)),
+        lambda: LogUniform("a", 1.0),
+    ],
+)  # type: ignore[arg-type]
+def test_ranges_are_checked(wrong: object) -> None:
+    with pytest.raises(ArgumentError):
+        wrong()  # type: ignore[operator]
+
+
+def test_one_part_at_a_time_or_crossed_and_arms_that_extend(tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        """
+[base]
+method = "kfac"
+space = { lr = { grid = [0.1, 1.0] } }
+[vary]
+inverses_every = [1, 100]
+[cross]
+momentum = ["HeavyBall(0.9)", "NoMomentum"]
+damping = ["Split", "Factored"]
+[arms.joint]
+extends = "first"
+lr = 1.0
+step_size = "RelativeBound(JointLayerwise)"
+[arms.first]
+method = "kfac"
+eager = 3
+space = { lr = { log = [0.1, 1.0] }, damping = { grid = [1.0, 3.0] } }
+""",
+    )
+    arms = {arm.label: arm for arm in study.arms}
+    assert len(arms) == 2 + 1 + 2 + 4 and study.base == "base"
+    assert arms["inverses_every=100"].varied == ("inverses_every", "100")
+    crossed = arms["momentum=NoMomentum,damping=Factored"].config(study.problems[0], {"lr": 0.1}, 7)
+    assert (
+        crossed.parts == {"momentum": "NoMomentum", "damping": "Factored"} and crossed.lr == 0.1 and crossed.seed == 7
+    )
+    assert arms["joint"].settings["eager"] == 3 and set(arms["joint"].space) == {"damping"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "[tuning]\ntrals = 3\n[arms.a]\nmethod = 'sgdm'",
+            "line 7, tuning: unknown key of .tuning. 'trals'; did you mean 'trials'",
+        ),
+        (
+            "[arms.a]\nmethod = 'sgdm'\nspace = { lr = { lg = [1, 2] } }",
+            "line 9, arms.a.space.lr: unknown kind of range 'lg'",
+        ),
+        ("[arms.a]\nmethod = 'sgdm'\n\nspace = { lr = { log = [2, 1] } }", "line 10.*0 < low < high, got .2, 1."),
+        ("[arms.a]\nlr = 3", "line 7, arms.a: arm 'a' needs a method"),
+        ("[arms.a]\nextends = 'b'", "unknown arm 'b'"),
+        ("[vary]\npairs = ['PowellH']", "line 7, vary: .vary. and .cross. change parts of a .base."),
+        ("[arms.a", "cannot be read as TOML"),
+        ("[arms.a]\nmethod = 'sgdm'\nlr = 1\nspace = { lr = { grid = [1] } }", "both set and searched"),
+    ],
+)
+def test_a_bad_file_is_told_by_line_and_key(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("method = 'kbfg'", "arm 'a'.*did you mean 'kbfgs'"),
+        ("method = 'kfac'\ninverse_every = 3", "arm 'a'.*did you mean 'inverses_every'"),
+        ("method = 'kbfgs'\npairs = 'PowelH'", "arm 'a'.*did you mean 'PowellH'"),
+        ("method = 'kbfgs'\ndamping = 2.0", "arm 'a' on 'curves-autoencoder'.*damping"),
+        (
+            "method = 'kbfgs'\nspace = { damping = { grid = [0.3, 2.0] } }",
+            "arm 'a' on 'curves-autoencoder': with .'damping': 2.0.: double damping needs",
+        ),
+        ("method = 'sgdm'\nlr = 'fast'", "lr must be a number, got 'fast'"),
+    ],
+)
+def test_every_arm_is_built_before_the_first_run(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ArgumentError, match=f"(?s){says}"):
+        checked(read(tmp_path, f"[arms.a]\n{text}"), None, load=False)
+
+
+def test_metrics_that_a_problem_does_not_have_are_refused(tmp_path: Path) -> None:
+    text = "[tuning]\nmetric = 'valid_loss'\n[arms.a]\nmethod = 'sgdm'"
+    with pytest.raises(ArgumentError, match="it has no valid_loss; it has train_loss, test_loss"):
+        checked(read(tmp_path, text), None)
+    assert checked(read(tmp_path, "[arms.a]\nmethod = 'sgdm'"), None).tuned_by == {"curves-autoencoder": "train_loss"}
+
+
+@pytest.mark.parametrize("name", sorted(shipped_studies()))
+def test_shipped_studies_are_sound(name: str) -> None:
+    study = read_study(find_study(name))
+    assert checked(study, None, load=False).runs == study.runs > 0
+
+
+def test_unknown_studies_have_near_misses() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'joint_steps'"):
+        find_study("joint_step")
+
+
+def test_scaling_down_is_noted(tmp_path: Path) -> None:
+    study = read(tmp_path, "[arms.a]\nmethod = 'sgdm'\nspace = { lr = { log = [0.1, 1] } }\n[arms.b]\nmethod = 'adam'")
+    small = scaled(study, trials=2, epochs=1, seeds=(5,), arms=("a",))
+    assert small.runs == 3 and len(small.notes) == 4 and "without arms b" in small.notes[-1]
+    assert scaled(study).notes == ()
+    with pytest.raises(UnknownNameError):
+        scaled(study, arms=("c",))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    problem = StudyProblem("curves-autoencoder", "curves", {"size": "small"})
+    arms = (Arm("tuned", "sgdm", space={"lr": Grid((0.1, 0.2, 0.3))}), Arm("fixed", "adam"))
+    study = Study("some", arms, (problem,), (1, 2), Budget(1), Tuning(3))
+    book = Ledger(open_storage(tmp_path, None), study, tmp_path / "workers")
+    book.publish()
+    return book
+
+
+def test_a_run_is_granted_to_one_worker_and_entering_twice_does_no_harm(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.publish()
+    other = Ledger(open_storage(tmp_path, None), ledger.study, ledger.presence)
+    other.publish()
+    study = ledger._ids["curves", "tuned", TUNE]
+    ledger._enter(study, 0, {}, {}, 0)  # as if two had entered the run at the same time
+    entries = ledger.entries()
+    assert len(entries) == 3 + 2 + 2
+    first = entries[Slot("curves", "tuned", TUNE, 0)]
+    assert ledger.claim(first, "me") and not other.claim(first, "you")
+    assert other.entries()[first.slot].owner == "me"
+
+
+def test_runs_of_the_dead_are_given_back_and_crashes_end_as_a_miss(ledger: Ledger) -> None:
+    slot = Slot("curves", "tuned", TUNE, 1)
+    with Presence(ledger.presence, "alive"):
+        ledger.claim(ledger.entries()[slot], "alive")
+        assert ledger.recover(ledger.entries()) == []
+        ledger.give_back(ledger.entries()[slot])
+    for crash in range(3):
+        entry = ledger.entries()[slot]
+        assert entry.state == "waiting" and entry.crashes == crash
+        assert ledger.claim(entry, "dead")
+        (ledger.presence / "dead").write_text("")
+        assert ledger.recover(ledger.entries()) == [slot]
+        assert not ledger.finish(entry, 1.0, "finished") or crash == 2, "a worker thought gone has lost its run"
+    assert ledger.entries()[slot].state == "done" and ledger.entries()[slot].value is None
+
+
+def test_final_runs_wait_for_the_tuning_and_take_its_best_point(ledger: Ledger) -> None:
+    final = Slot("curves", "tuned", FINAL, 1)
+    values = [5.0, None, 3.0]
+    for number, value in enumerate(values):
+        entries = ledger.entries()
+        assert not ledger.ready(final, entries)
+        entry = entries[Slot("curves", "tuned", TUNE, number)]
+        ledger.claim(entry, "me")
+        assert ledger.finish(entry, value, "finished")
+    entries = ledger.entries()
+    assert ledger.ready(final, entries)
+    assert ledger.point(final, entries) == ledger.study.points(ledger.study.arms[0])[2]
+    misses = {slot: dataclasses.replace(entry, value=None) for slot, entry in entries.items()}
+    assert ledger.point(final, misses) is None
+    assert ledger.point(Slot("curves", "fixed", FINAL, 1), entries) == {}
+
+
+def test_another_definition_under_the_same_name_is_refused(ledger: Ledger, tmp_path: Path) -> None:
+    longer = dataclasses.replace(ledger.study, budget=Budget(2))
+    with pytest.raises(ArgumentError, match="another definition"):
+        Ledger(open_storage(tmp_path, None), longer, ledger.presence).publish()
+    more = dataclasses.replace(ledger.study, seeds=(1, 2, 3))
+    book = Ledger(open_storage(tmp_path, None), more, ledger.presence)
+    book.publish()
+    assert len(book.entries()) == 3 + 3 + 3
+
+
+def test_presence_ends_with_its_holder(tmp_path: Path) -> None:
+    with Presence(tmp_path / "w", "me"):
+        assert is_alive(tmp_path / "w", "me", None)
+    assert not is_alive(tmp_path / "w", "me", None)
+    assert is_alive(tmp_path / "w", "far", time.time()) and not is_alive(tmp_path / "w", "far", time.time() - 1e4)
+    (tmp_path / "w" / "dead").write_text("")
+    assert not is_alive(tmp_path / "w", "dead", time.time())
+    clear(tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_arm_with_misses_only_leaves_its_final_runs_as_misses(ledger: Ledger, tmp_path: Path) -> None:
+    told = Assignment(ledger.study, tmp_path, None, None, 1, str(os.getpid()))
+    slot = Slot("curves", "tuned", FINAL, 2)
+    assert perform(ledger.study, slot, None, "train_loss", told) == ("every tuning run of this arm was a miss", None)
+    assert (tmp_path / "runs" / slot.folder / "trial.json").exists()
