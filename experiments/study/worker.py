@@ -1,10 +1,10 @@
 """A worker: one process that takes runs out of the book, one after another, until there is none left.
 
-Runs share the process, and are not vectorised over seeds or learning rates. Measured on one core in seconds of its time:
-imports 1.1, the first run of one epoch on the small curves autoencoder 1.6, every further one 0.28, so that a process for
-every run would cost ten times the runs themselves. SGD-momentum on 1, 4 and 8 such networks at once by ``torch.func``
-(``vmap`` over stacked parameters) took 9.7, 7.0 and 7.4 milliseconds per step and network, one after another 4.3 to 4.7:
-stacking is slower already for the simplest method, and curvature by hooks cannot be stacked at all.
+Runs share the process, and are not vectorised over seeds or learning rates. Measured on one core, in seconds of its
+time: imports 1.1, the first run of one epoch on the small curves autoencoder 1.6, every further one 0.28, so that a
+process for every run would cost ten times the runs themselves. SGD-momentum on 1, 4 and 8 such networks at once by
+``torch.func`` (``vmap`` over stacked parameters) took 9.7, 7.0 and 7.4 milliseconds per step and network, one after
+another 4.3 to 4.7: stacking is slower already for the simplest method, and curvature by hooks cannot be stacked at all.
 """
 
 from __future__ import annotations
