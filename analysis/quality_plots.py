@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from .approximation import ExactBlock
+from .compared_structures import StructureQuality
 from .microscope import MULTIPLES, StepQuality
 from .spectra import spectral_density
 from .theorem import Curve, Plot
 
-__all__ = ["approximation_plots", "spectrum_plots", "step_plots"]
+__all__ = ["approximation_plots", "spectrum_plots", "step_plots", "structure_plots"]
 
 _SHOWN = (
     ("error_scaled", "relative Frobenius error at the best scale", False),
@@ -96,3 +97,24 @@ def step_plots(found: Sequence[StepQuality]) -> tuple[Plot, ...]:
             ]
     title = "loss along each step; broken: quadratic model"
     return (Plot(title, "multiple of the step", "loss of the mini-batch", tuple(curves)),)
+
+
+def structure_plots(found: Sequence[StructureQuality], target: str) -> tuple[Plot, ...]:
+    """Over the layers, the structure of each kind whose direction is closest to the exact one on average.
+
+    Args:
+        found: of :func:`compare_structures`.
+        target: ``"ggn"`` or ``"hessian"``.
+    """
+    best: dict[str, StructureQuality] = {}
+    for entry in sorted(found, key=lambda entry: entry.mean("cosine", target)):
+        if math.isfinite(entry.mean("cosine", target)):
+            best[entry.structure.split("(")[0]] = entry
+    plots = []
+    for name, title, log in _SHOWN[:2] + _SHOWN[3:]:
+        curves = []
+        for entry in sorted(best.values(), key=lambda entry: -entry.mean("cosine", target)):
+            values = [getattr(block, name) for block in entry.blocks if block.target == target]
+            curves.append(Curve(entry.structure, range(1, len(values) + 1), values))
+        plots.append(Plot(f"{target}: {title}", "layer, in the order of the network", name, tuple(curves), y_log=log))
+    return tuple(plots)

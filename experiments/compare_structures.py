@@ -13,6 +13,7 @@ from .. import registry
 from ..analysis.approximation import Effort
 from ..analysis.compared_structures import StructureQuality, compare_structures
 from ..analysis.exact_blocks import Target
+from ..analysis.quality_plots import structure_plots
 from ..errors import ArgumentError
 from .config import RunConfig, parse_options
 from .environment import prepare_process
@@ -42,7 +43,7 @@ class CompareStructures:
     """Compare all registered structures with the exact curvature at one checkpoint; print a table, best angle first.
 
     All get the same mini-batches at the same parameters: those of RUN's last checkpoint, or of a problem after a few
-    steps. The folder gets structures.csv, one line per structure and layer.
+    steps. The folder gets structures.csv, one line per structure and layer, and structures.png, the best of each kind.
     """
 
     folder: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
@@ -76,9 +77,12 @@ class CompareStructures:
 
     def run(self, console: Console) -> int:
         """Compare, print, write, and return the exit status."""
+        from .figures import save_figure
+        from .theorem_figures import plots_figure
+
         prepare_process()
         out = self.out or Path("runs") / f"structures-{self.problem}"
-        require_folder(out, "structures.csv")
+        require_folder(out, "structures.csv", "structures.png")
         chosen = self._structures()
         run = self._checkpoint()
         probe, *history = probes(run.problem, run.data, self.samples, 1 + self.history)
@@ -99,7 +103,8 @@ class CompareStructures:
         self._print(found, console)
         rows = [{"structure": entry.structure} | block.as_dict() for entry in found for block in entry.blocks]
         write_rows(out / "structures.csv", rows)
-        console.print(f"table lies in {out}", highlight=False, markup=False, soft_wrap=True)
+        save_figure(plots_figure(structure_plots(found, self.targets[0])), out / "structures")
+        console.print(f"table and figure lie in {out}", highlight=False, markup=False, soft_wrap=True)
         return 0
 
     def _structures(self) -> dict[str, Any]:
