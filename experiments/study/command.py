@@ -35,8 +35,10 @@ class RunStudy:
     Exit status: 0 all runs are done (misses included), 2 bad input, 130 interrupted by Ctrl-C.
     """
 
-    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = ""
     """A TOML file, or the name of a shipped study; '--list' lists them."""
+    list: bool = False
+    """Only list the shipped studies."""
     workers: int = 1
     """Processes that do the runs; the processor's threads are divided among them."""
     storage: Annotated[str | None, tyro.conf.arg(metavar="URL", help_behavior_hint="")] = None
@@ -64,6 +66,11 @@ class RunStudy:
         from .conductor import Place as StudyPlace
         from .conductor import conduct
 
+        if self.list:
+            list_studies(console)
+            return 0
+        if not self.file:
+            raise ArgumentError("name a TOML file or a shipped study; 'osculate study --list' lists them")
         path = find_study(self.file)
         study = scaled(read_study(path), self.trials, self.epochs, self.seeds, self.arms, self.problems)
         if self.data_dir is not None:
@@ -172,6 +179,9 @@ def _space(arm: Arm) -> str:
 
 
 def list_studies(console: Console) -> None:
-    """Print the shipped studies with their titles."""
-    for name in shipped_studies():
-        console.print(f"{name}", highlight=False)
+    """Print the shipped studies with their sizes and titles."""
+    table = Table("study", "arms", "runs", "title", title="shipped studies")
+    for name, path in shipped_studies().items():
+        study = read_study(path)
+        table.add_row(name, str(len(study.arms)), str(study.runs), escape(study.title))
+    console.print(table)

@@ -18,7 +18,7 @@ from ...errors import OsculateError, require_positive_integer
 from ..interrupts import interruptible
 from .definition import Study
 from .display import Board
-from .folders import give_up, run_folder, write_study
+from .folders import give_up, settle, write_study
 from .ledger import Entry, Ledger, Slot, open_storage
 from .presence import clear
 from .worker import Assignment, work
@@ -112,10 +112,12 @@ class _Crew:
             if entry.state == "running" and process is not None and overdue:
                 process.kill()
                 process.join()
+                del self.processes[entry.owner]  # no death that would count against the crew
                 reason = f"over the limit of {limit:g} s"
-                ledger.finish(entry, None, reason)
-                give_up(run_folder(self.place.out, entry.slot), reason)
-                late.append(entry.slot)
+                if ledger.finish(entry, None, reason):
+                    give_up(self.place.out, ledger, entry.slot, reason)
+                    late.append(entry.slot)
+                self.start()
         return late
 
 
@@ -139,7 +141,8 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
     """
     ledger = Ledger(open_storage(place.out, place.storage), study, place.out / "workers")
     ledger.publish()
-    ledger.recover(ledger.entries())  # as long as the files of the dead tell that they are dead
+    ledger.recover(ledger.entries(), blamed=False)  # as long as the files of the dead tell that they are dead
+    settle(place.out, ledger)
     clear(ledger.presence)
     write_study(place.out, study, ledger, source)
     crew = _Crew(study, place)
@@ -154,6 +157,7 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
         finally:
             crew.signal(signal.SIGKILL)
     entries = ledger.entries()
+    settle(place.out, ledger)
     clear(ledger.presence)
     return all(entry.state == "done" for entry in entries.values())
 

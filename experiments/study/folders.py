@@ -24,7 +24,20 @@ from ..targets import writing
 from .definition import Study
 from .ledger import FINAL, Ledger, Slot
 
-__all__ = ["describe_study", "give_up", "recorded_value", "run_folder", "write_study", "write_trial"]
+__all__ = [
+    "NOT_FINISHED",
+    "describe_study",
+    "give_up",
+    "recorded_value",
+    "run_folder",
+    "settle",
+    "told",
+    "write_study",
+    "write_trial",
+]
+
+NOT_FINISHED = "not finished"
+"""Reason in ``trial.json`` of a run that may still go on."""
 
 _NUMBERS = ("lr", "damping", "weight_decay")
 
@@ -120,14 +133,46 @@ def write_trial(
     )
 
 
-def give_up(folder: RunFolder, reason: str) -> None:
-    """Record in ``trial.json`` that a run which was killed is a miss; its own status still says ``running``."""
-    file = folder.path / "trial.json"
+def told(study: Study, slot: Slot, point: Mapping[str, Any] | None) -> tuple[int, dict[str, Any]]:
+    """Return the seed of a run and all its settings.
+
+    Args:
+        study: to which it belongs.
+        slot: the run.
+        point: its searched settings; ``None``: there are none, since every tuning run of its arm was a miss.
+    """
+    arm = next(arm for arm in study.arms if arm.label == slot.arm)
+    return slot.index if slot.phase == FINAL else study.tuning.seed, {**arm.settings, **(point or {})}
+
+
+def give_up(out: Path, ledger: Ledger, slot: Slot, reason: str) -> None:
+    """Record in ``trial.json`` that a run which was killed is a miss, even if it never came to write anything."""
+    seed, settings = told(ledger.study, slot, ledger.point(slot, ledger.entries()))
+    write_trial(run_folder(out, slot), slot, seed, settings, None, reason)
+
+
+def settle(out: Path, ledger: Ledger) -> list[Slot]:
+    """Record the misses of the book whose folders still speak of a run that goes on: their processes died.
+
+    Folders of runs that another machine did, in a folder of its own, are left alone.
+
+    Returns:
+        The runs that were settled.
+    """
+    settled = []
+    for slot, entry in ledger.entries().items():
+        file = run_folder(out, slot).path / "trial.json"
+        if entry.state == "done" and entry.value is None and _open(file):
+            give_up(out, ledger, slot, entry.status or "broken down")
+            settled.append(slot)
+    return settled
+
+
+def _open(file: Path) -> bool:
     try:
-        trial = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # killed before it had said what it is
-    write_json(file, trial | {"value": None, "reason": reason})
+        return bool(json.loads(file.read_text(encoding="utf-8"))["reason"] == NOT_FINISHED)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def recorded_value(folder: RunFolder, metric: str) -> tuple[str, float | None] | None:

@@ -69,6 +69,7 @@ class Entry:
         beat: its last sign of life.
         started: when the owner began, in seconds of ``time.time``.
         crashes: attempts that ended with their process.
+        status: how it ended, in words; empty before.
     """
 
     slot: Slot
@@ -79,6 +80,7 @@ class Entry:
     beat: float | None = None
     started: float | None = None
     crashes: int = 0
+    status: str = ""
 
 
 def open_storage(out: Path, url: str | None) -> BaseStorage:
@@ -221,15 +223,23 @@ class Ledger:
             return False
         return self._end(entry.trial, TrialState.COMPLETE, value)
 
-    def recover(self, entries: Mapping[Slot, Entry]) -> list[Slot]:
-        """Give back the runs whose workers are gone; returns them."""
+    def recover(self, entries: Mapping[Slot, Entry], blamed: bool = True) -> list[Slot]:
+        """Give back the runs whose workers are gone.
+
+        Args:
+            entries: how the runs stand.
+            blamed: whether that counts as a crash of the run; not where the whole study may have been killed.
+
+        Returns:
+            Those runs.
+        """
         gone = [
             entry
             for entry in entries.values()
             if entry.state == "running" and not is_alive(self.presence, entry.owner or "-", entry.beat)
         ]
         for entry in gone:
-            self.give_back(entry, crashed=bool(entry.owner))
+            self.give_back(entry, crashed=blamed and bool(entry.owner))
         return [entry.slot for entry in gone]
 
     def _end(self, trial: int, state: TrialState, value: float | None = None) -> bool:
@@ -313,4 +323,5 @@ def _entry(slot: Slot, trial: FrozenTrial) -> Entry:
         own.get("beat") or (trial.datetime_start.timestamp() if trial.datetime_start else None),
         own.get("started"),
         own.get("crashes", 0),
+        own.get("status", ""),
     )

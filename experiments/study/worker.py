@@ -29,8 +29,8 @@ from ..targets import HeldError, OutputError
 from ..training import EveryEpoch, EveryShare, Schedule
 from ..watched import Extras
 from .definition import Study
-from .folders import recorded_value, run_folder, write_trial
-from .ledger import FINAL, Entry, Ledger, Slot, open_storage
+from .folders import NOT_FINISHED, recorded_value, run_folder, told, write_trial
+from .ledger import Entry, Ledger, Slot, open_storage
 from .presence import BEAT_SECONDS, Presence
 
 __all__ = ["Assignment", "perform", "work"]
@@ -139,17 +139,16 @@ def perform(
     """
     problem = next(problem for problem in study.problems if problem.label == slot.problem)
     arm = next(arm for arm in study.arms if arm.label == slot.arm)
-    seed = slot.index if slot.phase == FINAL else study.tuning.seed
+    seed, settings = told(study, slot, point)
     folder = run_folder(assignment.out, slot)
     if point is None:
         reason = "every tuning run of this arm was a miss"
-        write_trial(folder, slot, seed, arm.settings, None, reason)
+        write_trial(folder, slot, seed, settings, None, reason)
         return reason, None
-    settings = {**arm.settings, **point}
     ended = recorded_value(folder, metric)
     reason = ""
     if ended is None:
-        write_trial(folder, slot, seed, settings, None, "not finished")
+        write_trial(folder, slot, seed, settings, None, NOT_FINISHED)
         config = arm.config(problem, point, seed, study.device)
         schedule: Schedule = EveryEpoch() if study.evaluations == 1 else EveryShare(study.evaluations)
         silent = Console(file=io.StringIO())

@@ -20,7 +20,8 @@ from osculate.experiments.records import RunFolder
 from osculate.experiments.report import report_tables, write_report
 from osculate.experiments.report_curves import course_band
 from osculate.experiments.report_latex import document, escape, latex_table
-from osculate.experiments.study.folders import give_up
+from osculate.experiments.study.folders import write_trial
+from osculate.experiments.study.ledger import FINAL, Slot
 from osculate.experiments.study_records import StudyRecord, read_study, side_by_side
 
 BASE = "joint_kfac & co"
@@ -105,8 +106,8 @@ def test_what_the_study_gave_up_is_a_miss_and_what_may_go_on_is_not(tmp_path: Pa
     folder, entry = study.folder / "runs/p_1/fast", {"problem": "p_1", "arm": "fast", "phase": "final", "value": None}
     (folder / "final-0/status.json").write_text('{"status": "running"}')
     (folder / "final-0/trial.json").write_text(json.dumps(entry | {"seed": 0, "reason": "not finished"}))
-    give_up(RunFolder(folder / "final-0"), "over the limit of 5 s")
-    give_up(RunFolder(folder / "final-5"), "over the limit of 5 s")  # killed before it began: nothing to record
+    reason = "over the limit of 5 s"
+    write_trial(RunFolder(folder / "final-0"), Slot("p_1", "fast", FINAL, 0), 0, {}, None, reason)
     shutil.rmtree(folder / "final-1")
     (folder / "final-1").mkdir()
     (folder / "final-1/trial.json").write_text(json.dumps(entry | {"seed": 1, "reason": "every tuning run missed"}))

@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 from osculate.errors import ArgumentError, UnknownNameError
+from osculate.experiments.cli import execute
 from osculate.experiments.config import Budget
 from osculate.experiments.study.checking import checked
 from osculate.experiments.study.command import scaled
+from osculate.experiments.study.conductor import Place, _Crew
 from osculate.experiments.study.definition import Arm, Study, StudyProblem, Tuning
+from osculate.experiments.study.folders import NOT_FINISHED, run_folder, settle, write_trial
 from osculate.experiments.study.ledger import FINAL, TUNE, Ledger, Slot, open_storage
 from osculate.experiments.study.presence import Presence, clear, is_alive
 from osculate.experiments.study.reading import find_study, read_study, shipped_studies
 from osculate.experiments.study.spaces import Choice, Grid, LogUniform, Uniform, points
 from osculate.experiments.study.worker import Assignment, perform
+from osculate.experiments.study_records import read_study as read_record
 
 HEAD = """seeds = [1, 2]
 [[problems]]
@@ -251,3 +255,71 @@ def test_an_arm_with_misses_only_leaves_its_final_runs_as_misses(ledger: Ledger,
     slot = Slot("curves", "tuned", FINAL, 2)
     assert perform(ledger.study, slot, None, "train_loss", told) == ("every tuning run of this arm was a miss", None)
     assert (tmp_path / "runs" / slot.folder / "trial.json").exists()
+
+
+class Process:
+    """A worker process that only notes what is done to it."""
+
+    exitcode = -9
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def kill(self) -> None:
+        self.done.append("killed")
+
+    def join(self) -> None:
+        self.done.append("joined")
+
+
+def test_runs_over_the_limit_are_misses_of_the_report_even_without_a_folder(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their workers' ends are no deaths of which too many would end the study."""
+    crew = _Crew(ledger.study, Place(tmp_path))
+    started: list[bool] = []
+    monkeypatch.setattr(_Crew, "start", lambda self: started.append(True))
+    late = [Slot("curves", "fixed", FINAL, 1), *(Slot("curves", "tuned", TUNE, number) for number in range(3))]
+    for slot in late:
+        ledger.claim(ledger.entries()[slot], "me")
+        process = crew.processes["me"] = Process()  # type: ignore[assignment]
+        assert crew.enforce(3600.0, ledger.entries(), ledger) == []
+        assert crew.enforce(-1.0, ledger.entries(), ledger) == [slot]
+        assert process.done == ["killed", "joined"] and not crew.processes
+    assert len(started) == len(late) and crew.deaths == 0
+    runs = read_record(tmp_path).runs.set_index("run")
+    assert set(runs.state) == {"missed"} and set(runs.reason) == {"over the limit of -1 s"}
+    assert runs.loc["runs/curves/fixed/final-1", "seed"] == 1
+    assert runs.loc["runs/curves/tuned/tune-2", "settings"] == ledger.study.points(ledger.study.arms[0])[2]
+
+
+def test_a_run_whose_process_died_too_often_is_a_miss_of_the_report(ledger: Ledger, tmp_path: Path) -> None:
+    slot, other = Slot("curves", "fixed", FINAL, 2), Slot("curves", "fixed", FINAL, 1)
+    for run in (slot, other):
+        write_trial(run_folder(tmp_path, run), run, run.index, {}, None, NOT_FINISHED)
+    ledger.presence.mkdir()
+    (ledger.presence / "dead").write_text("")
+    for _ in range(3):
+        ledger.claim(ledger.entries()[slot], "dead")
+        assert ledger.recover(ledger.entries()) == [slot]
+    assert settle(tmp_path, ledger) == [slot] and settle(tmp_path, ledger) == []
+    runs = read_record(tmp_path).runs.set_index("seed")
+    assert runs.state.to_dict() == {1: "unfinished", 2: "missed"}
+    assert runs.reason[2] == "its process died 3 times"
+
+
+def test_a_study_killed_again_and_again_loses_no_run(ledger: Ledger) -> None:
+    slot = Slot("curves", "fixed", FINAL, 1)
+    for _ in range(5):
+        assert ledger.claim(ledger.entries()[slot], "dead")
+        ledger.presence.mkdir(exist_ok=True)
+        (ledger.presence / "dead").write_text("")
+        assert ledger.recover(ledger.entries(), blamed=False) == [slot]
+    assert ledger.entries()[slot].state == "waiting" and ledger.entries()[slot].crashes == 0
+
+
+def test_shipped_studies_are_listed_and_a_missing_name_says_how(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["study", "--list"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in shipped_studies())
+    assert execute(["study"]) == 2 and "--list" in capsys.readouterr().err
