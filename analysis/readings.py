@@ -96,30 +96,45 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars ``monitor/claim/layer`` and, beside each, ``.../bound``.
+    """Scalars ``monitor/claim/layer`` and, beside each, ``.../bound``; any others with :meth:`scalar`.
 
     Args:
         folder: of the event files.
+        purge: step from which on TensorBoard forgets what earlier event files of the folder say, >= 0, for a run that
+            goes back to a checkpoint; ``None``: nothing.
 
     Raises:
         ArgumentError: if the package ``tensorboard`` is not installed.
     """
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, purge: int | None = None):
+        self._writer: Any = self.require()(str(folder), purge_step=purge)
+
+    @staticmethod
+    def require() -> type[Any]:
+        """Return torch's ``SummaryWriter``, before anything is computed that it should write.
+
+        Raises:
+            ArgumentError: if the package ``tensorboard`` is not installed.
+        """
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ArgumentError(
-                f"TensorBoard({str(folder)!r}) needs the package tensorboard, which cannot be imported ({error}); "
-                "install it, or stream to JsonLines(path)"
+                f"TensorBoard needs the package tensorboard, which cannot be imported ({error}); install it, or do "
+                "without: JSON lines (JsonLines(path), and every run's metrics.jsonl) hold the same numbers"
             ) from None
-        self._writer: Any = SummaryWriter(str(folder))
+        return SummaryWriter
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """One scalar."""
+        self._writer.add_scalar(name, value, step)
 
     def write(self, reading: Reading) -> None:
         """Two scalars."""
         name = "/".join(part for part in (reading.monitor, reading.inequality.name, reading.layer) if part)
-        self._writer.add_scalar(name, reading.inequality.measured, reading.step)
-        self._writer.add_scalar(f"{name}/bound", reading.inequality.bound, reading.step)
+        self.scalar(name, reading.inequality.measured, reading.step)
+        self.scalar(f"{name}/bound", reading.inequality.bound, reading.step)
 
     def close(self) -> None:
         """Flush and close."""

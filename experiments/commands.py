@@ -112,9 +112,12 @@ class Train(Common):
     """Steps between two examinations with --watch."""
     keep_checkpoints: bool = False
     """Keep the checkpoint of every evaluation, for 'osculate diagnose'."""
+    tensorboard: bool = False
+    """Write the numbers of every evaluation, and the monitors' readings, for TensorBoard (needs tensorboard) too."""
 
     def run(self, console: Console) -> int:
         """Train, show where the run lies, and return the exit status."""
+        extras = Extras(self.watch_every if self.watch else None, self.keep_checkpoints, tensorboard=self.tensorboard)
         self.prepare()
         config = self.config(self.method, parse_options(self.option))
         epochs = self.epochs
@@ -122,7 +125,6 @@ class Train(Common):
             epochs = get_problem(config.problem, **config.problem_options).epochs
         budget = Budget(epochs, self.seconds)
         folder = RunFolder(self.out or default_folder(config))
-        extras = Extras(self.watch_every if self.watch else None, self.keep_checkpoints)
         result = run_in_folder(config, budget, folder, self.data_dir, self.resume, console, extras)
         if result.certificate is not None:
             console.print(result.certificate.summary(), highlight=False, markup=False, soft_wrap=True)

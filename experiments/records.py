@@ -9,6 +9,7 @@
 | ``status.json`` | ``running``, ``finished``, ``interrupted``, ``broken down`` or ``no step taken``, with the reason |
 | ``monitors.jsonl`` | with ``--watch``: one object per reading of a monitor |
 | ``certificate.json`` | with ``--watch``: how every monitor fared |
+| ``tensorboard/`` | with ``--tensorboard``: event files |
 | ``checkpoints/`` | with ``--keep-checkpoints``: one for every evaluation, named by iterations |
 
 Every file but those ending in ``jsonl`` is written beside its place and then renamed, so a reader never meets half a
@@ -69,6 +70,11 @@ class RunFolder:
         """Where the certificate of the monitors lies."""
         return self.path / "certificate.json"
 
+    @property
+    def event_folder(self) -> Path:
+        """Where TensorBoard's event files lie."""
+        return self.path / "tensorboard"
+
     def kept_checkpoints(self) -> list[Path]:
         """Checkpoints of every evaluation, oldest first; empty unless the run was told to keep them."""
         return sorted((self.path / "checkpoints").glob("*.pt"))
@@ -86,7 +92,8 @@ class RunFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             files = (self.checkpoint_file, self.metrics_file, self.monitors_file, self.certificate_file)
-            for stale in (*files, *self.kept_checkpoints()):
+            events = self.event_folder.glob("events.out.tfevents.*")
+            for stale in (*files, *self.kept_checkpoints(), *events):
                 stale.unlink(missing_ok=True)
         write_json(self.path / "config.json", config)
         write_json(self.path / "environment.json", environment)

@@ -168,11 +168,12 @@ def _restore(run: TrainingRun, folder: RunFolder) -> None:
 def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console, extras: Extras) -> RunResult:
     reason, hard = "", False
     folder.write_status("running")
-    with Display(console, budget) as display, interruptible() as interrupted, watched(run, folder, extras) as observed:
+    with Display(console, budget) as display, interruptible() as interrupted, watched(run, folder, extras) as onlookers:
         display.begin(run.config.method)
         try:
             for metrics in measure(run, budget, extras.schedule, display.step, interrupted):
                 _record(run, metrics, folder, extras)
+                onlookers.measured(metrics)
                 display.measured(metrics)
         except NumericalError as error:
             reason = str(error)
@@ -190,7 +191,7 @@ def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console
     details = {"reason": reason} if reason else {}
     folder.write_status(status, epoch=run.epoch, iterations=run.iterations, seconds=run.clock.seconds, **details)
     written = folder.read_metrics()
-    return RunResult(status, written[-1] if written else None, reason, certified(observed, folder))
+    return RunResult(status, written[-1] if written else None, reason, certified(onlookers.watch, folder))
 
 
 def _record(run: TrainingRun, metrics: Metrics, folder: RunFolder, extras: Extras) -> None:

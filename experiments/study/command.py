@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ...analysis.readings import TensorBoard
 from ...errors import ArgumentError, UnknownNameError
 from ..datafiles import data_folder
 from ..flags import Count, Place
@@ -49,6 +50,8 @@ class RunStudy:
     """Folder with the data sets. Default: download, or generate; see also OSCULATE_DATA."""
     dry_run: bool = False
     """Only check the study and show arms, spaces, number of runs and the bound on their time."""
+    tensorboard: bool = False
+    """Let every run write its numbers for TensorBoard (needs the package tensorboard) too."""
     trials: Count = None
     """Fewer (or more) tuning trials than the file says; noted in the results."""
     epochs: Count = None
@@ -73,10 +76,12 @@ class RunStudy:
             raise ArgumentError("name a TOML file or a shipped study; 'osculate study --list' lists them")
         path = find_study(self.file)
         study = scaled(read_study(path), self.trials, self.epochs, self.seeds, self.arms, self.problems)
+        if self.tensorboard:
+            TensorBoard.require()
         if self.data_dir is not None:
             data_folder(self.data_dir)
         out = self.out or Path("runs") / study.name
-        place = StudyPlace(out, self.storage, self.data_dir, self.workers)
+        place = StudyPlace(out, self.storage, self.data_dir, self.workers, self.tensorboard)
         require_folder(out, "study.json", "study.toml", "journal.log")
         study = checked(study, self.data_dir, load=not self.dry_run)
         if self.dry_run:
@@ -146,7 +151,7 @@ def _selected(study: Study, arms: tuple[str, ...], problems: tuple[str, ...]) ->
 def _show(study: Study, workers: int, console: Console) -> None:
     table = Table(title=escape(study.title or study.name))
     for name in ("arm", "method", "settings", "space"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name in ("trials", "final"):
         table.add_column(name, justify="right")
     for arm in study.arms:

@@ -42,12 +42,14 @@ class Place:
         storage: URL of a database that several machines share, or ``None`` for a journal in the folder.
         data_dir: where the data sets lie, or ``None``.
         workers: processes, >= 1; the processor's threads are divided among them.
+        tensorboard: whether every run leaves event files for TensorBoard too.
     """
 
     out: Path
     storage: str | None = None
     data_dir: Path | None = None
     workers: int = 1
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         require_positive_integer("workers", self.workers)
@@ -72,7 +74,7 @@ class _Crew:
     def start(self) -> None:
         """Add one worker."""
         place, name = self.place, uuid.uuid4().hex[:12]
-        told = Assignment(self.study, place.out, place.storage, place.data_dir, place.threads, name)
+        told = Assignment(self.study, place.out, place.storage, place.data_dir, place.threads, name, place.tensorboard)
         process = multiprocessing.get_context("spawn").Process(target=work, args=(told,), daemon=True, name=name)
         process.start()
         self.processes[name] = process

@@ -49,6 +49,7 @@ class Assignment:
         data_dir: where the data sets lie, or ``None``.
         threads: threads of one operation, >= 1.
         name: of the worker.
+        tensorboard: whether every run leaves event files too.
     """
 
     study: Study
@@ -57,6 +58,7 @@ class Assignment:
     data_dir: Path | None
     threads: int
     name: str
+    tensorboard: bool = False
 
     @property
     def presence(self) -> Path:
@@ -160,7 +162,7 @@ def perform(
                 assignment.data_dir,
                 Resume.AUTO,
                 silent,
-                Extras(schedule=schedule),
+                Extras(schedule=schedule, tensorboard=assignment.tensorboard),
             )
         except (OutputError, HeldError):
             raise

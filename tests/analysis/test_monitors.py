@@ -296,7 +296,8 @@ def test_readings_reach_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     calls: list[tuple[Any, ...]] = []
 
     class Writer:
-        def __init__(self, folder: str) -> None:
+        def __init__(self, folder: str, purge_step: int | None) -> None:
+            assert purge_step is None
             calls.append(("open", folder))
 
         def add_scalar(self, name: str, value: float, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -86,3 +87,35 @@ def test_bounds_are_checked_on_a_problem(tiny: object, tmp_path: Path, capsys: p
 def test_the_word_none_names_a_damping_of_pairs(tiny: object, tmp_path: Path) -> None:
     words = ["train", "--method", "kbfgs", "--epochs", "1", "--option", "pairs=none", "--out", str(tmp_path)]
     assert execute(words) == 0
+
+
+def scalars(path: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard shows of a run."""
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    seen = reading.EventAccumulator(str(path / "tensorboard"))
+    seen.Reload()
+    return {name: {event.step: event.value for event in seen.Scalars(name)} for name in seen.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_what_the_files_hold_also_of_a_continued_run(tiny: object, tmp_path: Path) -> None:
+    extras = Extras(watch_every=1, tensorboard=True)
+    run(tmp_path, 1, extras)
+    first = scalars(tmp_path)["train_loss"]
+    run(tmp_path, 3, extras)
+    lines, shown = RunFolder(tmp_path).read_metrics(), scalars(tmp_path)
+    assert [line["iterations"] for line in lines] == [0, 4, 8, 12] and set(first) == {0, 4}
+    for name in ("train_loss", "test_loss", "test_accuracy", "gradient_evaluations"):
+        assert shown[name] == {line["iterations"]: pytest.approx(line[name], rel=1e-6) for line in lines}
+    assert set(shown["PairCurvature/s'y / s's >= c/0 inputs"]) == set(range(12))
+    run(tmp_path, 1, Extras(tensorboard=True), Resume.NEVER)
+    assert scalars(tmp_path)["train_loss"] == first
+
+
+def test_tensorboard_that_is_not_installed_is_told_before_anything_is_written(
+    tiny: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for words in (["train", "--method", "sgdm", "--epochs", "1"], ["study", "smoke"]):
+        assert execute([*words, "--tensorboard", "--out", str(tmp_path / "run")]) == 2
+        assert "needs the package tensorboard" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
