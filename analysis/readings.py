@@ -76,10 +76,17 @@ class JsonLines:
 
     Args:
         path: the file; its folder must exist.
+
+    Raises:
+        ArgumentError: if the folder does not.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
+        if not self.path.parent.is_dir():
+            raise ArgumentError(
+                f"JsonLines({str(path)!r}): there is no folder {str(self.path.parent)!r}; make it first"
+            )
         self._file: TextIO | None = None
 
     def write(self, reading: Reading) -> None:
@@ -178,7 +185,9 @@ class Finding:
     def describe(self) -> str:
         """One line: held with the smallest margin, or violated first where, and by how much."""
         if self.first is None:
-            return f"held in {self.readings} readings, smallest margin {_margin(self.worst):.3g}{_place(self.worst)}"
+            margin = _margin(self.worst)
+            rounding = " (up to rounding)" if margin < 0.0 else ""
+            return f"held in {self.readings} readings, smallest margin {margin:.3g}{rounding}{_place(self.worst)}"
         return (
             f"VIOLATED in {self.violations} of {self.readings} readings, first{_place(self.first)}: "
             f"{_values(self.first)}; worst{_place(self.worst)}: {_values(self.worst)}"

@@ -141,7 +141,7 @@ def watch(
         The watch, a context manager.
 
     Raises:
-        ArgumentError: for anything that is no monitor or no optimizer of this package.
+        ArgumentError: for anything that is no monitor, no sink or no optimizer of this package.
 
     Example:
         >>> import torch, osculate as osc
@@ -164,6 +164,10 @@ def watch(
     for monitor in chosen:
         if isinstance(monitor, type) or not callable(getattr(monitor, "examine", None)):
             raise ArgumentError(f"a monitor has a method 'examine', got {monitor!r}; a class needs its parentheses")
-    result = Watch(chosen, tuple(sinks), every)
+    places = tuple(sinks)
+    for sink in places:
+        if isinstance(sink, type) or not all(callable(getattr(sink, name, None)) for name in ("write", "close")):
+            raise ArgumentError(f"a sink has methods 'write' and 'close', got {sink!r}; for a file JsonLines(path)")
+    result = Watch(chosen, places, every)
     result.attach(optimizer)
     return result

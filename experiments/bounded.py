@@ -40,7 +40,7 @@ class BoundedTraining:
     """Further keyword of the problem: --problem-option size=small."""
     methods: tuple[str, ...] = ("kbfgs", "kbfgs-l")
     """Methods with quasi-Newton factors, separated by blanks."""
-    pairs: tuple[str, ...] = ("double", "powell-then-lm", "powell-h", "merged", "none")
+    pairs: tuple[str, ...] = ("double", "powell-then-lm", "powell-h", "merged", "powell-b0", "none")
     """Dampings of pairs, as the methods name them."""
     option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """Further keyword of every method: --option growth=inf."""

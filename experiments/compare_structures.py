@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from .config import RunConfig, parse_options
 from .environment import prepare_process
 from .problems import get_problem
 from .records import RunFolder
-from .reopen import copy_of, probes, reopen
+from .reopen import copy_of, probes, reopen, saved_config
 from .tables import print_table, write_rows
 from .targets import require_folder
 from .training import prepare
@@ -73,7 +74,7 @@ class CompareStructures:
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Folder with the data sets. Default: download, or generate."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    """Folder to write. Default: runs/structures-PROBLEM."""
+    """Folder to write. Default: RUN/structures, or runs/structures-PROBLEM where no run is given."""
 
     def run(self, console: Console) -> int:
         """Compare, print, write, and return the exit status."""
@@ -81,7 +82,12 @@ class CompareStructures:
         from .theorem_figures import plots_figure
 
         prepare_process()
-        out = self.out or Path("runs") / f"structures-{self.problem}"
+        if not 0.0 < self.damping < math.inf:
+            raise ArgumentError(f"damping must be a finite number > 0, got {self.damping!r}; the default is 0.1")
+        if self.folder is not None:
+            saved_config(RunFolder(self.folder))
+        beside = Path("runs") / f"structures-{self.problem}" if self.folder is None else self.folder / "structures"
+        out = self.out or beside
         require_folder(out, "structures.csv", "structures.png")
         chosen = self._structures()
         run = self._checkpoint()

@@ -16,10 +16,11 @@ from ..analysis.microscope import compare_steps
 from ..analysis.monitor_plots import read_readings, reading_plots
 from ..analysis.quality_plots import approximation_plots, spectrum_plots, step_plots
 from ..analysis.theorem import Plot
+from ..errors import ArgumentError, require_positive_integer
 from ..framework.build import build
 from .environment import prepare_process
 from .records import RunFolder, write_json
-from .reopen import copy_of, probes, reopen
+from .reopen import copy_of, probes, reopen, saved_config
 from .tables import print_table, write_rows
 from .targets import require_folder
 
@@ -79,6 +80,8 @@ class Diagnose:
         """Measure, print, draw, and return the exit status."""
         prepare_process()
         folder, out = RunFolder(self.folder), self.out or self.folder / "diagnosis"
+        saved_config(folder)
+        readings = read_readings(folder.monitors_file) if folder.monitors_file.exists() else []
         require_folder(out, "approximation.csv", "approximation.png", "spectra.png", "monitors.png")
         rows: list[dict[str, Any]] = []
         last: list[BlockQuality] = []
@@ -91,13 +94,14 @@ class Diagnose:
             with console.status(f"measuring after {run.iterations} iterations"):
                 last = measure_approximation(run.optimizer, probe, targets=self.targets, effort=effort, known=known)
             rows += [{"iterations": run.iterations} | quality.as_dict() for quality in last]
+        if not rows:
+            raise ArgumentError(f"no layer was measured: none has at most {self.largest} parameters; raise --largest")
         write_rows(out / "approximation.csv", rows)
-        title = f"{rows[-1]['part']} after {rows[-1]['iterations']} iterations" if rows else "nothing was measured"
+        title = f"{rows[-1]['part']} after {rows[-1]['iterations']} iterations"
         print_table(console, title, [quality.as_dict() for quality in last], _SHOWN)
         _draw(approximation_plots(rows), out / "approximation")
         _draw(spectrum_plots(known), out / "spectra")
-        if folder.monitors_file.exists():
-            _draw(reading_plots(read_readings(folder.monitors_file)), out / "monitors")
+        _draw(reading_plots(readings), out / "monitors")
         console.print(f"table and figures lie in {out}", highlight=False, markup=False, soft_wrap=True)
         return 0
 
@@ -107,11 +111,15 @@ class Diagnose:
 
 
 def _draw(plots: Sequence[Plot], stem: Path) -> None:
+    """Save a figure; without plots remove that of an earlier measurement, which would pass for this one's."""
     from .figures import save_figure
     from .theorem_figures import plots_figure
 
     if plots:
         save_figure(plots_figure(plots), stem)
+    else:
+        for suffix in (".png", ".pdf"):
+            stem.with_suffix(suffix).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +150,10 @@ class Microscope:
     def run(self, console: Console) -> int:
         """Compare, print, write, and return the exit status."""
         prepare_process()
+        if not self.methods:
+            raise ArgumentError("--methods needs at least one method, such as --methods kbfgs adam")
+        require_positive_integer("history", self.history)
+        saved_config(RunFolder(self.folder))
         out = self.out or self.folder / "microscope"
         require_folder(out, "microscope.csv", "microscope.json", "microscope.png")
         run = reopen(RunFolder(self.folder), self.data_dir, device=self.device)

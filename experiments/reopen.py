@@ -29,6 +29,8 @@ def saved_config(folder: RunFolder, device: str | None = None) -> RunConfig:
     Raises:
         ArgumentError: if there is no run, or its configuration is not one.
     """
+    if not (folder.path / "config.json").is_file():
+        raise ArgumentError(f"{str(folder.path)!r} holds no run; name a folder that 'osculate train' wrote")
     saved = folder.read_config()
     try:
         options = {name: _number(value) for name, value in saved["method_options"].items()}
@@ -58,13 +60,15 @@ def reopen(
         device: another device than the run's own, or ``None``.
 
     Raises:
-        ArgumentError: if there is no run, or the checkpoint cannot be read.
+        ArgumentError: if there is no run, or its checkpoint is missing or cannot be read.
     """
     config = saved_config(folder, device)
     problem = get_problem(config.problem, **config.problem_options)
     run = prepare(config, problem, problem.load(data_dir))
     if source is not None or folder.checkpoint_file.exists():
         run.load_state_dict(folder.load_checkpoint(run.device, source))
+    elif any(line["iterations"] for line in folder.read_metrics()):  # else the beginning would pass for the end
+        raise ArgumentError(f"{folder.checkpoint_file} is missing, though the run took steps; train it again")
     return run
 
 

@@ -18,10 +18,15 @@ from ..analysis.theorem import Curve, Plot
 
 __all__ = ["equation_pieces", "equation_svg", "plots_figure"]
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A")
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A"),
+    *("#000000", "#999999", "#882255", "#44AA99", "#332288", "#999933", "#661100"),
+)
 _DASHES = {"measured": "-", "bound": "--", "control": ":"}
 _COLUMNS = 2
 _LEGEND_LIMIT = 14
+_ROUNDING = 1e-5
+"""Curves that differ by less, relative to the largest value, are drawn as one line: rounding is nothing to look at."""
 
 _SYNONYMS = (
     (r"\\le(?![a-zA-Z])", r"\\leq"),
@@ -60,8 +65,10 @@ def _draw_curves(axes: Axes, plot: Plot) -> None:
             colours[_family(curve)] = "black"
         else:
             colours.setdefault(_family(curve), _COLOURS[len(colours) % len(_COLOURS)])
+    shown: list[float] = []
     for curve in plot.curves:
         x, y = _drawable(plot, curve)
+        shown += [value for value in y if math.isfinite(value)]
         marker = "o" if len(x) == 1 else None
         style = _DASHES[curve.style]
         axes.plot(x, y, style, color=colours[_family(curve)], label=curve.label, linewidth=1.5, marker=marker)
@@ -69,6 +76,9 @@ def _draw_curves(axes: Axes, plot: Plot) -> None:
         axes.set_xscale("log")
     if plot.y_log:
         axes.set_yscale("log")
+    if shown and (largest := max(map(abs, shown))) > 0.0 and max(shown) - min(shown) < _ROUNDING * largest:
+        axes.set_yscale("linear")
+        axes.set_ylim(min(shown) - 0.01 * largest, max(shown) + 0.01 * largest)
     axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
     axes.set_title(plot.title, fontsize=10)
     axes.grid(visible=True, which="major", color="0.9", linewidth=0.6)

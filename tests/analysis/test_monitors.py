@@ -29,6 +29,8 @@ from osculate.analysis import (
     watch,
 )
 from osculate.analysis.eigenvalue_monitor import limited_memory_bounds
+from osculate.analysis.readings import Reading, findings
+from osculate.analysis.theorem import Inequality
 from osculate.preconditioners.lbfgs import append_pair_
 from torch import Tensor, nn
 
@@ -261,6 +263,26 @@ def test_readings_are_streamed_as_json_lines(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert lines == [entry.as_dict() for entry in memory.readings] and len(lines) > 10
     assert json.loads(json.dumps(observed.certificate().as_dict(), allow_nan=False))["steps"] == 1
+
+
+@pytest.mark.parametrize("sink", ["monitors.jsonl", JsonLines, object()])
+def test_what_is_no_sink_is_refused_before_anything_is_attached(sink: Any) -> None:
+    optimizer, _, _ = runner("kbfgs", lr=0.1, damping=0.3)
+    with pytest.raises(osc.ArgumentError, match="a sink has methods"):
+        watch(optimizer, sinks=[sink])
+    assert not optimizer.observers
+
+
+def test_json_lines_need_their_folder(tmp_path: Path) -> None:
+    with pytest.raises(osc.ArgumentError, match="there is no folder"):
+        JsonLines(tmp_path / "nowhere" / "monitors.jsonl")
+
+
+@pytest.mark.parametrize(("measured", "said"), [(1.0, False), (0.5 - 1e-9, True), (0.4, False)])
+def test_a_margin_that_holds_up_to_rounding_says_so(measured: float, said: bool) -> None:
+    reading = Reading(0, "PairCurvature", "0", Inequality("c", measured, 0.5, ">=", tolerance=1e-6))
+    (finding,) = findings([reading]).values()
+    assert ("(up to rounding)" in finding.describe()) == said and finding.held == (measured != 0.4)
 
 
 def test_skipped_steps_are_counted_and_not_examined() -> None:

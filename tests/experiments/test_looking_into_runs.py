@@ -88,3 +88,58 @@ def test_compare_structures_ranks_by_angle(run: Path, tmp_path: Path, capsys: py
     places = [printed.index(f" {name} ") for name in sorted(means, key=lambda name: -means[name])]
     assert places == sorted(places) and len(places) >= 2
     assert execute([*words[:2], "--structures", "nothing of the kind"]) == 2
+    assert execute(words) == 0
+    assert (run / "structures" / "structures.csv").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_compare_structures_needs_damping(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["compare-structures", "--structures", "Diagonal", "--damping", value]) == 2
+    assert "damping must be a finite number > 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["diagnose", "microscope", "compare-structures"])
+def test_a_folder_without_a_run_is_named(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("nowhere", "."):
+        assert execute([command, place]) == 2
+        shown = capsys.readouterr().err
+        assert f"'{place}' holds no run" in shown and "--out" not in shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["diagnose", "microscope", "compare-structures"])
+def test_the_beginning_never_passes_for_a_lost_end(
+    command: str, tiny: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(["train", "--method", "kfac", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    (tmp_path / "checkpoint.pt").unlink()
+    assert execute([command, str(tmp_path)]) == 2
+    assert "missing" in capsys.readouterr().err
+
+
+def test_diagnose_that_measures_nothing_changes_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["diagnose", str(run), "--samples", "10"]) == 0
+    table = (run / "diagnosis" / "approximation.csv").read_bytes()
+    assert execute(["diagnose", str(run), "--samples", "10", "--largest", "1"]) == 2
+    assert "raise --largest" in capsys.readouterr().err
+    assert (run / "diagnosis" / "approximation.csv").read_bytes() == table
+
+
+def test_diagnose_leaves_no_figure_of_an_earlier_measurement(run: Path) -> None:
+    assert execute(["diagnose", str(run), "--samples", "10"]) == 0
+    RunFolder(run).monitors_file.unlink()
+    assert execute(["diagnose", str(run), "--samples", "10"]) == 0
+    assert {file.stem for file in (run / "diagnosis").iterdir()} == {"approximation", "spectra"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["--methods"], "at least one"), (["--history", "0"], "history must be")]
+)
+def test_microscope_refuses_bad_numbers(
+    words: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(["microscope", str(run), *words]) == 2
+    assert message in capsys.readouterr().err

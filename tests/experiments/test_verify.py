@@ -189,6 +189,26 @@ def test_maps_and_single_points_are_drawn() -> None:
     assert [axes.get_title() for axes in figure.axes][:3] == ["map", "point", "point"]
 
 
+def test_curves_that_differ_by_rounding_are_one_line() -> None:
+    apart = Plot(
+        "apart", "x", "y", (Curve("p", [0, 1], [0.5, 0.4]), Curve("q", [0, 1], [0.5, 0.5], "bound")), y_log=True
+    )
+    equal = Plot("equal", "x", "y", (Curve("p", [0, 1], [0.5, 0.5 - 1e-9]), Curve("q", [0, 1], [0.5, 0.5])), y_log=True)
+    zeros = Plot("zeros", "x", "y", (Curve("p", [0, 1], [0.0, 0.0]),))
+    drawn = plots_figure([apart, equal, zeros]).axes
+    assert drawn[0].get_yscale() == "log" and drawn[1].get_yscale() == "linear"
+    lowest, highest = drawn[1].get_ylim()
+    assert highest - lowest > 0.009
+    shown = [float(label.get_text()) for label in drawn[1].get_yticklabels()]
+    assert len(set(shown)) == len(shown) > 2
+
+
+def test_every_curve_of_a_legend_has_a_colour_of_its_own() -> None:
+    plot = Plot("many", "x", "y", tuple(Curve(f"layer {index}", [0, 1], [index, 1]) for index in range(14)))
+    (axes,) = plots_figure([plot]).axes
+    assert len({line.get_color() for line in axes.get_lines()}) == 14
+
+
 def test_a_report_of_nothing_but_controls_that_pass_says_so() -> None:
     verdict = verify(_theorem("T0", GOOD, GOOD), Setting())
     page = report([verdict], {}, {})
