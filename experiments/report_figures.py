@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 from numpy.typing import NDArray
 
 from .report_curves import course_figure, generalisation_figure, layer_step_figures
-from .report_style import Styles, label_lines, new_figure, plain_axes
+from .report_style import INCHES_PER_LETTER, Styles, label_lines, new_figure, plain_axes
 from .report_tables import ALL_PROBLEMS, CLOCKS, profile_times
 from .scoring import quantile
 from .scoring_profiles import LARGEST_RATIO, profile, ratios_to_best
@@ -118,7 +118,9 @@ def ablation_figures(table: pd.DataFrame) -> dict[str, Figure | None]:
 def _ablation(measure: str, table: pd.DataFrame) -> Figure:
     whole = ALL_PROBLEMS if (table.problem == ALL_PROBLEMS).any() else table.problem.iloc[0]
     chosen = table[table.problem == whole].sort_values("part", kind="stable")
-    figure, (axes,) = new_figure(1, width=7.2, height=1.3 + 0.34 * len(chosen))
+    names = [f"{part}: {value}" for part, value in zip(chosen.part, chosen.value, strict=True)]
+    room = INCHES_PER_LETTER * max(len(name) for name in names)
+    figure, (axes,) = new_figure(1, width=5.0 + max(2.2, room), height=1.4 + 0.34 * len(chosen))
     numbers = chosen[["ratio", "low", "high"]].to_numpy(dtype=float)
     bound = min(_EDGE, 1.25 * max([1.5, *_distances(numbers)]))
     for place, entry in enumerate(numbers):
@@ -129,12 +131,10 @@ def _ablation(measure: str, table: pd.DataFrame) -> Figure:
     axes.xaxis.set_major_locator(FixedLocator([1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.8, 1, 1.25, 2, 4, 8, 16]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(
-        range(len(chosen)), [f"{part}: {value}" for part, value in zip(chosen.part, chosen.value, strict=True)]
-    )
+    axes.set_yticks(range(len(chosen)), names, fontsize=8)
     axes.set_ylim(len(chosen) - 0.4, -0.6)
-    axes.set(xlabel=f"{measure.replace('_', ' ')}, ratio to the base on the same seeds (left of 1 is better)")
-    axes.set_title(f"{whole}: replacing one part of the base; faint where the interval covers 1", fontsize=10)
+    axes.set(xlabel=f"{measure.replace('_', ' ')}, ratio to the base on the same seeds\n(left of 1 is better)")
+    figure.suptitle(f"{whole}: replacing one part of the base; faint where the interval covers 1", fontsize=10)
     plain_axes(axes)
     return figure
 

@@ -14,11 +14,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from .figures import COLOURS, DASHES
 
-__all__ = ["Styles", "label_lines", "new_figure", "plain_axes"]
+__all__ = ["INCHES_PER_LETTER", "Styles", "label_lines", "new_figure", "plain_axes"]
 
 _GAP_POINTS = 11.0
-_INCHES_PER_LETTER = 0.075
-_MOST_ROOM = 0.35
+INCHES_PER_LETTER = 0.075
+"""Width of a letter of the labels, which have 8 points."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def plain_axes(axes: Axes) -> None:
 
 
 def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> None:
-    """Write each line's name right of its end, moved apart where they would overlap; the figure makes room for them.
+    """Write each line's name right of its end, moved apart where they would overlap; the figure grows to make room.
 
     Args:
         axes: the last in its row, with its final limits.
@@ -79,8 +79,9 @@ def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> No
     assert figure is not None
     engine = figure.get_layout_engine()
     if isinstance(engine, ConstrainedLayoutEngine):
-        room = _INCHES_PER_LETTER * max((len(end[0]) for end in shown), default=0) / figure.get_figwidth()
-        engine.set(rect=(0, 0, 1 - min(_MOST_ROOM, room), 1))
+        width, room = figure.get_figwidth(), INCHES_PER_LETTER * max((len(end[0]) for end in shown), default=0)
+        figure.set_figwidth(width + room)
+        engine.set(rect=(0, 0, width / (width + room), 1))
     figure.draw_without_rendering()  # the axes take their place
     to_points = 72 / figure.dpi
     heights = [float(axes.transData.transform((x, y))[1]) * to_points for _, x, y, _ in shown]
@@ -88,7 +89,7 @@ def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> No
     placed = _apart([heights[index] for index in order])
     for index, height in zip(order, placed, strict=True):
         name, x, y, colour = shown[index]
-        axes.annotate(
+        label = axes.annotate(
             name,
             (x, y),
             xytext=(7, height - heights[index]),
@@ -98,6 +99,7 @@ def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> No
             va="center",
             annotation_clip=False,
         )
+        label.set_in_layout(False)  # the room is there already
 
 
 def _apart(heights: Sequence[float]) -> list[float]:

@@ -19,6 +19,7 @@ from osculate.experiments.cli import execute
 from osculate.experiments.records import RunFolder
 from osculate.experiments.report import report_tables, write_report
 from osculate.experiments.report_curves import course_band
+from osculate.experiments.report_figures import report_figures
 from osculate.experiments.report_latex import document, escape, latex_table
 from osculate.experiments.study.folders import write_trial
 from osculate.experiments.study.ledger import FINAL, Slot
@@ -352,3 +353,26 @@ def test_latex_compiles(out: Path, tmp_path: Path) -> None:
         command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-draftmode", f"{name}.tex"]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120)
         assert result.returncode == 0, result.stdout[-2000:]
+
+
+@pytest.mark.parametrize("letters", [5, 60])
+def test_long_names_of_arms_widen_figures_and_never_squeeze_axes(tmp_path: Path, letters: int) -> None:
+    study = MadeStudy(tmp_path / "s", seeds=(0, 1))
+    study.problem("p_1")
+    study.arm("base")
+    study.base = "base"
+    study.arm("x" * letters, varied=("part", "x" * letters))
+    for arm, rate in (("base", 0.3), ("x" * letters, 0.5)):
+        for seed in study.seeds:
+            study.run("p_1", arm, seed, rate)
+    record = read_study(study.write())
+    tables, values = report_tables(record)
+    figures = report_figures(record, values, tables)
+    assert {"loss-p_1", "profiles", "ablation-steps-to-target"} <= figures.keys()
+    for name, figure in figures.items():
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            box = axes.get_window_extent()
+            assert box.width / figure.dpi > 2.5, name
+            labels = [text for text in axes.texts if text.get_text().startswith("x")]
+            assert all(text.get_window_extent().x1 <= figure.bbox.x1 + 1 for text in labels), name
