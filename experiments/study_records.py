@@ -225,6 +225,16 @@ def _description(file: Path) -> dict[str, Any]:
         raise ArgumentError(f"{file} cannot be read ({error}); restore it, or remove it to report bare runs") from error
     if not isinstance(content, dict):
         raise ArgumentError(f"{file} must hold one JSON object; restore it, or remove it to report bare runs")
+    for key, kind in (("arms", dict), ("problems", list), ("seeds", list), ("notes", list)):
+        value = content.get(key, kind())
+        entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        tables = key not in ("arms", "problems") or all(isinstance(entry, dict) for entry in entries)
+        named = key != "problems" or (tables and all(isinstance(entry.get("name"), str) for entry in entries))
+        if not isinstance(value, kind) or not tables or not named:
+            raise ArgumentError(
+                f"{file} is damaged: its {key} read {str(value)[:60]!r}; restore it with the study's own command, or "
+                "remove it to report bare runs"
+            )
     return content
 
 
@@ -265,6 +275,7 @@ def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: li
     before = len(gaps)
     trial, config = _object(path / "trial.json", name, gaps), _object(path / "config.json", name, gaps)
     status = _object(path / "status.json", name, gaps)
+    _drop_misfits(trial, name, gaps)
     numbered = _NUMBERED.search(path.name)
     phase = trial.get("phase") or (numbered[1] if numbered else "final")
     number = int(numbered[2]) if numbered else 0
@@ -285,13 +296,32 @@ def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: li
         trial.get("arm") or _arm(path, config),
         phase,
         trial.get("trial", number if phase == "tune" else None),
-        int(trial.get("seed", config.get("seed", number))),
+        trial["seed"] if trial.get("seed") is not None else _seed(config, number),
         math.nan if value is None else float(value),
         state,
         known,
         reason,
         trial.get("settings") or {key: config[key] for key in ("lr", "damping") if config.get(key) is not None},
     ]
+
+
+def _seed(config: Mapping[str, Any], number: int) -> int:
+    seed = config.get("seed", number)
+    return seed if isinstance(seed, int) else number
+
+
+def _drop_misfits(trial: dict[str, Any], name: str, gaps: list[str]) -> None:
+    """Leave out, and say, what in ``trial.json`` is of another kind than a study writes."""
+    kinds = {str: ("problem", "arm", "reason"), dict: ("settings",), int: ("seed", "trial"), int | float: ("value",)}
+    wrong = [
+        key
+        for kind, keys in kinds.items()
+        for key in keys
+        if trial.get(key) is not None and (not isinstance(trial[key], kind) or isinstance(trial[key], bool))
+    ]
+    if trial.get("phase") not in (None, "tune", "final"):
+        wrong.append("phase")
+    gaps += [f"{name} is damaged: {key} in trial.json is {trial.pop(key)!r}" for key in wrong]
 
 
 def _arm(path: Path, config: Mapping[str, Any]) -> str:

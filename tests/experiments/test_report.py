@@ -376,3 +376,25 @@ def test_long_names_of_arms_widen_figures_and_never_squeeze_axes(tmp_path: Path,
             assert box.width / figure.dpi > 2.5, name
             labels = [text for text in axes.texts if text.get_text().startswith("x")]
             assert all(text.get_window_extent().x1 <= figure.bbox.x1 + 1 for text in labels), name
+
+
+def test_damage_of_any_kind_is_said_and_never_a_crash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = small_study(tmp_path / "s")
+    runs = study.folder / "runs/p_1/fast"
+    wrong = {"seed": "two", "value": "x", "settings": [], "phase": 3, "arm": 1}
+    (runs / "final-0/trial.json").write_text(json.dumps(wrong))
+    (runs / "final-1/config.json").write_text('{"seed": "one"')
+    record = read_study(study.folder)
+    said = " ".join(record.gaps)
+    assert all(f"{key} in trial.json" in said for key in wrong) and "config.json cannot be read" in said
+    assert record.runs.set_index("run").loc["runs/p_1/fast/final-0", ["arm", "seed", "state"]].tolist() == [
+        "fast",
+        0,
+        "unfinished",
+    ]
+    assert execute(["report", str(study.folder)]) == 1
+    for damage in ({"problems": 3}, {"arms": []}, {"problems": [{}]}, {"arms": {"a": 1}}, {"seeds": 1}):
+        (study.folder / "study.json").write_text(json.dumps(damage))
+        capsys.readouterr()
+        assert execute(["report", str(study.folder)]) == 2
+        assert "damaged" in capsys.readouterr().err
