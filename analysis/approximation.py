@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import OsculateError, require_positive_integer
+from ..errors import ArgumentError, OsculateError, require_positive_integer
 from ..framework.blocks import Block, describe
 from ..framework.optimizer import SecondOrder
 from ..preconditioners.damping import SideDamping
@@ -124,7 +124,16 @@ def measure_approximation(
         effort: how much is spent.
         known: exact matrices of the same model on the same probe, from an earlier call with the same dictionary; what
             is computed now is added.
+
+    Raises:
+        ArgumentError: for a target, a damping or an optimizer that is none.
     """
+    if not isinstance(optimizer, SecondOrder):
+        raise ArgumentError(f"osculate.build makes the optimizers that can be measured, got {type(optimizer).__name__}")
+    if isinstance(targets, str) or not targets or not set(targets) <= set(get_args(Target)):
+        raise ArgumentError(f"targets must be a sequence of 'ggn' and 'hessian', got {targets!r}; e.g. targets=['ggn']")
+    if damping is not None and not 0.0 < damping < math.inf:
+        raise ArgumentError(f"damping must be a finite number > 0, got {damping!r}; None takes the optimizer's own")
     twin, exact = in_double(optimizer), probe.double()
     memory = {} if known is None else known
     found = []

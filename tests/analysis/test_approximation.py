@@ -170,3 +170,20 @@ def test_without_a_likelihood_there_is_no_gauss_newton_matrix() -> None:
     model, probe = case()
     with pytest.raises(osc.ArgumentError, match="likelihood"):
         measure_approximation(stepped("sgdm", model, probe, 1), replace(probe, likelihood=None))
+
+
+@pytest.mark.parametrize("targets", ["ggn", ["fisher"], ["ggn", "fisher"], ()])
+def test_no_other_matrix_is_measured_under_a_wrong_name(targets: Any) -> None:
+    """A string is a sequence of letters, each of which passed for the Hessian."""
+    model, probe = case()
+    with pytest.raises(osc.ArgumentError, match="'ggn' and 'hessian'"):
+        measure_approximation(stepped("sgdm", model, probe, 1), probe, targets=targets)
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    model, probe = case()
+    foreign: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(osc.ArgumentError, match="got SGD"):
+        measure_approximation(foreign, probe)
+    with pytest.raises(osc.ArgumentError, match="damping must be"):
+        measure_approximation(stepped("sgdm", model, probe, 1), probe, damping=0.0)
