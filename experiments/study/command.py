@@ -168,9 +168,11 @@ def _show(study: Study, workers: int, console: Console) -> None:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     hours = None if study.budget.seconds is None else study.runs * study.budget.seconds / workers / 3600
     cost = (
-        "" if hours is None else f", at most {hours:.2g} h of training with {workers} worker(s), evaluation not counted"
+        ", no bound on their time; seconds in [budget] would be one"
+        if hours is None
+        else f", at most {hours:.2g} h of training with {workers} worker(s), evaluation not counted"
     )
-    console.print(f"{study.runs} runs{cost}", highlight=False, soft_wrap=True)
+    console.print(f"{study.runs} runs{cost}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _settings(arm: Arm) -> str:

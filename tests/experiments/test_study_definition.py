@@ -323,3 +323,14 @@ def test_shipped_studies_are_listed_and_a_missing_name_says_how(capsys: pytest.C
     said = capsys.readouterr().out
     assert all(name in said for name in shipped_studies())
     assert execute(["study"]) == 2 and "--list" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_how_long_at_most_or_that_nothing_bounds_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(["study", "smoke", "--dry-run", "--workers", "2"]) == 0
+    assert "30 runs, at most 0.25 h of training with 2 worker(s)" in capsys.readouterr().out
+    file = tmp_path / "unbounded.toml"
+    file.write_text(HEAD + '[arms.a]\nmethod = "sgdm"\n')
+    assert execute(["study", str(file), "--dry-run"]) == 0
+    assert "2 runs, no bound on their time; seconds in [budget] would be one" in capsys.readouterr().out
