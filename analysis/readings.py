@@ -245,11 +245,17 @@ class WatchCertificate:
         return "\n".join(self.lines())
 
     def require(self) -> None:
-        """Raise NumericalError if something was violated.
+        """Raise if something was violated, or if nothing was examined.
 
         Raises:
             NumericalError: naming every violated claim with step, layer and values.
+            ArgumentError: if no monitor found anything to examine: what nobody looked at is not certified.
         """
+        if not self.findings:
+            raise ArgumentError(
+                f"nothing was examined in {self.steps} steps by {', '.join(self.monitors)}; attach the watch before "
+                "the steps, to an optimizer that has what its monitors examine"
+            )
         if not self.ok:
             listed = "; ".join(f"{entry.monitor}: {entry.claim}: {entry.describe()}" for entry in self.violated)
             raise NumericalError(f"monitors found violations: {listed}")

@@ -123,8 +123,9 @@ def _ablation(measure: str, table: pd.DataFrame) -> Figure:
     figure, (axes,) = new_figure(1, width=5.0 + max(2.2, room), height=1.4 + 0.34 * len(chosen))
     numbers = chosen[["ratio", "low", "high"]].to_numpy(dtype=float)
     bound = min(_EDGE, 1.25 * max([1.5, *_distances(numbers)]))
-    for place, entry in enumerate(numbers):
+    for place, (entry, words) in enumerate(zip(numbers, _words(chosen), strict=True)):
         _bar(axes, place, entry, bound)
+        axes.annotate(words, (1.01, place), xycoords=("axes fraction", "data"), fontsize=8, va="center")
     axes.axvline(1.0, color="0.3", linewidth=0.9)
     axes.set_xscale("log")
     axes.set_xlim(1 / bound, bound)
@@ -140,7 +141,7 @@ def _ablation(measure: str, table: pd.DataFrame) -> Figure:
 
 
 def _bar(axes: Axes, place: int, entry: NDArray[np.float64], bound: float) -> None:
-    """Bar from 1 to the ratio, whisker over the interval, both cut at the edges, and the number beside them."""
+    """Bar from 1 to the ratio, whisker over the interval, both cut at the edges."""
     ratio, low, high = (float(value) for value in entry)
     shown, start, end = (min(max(value, 1 / bound), bound) for value in (ratio, low, high))
     clear = high < 1 or low > 1
@@ -149,8 +150,19 @@ def _bar(axes: Axes, place: int, entry: NDArray[np.float64], bound: float) -> No
     axes.barh([place], [right - left], left=[left], height=0.62, color=colour, alpha=0.9 if clear else 0.45)
     if not math.isnan(low):
         axes.plot([start, end], [place, place], color="0.15", linewidth=1.4, marker="|", markersize=7)
-    text = "miss" if math.isinf(ratio) else f"{ratio:.3g}"
-    axes.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+
+
+def _words(chosen: pd.DataFrame) -> list[str]:
+    """What stands beside each bar: a ratio that comes from misses is told in words."""
+    found = []
+    for ratio, pairs, own, base in chosen[["ratio", "pairs", "misses", "base misses"]].itertuples(index=False):
+        if own == base == pairs:
+            found.append("both miss")
+        elif ratio == 0.0:
+            found.append("the base misses")
+        else:
+            found.append("miss" if math.isinf(ratio) else f"{ratio:.3g}")
+    return found
 
 
 def _distances(numbers: NDArray[np.float64]) -> list[float]:

@@ -35,8 +35,9 @@ HOW_TO_READ = {
     ),
     "ablation": (
         "One part of the base replaced at a time. Ratio to the base on the same seeds, below 1 where the replacement "
-        "is better; over all problems the geometric mean of the problems' medians. Every replacement that was run is "
-        "here, those that break down too."
+        "is better; over all problems the geometric mean of the problems' medians. Where both miss the ratio is 1 "
+        "(neither is ahead), where only the base does it is 0. Every replacement that was run is here, those that "
+        "break down too."
     ),
     "budget": (
         "Best tuning value after k of the trials, drawn without replacement: exact expectation, median and quartiles. "

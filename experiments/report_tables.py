@@ -245,7 +245,9 @@ def pairs_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
 def ablation_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
     """What replacing one part of the base does: ratio to the base on the same seeds, per problem and over all.
 
-    Below 1 the replacement is better. A problem counts towards a measure where the base and the arm have a pair.
+    Below 1 the replacement is better; ``misses`` and ``base misses`` count the pairs in which the arm and the base
+    miss: where both do, the ratio 1 says that neither is ahead, not that the part has no effect. A problem counts
+    towards a measure where the base and the arm have a pair.
     """
     rows = []
     for arm in record.arms if record.base is not None else ():
@@ -254,19 +256,24 @@ def ablation_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
             continue
         for measure in dict.fromkeys(m for problem in record.problems for m in primary_measures(record, problem)):
             base = str(record.base)
-            ratios = {
-                problem: paired_ratios(_costs(values, problem, arm, measure), _costs(values, problem, base, measure))
+            both = {
+                problem: (_costs(values, problem, arm, measure), _costs(values, problem, base, measure))
                 for problem in record.problems
             }
-            ratios = {problem: found for problem, found in ratios.items() if len(found)}
-            groups = {problem: [found] for problem, found in ratios.items()}
+            groups = {problem: [pair] for problem, pair in both.items() if pair[0].keys() & pair[1].keys()}
             if len(groups) > 1:
-                groups[ALL_PROBLEMS] = list(ratios.values())
+                groups[ALL_PROBLEMS] = [pair for (pair,) in groups.values()]
             for problem, entries in groups.items():
-                effect, pairs = combined_effect(entries), sum(map(len, entries))
-                rows.append([*varied, arm, problem, measure, pairs, *effect])
-    columns = ["part", "value", "arm", "problem", "measure", "pairs", "ratio", "low", "high"]
+                effect = combined_effect([paired_ratios(*pair) for pair in entries])
+                rows.append([*varied, arm, problem, measure, *_pairs_and_misses(entries), *effect])
+    columns = ["part", "value", "arm", "problem", "measure", "pairs", "misses", "base misses", "ratio", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _pairs_and_misses(entries: list[tuple[Values, Values]]) -> tuple[int, int, int]:
+    """Number of pairs, and of the infinite values of either side in them."""
+    pairs = [(own[seed], base[seed]) for own, base in entries for seed in own.keys() & base.keys()]
+    return len(pairs), sum(math.isinf(own) for own, _ in pairs), sum(math.isinf(base) for _, base in pairs)
 
 
 def runs_table(record: StudyRecord) -> pd.DataFrame:

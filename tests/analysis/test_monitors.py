@@ -158,6 +158,14 @@ def test_a_corrupted_matrix_is_caught_where_it_happened() -> None:
         certificate.require()
 
 
+def test_what_nobody_examined_is_not_certified() -> None:
+    optimizer, _, _ = runner(with_outputs(Inflated()))
+    with watch(optimizer, [SecantEquation()]) as observed:
+        pass
+    with pytest.raises(osc.ArgumentError, match=r"nothing was examined in 0 steps by SecantEquation; attach"):
+        observed.certificate().require()
+
+
 @pytest.mark.parametrize("factor", [-1.0, float("nan")])
 def test_a_matrix_that_is_not_definite_or_not_finite_is_a_violation(factor: float) -> None:
     optimizer, closure, _ = runner(replace(with_outputs(Inflated(factor=factor)), guard=osc.Backtrack()))
