@@ -19,7 +19,7 @@ from osculate.experiments.cli import execute
 from osculate.experiments.records import RunFolder
 from osculate.experiments.report import report_tables, write_report
 from osculate.experiments.report_curves import course_band
-from osculate.experiments.report_figures import ablation_figures, report_figures
+from osculate.experiments.report_figures import report_figures
 from osculate.experiments.report_latex import document, escape, latex_table
 from osculate.experiments.study.folders import write_trial
 from osculate.experiments.study.ledger import FINAL, Slot
@@ -213,20 +213,6 @@ def test_ablation_effects_are_below_one_for_what_helps(tables: dict[str, pd.Data
     steps = chosen(tables["ablation"], measure="steps to target", problem="all problems").set_index("arm")
     assert steps.loc["Split", "ratio"] < steps.loc["Split", "high"] < 1 < steps.loc["T2 100%", "low"]
     assert steps.loc["Split", "part"] == "damping" and steps.loc["Split", "pairs"] == 6
-
-
-def test_ratios_that_come_from_misses_are_told_in_words(tables: dict[str, pd.DataFrame]) -> None:
-    lost = (
-        chosen(tables["ablation"], measure="steps to target", problem="all problems").set_index("arm").loc["no guard"]
-    )
-    assert (lost["pairs"], lost["misses"], lost["base misses"]) == (6, 4, 0)
-    misses = [(1.0, 3, 3, 3), (0.0, 3, 0, 3), (math.inf, 3, 3, 0), (1.0, 3, 1, 1), (0.5, 3, 0, 0)]
-    table = pd.DataFrame(misses, columns=["ratio", "pairs", "misses", "base misses"])
-    table = table.assign(part="damping", value=list("abcde"), problem="p", measure="steps", low=math.nan, high=math.nan)
-    figure = ablation_figures(table)["ablation-steps"]
-    assert figure is not None
-    said = {text.get_text() for text in figure.axes[0].texts}
-    assert said == {"both miss", "the base misses", "miss", "1", "0.5"}
 
 
 def test_what_has_not_been_run_is_no_miss_in_a_profile(tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""Misses in tables and figures of effects: a ratio that comes from them is told in words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+from made_studies import whole_study
+from osculate.experiments.report import report_tables
+from osculate.experiments.report_figures import ablation_figures
+from osculate.experiments.study_records import read_study
+
+
+def test_effects_count_the_misses_of_both_sides(tmp_path: Path) -> None:
+    table = report_tables(read_study(whole_study(tmp_path / "s").folder))[0]["ablation"]
+    mine = table[(table.measure == "steps to target") & (table.problem == "all problems")].set_index("arm")
+    lost = mine.loc["no guard"]
+    assert (lost["pairs"], lost["misses"], lost["base misses"]) == (6, 4, 0)
+
+
+def test_ratios_that_come_from_misses_are_told_in_words() -> None:
+    misses = [(1.0, 3, 3, 3), (0.0, 3, 0, 3), (math.inf, 3, 3, 0), (1.0, 3, 1, 1), (0.5, 3, 0, 0)]
+    table = pd.DataFrame(misses, columns=["ratio", "pairs", "misses", "base misses"])
+    table = table.assign(part="damping", value=list("abcde"), problem="p", measure="steps", low=math.nan, high=math.nan)
+    figure = ablation_figures(table)["ablation-steps"]
+    assert figure is not None
+    said = {text.get_text() for text in figure.axes[0].texts}
+    assert said == {"both miss", "the base misses", "miss", "1", "0.5"}
