@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ...analysis.readings import TensorBoard
 from ...errors import ArgumentError, UnknownNameError
+from ..config import Budget
 from ..datafiles import data_folder
 from ..flags import Count, Place
 from ..targets import require_folder
@@ -159,20 +160,24 @@ def _show(study: Study, workers: int, console: Console) -> None:
         table.add_row(*map(escape, (arm.label, arm.method, _settings(arm), _space(arm), str(trials), str(finals))))
     console.print(table)
     for problem in study.problems:
-        budget = study.problem_budget(problem)
+        budget, tuning = study.problem_budget(problem), study.tuning_budget(problem)
         target = "" if problem.target is None else f", target {problem.target.metric} {problem.target.value:g}"
-        bounds = [f"{budget.epochs} epochs"] if budget.epochs is not None else []
-        bounds += [f"{budget.seconds:g} s"] if budget.seconds is not None else []
-        console.print(f"{problem.label}: each run {' or '.join(bounds)}{target}", highlight=False, soft_wrap=True)
+        shorter = "" if tuning == budget else f", while tuning {_bounds(tuning)}"
+        console.print(f"{problem.label}: each run {_bounds(budget)}{shorter}{target}", highlight=False, soft_wrap=True)
     for note in study.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-    hours = None if study.budget.seconds is None else study.runs * study.budget.seconds / workers / 3600
+    hours = None if study.seconds is None else study.seconds / workers / 3600
     cost = (
         ", no bound on their time; seconds in [budget] would be one"
         if hours is None
         else f", at most {hours:.2g} h of training with {workers} worker(s), evaluation not counted"
     )
     console.print(f"{study.runs} runs{cost}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _bounds(budget: Budget) -> str:
+    epochs = [f"{budget.epochs} epochs"] if budget.epochs is not None else []
+    return " or ".join(epochs + ([f"{budget.seconds:g} s"] if budget.seconds is not None else []))
 
 
 def _settings(arm: Arm) -> str:

@@ -163,15 +163,23 @@ class Tuning:
             validation split, else training loss.
         sampler: ``quasi-random`` or ``random``; grids take neither.
         seed: of the tuning runs (initial parameters, order of the data) and of the points, >= 0.
+        epochs: passes over the data of a tuning run, >= 1, and never more than those of a final run; ``None``: as many.
+        seconds: training time of a tuning run, > 0, likewise.
     """
 
     trials: int = 8
     metric: str = "auto"
     sampler: str = "quasi-random"
     seed: int = 0
+    epochs: int | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         require_positive_integer("trials", self.trials)
+        if self.epochs is not None:
+            require_positive_integer("epochs of the tuning", self.epochs)
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ArgumentError(f"seconds of the tuning must be positive and finite, got {self.seconds!r}")
         if self.metric != "auto" and self.metric not in METRICS:
             raise UnknownNameError("metric", self.metric, ["auto", *METRICS])
         if self.sampler not in SAMPLERS:
@@ -189,7 +197,7 @@ class Study:
         arms: what is compared; labels are unique.
         problems: on what; labels are unique.
         seeds: of the final runs, each once and none the tuning seed.
-        budget: of every run, tuning or final.
+        budget: of every final run, and of tuning runs that have no smaller one.
         tuning: how arms are tuned.
         title: one line for people.
         base: label of the arm against which others are varied, or ``None``.
@@ -243,19 +251,25 @@ class Study:
         return points(arm.space, self.trials(arm), self.tuning.sampler, self.tuning.seed)
 
     def problem_budget(self, problem: StudyProblem) -> Budget:
-        """Return the budget of a run on a problem."""
+        """Return the budget of a final run on a problem."""
         return self.budget if problem.epochs is None else dataclasses.replace(self.budget, epochs=problem.epochs)
+
+    def tuning_budget(self, problem: StudyProblem) -> Budget:
+        """Return the budget of a tuning run on a problem: that of a final run, unless the tuning has a smaller one."""
+        whole = self.problem_budget(problem)
+        return Budget(_least(self.tuning.epochs, whole.epochs), _least(self.tuning.seconds, whole.seconds))
 
     def definition(self, problem: StudyProblem, arm: Arm) -> dict[str, Any]:
         """Return as plain values all that decides the runs of an arm on a problem, but how many there are."""
-        budget = self.problem_budget(problem)
+        budget, tuning = self.problem_budget(problem), self.tuning_budget(problem)
+        shorter = [] if tuning == budget else [tuning.epochs, tuning.seconds]
         own = arm.as_dict()
         del own["varied"]
         return {
             **own,
             "problem": [problem.name, dict(problem.options), problem.batch_size],
             "budget": [budget.epochs, budget.seconds, self.evaluations],
-            "tuning": [self.tuning.metric, self.tuning.sampler, self.tuning.seed],
+            "tuning": [self.tuning.metric, self.tuning.sampler, self.tuning.seed, *shorter],
             "device": self.device,
         }
 
@@ -263,6 +277,19 @@ class Study:
     def runs(self) -> int:
         """Number of runs, tuning and final."""
         return len(self.problems) * sum(self.trials(arm) + len(self.seeds) for arm in self.arms)
+
+    @property
+    def seconds(self) -> float | None:
+        """Bound on the training time of all runs together; ``None`` without one."""
+        if self.budget.seconds is None:
+            return None
+        trials = sum(self.trials(arm) for arm in self.arms)
+        tuning = sum(trials * (self.tuning_budget(problem).seconds or 0.0) for problem in self.problems)
+        return tuning + len(self.problems) * len(self.arms) * len(self.seeds) * self.budget.seconds
+
+
+def _least(first: float | None, second: Any) -> Any:
+    return min((value for value in (first, second) if value is not None), default=None)
 
 
 def _require_unique(kind: str, labels: list[Any]) -> None:

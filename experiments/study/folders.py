@@ -75,6 +75,7 @@ def describe_study(study: Study, ledger: Ledger) -> dict[str, Any]:
                 else {"metric": problem.target.metric, "value": problem.target.value},
                 "tuning": ledger.metric(problem.label),
                 "budget": _budget(study.problem_budget(problem)),
+                "tuning_budget": _budget(study.tuning_budget(problem)),
             }
             for problem in study.problems
         ],
@@ -104,7 +105,7 @@ def _protocol(study: Study) -> str:
     sampling = f"grids whole or in seeded order, other spaces {study.tuning.sampler}"
     tuning = (
         f"{len(tuned)} of {len(study.arms)} arms tuned with {study.tuning.trials} trials each at most ({sampling}; "
-        f"points decided before the first run; seed {study.tuning.seed}; no pruning), "
+        f"points decided before the first run; seed {study.tuning.seed}; no pruning{_shorter(study)}), "
         if tuned
         else "no arm tuned, "
     )
@@ -112,6 +113,13 @@ def _protocol(study: Study) -> str:
         f"{tuning}the best setting by the last value of the tuning metric run again on {len(study.seeds)} other seeds; "
         "initial parameters and order of the data are the same for all arms of a seed; a breakdown is a miss"
     )
+
+
+def _shorter(study: Study) -> str:
+    """In words, the budget of the tuning runs where it is smaller than that of the final ones."""
+    own = {"epochs": study.tuning.epochs, "seconds": study.tuning.seconds}
+    bounds = " or ".join(f"{value:g} {name}" for name, value in own.items() if value is not None)
+    return f"; at most {bounds} a run" if bounds else ""
 
 
 def write_trial(

@@ -9,12 +9,13 @@ name = "mnist-autoencoder"
 options = { size = "small" }
 target = { metric = "train_loss", value = 62 }
 
-[budget]                                            # of every run: epochs, seconds, or both
+[budget]                                            # of every final run: epochs, seconds, or both
 epochs = 20
 seconds = 500                                       # also limit (wall clock) and evaluations (in an epoch)
 
 [tuning]
-trials = 12                                         # equal for all arms; also metric, sampler, seed
+trials = 12                                         # equal for all arms; also metric, sampler, seed, and a smaller
+epochs = 5                                          # budget than that of the final runs: epochs, seconds
 
 [arms.kbfgs]                                        # an arm: a method, settings, options, parts, and a space
 method = "kbfgs"
@@ -53,6 +54,7 @@ from .spaces import Choice, Grid, LogUniform, Range, Uniform
 __all__ = ["find_study", "read_study", "shipped_studies"]
 
 _TOP = ("name", "title", "notes", "device", "seeds", "problems", "budget", "tuning", "arms", "base", "vary", "cross")
+_TUNING = ("trials", "metric", "sampler", "seed", "epochs", "seconds")
 _SHIPPED = Path(__file__).parents[1] / "studies"
 _BASE = "base"
 
@@ -114,9 +116,7 @@ class _Reader:
             extras = {key: bounds.pop(key) for key in ("limit", "evaluations") if key in bounds}
             budget = Budget(**bounds)
         with self._at("tuning"):
-            tuning = Tuning(
-                **_known("key of [tuning]", _table(content, "tuning"), ("trials", "metric", "sampler", "seed"))
-            )
+            tuning = Tuning(**_known("key of [tuning]", _table(content, "tuning"), _TUNING))
         with self._at("seeds"):
             seeds = tuple(_list(content, "seeds"))
         with self._at():

@@ -30,7 +30,7 @@ from ..training import EveryEpoch, EveryShare, Schedule
 from ..watched import Extras
 from .definition import Study
 from .folders import NOT_FINISHED, recorded_value, run_folder, told, write_trial
-from .ledger import Entry, Ledger, Slot, open_storage
+from .ledger import FINAL, Entry, Ledger, Slot, open_storage
 from .presence import BEAT_SECONDS, Presence
 
 __all__ = ["Assignment", "perform", "work"]
@@ -157,7 +157,7 @@ def perform(
         try:
             result = run_in_folder(
                 config,
-                study.problem_budget(problem),
+                study.problem_budget(problem) if slot.phase == FINAL else study.tuning_budget(problem),
                 folder,
                 assignment.data_dir,
                 Resume.AUTO,

@@ -103,6 +103,24 @@ space = { lr = { log = [0.1, 1.0] }, damping = { grid = [1.0, 3.0] } }
     assert arms["joint"].settings["eager"] == 3 and set(arms["joint"].space) == {"damping"}
 
 
+def test_tuning_runs_may_be_shorter_but_never_longer_than_final_ones(tmp_path: Path) -> None:
+    arms = "[arms.a]\nmethod = 'sgdm'\nspace = { lr = { grid = [1e-3, 1e-2] } }\n"
+    whole = read(tmp_path, arms)
+    assert whole.tuning_budget(whole.problems[0]) == Budget(epochs=2) and whole.seconds is None
+    shorter = read(tmp_path, "seconds = 10\n[tuning]\nepochs = 1\nseconds = 4\n" + arms)
+    assert shorter.tuning_budget(shorter.problems[0]) == Budget(1, 4) and shorter.problem_budget(
+        shorter.problems[0]
+    ) == Budget(2, 10)
+    assert shorter.seconds == 2 * 4 + 2 * 10
+    longer = read(tmp_path, "[tuning]\nepochs = 9\n" + arms)
+    assert longer.tuning_budget(longer.problems[0]) == Budget(2)
+    definition = [study.definition(study.problems[0], study.arms[0]) for study in (whole, longer, shorter)]
+    assert definition[0] == definition[1] != definition[2], "a budget that changes nothing continues the same book"
+    for wrong in ("epochs = 0", "seconds = -1.0", "seconds = inf"):
+        with pytest.raises(ArgumentError, match="tuning"):
+            read(tmp_path, f"[tuning]\n{wrong}\n" + arms)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
