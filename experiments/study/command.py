@@ -51,6 +51,8 @@ class RunStudy:
     """Folder with the data sets. Default: download, or generate; see also OSCULATE_DATA."""
     dry_run: bool = False
     """Only check the study and show arms, spaces, number of runs and the bound on their time."""
+    estimate: bool = False
+    """Only run the first steps of every arm on every problem, and show how long the whole study would take."""
     tensorboard: bool = False
     """Let every run write its numbers for TensorBoard (needs the package tensorboard) too."""
     trials: Count = None
@@ -69,6 +71,7 @@ class RunStudy:
         from .checking import checked
         from .conductor import Place as StudyPlace
         from .conductor import conduct
+        from .estimate import show_estimate
 
         if self.list:
             list_studies(console)
@@ -84,9 +87,12 @@ class RunStudy:
         out = self.out or Path("runs") / study.name
         place = StudyPlace(out, self.storage, self.data_dir, self.workers, self.tensorboard)
         require_folder(out, "study.json", "study.toml", "journal.log")
-        study = checked(study, self.data_dir, load=not self.dry_run)
-        if self.dry_run:
+        study = checked(study, self.data_dir, load=not (self.dry_run or self.estimate))
+        if self.dry_run or self.estimate:
             _show(study, self.workers, console)
+        if self.estimate:
+            show_estimate(study, self.data_dir, place.workers, place.threads, console)
+        if self.dry_run or self.estimate:
             return 0
         complete = conduct(study, place, path, console)
         state = "all runs are done" if complete else "not all runs are done; the same command continues"
@@ -168,7 +174,7 @@ def _show(study: Study, workers: int, console: Console) -> None:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     hours = None if study.seconds is None else study.seconds / workers / 3600
     cost = (
-        ", no bound on their time; seconds in [budget] would be one"
+        ", no bound on their time: seconds in [budget] would be one, --estimate times them"
         if hours is None
         else f", at most {hours:.2g} h of training with {workers} worker(s), evaluation not counted"
     )

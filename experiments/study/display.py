@@ -15,7 +15,7 @@ from rich.table import Table
 from .definition import Study
 from .ledger import FINAL, TUNE, Entry, Slot
 
-__all__ = ["Board"]
+__all__ = ["Board", "duration"]
 
 
 class Board:
@@ -92,7 +92,7 @@ class Board:
         fresh = done - (self._first or 0)
         if not fresh or done == total:
             return ""
-        return f", about {_time((time.time() - self._began) / fresh * (total - done))} left"
+        return f", about {duration((time.time() - self._began) / fresh * (total - done))} left"
 
 
 def _row(own: list[Entry]) -> list[str]:
@@ -104,7 +104,7 @@ def _row(own: list[Entry]) -> list[str]:
     values = [entry.value for entry in over if entry.value is not None]
     misses = sum(entry.value is None for entry in over)
     running = [
-        f"{entry.slot.phase}-{entry.slot.index} {_time(time.time() - (entry.started or time.time()))}"
+        f"{entry.slot.phase}-{entry.slot.index} {duration(time.time() - (entry.started or time.time()))}"
         for entry in own
         if entry.state == "running"
     ]
@@ -117,7 +117,8 @@ def _row(own: list[Entry]) -> list[str]:
     ]
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A length of time in words: seconds, minutes or hours."""
     seconds = max(0, round(seconds))
     if seconds < 90:
         return f"{seconds} s"

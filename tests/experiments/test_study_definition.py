@@ -351,4 +351,4 @@ def test_a_dry_run_says_how_long_at_most_or_that_nothing_bounds_it(
     file = tmp_path / "unbounded.toml"
     file.write_text(HEAD + '[arms.a]\nmethod = "sgdm"\n')
     assert execute(["study", str(file), "--dry-run"]) == 0
-    assert "2 runs, no bound on their time; seconds in [budget] would be one" in capsys.readouterr().out
+    assert "2 runs, no bound on their time: seconds in [budget] would be one" in capsys.readouterr().out

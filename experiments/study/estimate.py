@@ -1,0 +1,119 @@
+"""What a study will cost, before anybody commits to it: a few steps of every arm on every problem, timed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ...errors import NumericalError
+from ..config import Budget
+from ..environment import prepare_process
+from ..problems import Data, Problem, get_problem
+from ..training import prepare
+from .definition import Arm, Study, StudyProblem
+from .display import duration
+
+__all__ = ["Cost", "estimate", "show_estimate"]
+
+_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one arm's runs on one problem take, in seconds of one process.
+
+    Args:
+        warm_start: the method's initial pass over the data; 0 without one.
+        step: one optimizer step, the median of a few; NaN if the method broke down in them.
+        evaluation: losses on all samples.
+        batches: steps in an epoch.
+    """
+
+    warm_start: float
+    step: float
+    evaluation: float
+    batches: int
+
+    def run(self, budget: Budget, evaluations: int = 1) -> float:
+        """Seconds of a run with everything.
+
+        Args:
+            budget: its epochs and seconds of training.
+            evaluations: in an epoch, beside the first one.
+        """
+        epoch = self.batches * self.step
+        training = self.warm_start + epoch * (math.inf if budget.epochs is None else budget.epochs)
+        if budget.seconds is not None:
+            training = min(training, budget.seconds)
+        passed = max(0.0, training - self.warm_start) / epoch
+        return training + self.evaluation * (1 + evaluations * passed)
+
+
+def estimate(study: Study, data_dir: Path | None, threads: int) -> Iterator[tuple[StudyProblem, Arm, Cost]]:
+    """Time the first steps of every arm on every problem; a method's first steps are often its dearest.
+
+    Args:
+        study: checked.
+        data_dir: where the data sets lie, or ``None``.
+        threads: of one operation, as the workers will have.
+    """
+    prepare_process(threads)
+    for entry in study.problems:
+        problem = get_problem(entry.name, **entry.options)
+        data = problem.load(data_dir)
+        for arm in study.arms:
+            yield entry, arm, _cost(study, entry, arm, problem, data)
+
+
+def _cost(study: Study, entry: StudyProblem, arm: Arm, problem: Problem, data: Data) -> Cost:
+    point = (study.points(arm) or [{}])[0]
+    run = prepare(arm.config(entry, point, study.seeds[0], study.device), problem, data)
+    batches = run.order.batches_per_epoch
+    run.warm_start(lambda: run.warm_start_batches >= _STEPS)
+    warm_start = run.warm_start_seconds * batches / max(1, run.warm_start_batches)
+    steps: list[float] = []
+    try:
+        for _ in range(1 + _STEPS):
+            before = run.clock.seconds
+            run.step()
+            run.clock.pause()
+            steps.append(run.clock.seconds - before)
+    except NumericalError:
+        steps = [math.nan]
+    began = time.perf_counter()
+    run.evaluate()
+    spent = time.perf_counter() - began
+    run.optimizer.close()
+    return Cost(warm_start, statistics.median(steps[1:] or steps), spent, batches)
+
+
+def show_estimate(study: Study, data_dir: Path | None, workers: int, threads: int, console: Console) -> None:
+    """Print the costs, and how long the whole study takes with so many workers."""
+    table = Table(title="cost, from the first steps of every arm")
+    for name in ("problem", "arm"):
+        table.add_column(name, overflow="fold")
+    for name in ("ms/step", "one run", "runs", "together"):
+        table.add_column(name, justify="right")
+    total = 0.0
+    with console.status("timing the first steps of every arm"):
+        for problem, arm, cost in estimate(study, data_dir, threads):
+            final = cost.run(study.problem_budget(problem), study.evaluations)
+            tuning = cost.run(study.tuning_budget(problem), study.evaluations)
+            trials, seeds = study.trials(arm), len(study.seeds)
+            together = seeds * final + trials * tuning
+            names = (escape(problem.label), escape(arm.label))
+            if math.isnan(together):
+                table.add_row(*names, "", "breaks down", str(trials + seeds), "")
+                continue
+            total += together
+            table.add_row(*names, f"{1000 * cost.step:.3g}", duration(final), str(trials + seeds), duration(together))
+    console.print(table)
+    console.print(f"about {duration(total / workers)} with {workers} worker(s)", highlight=False)
