@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -187,15 +188,16 @@ class _Reader:
         return Arm(label, method, settings, ranges)
 
     def _varied(self, base: Arm, content: Mapping[str, Any]) -> Iterator[Arm]:
+        crossed = _table(content, "cross")
+        short = _short_names([*_table(content, "vary"), *crossed])
         for place, values in _table(content, "vary").items():
             with self._at("vary", place):
                 for value in _values(place, values):
-                    yield _changed(base, {place: value})
-        crossed = _table(content, "cross")
+                    yield _changed(base, {place: value}, short)
         if crossed:
             with self._at("cross"):
                 choices = [[(place, value) for value in _values(place, values)] for place, values in crossed.items()]
-                yield from (_changed(base, dict(choice)) for choice in product(*choices))
+                yield from (_changed(base, dict(choice), short) for choice in product(*choices))
 
     @contextmanager
     def _at(self, *place: str | int) -> Iterator[None]:
@@ -215,8 +217,15 @@ class _Reader:
             ) from error
 
 
-def _changed(base: Arm, changes: Mapping[str, Any]) -> Arm:
-    label = ",".join(f"{place.rpartition('.')[2]}={_word(value)}" for place, value in changes.items())
+def _short_names(places: Sequence[str]) -> dict[str, str]:
+    """The last word of every place that is varied; the whole place where two end in the same word."""
+    tails = {place: place.rpartition(".")[2] for place in places}
+    shared = Counter(tails.values())
+    return {place: re.sub(r"[^\w.]", "", place) if shared[tail] > 1 else tail for place, tail in tails.items()}
+
+
+def _changed(base: Arm, changes: Mapping[str, Any], short: Mapping[str, str]) -> Arm:
+    label = ",".join(f"{short[place]}={_word(value)}" for place, value in changes.items())
     space = {name: entry for name, entry in base.space.items() if name not in changes}
     varied = (", ".join(changes), ", ".join(_word(value) for value in changes.values()))
     return Arm(label, base.method, {**base.settings, **changes}, space, varied)

@@ -103,6 +103,26 @@ space = { lr = { log = [0.1, 1.0] }, damping = { grid = [1.0, 3.0] } }
     assert arms["joint"].settings["eager"] == 3 and set(arms["joint"].space) == {"damping"}
 
 
+def test_places_that_end_in_one_word_keep_their_whole_names_in_labels(tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        """
+[base]
+method = "kfac"
+[vary]
+"inputs.average.decay" = [0.5]
+"outputs.average.decay" = [0.5]
+inverses_every = [1]
+""",
+    )
+    assert [arm.label for arm in study.arms] == [
+        "base",
+        "inputs.average.decay=0.5",
+        "outputs.average.decay=0.5",
+        "inverses_every=1",
+    ]
+
+
 def test_tuning_runs_may_be_shorter_but_never_longer_than_final_ones(tmp_path: Path) -> None:
     arms = "[arms.a]\nmethod = 'sgdm'\nspace = { lr = { grid = [1e-3, 1e-2] } }\n"
     whole = read(tmp_path, arms)
