@@ -74,6 +74,11 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant("mbf, 2/25", "mbf", {"statistics_every": 2, "inverses_every": 25}, 50, 51, target=1.7, floor=1.4),
     Contestant("lw-sgdm, every step", "lw-sgdm", {"curvature_every": 1}, target=2.2, floor=1.9),
     Contestant("lw-sgdm, every 10", "lw-sgdm", {"curvature_every": 10}, 10, 11, target=1.3),
+    Contestant("joint-kfac, 1/10", "joint-kfac", {"statistics_every": 1, "inverses_every": 10}, 10, 21),
+    Contestant("kfac, 1/20", "kfac", {"statistics_every": 1, "inverses_every": 20, "lr": 0.01}, 20, 21),
+    Contestant("soap, 10", "soap", {"basis_every": 10, "lr": 1e-3}, 10, 11),
+    Contestant("muon", "muon", {"lr": 1e-3}),
+    Contestant("adamw", "adamw"),
 )
 
 
