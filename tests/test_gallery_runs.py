@@ -46,3 +46,10 @@ def test_why_did_this_run_diverge(capsys: pytest.CaptureFixture[str]) -> None:
     assert "EigenvalueBounds" in broken and not re.search(r"EigenvalueBounds: .*VIOLATED", broken)
     assert not re.search(r"(EigenvalueBounds|SecantEquation): .*VIOLATED", cured)
     assert Path("runs/diverged/diagnosis/monitors.png").exists() and Path("runs/diverged/microscope").exists()
+
+
+def test_run_an_ablation(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run_page("run_an_ablation.md", capsys)
+    assert "with 2 worker(s)" in printed and "all runs are done" in printed
+    assert all(arm in printed for arm in ("base", "pairs=PowellThenLM", "pairs=PowellH", "pairs=NoDamping"))
+    assert Path("runs/pairs/report/report.html").exists() and Path("runs/pairs/report/tables.tex").exists()
