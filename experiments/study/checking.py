@@ -38,18 +38,18 @@ def checked(study: Study, data_dir: Path | None, load: bool = True) -> Study:
     """
     choose_device(study.device)
     for arm in study.arms:
-        with _named(f"arm {arm.label!r}"):
+        with _named(arm.source, f"arm {arm.label!r}"):
             _check_names(arm)
     tuned_by = {}
     for entry in study.problems:
-        with _named(f"problem {entry.label!r}"):
+        with _named(entry.source, f"problem {entry.label!r}"):
             problem = get_problem(entry.name, **entry.options)
         for arm in study.arms:
-            with _named(f"arm {arm.label!r} on {entry.label!r}"):
+            with _named(arm.source, f"arm {arm.label!r} on {entry.label!r}"):
                 _check_points(study, arm, entry)
                 _build(study, arm, entry, problem)
         if load:
-            with _named(f"problem {entry.label!r}"):
+            with _named(entry.source, f"problem {entry.label!r}"):
                 data = problem.load(data_dir)
                 tuned_by[entry.label] = _metric(study, entry, problem, data)
     return dataclasses.replace(study, tuned_by=tuned_by)
@@ -119,8 +119,9 @@ def _metric(study: Study, entry: StudyProblem, problem: Problem, data: Data) -> 
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Name in every error of the block what is checked."""
+def _named(source: str, what: str) -> Iterator[None]:
+    """Name in every error of the block what is checked, and where it is written."""
+    what = f"{source}: {what}" if source else what
     try:
         yield
     except OsculateError as error:

@@ -67,6 +67,7 @@ class StudyProblem:
         batch_size: samples in a mini-batch, >= 1; ``None``: the problem's own.
         epochs: passes over the data on this problem, >= 1; ``None``: those of the study.
         target: what is to be reached, or ``None``.
+        source: file and line where it is written, for messages.
     """
 
     name: str
@@ -75,6 +76,7 @@ class StudyProblem:
     batch_size: int | None = None
     epochs: int | None = None
     target: Target | None = None
+    source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         _require_label("problem", self.label)
@@ -93,6 +95,7 @@ class Arm:
             place (a value with a capital letter first is a part, see :mod:`osculate.framework.expressions`).
         space: ranges of settings that are tuned; none: the arm goes straight to the final seeds.
         varied: in an ablation, which part was changed against the base and to what.
+        source: file and line where it is written, for messages.
     """
 
     label: str
@@ -100,6 +103,7 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=dict)
     space: Mapping[str, Range] = field(default_factory=dict)
     varied: tuple[str, str] | None = None
+    source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         _require_label("arm", self.label)

@@ -143,7 +143,7 @@ class _Reader:
                 raise ArgumentError("a problem needs a name; 'osculate problems' lists them")
             if "target" in given:
                 given["target"] = Target(**_known("key of a target", given["target"], ("metric", "value")))
-            return StudyProblem(**{"label": given["name"]} | given)
+            return StudyProblem(**{"label": given["name"]} | given, source=self._source("problems", number))
 
     def _arms(self, content: Mapping[str, Any]) -> tuple[Arm, ...]:
         found: list[Arm] = []
@@ -185,7 +185,7 @@ class _Reader:
         for name, value in _is_table("space", space).items():
             with self._at(*place, "space", name):
                 ranges[name] = _range(name, value)
-        return Arm(label, method, settings, ranges)
+        return Arm(label, method, settings, ranges, source=self._source(*place))
 
     def _varied(self, base: Arm, content: Mapping[str, Any]) -> Iterator[Arm]:
         crossed = _table(content, "cross")
@@ -193,11 +193,15 @@ class _Reader:
         for place, values in _table(content, "vary").items():
             with self._at("vary", place):
                 for value in _values(place, values):
-                    yield _changed(base, {place: value}, short)
+                    yield _changed(base, {place: value}, short, self._source("vary", place))
         if crossed:
             with self._at("cross"):
                 choices = [[(place, value) for value in _values(place, values)] for place, values in crossed.items()]
-                yield from (_changed(base, dict(choice), short) for choice in product(*choices))
+                where = self._source("cross")
+                yield from (_changed(base, dict(choice), short, where) for choice in product(*choices))
+
+    def _source(self, *place: str | int) -> str:
+        return f"{self._path}, line {line_of(self._text, place)}"
 
     @contextmanager
     def _at(self, *place: str | int) -> Iterator[None]:
@@ -224,11 +228,11 @@ def _short_names(places: Sequence[str]) -> dict[str, str]:
     return {place: re.sub(r"[^\w.]", "", place) if shared[tail] > 1 else tail for place, tail in tails.items()}
 
 
-def _changed(base: Arm, changes: Mapping[str, Any], short: Mapping[str, str]) -> Arm:
+def _changed(base: Arm, changes: Mapping[str, Any], short: Mapping[str, str], source: str) -> Arm:
     label = ",".join(f"{short[place]}={_word(value)}" for place, value in changes.items())
     space = {name: entry for name, entry in base.space.items() if name not in changes}
     varied = (", ".join(changes), ", ".join(_word(value) for value in changes.values()))
-    return Arm(label, base.method, {**base.settings, **changes}, space, varied)
+    return Arm(label, base.method, {**base.settings, **changes}, space, varied, source)
 
 
 def _word(value: Any) -> str:

@@ -168,7 +168,7 @@ def test_a_bad_file_is_told_by_line_and_key(tmp_path: Path, text: str, says: str
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("method = 'kbfg'", "arm 'a'.*did you mean 'kbfgs'"),
+        ("method = 'kbfg'", "some.toml, line 7: arm 'a'.*did you mean 'kbfgs'"),
         ("method = 'kfac'\ninverse_every = 3", "arm 'a'.*did you mean 'inverses_every'"),
         ("method = 'kbfgs'\npairs = 'PowelH'", "arm 'a'.*did you mean 'PowellH'"),
         ("method = 'kbfgs'\ndamping = 2.0", "arm 'a' on 'curves-autoencoder'.*damping"),
