@@ -50,7 +50,7 @@ class RunResult:
         status: ``finished``, ``interrupted``, ``broken down``, or ``no step taken`` where the seconds were over before
             the first step.
         metrics: the last line of its metrics; None if it ended before the first.
-        reason: why it broke down or took no step, else empty.
+        reason: why it broke down, took no step or ended before its budget, else empty.
         certificate: of the monitors, if any watched.
     """
 
@@ -166,7 +166,7 @@ def _restore(run: TrainingRun, folder: RunFolder) -> None:
 
 
 def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console, extras: Extras) -> RunResult:
-    reason, hard = "", False
+    reason, hard, early = "", False, False
     folder.write_status("running")
     with Display(console, budget) as display, interruptible() as interrupted, watched(run, folder, extras) as onlookers:
         display.begin(run.config.method)
@@ -175,6 +175,9 @@ def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console
                 _record(run, metrics, folder, extras)
                 onlookers.measured(metrics)
                 display.measured(metrics)
+                early = budget.spent(run.epoch, run.clock.seconds) < 1 and extras.enough(metrics)
+                if early:
+                    break
         except NumericalError as error:
             reason = str(error)
             display.failed(reason)
@@ -184,7 +187,8 @@ def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console
             folder.write_status("broken down", reason=f"{type(error).__name__}: {error}", iterations=run.iterations)
             raise
         stopped = hard or (interrupted() and budget.spent(run.epoch, run.clock.seconds) < 1)
-    status = "broken down" if reason else "interrupted" if stopped else "finished"
+    status = "broken down" if reason else "interrupted" if stopped and not early else "finished"
+    reason = reason or ("ended before its budget was spent" if early else "")
     run.clock.pause()
     if status == "finished" and not run.iterations and budget.epochs != 0:
         status, reason = "no step taken", _without_step(run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ __all__ = ["Extras", "Onlookers", "certified", "watched"]
 
 @dataclass(frozen=True)
 class Extras:
-    """What a run leaves behind beside the usual files.
+    """What a run leaves behind beside the usual files, and who else may end it.
 
     Args:
         watch_every: steps between two examinations by all monitors, >= 1; ``None``: nobody watches. Their time counts
@@ -27,6 +27,7 @@ class Extras:
         keep_checkpoints: whether the checkpoint of every evaluation stays.
         schedule: when it is evaluated, and its checkpoint written.
         tensorboard: whether the numbers of every evaluation, and the readings of monitors, go to event files too.
+        enough: asked after every evaluation whether the run ends there, before its budget is spent.
 
     Raises:
         ArgumentError: a number is out of range, or TensorBoard is wanted and not installed.
@@ -36,6 +37,7 @@ class Extras:
     keep_checkpoints: bool = False
     schedule: Schedule = field(default_factory=EveryEpoch)
     tensorboard: bool = False
+    enough: Callable[[Metrics], bool] = lambda metrics: False
 
     def __post_init__(self) -> None:
         if self.watch_every is not None:

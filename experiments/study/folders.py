@@ -105,7 +105,7 @@ def _protocol(study: Study) -> str:
     sampling = f"grids whole or in seeded order, other spaces {study.tuning.sampler}"
     tuning = (
         f"{len(tuned)} of {len(study.arms)} arms tuned with {study.tuning.trials} trials each at most ({sampling}; "
-        f"points decided before the first run; seed {study.tuning.seed}; no pruning{_shorter(study)}), "
+        f"points decided before the first run; seed {study.tuning.seed}; {_pruning(study)}{_shorter(study)}), "
         if tuned
         else "no arm tuned, "
     )
@@ -113,6 +113,10 @@ def _protocol(study: Study) -> str:
         f"{tuning}the best setting by the last value of the tuning metric run again on {len(study.seeds)} other seeds; "
         "initial parameters and order of the data are the same for all arms of a seed; a breakdown is a miss"
     )
+
+
+def _pruning(study: Study) -> str:
+    return "no pruning" if study.tuning.pruner == "none" else f"pruned by the {study.tuning.pruner}"
 
 
 def _shorter(study: Study) -> str:

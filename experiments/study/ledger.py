@@ -36,6 +36,7 @@ __all__ = ["FINAL", "TUNE", "Entry", "Ledger", "Slot", "open_storage"]
 
 TUNE, FINAL = "tune", "final"
 _MOST_CRASHES = 3
+_TRIALS_BEFORE_PRUNING = 4
 
 
 @dataclass(frozen=True, order=True)
@@ -193,6 +194,23 @@ class Ledger:
         """Leave a sign of life."""
         self.storage.set_trial_user_attr(trial, "beat", time.time())
 
+    def ends_early(self, entry: Entry, step: int, value: float) -> bool:
+        """Take the value of a tuning run at an evaluation; whether the study's pruner ends the run there.
+
+        Args:
+            entry: as claimed.
+            step: of the optimizer.
+            value: of the tuning metric.
+        """
+        slot = entry.slot
+        if self.study.tuning.pruner == "none" or slot.phase != TUNE:
+            return False
+        self.storage.set_trial_intermediate_value(entry.trial, step, value)
+        name = self._name(slot.problem, slot.arm, slot.phase)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=_TRIALS_BEFORE_PRUNING)
+        study = optuna.load_study(study_name=name, storage=self.storage)
+        return pruner.prune(study, self.storage.get_trial(entry.trial))
+
     def give_back(self, entry: Entry, crashed: bool = False) -> None:
         """Let somebody else do (or continue) a run; after too many crashes it counts as a miss instead."""
         crashes = entry.crashes + crashed
@@ -242,6 +260,9 @@ class Ledger:
             self.give_back(entry, crashed=blamed and bool(entry.owner))
         return [entry.slot for entry in gone]
 
+    def _name(self, problem: str, arm: str, phase: str) -> str:
+        return f"{self.study.name}/{problem}/{arm}/{phase}"
+
     def _end(self, trial: int, state: TrialState, value: float | None = None) -> bool:
         try:
             self.storage.set_trial_state_values(trial, state, None if value is None else [value])
@@ -267,7 +288,7 @@ class Ledger:
                     self._enter(study, index, point, ranges, 0)
 
     def _open(self, problem: StudyProblem, arm: Arm, phase: str) -> int:
-        name = f"{self.study.name}/{problem.label}/{arm.label}/{phase}"
+        name = self._name(problem.label, arm.label, phase)
         more = METRICS[self.metric(problem.label)]
         direction = optuna.study.StudyDirection.MAXIMIZE if more else optuna.study.StudyDirection.MINIMIZE
         try:

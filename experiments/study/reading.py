@@ -15,7 +15,7 @@ seconds = 500                                       # also limit (wall clock) an
 
 [tuning]
 trials = 12                                         # equal for all arms; also metric, sampler, seed, and a smaller
-epochs = 5                                          # budget than that of the final runs: epochs, seconds
+epochs = 5                                          # budget than that of the final runs (epochs, seconds); pruner
 
 [arms.kbfgs]                                        # an arm: a method, settings, options, parts, and a space
 method = "kbfgs"
@@ -55,7 +55,7 @@ from .spaces import Choice, Grid, LogUniform, Range, Uniform
 __all__ = ["find_study", "read_study", "shipped_studies"]
 
 _TOP = ("name", "title", "notes", "device", "seeds", "problems", "budget", "tuning", "arms", "base", "vary", "cross")
-_TUNING = ("trials", "metric", "sampler", "seed", "epochs", "seconds")
+_TUNING = ("trials", "metric", "sampler", "seed", "epochs", "seconds", "pruner")
 _SHIPPED = Path(__file__).parents[1] / "studies"
 _BASE = "base"
 

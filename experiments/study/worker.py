@@ -23,6 +23,7 @@ from rich.console import Console
 
 from ...errors import OsculateError
 from ..environment import prepare_process
+from ..evaluation import Metrics
 from ..interrupts import interruptible
 from ..runs import Resume, run_in_folder
 from ..targets import HeldError, OutputError
@@ -104,7 +105,8 @@ def _do(ledger: Ledger, entry: Entry, assignment: Assignment, stopped: Callable[
             if stopped():
                 ended = None
             else:
-                ended = perform(assignment.study, entry.slot, point, ledger.metric(entry.slot.problem), assignment)
+                metric = ledger.metric(entry.slot.problem)
+                ended = perform(assignment.study, entry.slot, point, metric, assignment, _pruner(ledger, entry, metric))
     except HeldError:  # by a worker that was thought gone
         time.sleep(_POLL_SECONDS)
         ledger.give_back(entry)
@@ -121,7 +123,12 @@ def _do(ledger: Ledger, entry: Entry, assignment: Assignment, stopped: Callable[
 
 
 def perform(
-    study: Study, slot: Slot, point: dict[str, object] | None, metric: str, assignment: Assignment
+    study: Study,
+    slot: Slot,
+    point: dict[str, object] | None,
+    metric: str,
+    assignment: Assignment,
+    enough: Callable[[Metrics], bool] = lambda metrics: False,
 ) -> tuple[str, float | None] | None:
     """Do one run in its folder, or what is left of it; nothing where it is done already.
 
@@ -131,6 +138,7 @@ def perform(
         point: its searched settings; ``None``: its arm has only misses, and so is this run.
         metric: its value is the last one of.
         assignment: where it runs.
+        enough: asked after every evaluation whether the run ends there.
 
     Returns:
         How it ended and its value (``None`` for a miss); ``None`` if it was interrupted.
@@ -162,7 +170,7 @@ def perform(
                 assignment.data_dir,
                 Resume.AUTO,
                 silent,
-                Extras(schedule=schedule, tensorboard=assignment.tensorboard),
+                Extras(schedule=schedule, tensorboard=assignment.tensorboard, enough=enough),
             )
         except (OutputError, HeldError):
             raise
@@ -177,6 +185,16 @@ def perform(
         ended = ("broken down", None) if result is None else recorded_value(folder, metric) or (result.status, None)
     write_trial(folder, slot, seed, settings, ended[1], reason)
     return ended
+
+
+def _pruner(ledger: Ledger, entry: Entry, metric: str) -> Callable[[Metrics], bool]:
+    """What the study's pruner says of a run after an evaluation."""
+
+    def enough(metrics: Metrics) -> bool:
+        value = metrics.as_dict().get(metric)
+        return value is not None and ledger.ends_early(entry, metrics.iterations, float(value))
+
+    return enough
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def test_tuning_runs_may_be_shorter_but_never_longer_than_final_ones(tmp_path: P
     assert longer.tuning_budget(longer.problems[0]) == Budget(2)
     definition = [study.definition(study.problems[0], study.arms[0]) for study in (whole, longer, shorter)]
     assert definition[0] == definition[1] != definition[2], "a budget that changes nothing continues the same book"
-    for wrong in ("epochs = 0", "seconds = -1.0", "seconds = inf"):
+    for wrong in ("epochs = 0", "seconds = -1.0", "seconds = inf", "pruner = 'mean'"):
         with pytest.raises(ArgumentError, match="tuning"):
             read(tmp_path, f"[tuning]\n{wrong}\n" + arms)
 

@@ -106,6 +106,35 @@ def test_killed_in_the_middle_the_same_command_finishes_and_repeats_nothing(file
     assert not (out / "workers").exists()
 
 
+def test_a_pruner_ends_bad_tuning_runs_early_and_spares_the_best(tmp_path: Path) -> None:
+    grid = "space = { lr = { grid = [1e-8, 2e-8, 4e-8, 8e-8, 1e-3, 2e-3, 3e-3, 4e-3] } }"
+    text = STUDY.replace("space = { lr = { log = [1e-3, 1e-2] } }", grid).replace("trials = 3", "trials = 8")
+    file = tmp_path / "pruned.toml"
+    file.write_text(
+        text.replace("epochs = 2", 'epochs = 3\npruner = "median"').replace("seeds = [1, 2]", "seeds = [1]")
+    )
+    out = tmp_path / "pruned"
+    said, _ = start(file, out, "--arms", "sgdm").communicate(timeout=120)
+    assert "all runs are done" in said
+    ended = {}
+    for number in range(8):
+        folder = out / "runs" / "curves-autoencoder" / "sgdm" / f"tune-{number}"
+        trial = json.loads((folder / "trial.json").read_text())
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert trial["value"] == last["train_loss"], "it counts with the value it had"
+        ended[number] = (last["iterations"], trial["reason"], trial["settings"]["lr"])
+    early = [entry for entry in ended.values() if entry[0] < 12]
+    assert early and all("before its budget" in reason for _, reason, _ in early)
+    assert {rate for _, _, rate in early} & {1e-8, 2e-8, 4e-8, 8e-8} and not {rate for _, _, rate in early} & {
+        3e-3,
+        4e-3,
+    }
+    assert all(not reason for steps, reason, _ in ended.values() if steps == 12)
+    final = json.loads((out / "runs/curves-autoencoder/sgdm/final-1/trial.json").read_text())
+    assert final["settings"]["lr"] >= 2e-3
+    assert "pruned by the median" in json.loads((out / "study.json").read_text())["protocol"]
+
+
 def test_two_commands_share_one_database_and_ctrl_c_gives_back(file: Path, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'book.db'}"
     first = start(file, tmp_path / "one", "--storage", url)
