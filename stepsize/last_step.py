@@ -26,10 +26,13 @@ class JointWithLastStep:
     theta_l <- theta_l - alpha_l d_l - beta_l p_l with p_l the layer's last alpha d + beta p (before weight decay; only
     its direction matters). With d and p normalised, M the averaged curvature between all 2L of them,
 
-        (M + lambda I + rho diag(M)) (alpha, beta) = r,    r = <momentum_l, d_l> and <momentum_l, p_l>,
+        (M + lambda I + rho diag(M)) (alpha, beta) = r,    r = <momentum_l, d_l> and <gradient_l, p_l>,
 
     and both are scaled by lr. ``sign`` decides about alpha from the system that is left when beta is eliminated; beta
     is then the minimum of the model for that alpha, of either sign. A layer without a last step (at first) gets 0.
+
+    Momentum's own slope along p is from before that step was taken: followed again at every step it makes runs diverge.
+    The gradient is that of the mini-batch, without coupled weight decay.
 
     K-FAC chooses one alpha and one momentum coefficient for the whole network from the exact Fisher of the mini-batch
     (arXiv:1503.05671v7, section 7); here both are per layer, with what all layers do together, from sampled scores that
@@ -69,8 +72,8 @@ class JointWithLastStep:
 
     @property
     def needs(self) -> Needs:
-        """What its curvature needs."""
-        return self.curvature.needs
+        """What its curvature needs, and slopes of the raw gradient."""
+        return self.curvature.needs | Needs.SLOPES
 
     def due(self, step: int) -> bool:
         """Every ``every`` steps."""
@@ -83,6 +86,7 @@ class JointWithLastStep:
     def propose(self, state: AveragedForms, evidence: StepEvidence) -> Tensor:
         """(2L,) alpha of all layers, then beta of all layers."""
         assert evidence.slopes is not None and evidence.squared_norms is not None
+        assert evidence.gradient_slopes is not None
         count = len(evidence.names)
         if len(evidence.slopes) != 2 * count:
             raise ArgumentError(
@@ -95,7 +99,8 @@ class JointWithLastStep:
             known = _known_rows(moves)
             state.take_forms((evidence.forms / torch.outer(norms, norms))[known][:, known], self.decay)
         matrix = state.forms + torch.diag(self.relative_ridge * state.forms.diagonal() + self.ridge)
-        sizes = self._solve(matrix * torch.outer(moves, moves), evidence.slopes / norms, count)
+        slopes = torch.cat([evidence.slopes[:count], evidence.gradient_slopes[count:]]) / norms
+        sizes = self._solve(matrix * torch.outer(moves, moves), slopes, count)
         lr = evidence.lr.repeat(2) if isinstance(evidence.lr, Tensor) and evidence.lr.ndim else evidence.lr
         return lr * sizes / norms
 
