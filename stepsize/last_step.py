@@ -44,7 +44,7 @@ class JointWithLastStep:
         every: renew M every so many steps, >= 1.
         decay: of the average of M, in [0, 1).
         ridge: lambda >= 0, absolute.
-        relative_ridge: rho >= 0, relative to the diagonal.
+        relative_ridge: rho >= 0, relative to the diagonal; 2L directions resemble each other more than L do.
         sign: what becomes of negative alpha.
     """
 
@@ -52,7 +52,7 @@ class JointWithLastStep:
     every: int = 1
     decay: float = 0.8
     ridge: float = 0.0
-    relative_ridge: float = 0.1
+    relative_ridge: float = 0.3
     sign: SignRule = field(default_factory=Clipped)
     length_free = True
     recalls = True
