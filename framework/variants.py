@@ -139,7 +139,7 @@ def joint_kfac(
 
 def joint_kfac_momentum(
     *,
-    momentum: float = 0.9,
+    momentum: float = 0.8,
     statistics_decay: float = 0.95,
     statistics_every: int = 1,
     inverses_every: int = 10,
