@@ -33,11 +33,11 @@ class DirectionalEvidence:
     """What an estimator of quadratic forms may use.
 
     Attributes:
-        names: the L layers in order.
-        directions: per layer one tensor per parameter.
-        statistics: per layer what the backend recorded.
-        hessian_product: from one direction per layer (all layers) to the product H d of the mini-batch loss, per
-            layer; ``None`` unless the rule declared ``Needs.PRODUCTS``.
+        names: the L directions in order: the layers, or more than one name for each layer.
+        directions: by name one tensor per parameter of its layer.
+        statistics: by name what the backend recorded of its layer: the same object under all names of one layer.
+        hessian_product: from one direction per name (all of them) to the product H d of the mini-batch loss, by name,
+            where d is the sum of a layer's directions; ``None`` unless the rule declared ``Needs.PRODUCTS``.
         generator: for random signs.
     """
 
@@ -86,7 +86,7 @@ class SampledScores:
     """(a) Sampled Fisher: M = mean_i s(i) s(i)' from per-sample scores s_l(i); one backward, one product per layer.
 
     Unbiased for d' F d including the blocks between layers. A layer without an adapter has no scores: its diagonal
-    entry comes from the mean gradient as in (a') and its row is zero elsewhere.
+    entry comes from the mean gradient as in (a') and its row is zero elsewhere, but for other directions of that layer.
     """
 
     needs = Needs.SCORES
@@ -96,7 +96,7 @@ class SampledScores:
     def measure(self, evidence: DirectionalEvidence) -> Tensor:
         """One product of the (L, N) score matrix with itself."""
         scores: list[Tensor] = []
-        extra: list[tuple[int, Tensor]] = []
+        extra: dict[int, list[tuple[int, int, Tensor]]] = {}
         measured = [evidence.statistics[name] for name in evidence.names if name in evidence.statistics]
         samples = next((entry.samples for entry in measured if entry.sampled_gradient is not None), 1)
         for index, name in enumerate(evidence.names):
@@ -107,11 +107,13 @@ class SampledScores:
             scores.append(direction[0].new_zeros(samples))
             if statistics is not None and statistics.sampled_parameter_gradients is not None:
                 slope = _inner(statistics.sampled_parameter_gradients, direction)
-                extra.append((index, statistics.samples * slope.square()))
+                extra.setdefault(id(statistics), []).append((index, statistics.samples, slope))
         stacked = torch.stack(scores)
         result = stacked @ stacked.T / samples
-        for index, value in extra:
-            result[index, index] = value
+        for of_layer in extra.values():
+            for row, count, slope in of_layer:
+                for column, _, along in of_layer:
+                    result[row, column] = count * (slope * along)
         return result
 
 

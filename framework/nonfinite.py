@@ -107,7 +107,7 @@ class Undo:
     """
 
     def __init__(self, blocks: Iterable[Block], rule: StepRule, parameters: Sequence[Tensor], step: int, warm: bool):
-        self._rule, self._rule_state = rule, _copied(rule.to_dict())
+        self._rule, self._rule_state = rule, _copied(rule.own_state())  # last steps change when all is over
         self._parameters = [(parameter, parameter.detach().clone()) for parameter in parameters]
         self._blocks: list[tuple[Block, dict[str, Any]]] = []
         for block in blocks:
@@ -121,7 +121,7 @@ class Undo:
             parameter.detach().copy_(value)
         for block, values in self._blocks:
             block.load_dict(values if values["state"] is not None else {**values, "state": block.state.to_dict()})
-        self._rule.load_dict(self._rule_state)
+        self._rule.load_own_state(self._rule_state)
 
 
 def _copied(value: Any) -> Any:

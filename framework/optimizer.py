@@ -257,6 +257,7 @@ class SecondOrder(GroupedOptimizer):
         )
         for observer in self.observers:
             observer.after_step(self, StepTrace(report, statistics, proposal, sides))
+        self._rule.remember(proposal, 1.0 if outcome is None else outcome.fraction)
         return report
 
     def _undo(self, gradients: Mapping[str, Tensors | None]) -> Undo:

@@ -103,6 +103,7 @@ KINDS: dict[str, dict[str, type]] = {
         stepsize.ConstantStep,
         stepsize.LayerwiseQuadratic,
         stepsize.JointLayerwise,
+        stepsize.JointWithLastStep,
         stepsize.GlobalQuadratic,
         stepsize.SelfConcordant,
         stepsize.RelativeBound,
@@ -131,7 +132,10 @@ EXAMPLES: dict[type, tuple[Any, ...]] = {
     preconditioners.LBFGS: (preconditioners.LBFGS(memory=3),),
     preconditioners.LevenbergMarquardt: (preconditioners.LevenbergMarquardt(every=2, maximum=0.9),),
     preconditioners.Scheduled: (preconditioners.Scheduled(factor=preconditioners.Geometric(0.8)),),
-    stepsize.RelativeBound: (stepsize.RelativeBound(stepsize.JointLayerwise()),),
+    stepsize.RelativeBound: (
+        stepsize.RelativeBound(stepsize.JointLayerwise()),
+        stepsize.RelativeBound(stepsize.JointWithLastStep()),
+    ),
 }
 """Instances to try, for parts whose default construction is missing or not telling."""
 

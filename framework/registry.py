@@ -77,6 +77,7 @@ _METHODS: dict[str, MethodEntry] = {
         MethodEntry("lw-sgdm", _LAYERWISE, variants.layerwise_sgdm),
         MethodEntry("lw-adamw", _LAYERWISE, variants.layerwise_adamw),
         MethodEntry("joint-kfac", "osculate", variants.joint_kfac),
+        MethodEntry("joint-kfac-momentum", "osculate", variants.joint_kfac_momentum),
         MethodEntry("joint-kbfgs", "osculate", variants.joint_kbfgs),
         MethodEntry("joint-sgdm", "osculate", variants.joint_sgdm),
         MethodEntry("kfac", "arXiv:1503.05671", baselines.kfac),

@@ -98,7 +98,7 @@ def _described(optimizer: SecondOrder) -> dict[str, str]:
     """The parts on which the meaning of a saved state depends, in words; schedules and damping may change in a run."""
     method = optimizer.method
     names = ["preconditioner", "curvature", "momentum", "fallback"]
-    names += ["step_size"] if optimizer._rule.state is not None else []
+    names += ["step_size"] if optimizer._rule.state is not None or optimizer._rule.last is not None else []
     names += ["guard"] if optimizer._look_back.state is not None else []
     return {name: label(getattr(method, name)) for name in names}
 

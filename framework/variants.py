@@ -18,6 +18,7 @@ from ..preconditioners.damping import Split
 from ..preconditioners.diagonal import Diagonal
 from ..stepsize.bounded import RelativeBound
 from ..stepsize.joint import JointLayerwise
+from ..stepsize.last_step import JointWithLastStep
 from ..stepsize.layerwise import LayerwiseQuadratic
 from .baselines import kronecker_fisher
 from .method import Method
@@ -27,6 +28,7 @@ from .published import kbfgs
 __all__ = [
     "joint_kbfgs",
     "joint_kfac",
+    "joint_kfac_momentum",
     "joint_rule",
     "joint_sgdm",
     "layerwise_adamw",
@@ -133,6 +135,35 @@ def joint_kfac(
         warm_start=None,
         defaults={"lr": 1.0, "damping": 1.0},
     )
+
+
+def joint_kfac_momentum(
+    *,
+    momentum: float = 0.8,
+    statistics_decay: float = 0.95,
+    statistics_every: int = 1,
+    inverses_every: int = 10,
+    eager: int = 20,
+    curvature_every: int = 1,
+) -> Method:
+    """K-FAC directions with joint layer steps along them and the layers' last steps: no learning rate (ours).
+
+    Args:
+        momentum: decay in [0, 1) of the gradients' average, which takes the noise out of the directions.
+        statistics_decay: of both covariances, in [0, 1).
+        statistics_every: T1 >= 1.
+        inverses_every: T2 >= 1.
+        eager: inverses at each of the steps 0 ... eager as well.
+        curvature_every: steps between two measurements along the directions, >= 1.
+    """
+    base = joint_kfac(
+        momentum=momentum,
+        statistics_decay=statistics_decay,
+        statistics_every=statistics_every,
+        inverses_every=inverses_every,
+        eager=eager,
+    )
+    return replace(base, step_size=RelativeBound(JointWithLastStep(every=curvature_every), limit=0.25))
 
 
 def joint_kbfgs(*, momentum: float = 0.9, growth: float = 1.1, curvature_every: int = 1) -> Method:

@@ -6,6 +6,7 @@ from .global_quadratic import GlobalQuadratic
 from .guard import Armijo, Backtrack, Guard, NoGuard, Nonmonotone, Trial
 from .joint import JointLayerwise
 from .kl_clip import KLClip
+from .last_step import JointWithLastStep
 from .layerwise import LayerwiseQuadratic, LeadingSlope, MomentumSlope, RowSums, Separate
 from .protocol import StepEvidence, StepSize
 from .self_concordant import SelfConcordant
@@ -19,6 +20,7 @@ __all__ = [
     "GlobalQuadratic",
     "Guard",
     "JointLayerwise",
+    "JointWithLastStep",
     "KLClip",
     "LayerwiseQuadratic",
     "LeadingSlope",

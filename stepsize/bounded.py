@@ -22,6 +22,9 @@ __all__ = ["RelativeBound"]
 class RelativeBound:
     """alpha_l <- min(alpha_l, limit |theta_l| / |d_l|): no step moves a layer by more than a fraction of its norm.
 
+    Around a rule that recalls, alpha_l and beta_l are shortened by one factor until |alpha_l| |d_l| + |beta_l| |p_l|,
+    which the layer's step cannot exceed, is within the limit.
+
     Args:
         rule: the rule to bound.
         limit: > 0, largest ratio |alpha_l d_l| / |theta_l|. A layer whose parameters are all zero is not bounded.
@@ -45,6 +48,11 @@ class RelativeBound:
         return bool(getattr(self.rule, "length_free", False))
 
     @property
+    def recalls(self) -> bool:
+        """As the inner rule."""
+        return bool(getattr(self.rule, "recalls", False))
+
+    @property
     def curvature(self) -> QuadraticForm | None:
         """The inner rule's."""
         return self.rule.curvature
@@ -61,6 +69,15 @@ class RelativeBound:
         """Bounded step sizes; no synchronisation."""
         assert evidence.squared_norms is not None and evidence.parameter_norms is not None
         proposed = self.rule.propose(state, evidence)
+        if self.recalls:
+            return self._both(torch.as_tensor(proposed), evidence.squared_norms, evidence.parameter_norms)
         cap = self.limit * evidence.parameter_norms / evidence.squared_norms.sqrt()
         cap = torch.where(torch.isfinite(cap) & (evidence.parameter_norms > 0), cap, torch.full_like(cap, torch.inf))
         return torch.minimum(torch.as_tensor(proposed, dtype=cap.dtype, device=cap.device).expand_as(cap), cap)
+
+    def _both(self, proposed: Tensor, squared_norms: Tensor, parameter_norms: Tensor) -> Tensor:
+        """(2L,) bounded alpha and beta."""
+        reach = (proposed.abs() * squared_norms.sqrt()).reshape(2, -1).sum(0)
+        factor = (self.limit * parameter_norms / reach).clamp(max=1.0)
+        factor = torch.where(torch.isfinite(factor) & (parameter_norms > 0), factor, torch.ones_like(factor))
+        return proposed * factor.repeat(2)

@@ -92,13 +92,17 @@ def solve_semidefinite(matrix: Tensor, right: Tensor) -> Tensor:
     Rows without curvature (a layer whose direction does nothing) get a zero. A matrix that is not semi-definite (an
     estimate of the Hessian) has no joint minimum: the diagonal matrix of its absolute row sums, which is above it, is
     solved instead. Always double precision: L is small.
+
+    Args:
+        matrix: (L, L).
+        right: (L,), or (L, K) for K systems at once.
     """
     diagonal = matrix.diagonal().double()
     scale = torch.where(diagonal > 0, diagonal.clamp(min=1e-300).rsqrt(), torch.zeros_like(diagonal))
     scaled = matrix.double() * torch.outer(scale, scale)
     scaled.diagonal().copy_(torch.ones_like(diagonal) * (1.0 + 1e-10))
     factor, info = torch.linalg.cholesky_ex(scaled)
-    scaled_right = scale * right.double()
-    solution = torch.cholesky_solve(scaled_right.unsqueeze(1), factor).squeeze(1)
-    solution = torch.where(info == 0, solution, scaled_right / scaled.abs().sum(1))
-    return torch.nan_to_num(scale * solution, nan=0.0, posinf=0.0, neginf=0.0).to(right.dtype)
+    columns = scale.unsqueeze(1) * right.double().reshape(len(scale), -1)
+    solution = torch.cholesky_solve(columns, factor)
+    solution = scale.unsqueeze(1) * torch.where(info == 0, solution, columns / scaled.abs().sum(1, keepdim=True))
+    return torch.nan_to_num(solution, nan=0.0, posinf=0.0, neginf=0.0).reshape(right.shape).to(right.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm
 from ..curvature.statistics import Needs
-from ..errors import require_interval
+from ..errors import CompatibilityError, require_interval
 from .constant import ConstantStep
 from .protocol import StepEvidence, StepSize
 
@@ -28,6 +28,8 @@ class KLClip:
     (momentum, damping) it is an estimate of that; its absolute value is used, as those libraries do. With one learning
     rate this is their sqrt(kappa / (lr^2 |sum_l <g_l, d_l>|)).
 
+    Rules that recall are refused: <g_l, p_l> is no length of a last step p_l in the Fisher metric.
+
     Args:
         rule: the rule to clip.
         kappa: > 0 (``inf``: never clips), bound on the sum after clipping, so on twice the predicted divergence.
@@ -39,6 +41,11 @@ class KLClip:
     def __post_init__(self) -> None:
         require_fields(self)
         require_interval("kappa of KLClip", self.kappa, 0.0, float("inf"), closed="(]")
+        if getattr(self.rule, "recalls", False):
+            raise CompatibilityError(
+                f"KLClip measures a step by <gradient, direction>, which says nothing of the layers' last steps that "
+                f"{type(self.rule).__name__} goes along; use RelativeBound({type(self.rule).__name__}())"
+            )
 
     @property
     def needs(self) -> Needs:

@@ -3,6 +3,10 @@
 With d_l the layer's preconditioned momentum, the step is ``theta_l <- theta_l - alpha_l d_l``. A rule maps slopes,
 norms and quadratic forms of all L layers to the vector alpha. It is a pure function of small tensors: rules contain no
 layer, no model and no learning-rate schedule.
+
+A rule that *recalls* steps along two directions per layer, ``theta_l <- theta_l - alpha_l d_l - beta_l p_l``, where p_l
+is what alpha_l d_l + beta_l p_l was when the layer last moved (zero before that; without weight decay). Its evidence
+covers K = 2L directions, the L new ones and then the L last steps; for every other rule K = L.
 """
 
 from __future__ import annotations
@@ -27,11 +31,11 @@ class StepEvidence:
         names: layer names, in the model's order.
         lr: ``lr`` of the parameter group, >= 0: the step for ``ConstantStep``, a multiplier (default 1) elsewhere.
             One number, or (L,) where parameter groups give layers different values: multiply, never compare.
-        slopes: (L,) r_l = <momentum_l, d_l>, an estimate of minus the derivative along the step; None unless asked.
-        gradient_slopes: (L,) <gradient_l, d_l> with the mini-batch gradient itself; None unless asked.
-        squared_norms: (L,) |d_l|^2; None unless asked.
+        slopes: (K,) r_l = <momentum_l, d_l>, an estimate of minus the derivative along the step; None unless asked.
+        gradient_slopes: (K,) <gradient_l, d_l> with the mini-batch gradient itself; None unless asked.
+        squared_norms: (K,) |d_l|^2; None unless asked.
         parameter_norms: (L,) |theta_l|; None unless asked.
-        forms: (L, L) matrix M with M_ll = d_l' C_l d_l, or None when curvature is not renewed at this step.
+        forms: (K, K) matrix M with M_ll = d_l' C_l d_l, or None when curvature is not renewed at this step.
     """
 
     names: Sequence[str]
@@ -47,7 +51,9 @@ class StepSize(Protocol):
     """A step-size rule for all layers together.
 
     Optional: ``signed = True`` if steps may go against their direction; ``length_free = True`` if directions c times as
-    long get steps 1/c times as long; ``proportional = True`` if the step is lr and depends on nothing else.
+    long get steps 1/c times as long; ``proportional = True`` if the step is lr and depends on nothing else;
+    ``recalls = True`` if steps go along the layers' last steps too (``signed`` speaks of alpha alone, beta may always
+    be negative). Last steps cost as much memory as the parameters. A rule around such a rule passes ``recalls`` on.
     """
 
     @property
@@ -66,7 +72,8 @@ class StepSize(Protocol):
 
         The state has ``to_dict()``, whose values are tensors and numbers, and ``load_dict(values)``. When layers are
         added during training, a new state is made by ``init`` and what was gathered is copied into its leading entries,
-        so tensors with one entry per layer have the layers in front.
+        so tensors with one entry per layer have the layers in front, and those with one per direction of a rule that
+        recalls the L new ones before the L last steps.
 
         Args:
             count: L >= 1 layers.
@@ -75,4 +82,7 @@ class StepSize(Protocol):
         """
 
     def propose(self, state: Any, evidence: StepEvidence) -> Tensor | float:
-        """(L,) step sizes in the dtype of the evidence, or one number for all layers; updates the state in place."""
+        """(L,) step sizes in the dtype of the evidence, or one number for all layers; updates the state in place.
+
+        A rule that recalls returns (2L,): alpha of all layers, then beta.
+        """

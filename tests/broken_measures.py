@@ -182,6 +182,16 @@ class StepForgetful(Slopes):
         return state.seen * super().propose(state, evidence)
 
 
+class StepHaunted(Slopes):
+    """Goes along last steps that are not there."""
+
+    recalls = True
+
+    def propose(self, state: Any, evidence: StepEvidence) -> Tensor:
+        assert evidence.squared_norms is not None
+        return torch.where(evidence.squared_norms > 0, super().propose(state, evidence), evidence.lr)
+
+
 class CouplingUnits(osc.Separate):
     def curvature(self, forms: Tensor, norms: Tensor) -> Tensor:
         return super().curvature(forms, norms) + 1.0
@@ -279,6 +289,7 @@ MEASURES: dict[str, Any] = {
     "step-length": StepLong(),
     "step-purity": StepImpure(),
     "step-save-load-continue": StepForgetful(),
+    "step-no-last-step": StepHaunted(),
     "coupling-scale": CouplingUnits(),
     "coupling-order": CouplingOrdered(),
     "coupling-majorises": CouplingLow(),

@@ -20,7 +20,9 @@ _LAYERS = 3
 _SIZE = 4
 
 
-def evidence_for(case: Case, key: int = 0, *, lr: float = 0.5, length: float = 1.0) -> StepEvidence:
+def evidence_for(
+    case: Case, key: int = 0, *, lr: float = 0.5, length: float = 1.0, recalls: bool = False
+) -> StepEvidence:
     """What a rule sees of three layers with four parameters each: consistent slopes, norms and quadratic forms.
 
     Args:
@@ -28,12 +30,17 @@ def evidence_for(case: Case, key: int = 0, *, lr: float = 0.5, length: float = 1
         key: of the random directions.
         lr: learning rate.
         length: factor on every direction.
+        recalls: whether the layers' last steps follow their directions.
     """
     momentum = case.randn(_LAYERS, _SIZE, key=40 + key)
     gradient = momentum + 0.3 * case.randn(_LAYERS, _SIZE, key=60 + key)
     directions = length * torch.stack([case.spd(_SIZE, 10.0, key=layer) @ momentum[layer] for layer in range(_LAYERS)])
     curvature = case.spd(_LAYERS * _SIZE, 50.0, key=80 + key)
     columns = torch.block_diag(*directions)
+    if recalls:
+        last = length * case.randn(_LAYERS, _SIZE, key=140 + key)
+        directions, columns = torch.cat([directions, last]), torch.cat([columns, torch.block_diag(*last)])
+        momentum, gradient = momentum.repeat(2, 1), gradient.repeat(2, 1)
     forms = columns @ curvature @ columns.T
     return StepEvidence(
         [f"layer{index}" for index in range(_LAYERS)],
@@ -44,6 +51,15 @@ def evidence_for(case: Case, key: int = 0, *, lr: float = 0.5, length: float = 1
         parameter_norms=case.randn(_LAYERS, key=90).abs() + 1.0,
         forms=0.5 * (forms + forms.T),
     )
+
+
+def _recalls(rule: Any) -> bool:
+    return bool(getattr(rule, "recalls", False))
+
+
+def _count(rule: Any) -> int:
+    """How many step sizes it proposes."""
+    return 2 * _LAYERS if _recalls(rule) else _LAYERS
 
 
 def _changed(evidence: StepEvidence, change: Any) -> StepEvidence:
@@ -68,22 +84,26 @@ def _steps(rule: Any, case: Case, sequence: list[StepEvidence], state: Any = Non
     found = []
     for evidence in sequence:
         sizes = rule.propose(state, _copied(evidence))
-        found.append(torch.as_tensor(sizes, dtype=case.dtype, device=case.device).expand(_LAYERS).clone())
+        found.append(torch.as_tensor(sizes, dtype=case.dtype, device=case.device).expand(_count(rule)).clone())
     return found
 
 
-def _usual(case: Case, **options: Any) -> list[StepEvidence]:
-    return [evidence_for(case, key, **options) for key in range(3)]
+def _usual(rule: Any, case: Case, **options: Any) -> list[StepEvidence]:
+    return [evidence_for(case, key, recalls=_recalls(rule), **options) for key in range(3)]
 
 
-def _unusual(case: Case) -> Iterator[tuple[str, StepEvidence]]:
-    normal = evidence_for(case)
+def _unusual(rule: Any, case: Case) -> Iterator[tuple[str, StepEvidence]]:
+    recalls = _recalls(rule)
+    normal = evidence_for(case, recalls=recalls)
     yield "nothing moves", _changed(normal, lambda name, value: torch.zeros_like(value))
     yield "no curvature", replace(normal, forms=torch.zeros_like(normal.forms))  # type: ignore[arg-type]
     yield "one layer at rest", _changed(normal, _first_layer_at_rest)
-    yield "long directions", evidence_for(case, length=1e12)
-    yield "short directions", evidence_for(case, length=1e-12)
+    yield "long directions", evidence_for(case, length=1e12, recalls=recalls)
+    yield "short directions", evidence_for(case, length=1e-12, recalls=recalls)
     yield "no curvature at this step", replace(normal, forms=None)
+    if recalls:
+        yield "no layer has a last step", _changed(normal, _without_last_steps)
+        yield "the last step is the direction", _changed(normal, _same_twice)
 
 
 def _first_layer_at_rest(name: str, value: Tensor) -> Tensor:
@@ -95,11 +115,26 @@ def _first_layer_at_rest(name: str, value: Tensor) -> Tensor:
     return result
 
 
+def _without_last_steps(name: str, value: Tensor) -> Tensor:
+    result = value.clone()
+    if name != "parameter_norms":
+        result[_LAYERS:] = 0.0
+    if name == "forms":
+        result[:, _LAYERS:] = 0.0
+    return result
+
+
+def _same_twice(name: str, value: Tensor) -> Tensor:
+    if name == "parameter_norms":
+        return value.clone()
+    return value[:_LAYERS, :_LAYERS].repeat(2, 2) if name == "forms" else value[:_LAYERS].repeat(2)
+
+
 @contract("step-finite", "step size", "step sizes are finite, whatever is zero, long or short")
 def step_finite(rule: Any, case: Case) -> None:
     """From a fresh state and after usual steps."""
-    for what, evidence in _unusual(case):
-        for before in ([], _usual(case)):
+    for what, evidence in _unusual(rule, case):
+        for before in ([], _usual(rule, case)):
             require_finite(f"step sizes where {what}", *_steps(rule, case, [*before, evidence]))
 
 
@@ -110,26 +145,32 @@ def step_finite(rule: Any, case: Case) -> None:
     unless=lambda rule: "declares signed" if getattr(rule, "signed", False) else None,
 )
 def step_nonnegative(rule: Any, case: Case) -> None:
-    """Also where the momentum points uphill."""
-    uphill = [replace(entry, slopes=-entry.slopes, gradient_slopes=-entry.gradient_slopes) for entry in _usual(case)]  # type: ignore[operator]
-    for sequence in (_usual(case), uphill):
+    """Also where the momentum points uphill; along its last step a layer may go either way."""
+    usual = _usual(rule, case)
+    uphill = [replace(entry, slopes=-entry.slopes, gradient_slopes=-entry.gradient_slopes) for entry in usual]  # type: ignore[operator]
+    for sequence in (usual, uphill):
         for sizes in _steps(rule, case, sequence):
-            least = float(sizes.min())
+            least = float(sizes[:_LAYERS].min())
             require(least >= 0.0, "smallest step size", value=least, bound=0.0, relation="at least")
 
 
-@contract("step-shape", "step size", "one number, or one step size per layer in the precision of the evidence")
+@contract(
+    "step-shape",
+    "step size",
+    "one number, or one step size per layer (and per last step) in the precision of the evidence",
+)
 def step_shape(rule: Any, case: Case) -> None:
     """float64 and float32."""
     for dtype in (torch.float64, torch.float32):
         other = case.to(dtype=dtype)
-        sizes = rule.propose(_fresh(rule, other), evidence_for(other))
+        sizes = rule.propose(_fresh(rule, other), evidence_for(other, recalls=_recalls(rule)))
         if isinstance(sizes, Tensor):
-            fits = tuple(sizes.shape) == (_LAYERS,) and sizes.dtype == dtype and sizes.device.type == other.device
+            fits = tuple(sizes.shape) == (_count(rule),) and sizes.dtype == dtype and sizes.device.type == other.device
             found = f"{tuple(sizes.shape)} in {sizes.dtype}"
             require(fits, f"step sizes of {_LAYERS} layers in {dtype} have shape {found}")
         else:
-            require(isinstance(sizes, float | int), f"step sizes are a {type(sizes).__name__}")
+            fits = isinstance(sizes, float | int) and not _recalls(rule)
+            require(fits, f"step sizes are a {type(sizes).__name__}")
 
 
 @contract("step-order", "step size", "the order of the layers does not matter")
@@ -137,13 +178,16 @@ def step_order(rule: Any, case: Case) -> None:
     """Three steps with the layers in another order."""
     order = torch.tensor([2, 0, 1], device=case.device)
 
-    def turned(name: str, value: Tensor) -> Tensor:
-        return value[order][:, order] if value.ndim == 2 else value[order]
+    whole = torch.cat([order, order + _LAYERS])
 
-    sequence = _usual(case)
+    def turned(name: str, value: Tensor) -> Tensor:
+        places = whole[: len(value)]
+        return value[places][:, places] if value.ndim == 2 else value[places]
+
+    sequence = _usual(rule, case)
     other = [_changed(replace(entry, names=[entry.names[i] for i in order]), turned) for entry in sequence]
     for one, two in zip(_steps(rule, case, sequence), _steps(rule, case, other), strict=True):
-        require_close("step sizes of layers in another order", two, one[order])
+        require_close("step sizes of layers in another order", two, one[whole[: len(one)]])
 
 
 @contract("step-learning-rate", "step size", "no step at lr = 0, and none is shorter for a larger lr")
@@ -151,12 +195,12 @@ def step_learning_rate(rule: Any, case: Case) -> None:
     """lr = 0, 0.1, 0.2, 0.7."""
     previous = None
     for lr in (0.0, 0.1, 0.2, 0.7):
-        sizes = _steps(rule, case, _usual(case, lr=lr))
+        sizes = _steps(rule, case, _usual(rule, case, lr=lr))
         for index, size in enumerate(sizes):
             if previous is None:
                 require_close("step sizes at lr = 0", size, torch.zeros_like(size), tolerance=0.0)
             else:
-                least = float((size - previous[index]).min())
+                least = float((size.abs() - previous[index].abs()).min())
                 require(
                     least >= -1e-12,
                     f"change of a step size up to lr = {lr:g}",
@@ -175,7 +219,7 @@ def step_learning_rate(rule: Any, case: Case) -> None:
 )
 def step_length(rule: Any, case: Case) -> None:
     """c = 8."""
-    plain, longer = _steps(rule, case, _usual(case)), _steps(rule, case, _usual(case, length=8.0))
+    plain, longer = _steps(rule, case, _usual(rule, case)), _steps(rule, case, _usual(rule, case, length=8.0))
     for one, two in zip(plain, longer, strict=True):
         require_close("step sizes along directions 8 times as long, times 8", 8.0 * two, one)
 
@@ -183,7 +227,7 @@ def step_length(rule: Any, case: Case) -> None:
 @contract("step-purity", "step size", "the evidence stays bitwise as it was")
 def step_purity(rule: Any, case: Case) -> None:
     """Every tensor of it."""
-    evidence = evidence_for(case)
+    evidence = evidence_for(case, recalls=_recalls(rule))
     kept = _copied(evidence)
     rule.propose(_fresh(rule, case), evidence)
     for entry in fields(evidence):
@@ -196,16 +240,33 @@ def step_purity(rule: Any, case: Case) -> None:
 def step_save_load(rule: Any, case: Case) -> None:
     """After three steps, for two more."""
     state = _fresh(rule, case)
-    _steps(rule, case, _usual(case), state)
+    _steps(rule, case, _usual(rule, case), state)
     resumed = _fresh(rule, case)
     if state is not None:
         saved = {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.to_dict().items()}
         resumed.load_dict(saved)
-    later = [evidence_for(case, 5), evidence_for(case, 6)]
+    later = [evidence_for(case, key, recalls=_recalls(rule)) for key in (5, 6)]
     for one, two in zip(_steps(rule, case, later, state), _steps(rule, case, later, resumed), strict=True):
         require_equal("step sizes after loading", two, one)
     if state is not None:
         require_same_state("state after loading and going on", resumed.to_dict(), state.to_dict())
+
+
+@contract(
+    "step-no-last-step",
+    "step size",
+    "along a last step that a layer does not have it does not go",
+    unless=lambda rule: None if _recalls(rule) else "does not declare recalls",
+)
+def step_no_last_step(rule: Any, case: Case) -> None:
+    """At the first step, and later where one layer has none."""
+    first = _changed(evidence_for(case, recalls=True), _without_last_steps)
+    (sizes,) = _steps(rule, case, [first])
+    require_close(
+        "step sizes along last steps at the first step", sizes[_LAYERS:], 0.0 * sizes[_LAYERS:], tolerance=0.0
+    )
+    sizes = _steps(rule, case, [*_usual(rule, case), first])[-1]
+    require_close("step sizes along last steps that are zero", sizes[_LAYERS:], 0.0 * sizes[_LAYERS:], tolerance=0.0)
 
 
 def _forms(case: Case) -> tuple[Tensor, Tensor]:
@@ -285,6 +346,7 @@ CONTRACTS: tuple[Contract, ...] = (
     step_length,
     step_purity,
     step_save_load,
+    step_no_last_step,
     coupling_scale,
     coupling_order,
     coupling_majorises,

@@ -50,7 +50,7 @@ def test_permuted_samples_give_the_same_trajectory(name: str) -> None:
     torch.testing.assert_close(flat(other), flat(model), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["kfac", "kbfgs", "kbfgs-l", "joint-kfac", "lw-sgdm"])
+@pytest.mark.parametrize("name", ["kfac", "kbfgs", "kbfgs-l", "joint-kfac", "joint-kfac-momentum", "lw-sgdm"])
 def test_sum_and_mean_measure_the_same_curvature(name: str) -> None:
     """With the summed loss the gradient is N times the mean one; statistics per sample must not see the difference."""
     model, other = make(), make()
