@@ -10,6 +10,7 @@ from .eigenbasis import Eigenbasis
 from .factors import Covariance, Factor, IdentityFactor
 from .gradient_covariance import GradientCovariance
 from .identity import Identity, Stateless
+from .initial_scale import ConstantScale, InitialScale, NewestPair
 from .kronecker import Kronecker
 from .lbfgs import LBFGS
 from .levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt
@@ -29,6 +30,7 @@ from .partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutpu
 from .protocol import Observation, Preconditioner, Refining, Request, ScalingLaw, Schedule
 from .root import Root
 from .scheduled import Geometric, Scheduled
+from .secant_blocks import SecantBlocks
 from .sharing import Expand, Reduce, Sharing, Sum
 from .skipping import CurvatureTest, SkipRule, TwoSidedCurvatureTest
 from .spectral import AspectRatio, MatchAdam, Spectral
@@ -44,6 +46,7 @@ __all__ = [
     "Average",
     "ByLayer",
     "ConstantDamping",
+    "ConstantScale",
     "Covariance",
     "CurvatureTest",
     "Damping",
@@ -62,6 +65,7 @@ __all__ = [
     "HessianActionBFGS",
     "Identity",
     "IdentityFactor",
+    "InitialScale",
     "Inverse",
     "InverseRoot",
     "Kernel",
@@ -74,6 +78,7 @@ __all__ = [
     "MiniBlock",
     "Moments",
     "MovingAverage",
+    "NewestPair",
     "NoDamping",
     "NoState",
     "Observation",
@@ -96,6 +101,7 @@ __all__ = [
     "ScalingLaw",
     "Schedule",
     "Scheduled",
+    "SecantBlocks",
     "Semidefinite",
     "Sharing",
     "SideDamping",
