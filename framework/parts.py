@@ -92,7 +92,9 @@ KINDS: dict[str, dict[str, type]] = {
         preconditioners.NoDamping,
     ),
     "initial scale": _named(preconditioners.ConstantScale, preconditioners.NewestPair),
-    "skip rule": _named(preconditioners.CurvatureTest, preconditioners.TwoSidedCurvatureTest),
+    "skip rule": _named(
+        preconditioners.CurvatureTest, preconditioners.TwoSidedCurvatureTest, preconditioners.AngleTest
+    ),
     "average": _named(
         preconditioners.MovingAverage,
         preconditioners.ZeroStartAverage,

@@ -32,7 +32,7 @@ from .root import Root
 from .scheduled import Geometric, Scheduled
 from .secant_blocks import SecantBlocks
 from .sharing import Expand, Reduce, Sharing, Sum
-from .skipping import CurvatureTest, SkipRule, TwoSidedCurvatureTest
+from .skipping import AngleTest, CurvatureTest, SkipRule, TwoSidedCurvatureTest
 from .spectral import AspectRatio, MatchAdam, Spectral
 from .state import NoState, State
 
@@ -42,6 +42,7 @@ __all__ = [
     "Absolute",
     "AbsoluteInverse",
     "AdaptiveDamping",
+    "AngleTest",
     "AspectRatio",
     "Average",
     "ByLayer",

@@ -17,8 +17,9 @@ __all__ = ["ConstantScale", "InitialScale", "NewestPair"]
 class InitialScale(Protocol):
     """A rule for gamma > 0 in H_0 = gamma I."""
 
-    initial: float
-    """Before the first pair."""
+    @property
+    def initial(self) -> float:
+        """Gamma before the first pair, > 0."""
 
     def scale(self, step: Tensor, change: Tensor) -> Tensor:
         """gamma once a pair is stored, 0-dimensional, finite and > 0.
@@ -62,7 +63,7 @@ class NewestPair:
     """
 
     initial: float = 1.0
-    smallest: float = 1e-3
+    smallest: float = 1e-8
     largest: float = 1e3
 
     def __post_init__(self) -> None:
