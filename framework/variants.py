@@ -202,5 +202,5 @@ def mini_block_lbfgs(
         damping=ConstantDamping(),
         momentum=EMA(momentum),
         guard=step_guard(growth),
-        defaults={"lr": 0.1, "damping": 0.1},
+        defaults={"lr": 0.3, "damping": 0.3},
     )

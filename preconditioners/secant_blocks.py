@@ -83,8 +83,8 @@ class SecantBlocks:
     mean mini-batch loss, without weight decay; both are averaged over steps, damped with the whole lambda as mu2, and
     tested, as K-BFGS does it at the pre-activations (PAPERS 1.2 item 7), but with another test: without a bound on the
     angle between s and y, blocks in the middle of the small autoencoders reached |H_b| > 10^6 within twenty steps. H_b
-    is positive definite: gamma > 0, and only pairs with s'y > 0 are stored. A pair that is not finite is never stored
-    nor averaged.
+    is positive definite: gamma > 0, and only pairs with s'y > 0 are stored. A pair whose squares are not finite is
+    never stored nor averaged.
 
     Memory is linear in the parameters, so a partition that shares one matrix among its vectors to save memory
     (``PerOutputAveraged``, ``FlatChunk``) keeps an inverse for each of them here.
@@ -158,7 +158,7 @@ class SecantBlocks:
         assert after is not None
         old, new = _point(self, before), _point(self, after)
         step, change = new[0] - old[0], new[1] - old[1]
-        finite = torch.isfinite(step).all(1) & torch.isfinite(change).all(1)
+        finite = _finite(step) & _finite(change)
         _average(state.pair, step, change, finite, self.average)
         pair = self._damped(state, damping.whole)
         accepted = finite & self._accepts(pair, old[1])
@@ -180,7 +180,7 @@ class SecantBlocks:
         """(B,) whether a pair may be stored: the skip rule's word, and nothing that is not finite."""
         accepted: Tensor = torch.func.vmap(self.skip.accepts)(pair.step, pair.change, reference)
         curvature = (pair.step * pair.change).sum(1)
-        finite = torch.isfinite(pair.step).all(1) & torch.isfinite(pair.change).all(1)
+        finite = _finite(pair.step) & _finite(pair.change)
         return accepted & finite & (curvature > 0) & torch.isfinite(curvature) & torch.isfinite(1.0 / curvature)
 
     def _store(self, state: SecantBlocksState, pair: DampedPair, accepted: Tensor) -> None:
@@ -214,6 +214,11 @@ def _point(part: SecantBlocks, record: LayerStatistics) -> tuple[Tensor, Tensor]
         served = tuple(named[name] for name in part.serves(record.layer))
         vectors.append(part.partition.split((record.layer.joint_matrix(served),) if part.joint else served))
     return vectors[0], record.mean_scale * vectors[1]
+
+
+def _finite(vectors: Tensor) -> Tensor:
+    """(B,) whether vectors (B, d) have finite squares."""
+    return torch.isfinite(vectors.square().sum(1))
 
 
 def _average(pair: AveragedPair, step: Tensor, change: Tensor, finite: Tensor, average: Average) -> None:
