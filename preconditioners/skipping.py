@@ -15,7 +15,7 @@ __all__ = ["AngleTest", "CurvatureTest", "SkipRule", "TwoSidedCurvatureTest"]
 
 
 class SkipRule(Protocol):
-    """Decides whether a damped pair is used."""
+    """Decides whether a damped pair is used. Mapped over mini-blocks as :class:`~.pairs.PairDamping` is."""
 
     def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
         """Whether to use the pair, a 0-dimensional bool; no synchronisation.

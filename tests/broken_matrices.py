@@ -92,6 +92,14 @@ class SkipNothing(osc.CurvatureTest):
         return torch.ones((), dtype=torch.bool)
 
 
+class SkipLooks(osc.CurvatureTest):
+    """Decides in Python."""
+
+    def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
+        good = float(torch.dot(step, change)) > 0.0
+        return super().accepts(step, change, reference) if good else torch.zeros((), dtype=torch.bool)
+
+
 class InitialNothing(osc.NewestPair):
     """Without bounds: a pair whose squares underflow has no quotient."""
 
@@ -124,6 +132,7 @@ MATRICES: dict[str, Any] = {
     "scale-positive": ScaleVanishes(),
     "skip-negative": SkipNothing(),
     "skip-flag": SkipNumber(),
+    "skip-mapped": SkipLooks(),
     "initial-scale-positive": InitialNothing(),
     "initial-scale-length": InitialLength(),
 }

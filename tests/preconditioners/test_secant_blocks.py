@@ -203,3 +203,16 @@ def test_the_initial_scale_keeps_its_bounds() -> None:
     assert float(rule.scale(step, 0.0 * step)) == pytest.approx(0.1)
     with pytest.raises(osc.ArgumentError, match="smallest must be <= largest"):
         osc.NewestPair(smallest=2.0, largest=1.0)
+
+
+@pytest.mark.parametrize("pairs", RULES, ids=lambda rule: type(rule).__name__)
+def test_no_value_is_looked_at(pairs: osc.PairDamping) -> None:
+    """On the meta device tensors have none: a synchronisation would raise."""
+    part = osc.SecantBlocks(memory=2, pairs=pairs)
+    with torch.device("meta"):
+        layer = linear()
+        state = fresh(part, layer)
+        step = torch.empty(4, 3, dtype=torch.float64)
+        events = part.observe_step(state, record(layer, step, step), record(layer, step, step), DAMPING)
+        part.precondition(state, (step,))
+    assert {value.device.type for value in events.values()} == {"meta"}
