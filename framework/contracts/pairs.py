@@ -186,14 +186,16 @@ def pair_mapped(rule: Any, case: Case) -> None:
         pairs = [pair for pair in secant_pairs(rule, case) if pair.damping == damping]
         if not pairs:
             continue
-        given = [(pair.step, pair.change, pair.inverse @ pair.change) for pair in pairs]
+        steps = torch.stack([pair.step for pair in pairs])
+        changes = torch.stack([pair.change for pair in pairs])
+        products = torch.stack([pair.inverse @ pair.change for pair in pairs])
 
         def damp(step: Tensor, change: Tensor, product: Tensor, damping: float = damping) -> tuple[Tensor, ...]:
             found: DampedPair = rule.damp(step, change, product, damping)
             return found.step, found.change, found.first, found.second
 
         try:
-            mapped = torch.func.vmap(damp)(*(torch.stack(column) for column in zip(*given, strict=True)))
+            mapped = torch.func.vmap(damp)(steps, changes, products)
         except Exception as error:  # whatever it is, mini-blocks would meet it in training
             raise ContractViolation(f"torch.func.vmap over pairs raises {type(error).__name__}: {error}") from error
         for index, pair in enumerate(pairs):
