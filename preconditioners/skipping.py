@@ -90,10 +90,11 @@ class AngleTest:
     by the proof of PAPERS 1.4; the mean gradient does not enter.
 
     Args:
-        cosine: in [0, 1); 0 keeps every pair of positive curvature.
+        cosine: in [0, 1); 0 keeps every pair of positive curvature. The default trains small autoencoders as fast as
+            0.1 does, and needs fewer shortened steps where lr is too large.
     """
 
-    cosine: float = 0.1
+    cosine: float = 0.3
 
     def __post_init__(self) -> None:
         require_fields(self)

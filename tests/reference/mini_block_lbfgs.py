@@ -50,7 +50,7 @@ class Block:
         damp = PAIR_DAMPING[hyper["pairs"]]
         pair = damp(self.s_avg, self.y_avg, self.inverse() @ self.y_avg, 0.2, hyper["lambda"])
         curvature = pair.s @ pair.y
-        if not curvature > 0.1 * np.linalg.norm(pair.s) * np.linalg.norm(pair.y):
+        if not curvature > 0.3 * np.linalg.norm(pair.s) * np.linalg.norm(pair.y):
             self.rejected += 1
             return
         self.store.offer(pair.s, pair.y, np.zeros(1), 0.0)
