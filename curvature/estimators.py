@@ -20,6 +20,7 @@ __all__ = [
     "SampledBatchMean",
     "SampledFisher",
     "SecantPairs",
+    "records_for_pairs",
 ]
 
 
@@ -48,6 +49,12 @@ _WHOLE = Needs.VECTORS | Needs.MATRIX
 
 def _inputs(needs: Needs) -> Record:
     return Record.INPUTS if Needs.INPUTS in needs else Record.NOTHING
+
+
+def records_for_pairs(needs: Needs) -> Record:
+    """What both evaluations record for structures that look back."""
+    means = Record.MEANS if Needs.PAIRS in needs else Record.NOTHING
+    return means | (Record.COUNT if Needs.CHANGES in needs else Record.NOTHING)
 
 
 @dataclass(frozen=True)
@@ -175,16 +182,17 @@ class SampledFisher:
 class SecantPairs:
     """Pairs s = mean(h+ - h), y = mean(g+ - g) from a second evaluation of the same mini-batch after the step.
 
-    K-BFGS, PAPERS 1.2 items 6 and 7. The second pass goes down to pre-activations only: about 0.63 of a gradient.
+    K-BFGS, PAPERS 1.2 items 6 and 7. The second pass goes down to pre-activations only: about 0.63 of a gradient. For
+    structures that pair the parameters themselves (``Needs.CHANGES``, ours) it is a whole gradient.
     """
 
-    provides = Needs.INPUTS | Needs.PAIRS
+    provides = Needs.INPUTS | Needs.PAIRS | Needs.CHANGES
     needs_likelihood = False
     definite = True
 
     def records(self, needs: Needs) -> Record:
-        """Batch means at the pre-activations."""
-        return _inputs(needs) | (Record.MEANS if Needs.PAIRS in needs else Record.NOTHING)
+        """Batch means at the pre-activations; for changes of the parameters the number of samples."""
+        return _inputs(needs) | records_for_pairs(needs)
 
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """Unchanged: the means are the statistics."""

@@ -53,6 +53,7 @@ def combine(
         samples=samples,
         positions=rows // samples,
         gradient_scale=scale,
+        mean_scale=scale / samples,
         mean_preactivation=None if output_sum is None else output_sum / rows,
         mean_gradient=None if gradient_sum is None else gradient_sum * (scale / rows),
         sampled_parameter_gradients=mean_of_sums(sums) if sums else None,

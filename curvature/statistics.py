@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import ArgumentError, CompatibilityError
 from .layers import Layer, LayerAdapter
 
-__all__ = ["LayerStatistics", "Needs", "SampleGradients", "Tensors"]
+__all__ = ["LOOKING_BACK", "LayerStatistics", "Needs", "SampleGradients", "Tensors"]
 
 Tensors = tuple[Tensor, ...]
 _T = TypeVar("_T")
@@ -32,6 +32,7 @@ class Needs(enum.Flag):
       curvature (empirical or sampled Fisher);
     - ``VECTORS``: gradient vectors of the whole layer whose outer products average to the curvature;
     - ``PAIRS``: batch means of pre-activations and their gradients before and after the step (secant pairs);
+    - ``CHANGES``: the layer's parameters and the gradient of the mean loss there, before and after the step;
     - ``SCORES``: per-sample derivatives of the log-likelihood along the step directions (quadratic forms);
     - ``PRODUCTS``: products with the Hessian of the mini-batch loss, which take a closure;
     - ``BATCH_SCORES``: the parameter gradient of the mean loss with sampled labels;
@@ -51,6 +52,11 @@ class Needs(enum.Flag):
     NORMS = enum.auto()
     SLOPES = enum.auto()
     MATRIX = enum.auto()
+    CHANGES = enum.auto()
+
+
+LOOKING_BACK = Needs.PAIRS | Needs.CHANGES
+"""What is measured before and after the step, on the same mini-batch."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,10 @@ class LayerStatistics:
         sampled_gradient: per-sample gradient of -log p(sampled label) at the pre-activation (scale 1).
         mean_preactivation: (d_out,) mean over samples and positions.
         mean_gradient: (d_out,) mean over samples and positions of the per-sample gradient.
-        gradients: mean gradient of the data loss per parameter of the layer, no weight decay.
+        gradients: gradient of the user's loss per parameter of the layer, no weight decay.
+        parameters: values of the layer's parameters at this evaluation; for parts that need ``CHANGES``, when they look
+            back.
+        mean_scale: factor from ``gradients`` to the gradient of the mean loss: 1 for a mean loss, 1 / N for a sum.
         sampled_parameter_gradients: the same for the mean loss with labels sampled from the model.
         curvature_roots: (N, V, ...): the V roots of the output's curvature (``Likelihood.curvature_root``)
             backpropagated to the pre-activation, each in the module's output shape.
@@ -116,6 +125,8 @@ class LayerStatistics:
     mean_preactivation: Tensor | None = None
     mean_gradient: Tensor | None = None
     gradients: Tensors | None = None
+    parameters: Tensors | None = None
+    mean_scale: float = 1.0
     sampled_parameter_gradients: Tensors | None = None
     curvature_roots: Tensor | None = None
     sample_gradients: SampleGradients = SampleGradients()

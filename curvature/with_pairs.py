@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ..checking import require_fields
 from .capture import Record
-from .estimators import EmpiricalFisher, Estimator
+from .estimators import EmpiricalFisher, Estimator, records_for_pairs
 from .statistics import LayerStatistics, Needs
 
 __all__ = ["WithPairs"]
@@ -30,8 +30,8 @@ class WithPairs:
 
     @property
     def provides(self) -> Needs:
-        """What the estimator provides, and pairs."""
-        return self.estimator.provides | Needs.INPUTS | Needs.PAIRS
+        """What the estimator provides, and pairs of both kinds."""
+        return self.estimator.provides | Needs.INPUTS | Needs.PAIRS | Needs.CHANGES
 
     @property
     def needs_likelihood(self) -> bool:
@@ -50,9 +50,8 @@ class WithPairs:
         return asks
 
     def records(self, needs: Needs) -> Record:
-        """The estimator's records, and batch means at the pre-activations."""
-        means = Record.MEANS if Needs.PAIRS in needs else Record.NOTHING
-        return self.estimator.records(needs) | means
+        """The estimator's records, and those of the pairs."""
+        return self.estimator.records(needs) | records_for_pairs(needs)
 
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """As the estimator: the means are in the record already."""

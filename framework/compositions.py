@@ -72,7 +72,7 @@ def _superfluous(preconditioner: Any, curvature: Any, damping: Any) -> bool:
     for part in leaves(preconditioner):
         needs |= part.needs
     read = needs & ~Needs.INPUTS
-    plain = {Needs.NOTHING: InputsOnly, Needs.PAIRS: SecantPairs}.get(read)
+    plain = {Needs.NOTHING: InputsOnly, Needs.PAIRS: SecantPairs, Needs.CHANGES: SecantPairs}.get(read)
     unread = plain is not None and read in curvature.provides and type(curvature) is not plain
     undamped = not needs and not isinstance(damping, ConstantDamping)
     return unread or undamped

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature.capture import Record
-from ..curvature.statistics import LayerStatistics, Needs
+from ..curvature.estimators import records_for_pairs
+from ..curvature.statistics import LOOKING_BACK, LayerStatistics, Needs
 from ..errors import ArgumentError
 from ..preconditioners.protocol import Events
 from ..stepsize.guard import Trial
+from .changes import Points, changing_layers
 from .evaluation import Closure, Snapshot, frozen, preserved, run_closure
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class LookBack:
         self._before: Snapshot | None = None
         self._differentiates = False
         self._parameters: list[tuple[Tensor, Tensor]] = []
+        self._points = Points({}, {})
         self._slope: Tensor | None = None
         self._penalty: Tensor | float = 0.0
 
@@ -65,10 +68,12 @@ class LookBack:
         self._before = Snapshot.take(self.optimizer.model) if active else None
 
     def remember(self, proposal: Proposal) -> None:
-        """What a guard compares with, before the step; and the parameters: to subtract a huge step is not exact."""
+        """What a guard and structures compare with; and the parameters: to subtract a huge step is not exact."""
         guard = self.optimizer.method.guard
         moved = [parameter for move in proposal.moves for parameter in move.parameters] if guard.attempts > 0 else []
         self._parameters = [(parameter, parameter.detach().clone()) for parameter in moved]
+        layers = changing_layers(self.optimizer.blocks) if self._before is not None else []
+        self._points = Points.before(layers, {id(parameter): saved for parameter, saved in self._parameters})
         sloped = guard.attempts > 0 and Needs.SLOPES in guard.needs
         self._slope = proposal.slope(self.optimizer.method.weight_decay) if sloped else None
         self._penalty = self.optimizer.penalty() if sloped else 0.0
@@ -90,13 +95,13 @@ class LookBack:
             for parameter, saved in self._parameters:
                 parameter.copy_(saved)
             if shortened == guard.attempts:
-                self._parameters = []
+                self._parameters, self._points = [], Points({}, {})
                 self._adapt_damping(loss, whole, proposal)
                 return Outcome(loss, {}, shortened, 0.0)
             fraction *= guard.shrink
             self.optimizer._take(proposal, fraction)
-        self._parameters = []
-        events = self._observe(before, after)
+        events = self._observe(self._points.into(before), after)
+        self._parameters, self._points = [], Points({}, {})
         self._adapt_damping(loss, whole, proposal)
         return Outcome(loss_after, events, shortened, fraction)
 
@@ -126,24 +131,28 @@ class LookBack:
             group["damping"] = rule.adapted(float(group["damping"]), *numbers)
 
     def _evaluate(self, closure: Closure) -> tuple[Tensor, dict[str, LayerStatistics]]:
-        """One lean pass: no parameter gradient is computed, gradients and buffers end up as they were."""
+        """One lean pass: parameter gradients only where they are paired; gradients and buffers end up as they were."""
         optimizer = self.optimizer
-        served = [block.layer for block in optimizer.blocks if Needs.PAIRS in block.part.needs]
-        # Only layers whose outputs the capture makes need a gradient: a loss without any could not run backward.
-        parameters = [p for layer in served for p in layer.parameters.values()]
-        wanted = {layer.name: Record.MEANS for layer in served}
+        needs: dict[str, Needs] = {}
+        for block in optimizer.blocks:
+            if block.part.needs & LOOKING_BACK:
+                needs[block.layer.name] = needs.get(block.layer.name, Needs.NOTHING) | block.part.needs
+        # Frozen are only layers whose outputs the capture lets need a gradient: a loss without any has no backward.
+        lean = [layer for layer in optimizer.layers if Needs.CHANGES not in needs.get(layer.name, Needs.CHANGES)]
+        parameters = [p for layer in lean for p in layer.parameters.values()]
+        wanted = {name: records_for_pairs(need) for name, need in needs.items()}
         try:
-            loss = self._closure_again(closure, wanted, [] if self._differentiates else parameters)
+            loss, points = self._closure_again(closure, wanted, [] if self._differentiates else parameters)
         except RuntimeError as error:
             if self._differentiates or "does not require grad" not in str(error):
                 raise
             self._differentiates = True  # torch.autograd.grad in the closure, by parameters, beside its backward
-            loss = self._closure_again(closure, wanted, [])
-        return optimizer.ranks.mean(loss), optimizer.collect()
+            loss, points = self._closure_again(closure, wanted, [])
+        return optimizer.ranks.mean(loss), points.into(optimizer.collect())
 
     def _closure_again(
         self, closure: Closure, wanted: Mapping[str, Record], constants: Sequence[nn.Parameter]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Points]:
         """The closure from the state before the step, with these parameters held constant."""
         optimizer = self.optimizer
         assert self._before is not None
@@ -153,13 +162,14 @@ class LookBack:
         with preserved(optimizer.model), frozen(constants):
             self._before.restore(optimizer.model)
             with optimizer.ranks.silent():
-                return run_closure(closure)
+                loss = run_closure(closure)
+            return loss, Points.after(changing_layers(optimizer.blocks), optimizer._inverse_scale, optimizer.ranks)
 
     def _observe(self, before: Mapping[str, LayerStatistics], after: Mapping[str, LayerStatistics]) -> Events:
         events: Events = {}
         for block in self.optimizer.blocks:
             record = before.get(block.layer.name)
-            if record is None or Needs.PAIRS not in block.part.needs:
+            if record is None or not block.part.needs & LOOKING_BACK:
                 continue
             later = after.get(block.layer.name)
             if later is None or later.samples != record.samples:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checking import require_fields
 from ..curvature.estimators import Estimator, InputsOnly
-from ..curvature.statistics import Needs
+from ..curvature.statistics import LOOKING_BACK, Needs
 from ..errors import ArgumentError, CompatibilityError, require_finite_nonnegative
 from ..preconditioners.by_layer import ByLayer, leaves
 from ..preconditioners.damping import ConstantDamping, Damping, TwoSided
@@ -28,7 +28,7 @@ from .momentum import EMA, Coupled, Momentum, WeightDecay
 
 __all__ = ["Method"]
 
-_MEASURED = (Needs.ROOTS, Needs.VECTORS, Needs.MATRIX, Needs.PAIRS)
+_MEASURED = (Needs.ROOTS, Needs.VECTORS, Needs.MATRIX, Needs.PAIRS, Needs.CHANGES)
 """What only an estimator can provide."""
 
 
@@ -76,7 +76,7 @@ class Method:
                 f"{type(self.damping).__name__} evaluates mini-batches twice to choose a damping, and {found} has no "
                 "matrix that is damped; use ConstantDamping(), or a structure with curvature like Kronecker(...)"
             )
-        if self.warm_start is not None and Needs.PAIRS not in self.needs:
+        if self.warm_start is not None and not self.needs & LOOKING_BACK:
             self._check_needs("warm start", self.warm_start)
         if self.fallback.needs:
             raise CompatibilityError(
@@ -117,7 +117,7 @@ class Method:
         """Whether step ``step`` evaluates the same mini-batch again afterwards; ``None``: whether any does."""
         adaptive = self.adaptive_damping
         judged = adaptive is not None and (step is None or adaptive.due(step))
-        return judged or Needs.PAIRS in self.needs or self.guard.attempts > 0
+        return judged or bool(self.needs & LOOKING_BACK) or self.guard.attempts > 0
 
     def measures_at(self, step: int | None) -> Needs:
         """What the quadratic forms of step ``step`` ask of the backend; ``None``: those of any step."""
@@ -179,18 +179,22 @@ class Method:
         for part in leaves(self.preconditioner):
             if part.needs & (Needs.VECTORS | Needs.ROOTS | Needs.MATRIX):
                 _require_positive_damping(part, damping)
-            if isinstance(part, Kronecker):
-                pairs: PairDamping | None = getattr(part.outputs, "pairs", None)
-                if pairs is not None:
-                    pairs.validate(self.damping.sides(damping, 1).outputs)
-                    self._check_bounds(pairs)
+            pairs: PairDamping | None = getattr(_with_pairs(part), "pairs", None)
+            if pairs is not None:
+                pairs.validate(self._pair_damping(part, damping))
+                self._check_bounds(part, pairs)
 
-    def _check_bounds(self, pairs: PairDamping) -> None:
+    def _pair_damping(self, part: Preconditioner, damping: float) -> float:
+        """mu2 of a structure: that of its side in a Kronecker product, else the whole lambda."""
+        sides = self.damping.sides(damping, 1)
+        return sides.outputs if isinstance(part, Kronecker) else sides.whole
+
+    def _check_bounds(self, part: Preconditioner, pairs: PairDamping) -> None:
         """A pair damping takes every lambda that an adaptive rule may reach."""
         rule = self.adaptive_damping
         for value in () if rule is None else (rule.minimum, rule.maximum):
             try:
-                pairs.validate(self.damping.sides(value, 1).outputs)
+                pairs.validate(self._pair_damping(part, value))
             except ArgumentError as error:
                 raise CompatibilityError(
                     f"{type(rule).__name__} may move damping to {value:g}, where {type(pairs).__name__} refuses it: "
@@ -272,6 +276,11 @@ def _require_positive_damping(part: Preconditioner, damping: float) -> None:
         )
 
 
+def _with_pairs(part: Preconditioner) -> Any:
+    """What of a structure damps secant pairs: the output side of a Kronecker product, or the structure itself."""
+    return part.outputs if isinstance(part, Kronecker) else part
+
+
 def _describe(part: Preconditioner) -> str:
     if isinstance(part, Kronecker):
         return f"Kronecker(inputs={type(part.inputs).__name__}, outputs={type(part.outputs).__name__})"
@@ -284,6 +293,7 @@ def _names(needs: Needs) -> str:
         Needs.VECTORS: "gradient vectors (Needs.VECTORS)",
         Needs.MATRIX: "the layer's dense curvature matrix (Needs.MATRIX)",
         Needs.PAIRS: "secant pairs (Needs.PAIRS)",
+        Needs.CHANGES: "secant pairs of the parameters (Needs.CHANGES)",
         Needs.INPUTS: "layer inputs (Needs.INPUTS)",
     }
     return " and ".join(words.get(need, str(need.name)) for need in needs)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..curvature.statistics import LayerStatistics, Needs, Tensors
+from ..curvature.statistics import LOOKING_BACK, LayerStatistics, Tensors
 from ..errors import ArgumentError, NumericalError
 from ..preconditioners.linalg import inner_product
 from ..stepsize.constant import ConstantStep
@@ -111,7 +111,8 @@ class Undo:
         self._parameters = [(parameter, parameter.detach().clone()) for parameter in parameters]
         self._blocks: list[tuple[Block, dict[str, Any]]] = []
         for block in blocks:
-            written = block.statistics_due(step, warm) or block.inverses_due(step) or Needs.PAIRS in block.part.needs
+            looks_back = bool(block.part.needs & LOOKING_BACK)
+            written = block.statistics_due(step, warm) or block.inverses_due(step) or looks_back
             values = block.to_dict()
             self._blocks.append((block, _copied(values if written else {**values, "state": None})))
 

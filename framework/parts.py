@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import curvature, preconditioners, stepsize
 from ..errors import CompatibilityError
-from ..preconditioners import Kronecker, MiniBlock, Schedule
+from ..preconditioners import Kronecker, MiniBlock, Schedule, SecantBlocks
 from . import momentum
 
 __all__ = ["EXAMPLES", "KINDS", "default_examples", "label", "structure_examples"]
@@ -42,6 +42,7 @@ KINDS: dict[str, dict[str, type]] = {
         preconditioners.Identity,
         preconditioners.Diagonal,
         preconditioners.MiniBlock,
+        preconditioners.SecantBlocks,
         preconditioners.Kronecker,
         preconditioners.Eigenbasis,
         preconditioners.Dense,
@@ -90,7 +91,10 @@ KINDS: dict[str, dict[str, type]] = {
         preconditioners.PowellB0,
         preconditioners.NoDamping,
     ),
-    "skip rule": _named(preconditioners.CurvatureTest, preconditioners.TwoSidedCurvatureTest),
+    "initial scale": _named(preconditioners.ConstantScale, preconditioners.NewestPair),
+    "skip rule": _named(
+        preconditioners.CurvatureTest, preconditioners.TwoSidedCurvatureTest, preconditioners.AngleTest
+    ),
     "average": _named(
         preconditioners.MovingAverage,
         preconditioners.ZeroStartAverage,
@@ -130,6 +134,7 @@ EXAMPLES: dict[type, tuple[Any, ...]] = {
         preconditioners.Eigenbasis(preconditioners.GradientMoments(), power=0.5, schedule=Schedule(inverses=2)),
     ),
     preconditioners.LBFGS: (preconditioners.LBFGS(memory=3),),
+    preconditioners.SecantBlocks: (preconditioners.SecantBlocks(memory=2),),
     preconditioners.LevenbergMarquardt: (preconditioners.LevenbergMarquardt(every=2, maximum=0.9),),
     preconditioners.Scheduled: (preconditioners.Scheduled(factor=preconditioners.Geometric(0.8)),),
     stepsize.RelativeBound: (
@@ -155,13 +160,17 @@ def default_examples(cls: type) -> tuple[Any, ...]:
 def structure_examples(
     partitions: Iterable[Any], factors: Iterable[Any], pair_dampings: Iterable[Any]
 ) -> tuple[Any, ...]:
-    """Mini-blocks with every partition, and Kronecker structures with every pair of factors that fits.
+    """Mini-blocks of both kinds with every partition, and Kronecker structures with every pair of factors that fits.
 
     Inverses are renewed at every second step, so that stale ones are tried too. Where a factor takes secant pairs,
-    every pair damping is tried beside the Hessian-action factor of K-BFGS.
+    every pair damping is tried beside the Hessian-action factor of K-BFGS; and on mini-blocks.
     """
     schedule = Schedule(statistics=1, inverses=2)
-    found: list[Any] = [MiniBlock(partition, schedule=schedule) for partition in partitions]
+    found: list[Any] = []
+    for partition in partitions:
+        found += [MiniBlock(partition, schedule=schedule), SecantBlocks(partition, memory=2)]
+    usual = SecantBlocks().pairs
+    found += [SecantBlocks(memory=2, pairs=rule) for rule in pair_dampings if rule != usual]
     sides = list(factors)
     for inner, outer in product(sides, sides):
         found.extend(_kronecker(inner, outer, schedule))

@@ -14,7 +14,7 @@ from ..curvature.estimators import Estimator
 from ..curvature.hessian_blocks import hessian_block
 from ..curvature.layers import Layer
 from ..curvature.products import GraphKeepingBackward
-from ..curvature.statistics import LayerStatistics, Needs
+from ..curvature.statistics import LOOKING_BACK, LayerStatistics, Needs
 from ..errors import ArgumentError
 from .blocks import Block, present_gradients
 from .method import Method
@@ -44,7 +44,7 @@ def records_for_step(
         needs = block.part.needs
         if not block.statistics_due(step, warm):
             # Parts that look back use the mean input of every step; the rest sits this step out.
-            needs = needs & (Needs.PAIRS | Needs.INPUTS) if Needs.PAIRS in needs else Needs.NOTHING
+            needs = needs & (LOOKING_BACK | Needs.INPUTS) if needs & LOOKING_BACK else Needs.NOTHING
         _add(wanted, block.layer.name, method.curvature.records(needs))
     for layer in layers:
         _add(wanted, layer.name, _records_for_scores(layer, method.measures_at(step)))
@@ -149,7 +149,10 @@ def require_pairs(block: Block, record: LayerStatistics | None) -> None:
     Raises:
         ArgumentError: as :func:`require_filled`.
     """
-    if Needs.PAIRS in block.part.needs and (record is None or record.mean_gradient is None):
+    needs = block.part.needs
+    if (needs & LOOKING_BACK and record is None) or (
+        Needs.PAIRS in needs and record is not None and record.mean_gradient is None
+    ):
         raise _nothing_recorded(block)
 
 

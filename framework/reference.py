@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.layers import Layer
-from ..curvature.statistics import LayerStatistics, Needs, Tensors
+from ..curvature.statistics import LOOKING_BACK, LayerStatistics, Needs, Tensors
 from ..preconditioners.averages import Average
 from ..preconditioners.by_layer import ByLayer
 from ..preconditioners.damping import MeanEigenvalues, SideDamping, TwoSided
@@ -188,7 +188,8 @@ def _mixed(part: Preconditioner, state: ReferenceState) -> State:
         inputs = live.inputs if Needs.PAIRS in part.inputs.needs("inputs") else frozen.inputs
         outputs = live.outputs if Needs.PAIRS in part.outputs.needs("outputs") else frozen.outputs
         return KroneckerState(inputs, outputs)
-    return state.frozen if part.needs and not isinstance(part, Refining) else state.live
+    changing = isinstance(part, Refining) or part.needs & LOOKING_BACK
+    return state.frozen if part.needs and not changing else state.live
 
 
 def _order_of_entries(part: Preconditioner, layer: Layer, momentum: Tensors) -> Tensor:

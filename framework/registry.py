@@ -80,6 +80,7 @@ _METHODS: dict[str, MethodEntry] = {
         MethodEntry("joint-kfac-momentum", "osculate", variants.joint_kfac_momentum),
         MethodEntry("joint-kbfgs", "osculate", variants.joint_kbfgs),
         MethodEntry("joint-sgdm", "osculate", variants.joint_sgdm),
+        MethodEntry("mini-block-lbfgs", "osculate", variants.mini_block_lbfgs),
         MethodEntry("kfac", "arXiv:1503.05671", baselines.kfac),
         MethodEntry("ekfac", "arXiv:1806.03884", curvature_methods.ekfac),
         MethodEntry("ngd-exact", "Neural Computation 10:251", curvature_methods.ngd_exact),

@@ -10,6 +10,7 @@ from .eigenbasis import Eigenbasis
 from .factors import Covariance, Factor, IdentityFactor
 from .gradient_covariance import GradientCovariance
 from .identity import Identity, Stateless
+from .initial_scale import ConstantScale, InitialScale, NewestPair
 from .kronecker import Kronecker
 from .lbfgs import LBFGS
 from .levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt
@@ -29,8 +30,9 @@ from .partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutpu
 from .protocol import Observation, Preconditioner, Refining, Request, ScalingLaw, Schedule
 from .root import Root
 from .scheduled import Geometric, Scheduled
+from .secant_blocks import SecantBlocks
 from .sharing import Expand, Reduce, Sharing, Sum
-from .skipping import CurvatureTest, SkipRule, TwoSidedCurvatureTest
+from .skipping import AngleTest, CurvatureTest, SkipRule, TwoSidedCurvatureTest
 from .spectral import AspectRatio, MatchAdam, Spectral
 from .state import NoState, State
 
@@ -40,10 +42,12 @@ __all__ = [
     "Absolute",
     "AbsoluteInverse",
     "AdaptiveDamping",
+    "AngleTest",
     "AspectRatio",
     "Average",
     "ByLayer",
     "ConstantDamping",
+    "ConstantScale",
     "Covariance",
     "CurvatureTest",
     "Damping",
@@ -62,6 +66,7 @@ __all__ = [
     "HessianActionBFGS",
     "Identity",
     "IdentityFactor",
+    "InitialScale",
     "Inverse",
     "InverseRoot",
     "Kernel",
@@ -74,6 +79,7 @@ __all__ = [
     "MiniBlock",
     "Moments",
     "MovingAverage",
+    "NewestPair",
     "NoDamping",
     "NoState",
     "Observation",
@@ -96,6 +102,7 @@ __all__ = [
     "ScalingLaw",
     "Schedule",
     "Scheduled",
+    "SecantBlocks",
     "Semidefinite",
     "Sharing",
     "SideDamping",

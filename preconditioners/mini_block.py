@@ -14,7 +14,7 @@ from ..curvature.statistics import LayerStatistics, Needs, Tensors
 from .averages import Average, MovingAverage
 from .damping import SideDamping
 from .linalg import Computed, accumulate_gram_, add_to_diagonal
-from .partitions import Partition, PerOutput
+from .partitions import Partition, PerOutput, block_diagonal
 from .protocol import Events, Observation, Request, ScalingLaw, Schedule
 from .state import State
 
@@ -135,15 +135,4 @@ class MiniBlock:
         """Block-diagonal matrix over the served parameters (weight row-major, then bias)."""
         count, order = self.partition.shape(layer)
         damped = add_to_diagonal(state.blocks, damping.whole).expand(count, order, order)
-        served = [layer.parameters[name] for name in self.serves(layer)]
-        labels = torch.arange(sum(parameter.numel() for parameter in served))
-        pieces = labels.split([parameter.numel() for parameter in served])
-        values = tuple(
-            piece.reshape(parameter.shape).unsqueeze(0) for piece, parameter in zip(pieces, served, strict=True)
-        )
-        storage = (layer.joint_matrix(values)[0],) if self.joint else tuple(value[0] for value in values)
-        order_of_entries = self.partition.split(storage)
-        dense = torch.zeros(labels.numel(), labels.numel(), dtype=damped.dtype, device=damped.device)
-        for block, entries in zip(damped, order_of_entries, strict=True):
-            dense[entries.unsqueeze(1), entries.unsqueeze(0)] = block
-        return dense
+        return block_diagonal(self.partition, layer, damped)

@@ -41,6 +41,7 @@ class DampedPair:
 class PairDamping(Protocol):
     """A rule that modifies a secant pair before it updates H.
 
+    Mini-blocks map it over their pairs by ``torch.func.vmap``: it must not look at the values of tensors in Python.
     Optional: ``keeps_positive = True`` promises s'y > 0 afterwards for every pair with s or y not zero;
     ``curvature_floor(damping)`` states c with s'y >= c s's.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..checking import require_fields
@@ -23,6 +24,7 @@ __all__ = [
     "PerInputAveraged",
     "PerOutput",
     "PerOutputAveraged",
+    "block_diagonal",
 ]
 
 
@@ -45,6 +47,19 @@ class Partition(Protocol):
 
     def join(self, vectors: Tensor, like: Tensors) -> Tensors:
         """The inverse of :meth:`split`."""
+
+
+def block_diagonal(partition: Partition, layer: Layer, blocks: Tensor) -> Tensor:
+    """One matrix per vector, (blocks, length, length), as a matrix over the entries of the covered parameters."""
+    served = [layer.parameters[name] for name in partition.serves(layer)]
+    labels = torch.arange(sum(parameter.numel() for parameter in served))
+    pieces = labels.split([parameter.numel() for parameter in served])
+    values = tuple(piece.reshape(parameter.shape) for piece, parameter in zip(pieces, served, strict=True))
+    storage = (layer.joint_matrix(values),) if partition.joint else values
+    dense = torch.zeros(labels.numel(), labels.numel(), dtype=blocks.dtype, device=blocks.device)
+    for block, entries in zip(blocks, partition.split(storage), strict=True):
+        dense[entries.unsqueeze(1), entries.unsqueeze(0)] = block
+    return dense
 
 
 class _Joint:

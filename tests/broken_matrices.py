@@ -1,4 +1,4 @@
-"""Operations, spectra, moments, scales and skip rules that break one promise each."""
+"""Operations, spectra, moments, scales, skip rules and initial matrices that break one promise each."""
 
 from __future__ import annotations
 
@@ -92,6 +92,28 @@ class SkipNothing(osc.CurvatureTest):
         return torch.ones((), dtype=torch.bool)
 
 
+class SkipLooks(osc.CurvatureTest):
+    """Decides in Python."""
+
+    def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
+        good = float(torch.dot(step, change)) > 0.0
+        return super().accepts(step, change, reference) if good else torch.zeros((), dtype=torch.bool)
+
+
+class InitialNothing(osc.NewestPair):
+    """Without bounds: a pair whose squares underflow has no quotient."""
+
+    def scale(self, step: Tensor, change: Tensor) -> Tensor:
+        return torch.dot(step, change) / torch.dot(change, change)
+
+
+class InitialLength(osc.NewestPair):
+    """The length of the step instead of a quotient."""
+
+    def scale(self, step: Tensor, change: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(step).clamp(self.smallest, self.largest)
+
+
 class SkipNumber(osc.CurvatureTest):
     def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
         return super().accepts(step, change, reference).to(step.dtype)
@@ -110,4 +132,7 @@ MATRICES: dict[str, Any] = {
     "scale-positive": ScaleVanishes(),
     "skip-negative": SkipNothing(),
     "skip-flag": SkipNumber(),
+    "skip-mapped": SkipLooks(),
+    "initial-scale-positive": InitialNothing(),
+    "initial-scale-length": InitialLength(),
 }

@@ -62,6 +62,13 @@ class PairDivides(osc.PowellThenLM):
         return replace(pair, change=pair.change * torch.dot(step, step) / torch.dot(step, step))
 
 
+class PairLooks(osc.PowellThenLM):
+    """Decides in Python."""
+
+    def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
+        return super().damp(step, change, product, damping if float(torch.dot(step, change)) > 0.0 else 2.0 * damping)
+
+
 class PairUpcasts(osc.PowellThenLM):
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         pair = super().damp(step, change, product, damping)
@@ -318,6 +325,7 @@ RULES: dict[str, Any] = {
     "pair-flags": PairSilent(),
     "pair-degenerate": PairDivides(),
     "pair-dtype": PairUpcasts(),
+    "pair-mapped": PairLooks(),
     "damping-positive": DampingGivesUp(),
     "damping-monotone": DampingReturns(),
     "damping-product": DampingOneSided(),

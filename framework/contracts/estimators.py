@@ -61,7 +61,7 @@ def _compare(what: str, actual: dict[str, Tensor], expected: dict[str, Tensor]) 
 def estimator_provides(part: Any, case: Case) -> None:
     """Of every layer of the network."""
     fields = {Needs.INPUTS: "inputs", Needs.ROOTS: "roots", Needs.VECTORS: "vectors"}
-    fields |= {Needs.MATRIX: "matrix", Needs.PAIRS: "mean_gradient"}
+    fields |= {Needs.MATRIX: "matrix", Needs.PAIRS: "mean_gradient", Needs.CHANGES: "gradients"}
     for name, entry in Measured(case).statistics(part, [case.batch()]).items():
         for need, field in fields.items():
             missing = need in part.provides and getattr(entry, field, None) is None

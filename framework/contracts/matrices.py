@@ -1,4 +1,4 @@
-"""Contracts of what works on single matrices: operations, spectra, moments of an eigenbasis, scales, skip rules."""
+"""Contracts of what works on single matrices: operations, spectra, moments, scales, skip rules, initial matrices."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ...preconditioners.operations import Request
 from .cases import Case
 from .contract import (
     Contract,
+    ContractViolation,
     NotApplicable,
     contract,
     require,
@@ -194,6 +195,41 @@ def skip_flag(rule: Any, case: Case) -> None:
     require(fits and accepted.device == step.device, f"the verdict is {accepted!r}")
 
 
+@contract("skip-mapped", "skip rule", "a rule can be mapped over many pairs by torch.func.vmap: mini-blocks do")
+def skip_mapped(rule: Any, case: Case) -> None:
+    """Good and bad pairs together as one by one."""
+    step, reference = case.randn(4, key=4), 1e-3 * case.randn(4, key=5)
+    changes = torch.stack([step, -step, 1e-9 * step, reference])
+    given = (step.expand(4, 4), changes, reference.expand(4, 4))
+    try:
+        mapped = torch.func.vmap(rule.accepts)(*given)
+    except Exception as error:  # whatever it is, mini-blocks would meet it in training
+        raise ContractViolation(f"torch.func.vmap over pairs raises {type(error).__name__}: {error}") from error
+    alone = torch.stack([rule.accepts(*(value[index] for value in given)) for index in range(4)])
+    require_equal("verdicts on mapped pairs", mapped, alone)
+
+
+@contract("initial-scale-positive", "initial scale", "H_0 is positive definite, before the first pair and after any")
+def initial_scale_positive(rule: Any, case: Case) -> None:
+    """Usual pairs, tiny and huge ones, and those whose squares leave the range of the precision."""
+    require(0.0 < rule.initial < math.inf, f"gamma is {rule.initial!r} before the first pair, must be finite and > 0")
+    step = case.randn(4, key=4)
+    for length, curvature in ((1.0, 1.0), (1.0, 1e-12), (1.0, 1e12), (1e-200, 1.0), (1e200, 1.0)):
+        found = rule.scale(length * step, length * curvature * step)
+        fits = found.ndim == 0 and found.dtype == step.dtype and found.device == step.device
+        require(fits, f"gamma is {found!r}, not a number in {step.dtype} on the pair's device")
+        require_finite("gamma", found)
+        require(float(found) > 0.0, "gamma", value=float(found), bound=0.0, relation="more than")
+
+
+@contract("initial-scale-length", "initial scale", "a pair c times as long gives the same H_0")
+def initial_scale_length(rule: Any, case: Case) -> None:
+    """c = 2^10, so that scaling itself does not round."""
+    step, other = case.randn(4, key=4), case.randn(4, key=5)
+    change = step + 0.1 * other
+    require_close("gamma", rule.scale(1024.0 * step, 1024.0 * change), rule.scale(step.clone(), change.clone()))
+
+
 CONTRACTS: tuple[Contract, ...] = (
     operation_batch,
     operation_purity,
@@ -207,4 +243,7 @@ CONTRACTS: tuple[Contract, ...] = (
     scale_positive,
     skip_negative,
     skip_flag,
+    skip_mapped,
+    initial_scale_positive,
+    initial_scale_length,
 )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.statistics import Needs
+from ...curvature.statistics import LOOKING_BACK, Needs
 from ...preconditioners.by_layer import leaves
 from ...preconditioners.protocol import ScalingLaw
 from ..optimizer import SecondOrder
@@ -22,7 +22,7 @@ __all__ = ["CONTRACTS", "Training"]
 _KIND = "method"
 _STEPS = 3
 _LONG = 10
-_DATA = Needs.ROOTS | Needs.VECTORS | Needs.PAIRS
+_DATA = Needs.ROOTS | Needs.VECTORS | LOOKING_BACK
 
 
 class Training:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import ArgumentError
 from ...preconditioners.pairs import DampedPair
 from .cases import Case
-from .contract import Contract, contract, require, require_close, require_equal, require_finite
+from .contract import Contract, ContractViolation, contract, require, require_close, require_equal, require_finite
 
 __all__ = ["CONTRACTS", "SecantPair", "secant_pairs"]
 
@@ -179,6 +179,31 @@ def pair_dtype(rule: Any, case: Case) -> None:
                 require(fits, f"a pair in {dtype} became {value.dtype} on {value.device}")
 
 
+@contract("pair-mapped", _KIND, "a rule can be mapped over many pairs by torch.func.vmap: mini-blocks do")
+def pair_mapped(rule: Any, case: Case) -> None:
+    """Together as one by one; a rule that looks at the values of tensors in Python cannot be mapped."""
+    for damping in _DAMPINGS:
+        pairs = [pair for pair in secant_pairs(rule, case) if pair.damping == damping]
+        if not pairs:
+            continue
+        steps = torch.stack([pair.step for pair in pairs])
+        changes = torch.stack([pair.change for pair in pairs])
+        products = torch.stack([pair.inverse @ pair.change for pair in pairs])
+
+        def damp(step: Tensor, change: Tensor, product: Tensor, damping: float = damping) -> tuple[Tensor, ...]:
+            found: DampedPair = rule.damp(step, change, product, damping)
+            return found.step, found.change, found.first, found.second
+
+        try:
+            mapped = torch.func.vmap(damp)(steps, changes, products)
+        except Exception as error:  # whatever it is, mini-blocks would meet it in training
+            raise ContractViolation(f"torch.func.vmap over pairs raises {type(error).__name__}: {error}") from error
+        for index, pair in enumerate(pairs):
+            alone = pair.damped(rule)
+            require_close("s of a mapped pair", mapped[0][index], alone.step)
+            require_close("y of a mapped pair", mapped[1][index], alone.change)
+
+
 CONTRACTS: tuple[Contract, ...] = (
     pair_purity,
     pair_positive,
@@ -188,4 +213,5 @@ CONTRACTS: tuple[Contract, ...] = (
     pair_flags,
     pair_degenerate,
     pair_dtype,
+    pair_mapped,
 )

@@ -30,7 +30,7 @@ from .workbench import Workbench, declared, saved_copy
 __all__ = ["CONTRACTS", "given_tensors"]
 
 _KINDS = ("structure", "factor")
-_MEASURED = (Needs.INPUTS, Needs.ROOTS, Needs.VECTORS, Needs.MATRIX, Needs.PAIRS)
+_MEASURED = (Needs.INPUTS, Needs.ROOTS, Needs.VECTORS, Needs.MATRIX, Needs.PAIRS, Needs.CHANGES)
 
 
 def _nonlinear(part: Any) -> str | None:
@@ -127,7 +127,8 @@ def given_tensors(statistics: LayerStatistics) -> list[Tensor]:
         statistics.mean_preactivation,
         statistics.mean_gradient,
     )
-    return [value for value in (*single, *(statistics.gradients or ()), *rows) if value is not None]
+    whole = (*(statistics.gradients or ()), *(statistics.parameters or ()))
+    return [value for value in (*single, *whole, *rows) if value is not None]
 
 
 @contract("purity", _KINDS, "what a part is given stays bitwise as it was, and asking changes no state")

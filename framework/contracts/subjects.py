@@ -36,6 +36,7 @@ _VERBS: dict[str, tuple[str, ...]] = {
     "spectrum": ("damped", "operation"),
     "moments": ("squares", "accumulate"),
     "skip rule": ("accepts",),
+    "initial scale": ("scale", "initial"),
     "sharing": ("inputs", "outputs"),
     "operation": ("compute",),
     "update scale": ("factor",),

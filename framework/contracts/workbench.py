@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...curvature.capture import Capture, Record
 from ...curvature.estimators import EmpiricalFisher, Estimator
 from ...curvature.layers import Layer, discover_layers
-from ...curvature.statistics import LayerStatistics, Needs
+from ...curvature.statistics import LOOKING_BACK, LayerStatistics, Needs
 from ...preconditioners.by_layer import ByLayer
 from ...preconditioners.damping import SideDamping, Split
 from ...preconditioners.identity import Identity
@@ -33,7 +33,7 @@ _RECORDED: dict[Any, tuple[dict[int, LayerStatistics], list[Tensor | None]]] = {
 _REMEMBERED = 512
 """How many passes are remembered; each is a few kilobytes."""
 
-_ALWAYS = Needs.INPUTS | Needs.PAIRS | Needs.NORMS | Needs.SLOPES
+_ALWAYS = Needs.INPUTS | LOOKING_BACK | Needs.NORMS | Needs.SLOPES
 
 
 def declared(part: Any, name: str, default: Any = None) -> Any:
@@ -139,7 +139,8 @@ class Workbench:
         for index, layer in enumerate(self.layers):
             entry = fill(self.estimator, layer, found.get(index))
             if entry is not None:
-                result[layer.name] = _own(entry, raw, scale)
+                point = tuple(value.detach().clone() for value in layer.parameters.values())
+                result[layer.name] = replace(_own(entry, raw, scale), parameters=point)
         return result
 
     def _recorded(self, inputs: Tensor, targets: Tensor, reduction: str) -> dict[int, LayerStatistics]:
@@ -222,7 +223,7 @@ class Workbench:
         self, key: int = 0, batch: Batch | None = None, *, reduction: str = "mean", raw: bool = False
     ) -> None:
         """Let the structures that look back observe a step that moved every parameter a little."""
-        looking = [block for block in self.blocks if Needs.PAIRS in block.part.needs]
+        looking = [block for block in self.blocks if block.part.needs & LOOKING_BACK]
         if not looking:
             return
         before = self.measure(batch, reduction=reduction, raw=raw)
@@ -232,7 +233,7 @@ class Workbench:
             one, other = before[block.layer.name], after[block.layer.name]
             if self.shown is not None:
                 needs = self.shown(block.part.needs)
-                one, other = _stripped(one, needs), _stripped(other, needs)
+                one, other = (_without_point(_stripped(entry, needs), needs) for entry in (one, other))
             block.part.observe_step(block.state, one, other, self.sides(block))
 
     def moved(self, key: int) -> _Moved:
@@ -340,3 +341,8 @@ def _stripped(entry: LayerStatistics, needs: Needs) -> LayerStatistics:
     if Needs.PAIRS not in needs:
         kept["mean_preactivation"] = kept["mean_gradient"] = None
     return replace(entry, **kept)
+
+
+def _without_point(entry: LayerStatistics, needs: Needs) -> LayerStatistics:
+    """What an evaluation around the step shows of parameters and their gradients: nothing, unless they are needed."""
+    return entry if Needs.CHANGES in needs else replace(entry, parameters=None, gradients=None)
