@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from osculate.experiments.study.command import scaled
 from osculate.experiments.study.definition import Study
 from osculate.experiments.study.ledger import Ledger, open_storage
 from osculate.experiments.study.reading import read_study
@@ -137,15 +138,16 @@ def test_a_pruner_ends_bad_tuning_runs_early_and_spares_the_best(tmp_path: Path)
 
 def test_two_commands_share_one_database_and_ctrl_c_gives_back(file: Path, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'book.db'}"
-    first = start(file, tmp_path / "one", "--storage", url)
+    longer = ("--storage", url, "--epochs", "20")  # so that neither has done everything before the other begins
+    first = start(file, tmp_path / "one", *longer)
+    second = start(file, tmp_path / "two", *longer)
     wait_for(first, "started", 1)
-    second = start(file, tmp_path / "two", "--storage", url)
     wait_for(second, "started", 1)
     first.send_signal(signal.SIGINT)
     said, _ = first.communicate(timeout=120)
     assert first.returncode in (0, 130), said
     said, _ = second.communicate(timeout=120)
     assert second.returncode == 0, said
-    check_complete(tmp_path / "two", read_study(file), url)
+    check_complete(tmp_path / "two", scaled(read_study(file), epochs=20), url)
     done = [s for out in ("one", "two") for s in statuses(tmp_path / out).values() if s["status"] != "interrupted"]
     assert len(done) == RUNS

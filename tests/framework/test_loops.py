@@ -74,7 +74,7 @@ def test_a_method_that_looks_back_names_the_closure_form(name: str) -> None:
 
 
 def test_there_are_methods_of_both_kinds() -> None:
-    assert {"kbfgs", "kbfgs-l", "kbfgs-conv", "joint-kbfgs"} == set(METHODS) - set(WITHOUT_CLOSURE)
+    assert {"kbfgs", "kbfgs-l", "kbfgs-conv", "joint-kbfgs", "mini-block-lbfgs"} == set(METHODS) - set(WITHOUT_CLOSURE)
     assert {"mbf", "kfac", "adam", "joint-kfac", "lw-sgdm"} <= set(WITHOUT_CLOSURE)
 
 
