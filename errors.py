@@ -36,7 +36,7 @@ class UnknownNameError(ArgumentError):
     def __init__(self, kind: str, name: str, known: Iterable[str]):
         names = sorted(known)
         lower = {entry.lower(): entry for entry in names}
-        near = [lower[entry] for entry in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
+        near = [lower[entry] for entry in difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names)}"
         super().__init__(f"unknown {kind} {name!r}; {hint}")
 

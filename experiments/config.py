@@ -146,10 +146,10 @@ class Budget:
     def __post_init__(self) -> None:
         if self.epochs is None and self.seconds is None:
             raise ArgumentError("a run needs a bound: give epochs, seconds or both")
-        if self.epochs is not None and self.epochs < 0:
-            raise ArgumentError(f"epochs must be >= 0, got {self.epochs}")
-        if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise ArgumentError(f"seconds must be positive and finite, got {self.seconds}")
+        if self.epochs is not None and (not _is_number(self.epochs, int) or self.epochs < 0):
+            raise ArgumentError(f"epochs must be >= 0, got {self.epochs!r}; give a whole number")
+        if self.seconds is not None and not (_is_number(self.seconds, int | float) and 0 < self.seconds < math.inf):
+            raise ArgumentError(f"seconds must be positive and finite, got {self.seconds!r}")
 
     def out_of_time(self, seconds: float) -> bool:
         """Return whether ``seconds`` seconds use up the time, if that is bounded."""
@@ -160,6 +160,10 @@ class Budget:
         by_epochs = 0.0 if self.epochs is None else (epoch / self.epochs if self.epochs else 1.0)
         by_seconds = 0.0 if self.seconds is None else seconds / self.seconds
         return max(by_epochs, by_seconds)
+
+
+def _is_number(value: object, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def parse_options(texts: Iterable[str]) -> dict[str, Any]:

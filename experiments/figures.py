@@ -62,7 +62,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Write ``stem.png`` and ``stem.pdf`` and return both paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
+    paths = [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")]  # a name may hold dots
     figure.savefig(paths[0], dpi=160)
     figure.savefig(paths[1], metadata={"CreationDate": None})
     return paths

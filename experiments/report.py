@@ -192,9 +192,11 @@ def _show(record: StudyRecord, tables: Mapping[str, pd.DataFrame], console: Cons
 
     overview = tables["overview"]
     columns = [name for name in _SHOWN if name in overview]
-    shown = Table(
-        "problem", "arm", "finished", title=escape(str(record.name)), caption="medians; steps and seconds to target"
-    )
+    targeted = any("to target" in str(name) for name in overview)
+    caption = "medians; steps and seconds to target" if targeted else "medians"
+    shown = Table(title=escape(str(record.name)), caption=caption)
+    for name in ("problem", "arm", "finished"):
+        shown.add_column(name, overflow="fold")
     for name in columns:
         shown.add_column(_SHOWN[name], justify="right", no_wrap=True)
     for row in overview.to_dict("records"):

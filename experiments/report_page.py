@@ -148,10 +148,13 @@ def _study(description: Mapping[str, Any], record: StudyRecord) -> str:
         "protocol": description.get("protocol", "not stated"),
     }
     arms = description.get("arms", {})
-    heads = ["arm", "method", "options", "search space", "trials"]
+    heads = ["arm", "method", "settings", "search space", "trials"]
     rows = [
-        [text_cell(label), *(text_cell(_text(entry.get(key))) for key in ("method", "options", "space", "trials"))]
-        for label, entry in arms.items()
+        [text_cell(label), *(text_cell(_text(entry.get(key))) for key in ("method", "settings", "space", "trials"))]
+        for label, entry in (
+            (label, {"settings": entry.get("options", {}), **entry, "space": _space(entry.get("space"))})
+            for label, entry in arms.items()
+        )
     ]
     problems = [
         [text_cell(entry["name"]), *(text_cell(_text(entry.get(key))) for key in ("options", "target", "tuning"))]
@@ -165,6 +168,17 @@ def _study(description: Mapping[str, Any], record: StudyRecord) -> str:
     if description.get("environment"):
         parts.append("<h3>Environment</h3>" + pairs(description["environment"]))
     return "\n".join(parts)
+
+
+def _space(space: object) -> str:
+    """Ranges as a study's dry run writes them: lr log [0.03, 1.0]."""
+    if not isinstance(space, Mapping):
+        return ""
+    ranges = [
+        f"{name} {_text(entry) if not isinstance(entry, Mapping) else ' '.join(f'{k} {v}' for k, v in entry.items())}"
+        for name, entry in space.items()
+    ]
+    return ", ".join(ranges)
 
 
 def _text(value: object) -> str:

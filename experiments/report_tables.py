@@ -289,5 +289,5 @@ def runs_table(record: StudyRecord) -> pd.DataFrame:
 
 def _settings(entry: dict[str, object]) -> str:
     return ", ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in entry.items()
+        f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in entry.items()
     )

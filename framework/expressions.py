@@ -154,6 +154,10 @@ def _built(node: ast.expr, classes: Mapping[str, type], text: str) -> Any:
 def _part(name: str, args: tuple[Any, ...], named: Mapping[str, Any], classes: Mapping[str, type]) -> Any:
     if name not in classes:
         raise UnknownNameError("part", name, classes)
+    fields = [entry.name for entry in dataclasses.fields(classes[name]) if entry.init]
+    for key in named:
+        if key not in fields:
+            raise UnknownNameError(f"argument of {name}:", key, fields)
     try:
         return classes[name](*args, **named)
     except TypeError as error:

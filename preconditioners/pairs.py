@@ -114,9 +114,10 @@ class DoubleDamping:
         """The second stage interpolates between y and s only for mu2 < 1."""
         if not 0.0 < damping < 1.0:
             raise ArgumentError(
-                f"double damping needs 0 < sqrt(damping) < 1 at the output side, got {damping:g}: outside, "
-                "the second stage no longer interpolates; use a positive damping below 1, or pairs='powell-then-lm' "
-                "(the part PowellThenLM()), which takes any damping > 0"
+                f"double damping needs a damping of pairs in (0, 1), got {damping:g} (mu2: sqrt(damping) on the output "
+                "side of Kronecker structures, the whole damping elsewhere): outside, the second stage no longer "
+                "interpolates; use a positive damping below 1 (a composed Method names its own with "
+                "defaults={'damping': 0.1}), or pairs='powell-then-lm' (the part PowellThenLM()), which takes any > 0"
             )
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:

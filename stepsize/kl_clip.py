@@ -42,9 +42,13 @@ class KLClip:
         require_fields(self)
         require_interval("kappa of KLClip", self.kappa, 0.0, float("inf"), closed="(]")
         if getattr(self.rule, "recalls", False):
+            inner: object = self.rule
+            while hasattr(inner, "rule"):
+                inner = inner.rule
+            name = type(inner).__name__
             raise CompatibilityError(
                 f"KLClip measures a step by <gradient, direction>, which says nothing of the layers' last steps that "
-                f"{type(self.rule).__name__} goes along; use RelativeBound({type(self.rule).__name__}())"
+                f"{name} goes along; bound it by RelativeBound({name}()) alone"
             )
 
     @property

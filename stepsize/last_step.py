@@ -28,7 +28,8 @@ class JointWithLastStep:
 
         (M + lambda I + rho diag(M)) (alpha, beta) = r,    r = <momentum_l, d_l> and <gradient_l, p_l>,
 
-    and both are scaled by lr. ``sign`` decides about alpha from the system that is left when beta is eliminated; beta
+    and both are scaled by lr. Put it into ``RelativeBound``: its first steps, from few mini-batches, may be too long.
+    ``sign`` decides about alpha from the system that is left when beta is eliminated; beta
     is then the minimum of the model for that alpha, of either sign. A layer without a last step (at first) gets 0.
 
     Momentum's own slope along p is from before that step was taken: followed again at every step it makes runs diverge.

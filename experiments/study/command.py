@@ -18,6 +18,7 @@ from ..config import Budget
 from ..datafiles import data_folder
 from ..flags import Count, Place
 from ..targets import require_folder
+from . import reading
 from .definition import Arm, Study
 from .reading import find_study, read_study, shipped_studies
 
@@ -39,6 +40,8 @@ class RunStudy:
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = ""
     """A TOML file, or the name of a shipped study; '--list' lists them."""
+    format: bool = False
+    """Only show how a study file is written."""
     list: bool = False
     """Only list the shipped studies."""
     workers: int = 1
@@ -73,8 +76,8 @@ class RunStudy:
         from .conductor import conduct
         from .estimate import show_estimate
 
-        if self.list:
-            list_studies(console)
+        if self.format or self.list:
+            show_format(console) if self.format else list_studies(console)
             return 0
         if not self.file:
             raise ArgumentError("name a TOML file or a shipped study; 'osculate study --list' lists them")
@@ -170,6 +173,10 @@ def _show(study: Study, workers: int, console: Console) -> None:
         target = "" if problem.target is None else f", target {problem.target.metric} {problem.target.value:g}"
         shorter = "" if tuning == budget else f", while tuning {_bounds(tuning)}"
         console.print(f"{problem.label}: each run {_bounds(budget)}{shorter}{target}", highlight=False, soft_wrap=True)
+    if any(arm.space for arm in study.arms):
+        how = study.tuning
+        pruned = "no pruning" if how.pruner == "none" else f"pruner {how.pruner}, once 4 trials of an arm are done"
+        console.print(f"tuning by {how.metric}, {how.sampler}, seed {how.seed}, {pruned}", highlight=False)
     for note in study.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     hours = None if study.seconds is None else study.seconds / workers / 3600
@@ -194,6 +201,11 @@ def _space(arm: Arm) -> str:
     return ", ".join(
         f"{name} {kind} {values}" for name, entry in arm.space.items() for kind, values in entry.as_dict().items()
     )
+
+
+def show_format(console: Console) -> None:
+    """Print the format of study files: the module docstring of ``reading``."""
+    console.print((reading.__doc__ or "").strip(), highlight=False, markup=False, soft_wrap=True)
 
 
 def list_studies(console: Console) -> None:

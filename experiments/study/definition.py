@@ -40,6 +40,8 @@ _NUMBERS = ("lr", "damping", "weight_decay")
 
 
 def _require_label(kind: str, label: str) -> None:
+    if not isinstance(label, str):
+        raise ArgumentError(f"the name of a {kind} must be text, got {label!r}")
     if not _LABEL.fullmatch(label) or label.startswith("."):
         raise ArgumentError(
             f"{kind} {label!r} names a folder: use letters, digits and any of . , = + ( ) - _, not a dot first"
@@ -190,8 +192,11 @@ class Tuning:
         require_positive_integer("trials", self.trials)
         if self.epochs is not None:
             require_positive_integer("epochs of the tuning", self.epochs)
-        if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise ArgumentError(f"seconds of the tuning must be positive and finite, got {self.seconds!r}")
+        if self.seconds is not None:
+            try:
+                Budget(seconds=self.seconds)
+            except ArgumentError as error:
+                raise ArgumentError(f"of the tuning runs: {error}") from error
         if self.metric != "auto" and self.metric not in METRICS:
             raise UnknownNameError("metric", self.metric, ["auto", *METRICS])
         if self.pruner not in PRUNERS:
@@ -242,6 +247,10 @@ class Study:
 
     def __post_init__(self) -> None:
         _require_label("study", self.name)
+        if not isinstance(self.title, str):
+            raise ArgumentError(f"the title must be text, got {self.title!r}")
+        if self.budget.epochs is not None:
+            require_positive_integer("epochs of the budget", self.budget.epochs)
         _require_unique("arms", [arm.label for arm in self.arms])
         _require_unique("problems", [problem.label for problem in self.problems])
         _require_unique("seeds", list(self.seeds))
@@ -253,7 +262,8 @@ class Study:
             raise ArgumentError(f"limit must be positive and finite, got {self.limit!r}")
         if self.tuning.seed in self.seeds and any(arm.space for arm in self.arms):
             raise ArgumentError(
-                f"seed {self.tuning.seed} is the tuning seed; final runs need fresh ones, or change the tuning's"
+                f"seed {self.tuning.seed} is the tuning seed; final runs need fresh ones: change seeds, or seed in "
+                "[tuning], which is 0 unless given"
             )
 
     def trials(self, arm: Arm) -> int:
@@ -310,6 +320,10 @@ def _least(first: float | None, second: Any) -> Any:
 def _require_unique(kind: str, labels: list[Any]) -> None:
     if not labels:
         raise ArgumentError(f"a study needs {kind}; it names none")
-    twice = sorted({label for label in labels if labels.count(label) > 1})
+    folders = [str(label).casefold() for label in labels]  # some disks do not tell A from a
+    twice = sorted({label for label, folder in zip(labels, folders, strict=True) if folders.count(folder) > 1})
     if twice:
-        raise ArgumentError(f"{kind} must differ, but {', '.join(map(repr, twice))} comes twice")
+        raise ArgumentError(
+            f"{kind} must differ, but {', '.join(map(repr, twice))} comes twice "
+            "(capital or small letters alone are no difference)"
+        )

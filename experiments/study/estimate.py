@@ -116,4 +116,8 @@ def show_estimate(study: Study, data_dir: Path | None, workers: int, threads: in
             total += together
             table.add_row(*names, f"{1000 * cost.step:.3g}", duration(final), str(trials + seeds), duration(together))
     console.print(table)
-    console.print(f"about {duration(total / workers)} with {workers} worker(s)", highlight=False)
+    console.print(
+        f"about {duration(total / workers)} with {workers} worker(s), evaluation counted, if nothing else runs here",
+        highlight=False,
+        soft_wrap=True,
+    )

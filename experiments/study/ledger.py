@@ -37,6 +37,10 @@ __all__ = ["FINAL", "TUNE", "Entry", "Ledger", "Slot", "open_storage"]
 TUNE, FINAL = "tune", "final"
 _MOST_CRASHES = 3
 _TRIALS_BEFORE_PRUNING = 4
+_MOST_OPENINGS = 6
+_REOPEN_SECONDS = 0.5
+_MAY_PASS = ("IntegrityError", "OperationalError", "ProgrammingError")
+"""Errors of a database whose tables another process is making at this moment."""
 
 
 @dataclass(frozen=True, order=True)
@@ -95,13 +99,18 @@ def open_storage(out: Path, url: str | None) -> BaseStorage:
     if url is None:
         out.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(str(out / "journal.log")))
-    try:
-        return optuna.storages.get_storage(url)
-    except Exception as error:  # SQLAlchemy's, its drivers' and import errors have no common class
-        raise ArgumentError(
-            f"storage {url!r} cannot be opened ({type(error).__name__}: {error}); a URL reads sqlite:///file.db or "
-            "postgresql://user@machine/name; leave --storage out for a file in the study's folder"
-        ) from error
+    for attempt in range(_MOST_OPENINGS):
+        try:
+            return optuna.storages.get_storage(url)
+        except Exception as error:  # SQLAlchemy's, its drivers' and import errors have no common class
+            if type(error).__name__ in _MAY_PASS and attempt + 1 < _MOST_OPENINGS:
+                time.sleep(_REOPEN_SECONDS)
+                continue
+            raise ArgumentError(
+                f"storage {url!r} cannot be opened ({type(error).__name__}: {error}); a URL reads sqlite:///file.db or "
+                "postgresql://user@machine/name; leave --storage out for a file in the study's folder"
+            ) from error
+    raise AssertionError("unreachable")
 
 
 @dataclass

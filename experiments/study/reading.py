@@ -14,8 +14,10 @@ epochs = 20
 seconds = 500                                       # also limit (wall clock) and evaluations (in an epoch)
 
 [tuning]
-trials = 12                                         # equal for all arms; also metric, sampler, seed, and a smaller
-epochs = 5                                          # budget than that of the final runs (epochs, seconds); pruner
+trials = 12                                         # equal for all arms
+seed = 0                                            # none of the final ones; also metric, sampler ("quasi-random" or
+epochs = 5                                          # "random"), pruner ("none" or "median"), and a smaller budget than
+seconds = 100                                       # that of the final runs
 
 [arms.kbfgs]                                        # an arm: a method, settings, options, parts, and a space
 method = "kbfgs"
@@ -75,11 +77,14 @@ def find_study(name: str) -> Path:
     if path.is_file():
         return path
     known = shipped_studies()
+    if path.is_dir():
+        raise ArgumentError(f"{name} is a folder; name a TOML file in it, or a shipped study ('osculate study --list')")
     if path.suffix and path.stem in known and path.name == name:
         return known[path.stem]
     if name not in known:
-        kind = "study file" if path.suffix or "/" in name else "study"
-        raise UnknownNameError(kind, name, known)
+        if path.suffix or "/" in name:
+            raise ArgumentError(f"there is no file {name!r}; 'osculate study --list' lists the shipped studies")
+        raise UnknownNameError("study", name, known)
     return known[name]
 
 
@@ -180,7 +185,8 @@ class _Reader:
         settings = dict(_is_table(f"arm {label!r}", entry))
         method, space = settings.pop("method", None), settings.pop("space", {})
         if not isinstance(method, str):
-            raise ArgumentError(f"arm {label!r} needs a method; 'osculate methods' lists them")
+            got = "" if method is None else f", its name as text, got {method!r}"
+            raise ArgumentError(f"arm {label!r} needs a method{got}; 'osculate methods' lists them")
         ranges = {}
         for name, value in _is_table("space", space).items():
             with self._at(*place, "space", name):
@@ -217,7 +223,7 @@ class _Reader:
             raise ArgumentError(f"{self._path}{where}{key}: {error}") from error
         except TypeError as error:
             raise ArgumentError(
-                f"{self._path}, {'.'.join(map(str, place))}: a value is of the wrong kind: {error}"
+                f"{self._source(*place)}, {'.'.join(map(str, place))}: a value is of the wrong kind: {error}"
             ) from error
 
 
@@ -287,7 +293,7 @@ def _key_line(lines: Sequence[str], at: int, keys: Sequence[str]) -> int:
 
 def _values(place: str, values: Any) -> list[Any]:
     if not isinstance(values, list) or not values:
-        raise ArgumentError(f"{place} takes a list of what comes there, got {values!r}")
+        raise ArgumentError(f"{place} takes a list of at least one thing that comes there, got {values!r}")
     return values
 
 

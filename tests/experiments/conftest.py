@@ -1,7 +1,7 @@
 """A problem small enough that a whole run takes a moment."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,3 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyProblem:
     for module in (runs, comparison, catalogue, commands, bounded, compare_structures, reopen):
         monkeypatch.setattr(module, "get_problem", get_problem)
     return problem
-
-
-@pytest.fixture(autouse=True)
-def _process_settings() -> Iterator[None]:
-    """Undo what the command sets for the whole process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)

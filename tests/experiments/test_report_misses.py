@@ -27,3 +27,12 @@ def test_ratios_that_come_from_misses_are_told_in_words() -> None:
     assert figure is not None
     said = {text.get_text() for text in figure.axes[0].texts}
     assert said == {"both miss", "the base misses", "miss", "1", "0.5"}
+
+
+def test_figures_of_names_with_dots_do_not_meet_in_one_file(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+    from osculate.experiments.figures import save_figure
+
+    first, second = (save_figure(Figure(), tmp_path / f"decay-0.{digit}") for digit in (5, 7))
+    assert [path.name for path in first] == ["decay-0.5.png", "decay-0.5.pdf"]
+    assert not set(first) & set(second) and all(path.exists() for path in (*first, *second))

@@ -103,6 +103,14 @@ space = { lr = { log = [0.1, 1.0] }, damping = { grid = [1.0, 3.0] } }
     assert arms["joint"].settings["eager"] == 3 and set(arms["joint"].space) == {"damping"}
 
 
+@pytest.mark.parametrize("epochs", ["0", "true", "inf", "'two'", "-3"])
+def test_epochs_of_a_study_are_a_whole_number_above_zero(tmp_path: Path, epochs: str) -> None:
+    file = tmp_path / "some.toml"
+    file.write_text(HEAD.replace("epochs = 2", f"epochs = {epochs}") + "[arms.a]\nmethod = 'sgdm'")
+    with pytest.raises(ArgumentError, match="some.toml.*epochs"):
+        read_study(file)
+
+
 def test_places_that_end_in_one_word_keep_their_whole_names_in_labels(tmp_path: Path) -> None:
     study = read(
         tmp_path,
@@ -157,6 +165,14 @@ def test_tuning_runs_may_be_shorter_but_never_longer_than_final_ones(tmp_path: P
         ("[arms.a]\nextends = 'b'", "unknown arm 'b'"),
         ("[vary]\npairs = ['PowellH']", "line 7, vary: .vary. and .cross. change parts of a .base."),
         ("[arms.a", "cannot be read as TOML"),
+        ("[arms.a]\nmethod = 3", "line 7, arms.a: arm 'a' needs a method, its name as text, got 3"),
+        ("[arms.a]\nmethod = 'sgdm'\n[arms.A]\nmethod = 'sgdm'", "arms must differ, but 'A', 'a'"),
+        ("[tuning]\npruner = 3\n[arms.a]\nmethod = 'sgdm'", "line 7, tuning: unknown pruner 3"),
+        (
+            "[tuning]\nseconds = 'x'\n[arms.a]\nmethod = 'sgdm'",
+            "tuning: .*seconds must be positive and finite, got 'x'",
+        ),
+        ("[base]\nmethod = 'kbfgs'\n[vary]\npairs = []", "at least one thing"),
         ("[arms.a]\nmethod = 'sgdm'\nlr = 1\nspace = { lr = { grid = [1] } }", "both set and searched"),
     ],
 )

@@ -59,7 +59,7 @@ def test_all_changes_are_made_before_the_method_is_composed() -> None:
     [
         ({"pars": "PowellH"}, UnknownNameError, "did you mean 'pairs'"),
         ({"pairs": "PowelH"}, UnknownNameError, "did you mean 'PowellH'"),
-        ({"pairs": "PowellH(mu3=1)"}, ArgumentError, "cannot be built"),
+        ({"pairs": "PowellH(mu3=1)"}, ArgumentError, "unknown argument of PowellH: 'mu3'; did you mean 'mu1'"),
         ({"pairs": "PowellH("}, ArgumentError, "a part reads"),
         ({"pairs": "PowellH(__import__('os'))"}, UnknownNameError, "unknown part '__import__'"),
         ({"average": "MovingAverage(0.5)"}, ArgumentError, "names 2 places"),

@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused_at_construction() -> None:
         with pytest.raises(osc.CompatibilityError, match=f"JointWithLastStep.*{type(form).__name__}"):
             JointWithLastStep(form)
     for make in (lambda: KLClip(JointWithLastStep()), lambda: KLClip(RelativeBound(JointWithLastStep()))):
-        with pytest.raises(osc.CompatibilityError, match=r"KLClip .* use RelativeBound"):
+        with pytest.raises(osc.CompatibilityError, match=r"KLClip .* bound it by RelativeBound"):
             make()
     assert Needs.BATCH_SCORES in JointWithLastStep(SampledBatchScores()).needs
     assert Needs.PRODUCTS | Needs.SLOPES in JointWithLastStep(ExactHessian()).needs
