@@ -107,7 +107,7 @@ space = { lr = { log = [0.1, 1.0] }, damping = { grid = [1.0, 3.0] } }
 def test_epochs_of_a_study_are_a_whole_number_above_zero(tmp_path: Path, epochs: str) -> None:
     file = tmp_path / "some.toml"
     file.write_text(HEAD.replace("epochs = 2", f"epochs = {epochs}") + "[arms.a]\nmethod = 'sgdm'")
-    with pytest.raises(ArgumentError, match="some.toml.*epochs"):
+    with pytest.raises(ArgumentError, match=r"some\.toml.*epochs"):
         read_study(file)
 
 
