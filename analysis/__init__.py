@@ -1,28 +1,16 @@
 """Floor 4: is it true. Theorems with checks and controls; monitors; approximation quality; counterfactual steps."""
 
-from .approximation import BlockQuality, Effort, measure_approximation
-from .catalogue import THEOREMS, find_theorems
-from .compared_structures import StructureQuality, compare_structures
-from .eigenvalue_monitor import EigenvalueBounds
-from .exact_blocks import Probe
-from .instances import Draws, each, eigenvalues
-from .microscope import StepQuality, compare_steps
-from .monitors import Descent, PairCurvature, RelativeStep, SecantEquation, StepSizeCurvature
-from .readings import JsonLines, Memory, TensorBoard, WatchCertificate
-from .theorem import (
-    Control,
-    Curve,
-    Evidence,
-    Inequality,
-    Plot,
-    Setting,
-    Theorem,
-    Verdict,
-    agreement,
-    verify,
-    worst,
-)
-from .watching import Watch, default_monitors, watch
+from .monitors.eigenvalue_monitor import EigenvalueBounds
+from .monitors.monitors import Descent, PairCurvature, RelativeStep, SecantEquation, StepSizeCurvature
+from .monitors.readings import JsonLines, Memory, TensorBoard, WatchCertificate
+from .monitors.watching import Watch, default_monitors, watch
+from .quality.approximation import BlockQuality, Effort, measure_approximation
+from .quality.compared_structures import StructureQuality, compare_structures
+from .quality.exact_blocks import Probe
+from .quality.microscope import StepQuality, compare_steps
+from .theorem import Control, Curve, Evidence, Inequality, Plot, Setting, Theorem, Verdict, agreement, verify, worst
+from .theorems.catalogue import THEOREMS, find_theorems
+from .theorems.instances import Draws, each, eigenvalues
 
 __all__ = [
     "THEOREMS",

@@ -1,17 +1,9 @@
 """Floor 1: what is measured. Layers, statistics, capture, likelihoods, estimators, quadratic forms."""
 
-from .capture import Capture, Record
-from .estimators import (
-    BatchMean,
-    EmpiricalFisher,
-    Estimator,
-    InputsOnly,
-    SampledBatchMean,
-    SampledFisher,
-    SecantPairs,
-)
+from .backends.capture import Capture, Record
+from .estimators import BatchMean, EmpiricalFisher, Estimator, InputsOnly, SampledBatchMean, SampledFisher, SecantPairs
 from .exact_estimators import ExactGGN, ExactHessianBlock
-from .layers import Layer, LayerAdapter, discover_layers
+from .layers.layer import Layer, LayerAdapter, discover_layers
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .quadratic_forms import (
     ExactHessian,
@@ -21,7 +13,7 @@ from .quadratic_forms import (
     SampledScores,
     SignedHessian,
 )
-from .statistics import LayerStatistics, Needs, SampleGradients
+from .records.statistics import LayerStatistics, Needs, SampleGradients
 from .with_pairs import WithPairs
 
 __all__ = [

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .capture import Record
-from .statistics import LayerStatistics, Needs
+from .backends.capture import Record
+from .records.statistics import LayerStatistics, Needs
 
 __all__ = [
     "BatchMean",

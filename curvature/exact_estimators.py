@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from .capture import Record
-from .statistics import LayerStatistics, Needs, Tensors
+from .backends.capture import Record
+from .records.statistics import LayerStatistics, Needs, Tensors
 
 __all__ = ["ExactGGN", "ExactHessianBlock"]
 

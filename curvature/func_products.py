@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 
-from .layers import Layer
+from .layers.layer import Layer
 from .likelihoods import Likelihood
-from .statistics import Tensors
+from .records.statistics import Tensors
 
 __all__ = ["ggn_block", "ggn_product", "hessian_dense_block", "hessian_product"]
 

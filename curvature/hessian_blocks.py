@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layers import Layer
+from .layers.layer import Layer
 from .products import GraphKeepingBackward
 
 __all__ = ["hessian_block"]

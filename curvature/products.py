@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .layers import Layer
-from .passes import standing_for_backward
-from .statistics import Tensors
+from .backends.passes import standing_for_backward
+from .layers.layer import Layer
+from .records.statistics import Tensors
 
 __all__ = ["GraphKeepingBackward"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CompatibilityError
-from .statistics import LayerStatistics, Needs, Tensors
+from .records.statistics import LayerStatistics, Needs, Tensors
 
 __all__ = [
     "DirectionalEvidence",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..checking import require_fields
-from .capture import Record
+from .backends.capture import Record
 from .estimators import EmpiricalFisher, Estimator, records_for_pairs
-from .statistics import LayerStatistics, Needs
+from .records.statistics import LayerStatistics, Needs
 
 __all__ = ["WithPairs"]
 

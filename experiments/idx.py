@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .datafiles import DataError
+from .data.datafiles import DataError
 
 __all__ = ["read_idx"]
 

@@ -1,11 +1,11 @@
 """Floor 3: how parts become an optimizer. Method, registry, optimizer, published methods."""
 
-from . import registry
-from .build import build
-from .method import Method
-from .momentum import EMA, CorrectedEMA, Coupled, Decoupled, HeavyBall, Nesterov, NoMomentum
-from .optimizer import SecondOrder
-from .report import LayerRow, StepReport
+from .methods import registry
+from .methods.method import Method
+from .methods.momentum import EMA, CorrectedEMA, Coupled, Decoupled, HeavyBall, Nesterov, NoMomentum
+from .optimizer.build import build
+from .optimizer.report import LayerRow, StepReport
+from .optimizer.second_order import SecondOrder
 
 __all__ = [
     "EMA",

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..curvature.layers import Layer
-from ..curvature.statistics import LayerStatistics, Needs, Tensors
-from .blocks import Block, full_precision
-from .distributed import Ranks
+from ..curvature.layers.layer import Layer
+from ..curvature.records.statistics import LayerStatistics, Needs, Tensors
+from .optimizer.blocks import Block, full_precision
+from .optimizer.distributed import Ranks
 
 __all__ = ["Points", "changing_layers"]
 

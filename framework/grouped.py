@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..curvature.backends import Backend
-from ..curvature.layers import Layer
-from ..preconditioners.damping import SideDamping, TwoSided
-from .arguments import as_number
-from .blocks import Block, make_blocks
-from .groups import GroupValues, chosen_parameters, numbers_of
+from ..curvature.backends.table import Backend
+from ..curvature.layers.layer import Layer
+from ..preconditioners.damping.split import SideDamping, TwoSided
 from .growing import late_layers, unowned_parameters
-from .method import Method
-from .stepping import StepRule
+from .methods.method import Method
+from .optimizer.arguments import as_number
+from .optimizer.blocks import Block, make_blocks
+from .optimizer.groups import GroupValues, chosen_parameters, numbers_of
+from .optimizer.stepping import StepRule
 
 __all__ = ["GroupedOptimizer"]
 

@@ -1,40 +1,32 @@
 """Floor 2: how curvature is stored, damped and inverted. Structures, factors, partitions, damping, linear algebra."""
 
 from .averages import Average, MovingAverage, PlainAverage, RunningSum, ZeroStartAverage
-from .bfgs import BFGS, HessianActionBFGS
-from .by_layer import ByLayer
-from .damping import ConstantDamping, Damping, Factored, MeanEigenvalues, SideDamping, Split
-from .dense import Absolute, Dense, Semidefinite
-from .diagonal import Diagonal
-from .eigenbasis import Eigenbasis
-from .factors import Covariance, Factor, IdentityFactor
+from .damping.levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt
+from .damping.scheduled import Geometric, Scheduled
+from .damping.split import ConstantDamping, Damping, Factored, MeanEigenvalues, SideDamping, Split
+from .factors.bfgs import BFGS, HessianActionBFGS
+from .factors.factor import Covariance, Factor, IdentityFactor
+from .factors.gradient_products import Root
+from .factors.lbfgs import LBFGS
+from .factors.sharing import Expand, Reduce, Sharing, Sum
 from .gradient_covariance import GradientCovariance
-from .identity import Identity, Stateless
-from .initial_scale import ConstantScale, InitialScale, NewestPair
-from .kronecker import Kronecker
-from .lbfgs import LBFGS
-from .levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt
-from .mini_block import MiniBlock
-from .moments import GradientMoments, LayerMoments, Moments
 from .operations import AbsoluteInverse, Eigenvectors, Inverse, InverseRoot, PowerIteration
-from .pairs import (
-    DoubleDamping,
-    MergedDoubleDamping,
-    NoDamping,
-    PairDamping,
-    PowellB0,
-    PowellH,
-    PowellThenLM,
-)
-from .partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutput, PerOutputAveraged
+from .pairs.damping import DoubleDamping, MergedDoubleDamping, NoDamping, PairDamping, PowellB0, PowellH, PowellThenLM
+from .pairs.initial_scale import ConstantScale, InitialScale, NewestPair
+from .pairs.skipping import AngleTest, CurvatureTest, SkipRule, TwoSidedCurvatureTest
 from .protocol import Observation, Preconditioner, Refining, Request, ScalingLaw, Schedule
-from .root import Root
-from .scheduled import Geometric, Scheduled
-from .secant_blocks import SecantBlocks
-from .sharing import Expand, Reduce, Sharing, Sum
-from .skipping import AngleTest, CurvatureTest, SkipRule, TwoSidedCurvatureTest
-from .spectral import AspectRatio, MatchAdam, Spectral
 from .state import NoState, State
+from .structures.by_layer import ByLayer
+from .structures.dense import Absolute, Dense, Semidefinite
+from .structures.diagonal import Diagonal
+from .structures.eigenbasis import Eigenbasis
+from .structures.identity import Identity, Stateless
+from .structures.kronecker import Kronecker
+from .structures.mini_block import MiniBlock
+from .structures.moments import GradientMoments, LayerMoments, Moments
+from .structures.partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutput, PerOutputAveraged
+from .structures.secant_blocks import SecantBlocks
+from .structures.spectral import AspectRatio, MatchAdam, Spectral
 
 __all__ = [
     "BFGS",

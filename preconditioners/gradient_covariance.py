@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
-from ..curvature.statistics import LayerStatistics, Needs
+from ..curvature.records.statistics import LayerStatistics, Needs
 from .averages import Average, MovingAverage
-from .factors import AveragedMatrix, CovarianceState, Side, accumulate_gradient_products
+from .factors.factor import AveragedMatrix, CovarianceState, Side, accumulate_gradient_products
 
 __all__ = ["GradientCovariance"]
 

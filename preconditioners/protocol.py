@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
-from ..curvature.layers import Layer
-from ..curvature.statistics import LayerStatistics, Needs, Tensors
+from ..curvature.layers.layer import Layer
+from ..curvature.records.statistics import LayerStatistics, Needs, Tensors
 from ..errors import ArgumentError, require_positive_integer
 from .averages import Average
-from .damping import SideDamping
+from .damping.split import SideDamping
 from .linalg import Computed
 from .operations import Request
 from .state import State

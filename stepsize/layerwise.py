@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores
-from ..curvature.statistics import Needs
+from ..curvature.records.statistics import Needs
 from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
-from .averages import AveragedForms
+from .averaged_forms import AveragedForms
 from .protocol import StepEvidence
 
 __all__ = ["Coupling", "LayerwiseQuadratic", "LeadingSlope", "MomentumSlope", "RowSums", "Separate", "Slope"]

@@ -10,7 +10,7 @@ import torch
 from measuring import half_squares
 from osculate.curvature import Categorical, LayerStatistics, Likelihood, Needs, Record
 from osculate.curvature import discover_layers as discover
-from osculate.curvature.backends import make_backend
+from osculate.curvature.backends.table import make_backend
 from torch import Tensor, nn
 
 EVERYTHING = (

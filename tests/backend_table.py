@@ -11,7 +11,7 @@ import osculate as osc
 import torch
 from backend_nets import Custom, Recurrent, Twice
 from osculate.curvature import Categorical, LayerStatistics, Record
-from osculate.curvature.backends import BACKENDS, make_backend
+from osculate.curvature.backends.table import BACKENDS, make_backend
 from osculate.curvature.func_products import ggn_block
 from torch import Tensor, nn
 

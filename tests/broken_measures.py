@@ -9,7 +9,7 @@ import osculate as osc
 import torch
 from osculate.curvature import LayerStatistics, Needs
 from osculate.stepsize import StepEvidence
-from osculate.stepsize.averages import AveragedForms
+from osculate.stepsize.averaged_forms import AveragedForms
 from torch import Tensor
 
 

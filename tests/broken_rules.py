@@ -10,7 +10,7 @@ import osculate as osc
 import torch
 from osculate.curvature import Gaussian
 from osculate.preconditioners import SideDamping
-from osculate.preconditioners.pairs import DampedPair
+from osculate.preconditioners.pairs.damping import DampedPair
 from osculate.stepsize.guard import Level, Trial
 from torch import Tensor
 

@@ -8,15 +8,8 @@ from typing import Any
 
 import torch
 from osculate.curvature import Layer, LayerStatistics, Needs
-from osculate.preconditioners import (
-    MiniBlock,
-    Observation,
-    ScalingLaw,
-    Schedule,
-    SideDamping,
-    State,
-)
-from osculate.preconditioners.identity import Stateless
+from osculate.preconditioners import MiniBlock, Observation, ScalingLaw, Schedule, SideDamping, State
+from osculate.preconditioners.structures.identity import Stateless
 from torch import Tensor
 
 RIDGE = 0.3

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from osculate.curvature import Capture, Layer, LayerStatistics, Record, discover_layers
 from osculate.curvature.likelihoods import Likelihood
-from osculate.curvature.statistics import Tensors
+from osculate.curvature.records.statistics import Tensors
 from osculate.preconditioners import Preconditioner, SideDamping
 from osculate.preconditioners.operations import compute_many
 from torch import Tensor, nn

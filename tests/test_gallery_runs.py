@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from osculate.experiments.cli import execute
+from osculate.experiments.commands.cli import execute
 
 GALLERY = Path(__file__).resolve().parent.parent / "docs" / "gallery"
 BLOCK = re.compile(r"^(<!-- exit status (\d) -->\n)?```(sh|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "docs" / "examples" / "own_parts"
 PAGE = ROOT / "docs" / "gallery" / "write_your_own_part.md"
 SOURCE = (PACKAGE / "own_parts.py").read_text()
-COMMAND = "import sys; from osculate.experiments.cli import main; sys.exit(main())"
+COMMAND = "import sys; from osculate.experiments.commands.cli import main; sys.exit(main())"
 
 
 def piece(name: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import osculate as osc
 import torch
-from osculate.experiments.datasets import MNIST, load_images
+from osculate.experiments.data.datasets import MNIST, load_images
 from torch import Tensor, nn
 
 

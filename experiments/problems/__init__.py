@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ...errors import UnknownNameError
-from ..datasets import FASHION, MNIST
+from ..data.datasets import FASHION, MNIST
 from .autoencoders import curves_autoencoder, faces_autoencoder, image_autoencoder
 from .citations import GRAPH_TASKS, graph_network
 from .images import fashion_mlp, image_cnn

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..curves import load_curves
-from ..datasets import ImageSet, load_images
-from ..faces import load_face_patches
-from ..models import autoencoder, seeded
+from ..data.curves import load_curves
+from ..data.datasets import ImageSet, load_images
+from ..data.faces import load_face_patches
+from ..networks.models import autoencoder, seeded
 from .images import pixels, share
 from .problem import Data, Problem, Target, bernoulli_loss, gaussian_loss, is_small, require_seed
 from .sources import CURVES, OLIVETTI, SOURCES

@@ -17,9 +17,9 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from ..graph_models import GraphConvolutions
-from ..models import seeded
-from ..planetoid import CITESEER, CORA, PUBMED, Citations, GraphFiles, load_citations
+from ..data.planetoid import CITESEER, CORA, PUBMED, Citations, GraphFiles, load_citations
+from ..networks.graph_models import GraphConvolutions
+from ..networks.models import seeded
 from .problem import Data, Problem, Target, categorical_loss, is_small
 from .sources import GRAPHS
 

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..datasets import FASHION, ImageSet, load_images
-from ..models import classifier, digit_cnn, seeded
+from ..data.datasets import FASHION, ImageSet, load_images
+from ..networks.models import classifier, digit_cnn, seeded
 from .problem import Data, Problem, categorical_loss, held_out, is_small
 from .sources import SOURCES
 

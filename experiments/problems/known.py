@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...errors import ArgumentError, NumericalError
-from ..models import seeded
+from ..networks.models import seeded
 from .problem import Data, Problem, bernoulli_loss, gaussian_loss, is_small, require_seed
 from .sources import GENERATED
 

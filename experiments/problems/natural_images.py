@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..augmentation import Chain, ColourJitter, RandomCrop, RandomFlip
-from ..cifar import CIFAR10 as CIFAR10_FILES
-from ..cifar import CIFAR100 as CIFAR100_FILES
-from ..cifar import CifarFiles, ColourImages, load_cifar
-from ..image_models import VGG11, VGG16, Standardise, residual_network, vgg
-from ..models import seeded
-from ..svhn import load_svhn
+from ..data.augmentation import Chain, ColourJitter, RandomCrop, RandomFlip
+from ..data.cifar import CIFAR10 as CIFAR10_FILES
+from ..data.cifar import CIFAR100 as CIFAR100_FILES
+from ..data.cifar import CifarFiles, ColourImages, load_cifar
+from ..data.svhn import load_svhn
+from ..networks.image_models import VGG11, VGG16, Standardise, residual_network, vgg
+from ..networks.models import seeded
 from .problem import Data, Problem, Target, categorical_loss, held_out, is_small
 from .sources import CIFAR10, CIFAR100, SVHN
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import ArgumentError, UnknownNameError
-from ..augmentation import Augmentation
+from ..data.augmentation import Augmentation
 
 __all__ = [
     "Data",

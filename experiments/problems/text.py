@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..grammar import ALPHABET, encode, write_text
-from ..language_models import CharTransformer
-from ..models import seeded
+from ..data.grammar import ALPHABET, encode, write_text
+from ..networks.language_models import CharTransformer
+from ..networks.models import seeded
 from .problem import Data, Problem, is_small, require_seed, token_loss
 from .sources import GRAMMAR
 

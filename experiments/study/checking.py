@@ -10,11 +10,11 @@ from typing import Any
 
 from ... import registry
 from ...errors import ArgumentError, OsculateError, UnknownNameError
-from ...framework.expressions import is_part_text, places, with_parts
-from ...framework.method import Method
-from ..environment import choose_device
+from ...framework.methods.expressions import is_part_text, places, with_parts
+from ...framework.methods.method import Method
 from ..problems import Data, Problem, get_problem
-from ..training import optimizer_for
+from ..runs.environment import choose_device
+from ..runs.training import optimizer_for
 from .definition import METRICS, Arm, Study, StudyProblem
 
 __all__ = ["checked"]

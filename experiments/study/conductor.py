@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ...errors import OsculateError, require_positive_integer
-from ..interrupts import interruptible
+from ..runs.interrupts import interruptible
 from .definition import Study
 from .display import Board
 from .folders import give_up, settle, write_study

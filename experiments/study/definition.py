@@ -17,8 +17,8 @@ from typing import Any
 
 from ... import registry
 from ...errors import ArgumentError, UnknownNameError, require_positive_integer
-from ...framework.expressions import is_part_text
-from ..config import Budget, RunConfig, WarmStart
+from ...framework.methods.expressions import is_part_text
+from ..runs.config import Budget, RunConfig, WarmStart
 from .spaces import SAMPLERS, Range, grid_size, points
 
 __all__ = ["METRICS", "PRUNERS", "Arm", "Study", "StudyProblem", "Target", "Tuning"]
@@ -98,7 +98,7 @@ class Arm:
         label: its name in tables, and its folder's.
         method: registered method.
         settings: ``lr``, ``damping``, ``weight_decay``, ``batch_size``, ``warm_start``; options of the method; parts by
-            place (a value with a capital letter first is a part, see :mod:`osculate.framework.expressions`).
+            place (a value with a capital letter first is a part, see :mod:`osculate.framework.methods.expressions`).
         space: ranges of settings that are tuned; none: the arm goes straight to the final seeds.
         varied: in an ablation, which part was changed against the base and to what.
         source: file and line where it is written, for messages.

@@ -14,10 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...errors import NumericalError
-from ..config import Budget
-from ..environment import prepare_process
 from ..problems import Data, Problem, get_problem
-from ..training import prepare
+from ..runs.config import Budget
+from ..runs.environment import prepare_process
+from ..runs.training import prepare
 from .definition import Arm, Study, StudyProblem
 from .display import duration
 

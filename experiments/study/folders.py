@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ArgumentError
-from ..environment import choose_device, describe_environment
-from ..records import RunFolder, write_json
-from ..targets import writing
+from ..runs.environment import choose_device, describe_environment
+from ..runs.records import RunFolder, write_json
+from ..runs.targets import writing
 from .definition import Study
 from .ledger import FINAL, Ledger, Slot
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..targets import writing
+from ..runs.targets import writing
 
 __all__ = ["BEAT_SECONDS", "STALE_SECONDS", "Presence", "clear", "is_alive"]
 

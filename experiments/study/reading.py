@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ArgumentError, OsculateError, UnknownNameError
-from ..config import Budget
+from ..runs.config import Budget
 from .definition import Arm, Study, StudyProblem, Target, Tuning
 from .spaces import Choice, Grid, LogUniform, Range, Uniform
 

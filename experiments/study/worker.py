@@ -22,13 +22,13 @@ from pathlib import Path
 from rich.console import Console
 
 from ...errors import OsculateError
-from ..environment import prepare_process
-from ..evaluation import Metrics
-from ..interrupts import interruptible
-from ..runs import Resume, run_in_folder
-from ..targets import HeldError, OutputError
-from ..training import EveryEpoch, EveryShare, Schedule
-from ..watched import Extras
+from ..runs.environment import prepare_process
+from ..runs.evaluation import Metrics
+from ..runs.interrupts import interruptible
+from ..runs.runs import Resume, run_in_folder
+from ..runs.targets import HeldError, OutputError
+from ..runs.training import EveryEpoch, EveryShare, Schedule
+from ..runs.watched import Extras
 from .definition import Study
 from .folders import NOT_FINISHED, recorded_value, run_folder, told, write_trial
 from .ledger import FINAL, Entry, Ledger, Slot, open_storage

@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from ...errors import ArgumentError
-from ...preconditioners.damping import MeanEigenvalues
+from ...preconditioners.damping.split import MeanEigenvalues
 from .cases import Case
 from .contract import Contract, contract, require
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.statistics import LayerStatistics, Needs
+from ...curvature.records.statistics import LayerStatistics, Needs
 from .cases import Batch, Case
 from .contract import (
     Contract,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.statistics import LayerStatistics, Needs
-from ...preconditioners.identity import Identity
+from ...curvature.records.statistics import LayerStatistics, Needs
 from ...preconditioners.operations import Request
+from ...preconditioners.structures.identity import Identity
 from .cases import Case
 from .contract import (
     Contract,

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ...curvature.capture import Capture, Record
+from ...curvature.backends.capture import Capture, Record
 from ...curvature.hessian_blocks import hessian_block
-from ...curvature.layers import Layer, discover_layers
+from ...curvature.layers.layer import Layer, discover_layers
 from ...curvature.products import GraphKeepingBackward
 from ...curvature.quadratic_forms import DirectionalEvidence
-from ...curvature.statistics import LayerStatistics, Needs, Tensors
-from ..recording import fill
+from ...curvature.records.statistics import LayerStatistics, Needs, Tensors
+from ..optimizer.recording import fill
 from .cases import Batch, Case
 
 __all__ = ["Measured", "curvature_of", "exact_fisher", "exact_hessian"]

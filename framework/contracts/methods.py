@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.statistics import LOOKING_BACK, Needs
-from ...preconditioners.by_layer import leaves
+from ...curvature.records.statistics import LOOKING_BACK, Needs
 from ...preconditioners.protocol import ScalingLaw
-from ..optimizer import SecondOrder
+from ...preconditioners.structures.by_layer import leaves
+from ..optimizer.second_order import SecondOrder
 from .cases import Batch, Case
 from .contract import Contract, contract, require, require_close, require_equal, require_finite, require_same_state
 from .workbench import saved_copy

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
-from ...preconditioners.pairs import DampedPair
+from ...preconditioners.pairs.damping import DampedPair
 from .cases import Case
 from .contract import Contract, ContractViolation, contract, require, require_close, require_equal, require_finite
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.layers import discover_layers
+from ...curvature.layers.layer import discover_layers
 from ...errors import ArgumentError
-from ...preconditioners.identity import Identity
-from ..blocks import Block, make_blocks
+from ...preconditioners.structures.identity import Identity
+from ..optimizer.blocks import Block, make_blocks
 from .cases import Case
 from .contract import Contract, contract, require, require_close
 

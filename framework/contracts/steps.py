@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...stepsize.averages import AveragedForms
+from ...stepsize.averaged_forms import AveragedForms
 from ...stepsize.protocol import StepEvidence
 from .cases import Case
 from .contract import Contract, contract, require, require_close, require_equal, require_finite, require_same_state

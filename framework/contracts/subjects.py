@@ -11,11 +11,11 @@ from typing import Any
 
 from ...curvature.likelihoods import Bernoulli, Categorical, Gaussian
 from ...errors import ArgumentError
-from ...preconditioners.factors import IdentityFactor
-from ...preconditioners.kronecker import Kronecker
-from .. import registry
-from ..method import Method
-from ..parts import label
+from ...preconditioners.factors.factor import IdentityFactor
+from ...preconditioners.structures.kronecker import Kronecker
+from ..methods import registry
+from ..methods.method import Method
+from ..methods.parts import label
 
 __all__ = ["KINDS", "Subject", "kind_of", "registered_subjects", "resolve", "subjects_of", "views"]
 

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.capture import Capture, Record
+from ...curvature.backends.capture import Capture, Record
 from ...curvature.estimators import EmpiricalFisher, Estimator
-from ...curvature.layers import Layer, discover_layers
-from ...curvature.statistics import LOOKING_BACK, LayerStatistics, Needs
-from ...preconditioners.by_layer import ByLayer
-from ...preconditioners.damping import SideDamping, Split
-from ...preconditioners.identity import Identity
+from ...curvature.layers.layer import Layer, discover_layers
+from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Needs
+from ...preconditioners.damping.split import SideDamping, Split
 from ...preconditioners.protocol import Observation, Preconditioner, Refining
-from ..blocks import Block, make_blocks
-from ..observing import refresh
-from ..recording import fill
+from ...preconditioners.structures.by_layer import ByLayer
+from ...preconditioners.structures.identity import Identity
+from ..optimizer.blocks import Block, make_blocks
+from ..optimizer.observing import refresh
+from ..optimizer.recording import fill
 from .cases import Batch, Case
 from .contract import NotApplicable
 
@@ -51,7 +51,7 @@ def estimator_for(needs: Needs) -> Estimator:
     Raises:
         NotApplicable: if no registered estimator does.
     """
-    from .. import registry
+    from ..methods import registry
 
     wanted = needs & ~_ALWAYS
     candidates: list[Estimator] = [EmpiricalFisher(), *(cls() for cls in registry.parts()["curvature"].values())]

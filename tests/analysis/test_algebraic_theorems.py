@@ -8,9 +8,8 @@ from typing import Any
 import osculate as osc
 import pytest
 import torch
-from osculate.analysis import (
-    Setting,
-    Theorem,
+from osculate.analysis import Setting, Theorem, verify
+from osculate.analysis.theorems import (
     bfgs_bounds,
     convolution_factors,
     input_factor,
@@ -21,11 +20,12 @@ from osculate.analysis import (
     quadratic_forms,
     secant_pairs,
     stochastic,
-    verify,
 )
-from osculate.analysis.limited_memory import limited_memory_bounds
-from osculate.analysis.secant_pairs import guarantee
-from osculate.preconditioners import bfgs, linalg, pairs
+from osculate.analysis.theorems.limited_memory import limited_memory_bounds
+from osculate.analysis.theorems.secant_pairs import guarantee
+from osculate.preconditioners import linalg
+from osculate.preconditioners.factors import bfgs
+from osculate.preconditioners.pairs import damping as pairs
 from torch import Tensor
 
 FILES = (

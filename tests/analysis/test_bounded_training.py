@@ -11,8 +11,14 @@ from pathlib import Path
 import osculate as osc
 import pytest
 import torch
-from osculate.analysis.monitor_plots import BoundedRun, bounded_plots, bounded_run, read_readings, reading_plots
-from osculate.analysis.readings import JsonLines
+from osculate.analysis.monitors.monitor_plots import (
+    BoundedRun,
+    bounded_plots,
+    bounded_run,
+    read_readings,
+    reading_plots,
+)
+from osculate.analysis.monitors.readings import JsonLines
 from torch import Tensor, nn
 
 PAIRS = ("double", "powell-then-lm", "powell-h", "merged", "none")

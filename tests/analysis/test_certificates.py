@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from osculate.analysis.certificates import certified_interval, damping_grid, linear_limit, run
-from osculate.analysis.function_models import LinearModel, dense_tanh
-from osculate.analysis.function_space import FunctionSpace, spectrum
-from osculate.analysis.function_structures import PerOutputBlocks, Solved, Structure
+from osculate.analysis.function_space.certificates import certified_interval, damping_grid, linear_limit, run
+from osculate.analysis.function_space.function_models import LinearModel, dense_tanh
+from osculate.analysis.function_space.function_space import FunctionSpace, spectrum
+from osculate.analysis.function_space.function_structures import PerOutputBlocks, Solved, Structure
 from osculate.errors import ArgumentError
 from torch import Tensor
 

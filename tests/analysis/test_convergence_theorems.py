@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from osculate.analysis import joint_layer_steps, layer_steps, linear_limit, mini_block_convergence
-from osculate.analysis import natural_gradient_limit as whole
-from osculate.analysis.function_space import FunctionSpace
-from osculate.analysis.function_structures import PerOutputBlocks, Solved
-from osculate.analysis.layer_problems import layerwise_rule, random_problems, run_rule
+from osculate.analysis.function_space.function_space import FunctionSpace
+from osculate.analysis.function_space.function_structures import PerOutputBlocks, Solved
 from osculate.analysis.theorem import Setting, Theorem, verify
+from osculate.analysis.theorems import joint_layer_steps, layer_steps, linear_limit, mini_block_convergence
+from osculate.analysis.theorems import natural_gradient_limit as whole
+from osculate.analysis.theorems.layer_problems import layerwise_rule, random_problems, run_rule
 from torch import Tensor
 
 MODULES = (linear_limit, mini_block_convergence, whole, layer_steps, joint_layer_steps)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from osculate.analysis.function_models import LinearModel, TwoLayerTanh, convolutional_tanh, dense_tanh
-from osculate.analysis.function_space import FunctionSpace
-from osculate.analysis.function_structures import STRUCTURES, resolve_structure
-from osculate.analysis.library_runs import AsModule, full_batch_method, library_residuals
+from osculate.analysis.function_space.function_models import LinearModel, TwoLayerTanh, convolutional_tanh, dense_tanh
+from osculate.analysis.function_space.function_space import FunctionSpace
+from osculate.analysis.function_space.function_structures import STRUCTURES, resolve_structure
+from osculate.analysis.function_space.library_runs import AsModule, full_batch_method, library_residuals
 from osculate.errors import ArgumentError, NumericalError, UnknownNameError
 from reference import function_space as reference
 from torch import Tensor

@@ -8,8 +8,8 @@ import math
 import osculate as osc
 import pytest
 import torch
-from osculate.analysis.exact_blocks import Probe
-from osculate.analysis.microscope import compare_steps, settle
+from osculate.analysis.quality.exact_blocks import Probe
+from osculate.analysis.quality.microscope import compare_steps, settle
 from torch import Tensor, nn
 
 

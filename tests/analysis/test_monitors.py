@@ -28,10 +28,10 @@ from osculate.analysis import (
     TensorBoard,
     watch,
 )
-from osculate.analysis.eigenvalue_monitor import limited_memory_bounds
-from osculate.analysis.readings import Reading, findings
+from osculate.analysis.monitors.eigenvalue_monitor import limited_memory_bounds
+from osculate.analysis.monitors.readings import Reading, findings
 from osculate.analysis.theorem import Inequality
-from osculate.preconditioners.lbfgs import append_pair_
+from osculate.preconditioners.factors.lbfgs import append_pair_
 from torch import Tensor, nn
 
 PAIRS = {

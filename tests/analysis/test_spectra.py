@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from osculate.analysis.spectra import (
+from osculate.analysis.quality.spectra import (
     SymmetricOperator,
     conjugate_gradients,
     frobenius_norm,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from backend_table import LAYERS, QUANTITIES, TRAINING, serves, table
-from osculate.curvature.backends import BACKENDS
+from osculate.curvature.backends.table import BACKENDS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "backends.md"
 

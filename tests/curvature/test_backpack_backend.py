@@ -13,9 +13,9 @@ from backend_nets import EVERYTHING, FIELDS, NETS, Recurrent, Twice, record, vec
 from measuring import close, half_squares
 from osculate.curvature import Bernoulli, Categorical, ExactGGN, Gaussian, LayerStatistics, Likelihood, Record
 from osculate.curvature import SampledFisher as Sampled
-from osculate.curvature.backends import make_backend
+from osculate.curvature.backends.structural_copy import structural_copy
+from osculate.curvature.backends.table import make_backend
 from osculate.curvature.func_products import ggn_block, ggn_product, hessian_dense_block, hessian_product
-from osculate.curvature.structural_copy import structural_copy
 from torch import Tensor, nn
 
 KNOWN = [name for name in NETS if name != "twice"]
@@ -191,7 +191,7 @@ def test_secant_pairs_and_unknown_quantities_are_refused() -> None:
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from osculate.curvature import backpack_tools
+    from osculate.curvature.backends import backpack_tools
 
     backpack_tools.tools.cache_clear()
     monkeypatch.setitem(sys.modules, "backpack", None)

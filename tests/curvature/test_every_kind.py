@@ -9,7 +9,7 @@ import torch
 from measuring import close, half_squares, measure, products
 from osculate import ArgumentError, OsculateError
 from osculate.curvature import Gaussian, Layer, Record, discover_layers
-from osculate.curvature.adapters import ADAPTERS, KINDS, ONE_HOT_LIMIT
+from osculate.curvature.layers.adapters import ADAPTERS, KINDS, ONE_HOT_LIMIT
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

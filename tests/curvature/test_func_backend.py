@@ -8,7 +8,7 @@ from backend_nets import EVERYTHING, FIELDS, NETS, UNREAD, Keywords, Recurrent, 
 from measuring import close, half_squares
 from osculate.curvature import Bernoulli, Categorical, Gaussian, Layer, LayerStatistics, Likelihood, Record
 from osculate.curvature import discover_layers as discover
-from osculate.curvature.backends import make_backend
+from osculate.curvature.backends.table import make_backend
 from osculate.errors import ArgumentError, CompatibilityError, UnknownNameError
 from torch import Tensor, nn
 

@@ -7,15 +7,7 @@ import pytest
 import torch
 from backend_nets import SEEN, WantsMatrix
 from measuring import close, measure
-from osculate.curvature import (
-    BatchMean,
-    EmpiricalFisher,
-    Estimator,
-    Gaussian,
-    Needs,
-    SampledBatchMean,
-    SampledFisher,
-)
+from osculate.curvature import BatchMean, EmpiricalFisher, Estimator, Gaussian, Needs, SampledBatchMean, SampledFisher
 from torch import Tensor, nn
 
 WITH_VECTORS: list[Estimator] = [BatchMean(), EmpiricalFisher(), SampledBatchMean(), SampledFisher()]

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from osculate.experiments import bounded, catalogue, commands, compare_structures, comparison, reopen, runs
-from osculate.experiments.augmentation import Augmentation
+from osculate.experiments.commands import bounded, compare_structures
+from osculate.experiments.commands import show as catalogue
+from osculate.experiments.commands import train as commands
+from osculate.experiments.data.augmentation import Augmentation
 from osculate.experiments.problems import Data
+from osculate.experiments.runs import comparison, reopen, runs
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from osculate.errors import ArgumentError
-from osculate.experiments.augmentation import Chain, ColourJitter, RandomCrop, RandomFlip
-from osculate.experiments.batches import augmentation_generator
-from osculate.experiments.config import Budget, RunConfig
-from osculate.experiments.records import RunFolder
-from osculate.experiments.runs import Resume, run_in_folder
+from osculate.experiments.data.augmentation import Chain, ColourJitter, RandomCrop, RandomFlip
+from osculate.experiments.runs.batches import augmentation_generator
+from osculate.experiments.runs.config import Budget, RunConfig
+from osculate.experiments.runs.records import RunFolder
+from osculate.experiments.runs.runs import Resume, run_in_folder
 from rich.console import Console
 from torch import Tensor
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from osculate.errors import ArgumentError
-from osculate.experiments import bench
-from osculate.experiments.bench import CONTESTANTS, Contestant, benchmark, random_data, tensor_bytes
-from osculate.experiments.cli import execute
+from osculate.experiments.commands.cli import execute
+from osculate.experiments.runs import bench
+from osculate.experiments.runs.bench import CONTESTANTS, Contestant, benchmark, random_data, tensor_bytes
 
 
 def test_bytes_of_nested_tensors_count_each_once() -> None:

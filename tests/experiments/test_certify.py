@@ -9,7 +9,7 @@ from pathlib import Path
 import osculate as osc
 import pytest
 import torch
-from osculate.experiments.cli import execute
+from osculate.experiments.commands.cli import execute
 
 
 @pytest.fixture(autouse=True)

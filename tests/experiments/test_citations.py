@@ -14,14 +14,14 @@ import pytest
 import scipy.sparse as sp
 import torch
 from osculate import EmpiricalFisher, SampledFisher
-from osculate.curvature.capture import Capture, Record
-from osculate.curvature.layers import discover_layers
+from osculate.curvature.backends.capture import Capture, Record
+from osculate.curvature.layers.layer import discover_layers
 from osculate.curvature.likelihoods import Categorical
 from osculate.errors import ArgumentError
-from osculate.experiments import planetoid
-from osculate.experiments.datafiles import DataError
-from osculate.experiments.graph_models import GraphConvolutions
-from osculate.experiments.planetoid import CITESEER, CORA, GraphFiles, load_citations
+from osculate.experiments.data import planetoid
+from osculate.experiments.data.datafiles import DataError
+from osculate.experiments.data.planetoid import CITESEER, CORA, GraphFiles, load_citations
+from osculate.experiments.networks.graph_models import GraphConvolutions
 from osculate.experiments.problems import get_problem
 from osculate.experiments.problems.citations import made_citations
 from torch import Tensor
@@ -211,7 +211,7 @@ def test_scores_along_a_direction_belong_to_the_labelled_nodes(graph) -> None:
     """What layer-wise steps measure: the derivative of each node's log-likelihood, labels drawn for them only."""
     model, *_, nodes, targets = graph
     statistics = measured(model, nodes, targets, SampledFisher().records(SampledFisher.provides))
-    from osculate.curvature.sampling import label_generator
+    from osculate.curvature.backends.sampling import label_generator
 
     labels = Categorical().sample(model(nodes).detach(), label_generator(3, 0, 0, torch.device("cpu")))
     for name, expected in zip(("first", "second"), of_each_node(graph, labels), strict=True):

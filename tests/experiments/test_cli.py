@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from osculate.experiments.cli import execute
+from osculate.experiments.commands.cli import execute
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -158,8 +158,8 @@ def test_replay_passes_files_and_status(monkeypatch: pytest.MonkeyPatch, status:
         given.extend(files)
         return status
 
-    stand_in = types.ModuleType("osculate.experiments.replay")
+    stand_in = types.ModuleType("osculate.experiments.replay.replay")
     stand_in.replay = replay  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "osculate.experiments.replay", stand_in)
+    monkeypatch.setitem(sys.modules, "osculate.experiments.replay.replay", stand_in)
     assert execute(["replay", "a.npz", "b.npz"]) == status
     assert given == [Path("a.npz"), Path("b.npz")]

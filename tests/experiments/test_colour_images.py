@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from osculate.experiments import cifar
-from osculate.experiments.cifar import CIFAR10, CIFAR100, load_cifar
-from osculate.experiments.datafiles import DataError, RemoteFile
+from osculate.experiments.data import cifar
+from osculate.experiments.data.cifar import CIFAR10, CIFAR100, load_cifar
+from osculate.experiments.data.datafiles import DataError, RemoteFile
+from osculate.experiments.data.svhn import load_svhn
 from osculate.experiments.problems import get_problem, natural_images
-from osculate.experiments.svhn import load_svhn
 from scipy.io import savemat
 from torch import nn
 
@@ -34,7 +34,7 @@ def _no_network(monkeypatch, tmp_path):
         raise DataError(f"no network for {file.identity}")
 
     monkeypatch.setattr(cifar, "download", refused)
-    monkeypatch.setattr("osculate.experiments.svhn.download", refused)
+    monkeypatch.setattr("osculate.experiments.data.svhn.download", refused)
     monkeypatch.delenv("OSCULATE_DATA", raising=False)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from osculate.errors import ArgumentError
-from osculate.experiments.comparison import (
+from osculate.experiments.report.figures import comparison_figure, save_figure
+from osculate.experiments.runs.comparison import (
     Comparison,
     Curve,
     compare,
@@ -16,10 +17,9 @@ from osculate.experiments.comparison import (
     load_comparison,
     method_configs,
 )
-from osculate.experiments.config import Budget, RunConfig
-from osculate.experiments.figures import comparison_figure, save_figure
-from osculate.experiments.progress import Display
-from osculate.experiments.runs import Resume
+from osculate.experiments.runs.config import Budget, RunConfig
+from osculate.experiments.runs.progress import Display
+from osculate.experiments.runs.runs import Resume
 from rich.console import Console
 
 TWO_EPOCHS = Budget(2)

@@ -6,7 +6,7 @@ import io
 
 import osculate as osc
 import pytest
-from osculate.experiments.compose import show_compositions
+from osculate.experiments.commands.compose import show_compositions
 from rich.console import Console
 
 

@@ -5,10 +5,18 @@ import math
 from pathlib import Path
 
 import pytest
-from osculate.analysis.convergence_map import MAPPED, Cell, CellKey, Surroundings, interval_of, map_plots, measure_cell
+from osculate.analysis.function_space.convergence_map import (
+    MAPPED,
+    Cell,
+    CellKey,
+    Surroundings,
+    interval_of,
+    map_plots,
+    measure_cell,
+)
 from osculate.errors import ArgumentError, UnknownNameError
-from osculate.experiments import convergence_map
-from osculate.experiments.cli import execute
+from osculate.experiments.commands import convergence_map
+from osculate.experiments.commands.cli import execute
 
 WORDS = [
     "convergence-map",

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import requests
 from osculate.errors import ArgumentError
-from osculate.experiments import datafiles, datasets
-from osculate.experiments.datafiles import DATA_VARIABLE, DataError, RemoteFile, data_folder, download, verify
-from osculate.experiments.datasets import Checksums, ImageSet, load_images
+from osculate.experiments.data import datafiles, datasets
+from osculate.experiments.data.datafiles import DATA_VARIABLE, DataError, RemoteFile, data_folder, download, verify
+from osculate.experiments.data.datasets import Checksums, ImageSet, load_images
 from osculate.experiments.idx import read_idx
 
 NAMES = (

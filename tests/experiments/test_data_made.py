@@ -5,10 +5,10 @@ import pytest
 import scipy.io
 import torch
 from osculate.errors import ArgumentError
-from osculate.experiments import curves, datafiles, faces
-from osculate.experiments.curves import generate_curves, load_curves
-from osculate.experiments.datafiles import DATA_VARIABLE, DataError
-from osculate.experiments.faces import augment, load_face_patches, read_olivetti
+from osculate.experiments.data import curves, datafiles, faces
+from osculate.experiments.data.curves import generate_curves, load_curves
+from osculate.experiments.data.datafiles import DATA_VARIABLE, DataError
+from osculate.experiments.data.faces import augment, load_face_patches, read_olivetti
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ from functools import cache
 import pytest
 import torch
 from osculate import registry
-from osculate.experiments.config import RunConfig
 from osculate.experiments.problems import PROBLEMS, Data, get_problem
-from osculate.experiments.training import prepare
+from osculate.experiments.runs.config import RunConfig
+from osculate.experiments.runs.training import prepare
 
 STEPS = 3
 SAMPLES = 12

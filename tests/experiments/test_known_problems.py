@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from osculate.errors import ArgumentError, NumericalError
-from osculate.experiments.config import RunConfig
-from osculate.experiments.grammar import ALPHABET, encode, write_text
+from osculate.experiments.data.grammar import ALPHABET, encode, write_text
 from osculate.experiments.problems import Data, get_problem
 from osculate.experiments.problems.known import logistic_optimum
-from osculate.experiments.training import prepare
+from osculate.experiments.runs.config import RunConfig
+from osculate.experiments.runs.training import prepare
 from scipy.optimize import minimize
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from osculate.experiments.config import Budget, RunConfig
-from osculate.experiments.training import EveryEpoch, measure, prepare
+from osculate.experiments.runs.config import Budget, RunConfig
+from osculate.experiments.runs.training import EveryEpoch, measure, prepare
 
 
 @pytest.mark.parametrize(

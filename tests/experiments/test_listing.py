@@ -7,9 +7,9 @@ from io import StringIO
 import osculate as osc
 import pytest
 from osculate.errors import UnknownNameError
-from osculate.experiments.docstrings import describe
-from osculate.experiments.listing import exported_name, show_methods, show_parts
-from osculate.experiments.problem_listing import show_problems
+from osculate.experiments.commands.docstrings import describe
+from osculate.experiments.commands.listing import exported_name, show_methods, show_parts
+from osculate.experiments.commands.problem_listing import show_problems
 from osculate.experiments.problems import PROBLEMS, get_problem
 from rich.console import Console
 

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from osculate.analysis.monitor_plots import read_readings
-from osculate.experiments.cli import execute
-from osculate.experiments.records import RunFolder
+from osculate.analysis.monitors.monitor_plots import read_readings
+from osculate.experiments.commands.cli import execute
+from osculate.experiments.runs.records import RunFolder
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from osculate.experiments.batches import data_checksum, move_data
-from osculate.experiments.config import Budget, RunConfig
 from osculate.experiments.problems import get_problem
-from osculate.experiments.records import RunFolder
-from osculate.experiments.runs import Resume, run_in_folder
-from osculate.experiments.training import prepare
+from osculate.experiments.runs.batches import data_checksum, move_data
+from osculate.experiments.runs.config import Budget, RunConfig
+from osculate.experiments.runs.records import RunFolder
+from osculate.experiments.runs.runs import Resume, run_in_folder
+from osculate.experiments.runs.training import prepare
 from rich.console import Console
 
 SETTINGS = {"adamw": {"lr": 0.05, "weight_decay": 0.25, "epsilon": 1e-3}, "sgdm": {"lr": 7.0}}

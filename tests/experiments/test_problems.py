@@ -6,9 +6,9 @@ import pytest
 import torch
 from osculate import registry
 from osculate.errors import ArgumentError, UnknownNameError
-from osculate.experiments.curves import CurveImages, generate_curves
-from osculate.experiments.datasets import LabelledImages
-from osculate.experiments.faces import FacePatches
+from osculate.experiments.data.curves import CurveImages, generate_curves
+from osculate.experiments.data.datasets import LabelledImages
+from osculate.experiments.data.faces import FacePatches
 from osculate.experiments.problems import PROBLEMS, Target, autoencoders, get_problem, images
 from osculate.experiments.problems.problem import bernoulli_loss, gaussian_loss
 from torch import nn

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from osculate.errors import ArgumentError
-from osculate.experiments.replay import TOLERANCE, Report, replay, replay_file
+from osculate.experiments.replay.replay import TOLERANCE, Report, replay, replay_file
 from reference import kbfgs, kfac, mbf, record, trajectories
 from reference.network import BERNOULLI, CATEGORICAL, GAUSSIAN
 from rich.console import Console

@@ -15,15 +15,15 @@ import pandas as pd
 import pytest
 from made_studies import MadeStudy, course_line, small_study, whole_study
 from osculate.errors import ArgumentError
-from osculate.experiments.cli import execute
-from osculate.experiments.records import RunFolder
-from osculate.experiments.report import report_tables, write_report
-from osculate.experiments.report_curves import course_band
-from osculate.experiments.report_figures import report_figures
-from osculate.experiments.report_latex import document, escape, latex_table
+from osculate.experiments.commands.cli import execute
+from osculate.experiments.commands.report import report_tables, write_report
+from osculate.experiments.report.report_curves import course_band
+from osculate.experiments.report.report_figures import report_figures
+from osculate.experiments.report.report_latex import document, escape, latex_table
+from osculate.experiments.report.study_records import StudyRecord, read_study, side_by_side
+from osculate.experiments.runs.records import RunFolder
 from osculate.experiments.study.folders import write_trial
 from osculate.experiments.study.ledger import FINAL, Slot
-from osculate.experiments.study_records import StudyRecord, read_study, side_by_side
 
 BASE = "joint_kfac & co"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 from made_studies import whole_study
-from osculate.experiments.report import report_tables
-from osculate.experiments.report_figures import ablation_figures
-from osculate.experiments.study_records import read_study
+from osculate.experiments.commands.report import report_tables
+from osculate.experiments.report.report_figures import ablation_figures
+from osculate.experiments.report.study_records import read_study
 
 
 def test_effects_count_the_misses_of_both_sides(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_ratios_that_come_from_misses_are_told_in_words() -> None:
 
 def test_figures_of_names_with_dots_do_not_meet_in_one_file(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
-    from osculate.experiments.figures import save_figure
+    from osculate.experiments.report.figures import save_figure
 
     first, second = (save_figure(Figure(), tmp_path / f"decay-0.{digit}") for digit in (5, 7))
     assert [path.name for path in first] == ["decay-0.5.png", "decay-0.5.pdf"]

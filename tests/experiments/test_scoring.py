@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from osculate.errors import ArgumentError
-from osculate.experiments.scoring import Floats, bootstrap, quantile, summarise, time_to_target, value_within
-from osculate.experiments.scoring_budget import best_of, budget_curve
-from osculate.experiments.scoring_pairs import combined_effect, compare_pairs, paired_ratios
-from osculate.experiments.scoring_profiles import profile, profile_score, profile_scores, ratios_to_best
+from osculate.experiments.report.scoring import Floats, bootstrap, quantile, summarise, time_to_target, value_within
+from osculate.experiments.report.scoring_budget import best_of, budget_curve
+from osculate.experiments.report.scoring_pairs import combined_effect, compare_pairs, paired_ratios
+from osculate.experiments.report.scoring_profiles import profile, profile_score, profile_scores, ratios_to_best
 
 INF = math.inf
 COURSE = pd.DataFrame(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from osculate.errors import ArgumentError, UnknownNameError
-from osculate.experiments.cli import execute
-from osculate.experiments.config import Budget
+from osculate.experiments.commands.cli import execute
+from osculate.experiments.commands.study import scaled
+from osculate.experiments.report.study_records import read_study as read_record
+from osculate.experiments.runs.config import Budget
 from osculate.experiments.study.checking import checked
-from osculate.experiments.study.command import scaled
 from osculate.experiments.study.conductor import Place, _Crew
 from osculate.experiments.study.definition import Arm, Study, StudyProblem, Tuning
 from osculate.experiments.study.folders import NOT_FINISHED, run_folder, settle, write_trial
@@ -21,7 +22,6 @@ from osculate.experiments.study.presence import Presence, clear, is_alive
 from osculate.experiments.study.reading import find_study, read_study, shipped_studies
 from osculate.experiments.study.spaces import Choice, Grid, LogUniform, Uniform, points
 from osculate.experiments.study.worker import Assignment, perform
-from osculate.experiments.study_records import read_study as read_record
 
 HEAD = """seeds = [1, 2]
 [[problems]]

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-from osculate.experiments.cli import execute
-from osculate.experiments.config import Budget
+from osculate.experiments.commands.cli import execute
+from osculate.experiments.runs.config import Budget
 from osculate.experiments.study.checking import checked
 from osculate.experiments.study.estimate import Cost, estimate
 from osculate.experiments.study.reading import read_study

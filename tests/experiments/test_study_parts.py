@@ -6,8 +6,8 @@ import osculate as osc
 import pytest
 from osculate import registry
 from osculate.errors import ArgumentError, CompatibilityError, UnknownNameError
-from osculate.framework.expressions import is_part_text, places, read_part, with_parts
-from osculate.framework.parts import label
+from osculate.framework.methods.expressions import is_part_text, places, read_part, with_parts
+from osculate.framework.methods.parts import label
 
 
 def test_every_registered_part_with_defaults_is_built_from_its_name() -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from osculate.experiments.study.command import scaled
+from osculate.experiments.commands.study import scaled
 from osculate.experiments.study.definition import Study
 from osculate.experiments.study.ledger import Ledger, open_storage
 from osculate.experiments.study.reading import read_study
@@ -34,7 +34,7 @@ method = "sgdm"
 lr = 1e9
 """
 RUNS = 3 + 2 + 2
-MAIN = "from osculate.experiments.cli import main; main()"
+MAIN = "from osculate.experiments.commands.cli import main; main()"
 
 
 @pytest.fixture

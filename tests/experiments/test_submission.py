@@ -17,8 +17,8 @@ from typing import Any
 import osculate as osc
 import pytest
 import torch
-from osculate.experiments.cli import execute
-from osculate.experiments.submission import search_space, submission_source
+from osculate.experiments.commands.cli import execute
+from osculate.experiments.commands.submission import search_space, submission_source
 from torch import Tensor, nn
 from torch.nn import functional
 

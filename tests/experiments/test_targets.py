@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from osculate.errors import ArgumentError
-from osculate.experiments.records import RunFolder
-from osculate.experiments.targets import OutputError, exclusive, require_file, require_folder, writing
+from osculate.experiments.runs.records import RunFolder
+from osculate.experiments.runs.targets import OutputError, exclusive, require_file, require_folder, writing
 
 
 def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from osculate.errors import ArgumentError, NumericalError
-from osculate.experiments.batches import BatchOrder
-from osculate.experiments.config import Budget, RunConfig, WarmStart, differences, parse_options
-from osculate.experiments.progress import Display
-from osculate.experiments.records import RunFolder
-from osculate.experiments.runs import Resume, RunResult, run_in_folder
-from osculate.experiments.training import BoundedShare, EveryEpoch, measure, prepare
-from osculate.experiments.training_run import Stopwatch
+from osculate.experiments.runs.batches import BatchOrder
+from osculate.experiments.runs.config import Budget, RunConfig, WarmStart, differences, parse_options
+from osculate.experiments.runs.progress import Display
+from osculate.experiments.runs.records import RunFolder
+from osculate.experiments.runs.runs import Resume, RunResult, run_in_folder
+from osculate.experiments.runs.training import BoundedShare, EveryEpoch, measure, prepare
+from osculate.experiments.runs.training_run import Stopwatch
 from rich.console import Console
 
 NOT_REPEATED = {"seconds", "warm_start_seconds", "peak_memory_bytes"}

@@ -12,10 +12,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from osculate.analysis import Control, Curve, Evidence, Inequality, Plot, Setting, Theorem, catalogue, verify
-from osculate.experiments.cli import execute
-from osculate.experiments.theorem_figures import equation_pieces, equation_svg, plots_figure
-from osculate.experiments.verify_report import report
+from osculate.analysis import Control, Curve, Evidence, Inequality, Plot, Setting, Theorem, verify
+from osculate.analysis.theorems import catalogue
+from osculate.experiments.commands.cli import execute
+from osculate.experiments.report.theorem_figures import equation_pieces, equation_svg, plots_figure
+from osculate.experiments.report.verify_report import report
 
 VOID = {"meta", "img", "br"}
 NAMES = ["T2", "T9", "T16"]

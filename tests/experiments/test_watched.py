@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from osculate.errors import ArgumentError
-from osculate.experiments.cli import execute
-from osculate.experiments.config import Budget, RunConfig
-from osculate.experiments.records import RunFolder
-from osculate.experiments.runs import Resume, run_in_folder
-from osculate.experiments.watched import Extras
+from osculate.experiments.commands.cli import execute
+from osculate.experiments.runs.config import Budget, RunConfig
+from osculate.experiments.runs.records import RunFolder
+from osculate.experiments.runs.runs import Resume, run_in_folder
+from osculate.experiments.runs.watched import Extras
 from rich.console import Console
 
 CONFIG = RunConfig("tiny", "kbfgs", lr=0.1, damping=0.3)

@@ -9,8 +9,8 @@ from typing import Any
 
 import osculate as osc
 import pytest
-from osculate.framework.parts import KINDS
-from osculate.framework.registry import instances
+from osculate.framework.methods.parts import KINDS
+from osculate.framework.methods.registry import instances
 from torch import nn
 
 CLASSES = sorted({cls for table in KINDS.values() for cls in table.values()} | {osc.Schedule}, key=lambda c: c.__name__)

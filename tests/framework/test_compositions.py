@@ -9,7 +9,7 @@ from itertools import combinations
 import osculate as osc
 import pytest
 import torch
-from osculate.framework.compositions import CROSSED, DEALT, Composition
+from osculate.framework.methods.compositions import CROSSED, DEALT, Composition
 from small_nets import METHODS, NETS, batches, flat, make, train
 from torch import nn
 

@@ -8,7 +8,7 @@ from typing import Any
 import osculate as osc
 import pytest
 import torch
-from osculate.framework.last_steps import name_of_last
+from osculate.framework.optimizer.last_steps import name_of_last
 from osculate.stepsize.guard import Trial
 from small_nets import batches, closure_of, data, differences, everything, flat, make, train
 from torch import Tensor, nn

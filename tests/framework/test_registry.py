@@ -8,7 +8,7 @@ import json
 import osculate as osc
 import pytest
 import torch
-from osculate.framework import registry
+from osculate.framework.methods import registry
 from small_nets import METHODS, batches, build, data, make, train
 
 

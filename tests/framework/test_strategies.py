@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
-from osculate.framework import strategies
-from osculate.framework.contracts import Case, Training
+from osculate.framework.contracts import Case, Training, strategies
 from osculate.framework.contracts.pairs import SecantPair
 from torch import nn
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import osculate as osc
 import pytest
 import torch
-from osculate.experiments.config import parse_options
+from osculate.experiments.runs.config import parse_options
 from torch import nn
 
 

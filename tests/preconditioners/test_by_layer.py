@@ -18,7 +18,7 @@ from osculate.preconditioners import (
     PerOutput,
     Preconditioner,
 )
-from osculate.preconditioners.by_layer import leaves, select
+from osculate.preconditioners.structures.by_layer import leaves, select
 from torch import nn
 
 KFAC = Kronecker(Covariance(), Covariance())

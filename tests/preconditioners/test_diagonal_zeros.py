@@ -3,8 +3,8 @@
 import osculate as osc
 import pytest
 import torch
-from osculate.curvature.statistics import Tensors
-from osculate.preconditioners.diagonal import Diagonal, DiagonalState
+from osculate.curvature.records.statistics import Tensors
+from osculate.preconditioners.structures.diagonal import Diagonal, DiagonalState
 from torch import nn
 
 

@@ -22,8 +22,8 @@ from osculate.preconditioners import (
     SideDamping,
     Split,
 )
-from osculate.preconditioners.factors import CovarianceState
-from osculate.preconditioners.kronecker import KroneckerState
+from osculate.preconditioners.factors.factor import CovarianceState
+from osculate.preconditioners.structures.kronecker import KroneckerState
 from torch import Tensor
 
 seeds = st.integers(0, 2**31)

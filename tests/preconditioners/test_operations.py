@@ -6,14 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measuring import close, generator_of, random_spd
 from osculate import ArgumentError
-from osculate.preconditioners import (
-    AbsoluteInverse,
-    Eigenvectors,
-    Inverse,
-    InverseRoot,
-    PowerIteration,
-    Request,
-)
+from osculate.preconditioners import AbsoluteInverse, Eigenvectors, Inverse, InverseRoot, PowerIteration, Request
 from osculate.preconditioners.operations import Operation, compute_many
 from torch import Tensor
 

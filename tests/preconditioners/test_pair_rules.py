@@ -19,7 +19,7 @@ from osculate.preconditioners import (
     PowellH,
     TwoSidedCurvatureTest,
 )
-from osculate.preconditioners.lbfgs import append_pair_
+from osculate.preconditioners.factors.lbfgs import append_pair_
 from osculate.preconditioners.linalg import bfgs_inverse_update_
 from reference import pairs as reference
 from torch import Tensor

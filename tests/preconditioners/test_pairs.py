@@ -11,7 +11,7 @@ from measuring import close, generator_of, random_spd
 from osculate import ArgumentError
 from osculate.preconditioners import DoubleDamping, NoDamping, PairDamping, PowellThenLM
 from osculate.preconditioners.linalg import bfgs_inverse_update_
-from osculate.preconditioners.pairs import DampedPair, powell_on_inverse
+from osculate.preconditioners.pairs.damping import DampedPair, powell_on_inverse
 from reference import pairs as reference
 from torch import Tensor
 

@@ -16,8 +16,8 @@ from osculate.preconditioners import (
     NoDamping,
     ZeroStartAverage,
 )
-from osculate.preconditioners.bfgs import BFGSState, HessianActionState
-from osculate.preconditioners.lbfgs import append_pair_
+from osculate.preconditioners.factors.bfgs import BFGSState, HessianActionState
+from osculate.preconditioners.factors.lbfgs import append_pair_
 from osculate.preconditioners.linalg import inverse_of_many
 from reference import pairs as reference
 from reference.lbfgs import PairStore

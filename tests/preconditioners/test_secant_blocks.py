@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measuring import close, generator_of, random_spd
 from osculate.curvature import LayerStatistics, discover_layers
-from osculate.curvature.layers import Layer
-from osculate.preconditioners.secant_blocks import SecantBlocksState, two_loop
+from osculate.curvature.layers.layer import Layer
+from osculate.preconditioners.structures.secant_blocks import SecantBlocksState, two_loop
 from reference.lbfgs import PairStore
 from torch import Tensor, nn
 

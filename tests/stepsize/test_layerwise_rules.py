@@ -11,7 +11,7 @@ from measuring import close, generator_of, random_spd
 from osculate import ArgumentError
 from osculate.curvature import ExactHessian, HessianRowSums, Needs, SampledBatchScores, SampledScores
 from osculate.stepsize import JointLayerwise, LayerwiseQuadratic, StepEvidence
-from osculate.stepsize.averages import AveragedForms
+from osculate.stepsize.averaged_forms import AveragedForms
 from osculate.stepsize.joint import solve_semidefinite
 from osculate.stepsize.layerwise import LeadingSlope, MomentumSlope, RowSums, Separate
 from reference import joint as joint_reference

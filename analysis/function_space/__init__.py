@@ -1,0 +1,1 @@
+"""Runs in function space, their bounds and certificates."""

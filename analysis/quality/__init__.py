@@ -1,0 +1,1 @@
+"""How good an approximation of the curvature is."""

@@ -1,0 +1,1 @@
+"""Checkable theorems of the papers, one file a group."""

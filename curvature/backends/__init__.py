@@ -1,0 +1,1 @@
+"""Who measures: hooks, ``torch.func`` and BackPACK fill the same records."""

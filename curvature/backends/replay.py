@@ -1,0 +1,292 @@
+"""What the recomputing backends share: they hook the model's root only, and measure when they are asked.
+
+A pass keeps the arguments of the model's forward, its output, the labels drawn for it, and the gradient that the user's
+loss sent back to the output. From these everything else can be computed again with the parameters as they are, because
+a step writes to the parameters only after the record has been collected.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ArgumentError, CompatibilityError
+from ..layers.layer import Layer
+from ..likelihoods import Likelihood
+from ..records.calls import EMPTY, Call, ParameterSum
+from ..records.joining import combine
+from ..records.statistics import LayerStatistics, SampleGradients, Tensors
+from .capture import PassKind, Record
+from .hooks import Hook
+from .passes import Pauses, accumulates
+from .sampling import extra_backward, is_extra_backward, label_generator, require_predictive
+
+__all__ = ["Measured", "Pass", "ReplayBackend", "RootHook", "require_replayable"]
+
+
+@dataclass
+class Pass:
+    """One forward pass of the whole model: ``output`` is (N, ...), ``gradient`` that of the user's loss there.
+
+    ``discarded``: the user has cleared the gradient, and may go backward again while the graph lives.
+    """
+
+    index: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    targets: Tensor | None = None
+    gradient: Tensor | None = None
+    discarded: bool = False
+
+    @property
+    def samples(self) -> int:
+        """N."""
+        return self.output.shape[0]
+
+
+@dataclass
+class Measured:
+    """What one pass gave for one layer."""
+
+    calls: list[Call] = field(default_factory=list)
+    sums: list[ParameterSum] = field(default_factory=list)
+    whole: SampleGradients = field(default_factory=SampleGradients)
+    extensions: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+class ReplayBackend(ABC):
+    """Records passes at the model's root; a subclass measures them. Used as :class:`~.capture.Capture`.
+
+    Args:
+        model: the model. It must return one tensor whose first axis counts the samples.
+        layers: its layers.
+        likelihood: the model's predictive distribution, for sampled labels and curvature roots.
+        loss_reduction: ``"mean"`` or ``"sum"``.
+        seed: of the sampled labels, which equal those of the other backends.
+    """
+
+    name: ClassVar[str]
+    cannot: ClassVar[Mapping[Record, str]] = {}
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood | None, loss_reduction: str, seed: int
+    ):
+        self.model = model
+        self.layers = list(layers)
+        self.likelihood = likelihood
+        self.loss_reduction = loss_reduction
+        self.seed = seed
+        self.step = 0
+        self.stream = 0
+        self._wanted: dict[str, Record] = {}
+        self._references: list[weakref.ref[Pass]] = []
+        self._kept: list[Pass] = []
+        self._count = 0
+        self._kind: PassKind = "gradient"
+        self.pauses = Pauses()
+        self._handles = self._attach()
+
+    @abstractmethod
+    def measure(self, entry: Pass, wanted: Mapping[str, Record]) -> dict[str, Measured]:
+        """Measure one pass; runs with every osculate hook on the model switched off."""
+
+    def check(self) -> None:
+        """Refuse a model in a mode in which it cannot be measured; called at every forward pass."""
+        require_replayable(self.model, self.name)
+
+    def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
+        """Choose what the following forward passes record, per layer name; see ``Capture.arm``."""
+        self._wanted = {name: record for name, record in wanted.items() if record}
+        self._kind = kind
+
+    def extended(self, layers: Sequence[Layer]) -> ReplayBackend:
+        """A backend for more layers in place of this one, whose hooks are removed and whose records are dropped."""
+        self.close()
+        result = type(self)(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
+        result.step, result.pauses = self.step, self.pauses
+        return result
+
+    def close(self) -> None:
+        """Remove all hooks from the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what was recorded, and the hooks, belong to the original."""
+        own = {"_handles": [], "_references": [], "_kept": [], "_count": 0, "pauses": Pauses()}
+        return {**self.__dict__, **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy places its hook on its own model."""
+        self.__dict__.update(state)
+        self._handles = self._attach()
+
+    def clear(self) -> None:
+        """Forget every pass."""
+        self._references, self._kept, self._count = [], [], 0
+
+    def discard_complete(self) -> None:
+        """Forget passes that already have a gradient: the user threw that gradient away (``zero_grad``)."""
+        for entry in self._passes:
+            if entry.gradient is not None:
+                entry.gradient, entry.discarded = None, True
+        self._kept[:] = [entry for entry in self._kept if not entry.discarded]  # hooks hold this very list
+
+    @property
+    def _passes(self) -> list[Pass]:
+        """Passes that are still alive: their graph is, or their gradient has arrived."""
+        return [entry for entry in (reference() for reference in self._references) if entry is not None]
+
+    def _attach(self) -> list[Any]:
+        return [self.model.register_forward_hook(RootHook(self), with_kwargs=True)]
+
+    def collect(self) -> dict[str, LayerStatistics]:
+        """Measure all complete passes since the last time; forgets every pass."""
+        passes = [entry for entry in self._passes if entry.gradient is not None or self._kind == "forward"]
+        wanted = self._wanted
+        self.clear()
+        with extra_backward(), torch.enable_grad():
+            measured = [self.measure(entry, wanted) for entry in passes]
+        result: dict[str, LayerStatistics] = {}
+        for layer in self.layers:
+            found = [entry[layer.name] for entry in measured if layer.name in entry]
+            calls = [call for entry in found for call in entry.calls]
+            record = combine(layer, calls, [item for entry in found for item in entry.sums], self.loss_reduction)
+            if record is not None:
+                extensions = found[0].extensions if len(found) == 1 else {}
+                whole = _join([entry.whole for entry in found])
+                result[layer.name] = replace(record, sample_gradients=whole, extensions=extensions)
+        return result
+
+    def _on_model(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Record a pass; may replace the output by one that carries an artificial leaf."""
+        if not self._wanted or not torch.is_grad_enabled():
+            return None
+        if self.pauses:
+            return self._with_leaf(output)[0] if isinstance(output, Tensor) else None
+        if not isinstance(output, Tensor) or output.ndim == 0:
+            raise ArgumentError(
+                f"backend={self.name!r} needs a model that returns one Tensor with a batch axis, got "
+                f"{type(output).__name__}; use backend='hooks'"
+            )
+        if output.shape[0] == 0:
+            raise ArgumentError(f"the model was called on a batch of 0 samples; {EMPTY}")
+        if torch.is_autocast_enabled(output.device.type):
+            raise CompatibilityError(
+                f"backend={self.name!r} measures in full precision; leave torch.autocast, or use backend='hooks'"
+            )
+        replaced, leaves = self._with_leaf(output)
+        output = output if replaced is None else replaced
+        if self._kind != "forward":
+            if not output.requires_grad:
+                return None
+            if replaced is None and output._is_view():
+                output = replaced = torch.ops.aten._unsafe_view(output, output.shape)
+        self.check()
+        entry = Pass(self._count, args, kwargs, output.detach().clone(), self._labels(output))
+        self._count += 1
+        self._references = [*(weakref.ref(other) for other in self._passes), weakref.ref(entry)]
+        if self._kind == "forward":
+            self._kept.append(entry)
+        elif output.requires_grad:
+            output.register_hook(_gradient_hook(entry, self._kept, self.pauses, leaves))
+        return replaced
+
+    def _with_leaf(self, output: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """When looking back, the output with an artificial leaf; and what a backward must fill to count."""
+        if self._kind == "look back":
+            leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            return output + leaf, [leaf]
+        wanted = [layer for layer in self.layers if layer.name in self._wanted]
+        return None, [parameter for layer in wanted for parameter in layer.parameters.values()]
+
+    def _earlier(self) -> int:
+        """Passes before this one that count, or still may."""
+        return sum(not entry.discarded for entry in self._passes)
+
+    def _labels(self, output: Tensor) -> Tensor | None:
+        """Labels drawn from the model, the same that the ``hooks`` backend draws."""
+        every = list(self._wanted.values())
+        if not any(record & (Record.SAMPLED | Record.SAMPLED_PARAMETERS | Record.CURVATURE_ROOTS) for record in every):
+            return None
+        likelihood, output = require_predictive(self.likelihood, output)
+        if not any(record & (Record.SAMPLED | Record.SAMPLED_PARAMETERS) for record in every):
+            return None
+        generator = label_generator(self.seed, self.step, self._earlier(), output.device, self.stream)
+        return likelihood.sample(output.detach(), generator)
+
+
+class RootHook(Hook):
+    """Forward hook of the model, which it tells from a copy."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Record the pass."""
+        backend: Any = self.capture()
+        return backend._on_model(args, kwargs, output) if backend is not None and module is backend.model else None
+
+
+def require_replayable(model: nn.Module, backend: str) -> None:
+    """Check that no module of the model couples samples or draws random numbers in the pass at hand.
+
+    Raises:
+        CompatibilityError: naming the first module that does, and the way out.
+    """
+    for name, module in model.named_modules():
+        reason = None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            reason = "normalises with the statistics of the batch, which couples its samples"
+        elif isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            reason = "draws a random mask in every pass"
+        elif module.training and _dropout(module) > 0:
+            reason = "has active dropout"
+        elif isinstance(module, nn.RReLU) and module.training:
+            reason = "draws random slopes in every pass"
+        if reason is not None:
+            raise CompatibilityError(
+                f"backend={backend!r} cannot measure module {name or '(root)'!r} ({type(module).__name__}): it "
+                f"{reason}; call .eval() on that module, or use backend='hooks'"
+            )
+
+
+def _dropout(module: nn.Module) -> float:
+    """The dropout probability that recurrent layers and attention keep as a number."""
+    value = getattr(module, "dropout", 0.0)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _gradient_hook(entry: Pass, kept: list[Pass], pauses: Pauses, leaves: Sequence[Tensor]) -> Any:
+    """The hook owns its pass until the gradient comes: with a graph that is thrown away, the pass vanishes.
+
+    Gradients of several backwards through one forward add up, as they do in ``.grad``.
+    """
+
+    def hook(gradient: Tensor) -> None:
+        if is_extra_backward() or pauses or not accumulates(leaves):
+            return
+        entry.gradient = gradient.detach().clone() if entry.gradient is None else entry.gradient + gradient.detach()
+        entry.discarded = False
+        if not any(entry is other for other in kept):
+            kept.append(entry)
+
+    return hook
+
+
+def _join(pieces: Sequence[SampleGradients]) -> SampleGradients:
+    def column(values: Sequence[Tensors | None]) -> Tensors | None:
+        present = [value for value in values if value is not None]
+        if not present or len(present) < len(values):
+            return None
+        return tuple(torch.cat(parts) for parts in zip(*present, strict=True))
+
+    return SampleGradients(
+        column([entry.loss for entry in pieces]),
+        column([entry.sampled for entry in pieces]),
+        column([entry.roots for entry in pieces]),
+    )

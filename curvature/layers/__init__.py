@@ -1,0 +1,1 @@
+"""What a layer is to the library, and how a model is searched for layers."""

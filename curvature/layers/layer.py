@@ -1,0 +1,199 @@
+"""Layers: what a module looks like to a second-order method.
+
+A layer is a module together with its trainable parameters. An adapter (:mod:`.adapters`) tells how to read it as a
+linear map ``h = W a + b`` applied at ``S`` shared positions of each of ``N`` samples. The axis convention, used
+everywhere:
+
+    ``n`` samples, ``s`` positions (``Linear``: 1 or the sequence length, convolutions: output sites),
+    ``i`` inputs of the map (convolutions: channels x kernel), ``o`` outputs.
+
+The bias is the last column of the layer matrix ``[W | b]`` (homogeneous coordinate last, as in the K-BFGS paper).
+A module that no adapter recognises is a layer of kind ``"Other"``: it has parameters but no statistics, and gets the
+fallback that the method declares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from ...errors import ArgumentError, CompatibilityError
+from ..parametrised import has_plain_weights
+from .adapters import ADAPTERS, LayerAdapter
+from .attention import attention_parts, is_attention, sequence_first
+
+__all__ = ["Layer", "LayerAdapter", "discover_layers"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module with trainable parameters.
+
+    Attributes:
+        name: qualified name of the module in the model (``"(root)"`` for the model itself).
+        kind: ``"Linear"``, ``"Conv2d"``, ``"Attention"``, ... (:data:`.adapters.KINDS`) or ``"Other"``.
+        module: the module.
+        parameters: its own trainable parameters by name, ``weight`` before ``bias``.
+        adapter: how to read it; ``None`` for kind ``"Other"``.
+        others: further modules with the same parameters; their calls count as calls of this layer.
+        batch_axis: the axis of its input and output that counts samples: 0, or 1 inside torch's own transformer layers
+            built with ``batch_first=False``.
+        note: why it is of kind ``"Other"`` although modules of its type usually are not; else empty.
+    """
+
+    name: str
+    kind: str
+    module: nn.Module = field(repr=False)
+    parameters: dict[str, nn.Parameter] = field(repr=False)
+    adapter: LayerAdapter | None = field(repr=False)
+    others: tuple[nn.Module, ...] = field(default=(), repr=False)
+    batch_axis: int = 0
+    note: str = ""
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Every module whose calls are calls of this layer."""
+        return (self.module, *self.others)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the layer has a trainable weight that can be read as a matrix (d_out, d_in)."""
+        return self.adapter is not None and "weight" in self.parameters and self.adapter.has_matrix(self.module)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a trainable bias is the last column of the layer matrix."""
+        return "bias" in self.parameters
+
+    @property
+    def groups(self) -> int:
+        """Number G of groups: row o of the matrix sees the inputs of its own group."""
+        return 1 if self.adapter is None else self.adapter.groups(self.module)
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape (d_out, d_in) of the weight as a matrix, without the bias column."""
+        shape = self.parameters["weight"].shape
+        rows, columns = self._reader().weight_as_matrix(self.module, torch.empty(shape, device="meta")).shape
+        return rows, columns
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape (d_out, d_in + 1 if there is a bias) of the layer matrix ``[W | b]``."""
+        rows, columns = self.weight_shape
+        return rows, columns + self.has_bias
+
+    def joint_matrix(self, values: Sequence[Tensor]) -> Tensor:
+        """Tensors in the shapes of (weight, bias), with any leading axes, as matrices (..., d_out, d_in [+ 1])."""
+        weight = self._reader().weight_as_matrix(self.module, values[0])
+        return torch.cat([weight, values[1].unsqueeze(-1)], -1) if len(values) > 1 else weight
+
+    def parameter_views(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """A joint matrix (..., d_out, d_in [+ 1]) in the shapes of (weight, bias), without a copy."""
+        weight = matrix[..., :-1] if self.has_bias else matrix
+        reshaped = self._reader().matrix_as_weight(self.module, weight)
+        return (reshaped, matrix[..., -1]) if self.has_bias else (reshaped,)
+
+    def entries(self) -> Tensor:
+        """(d,) For every entry of weight and bias, in the parameters' own order, its place in the joint matrix.
+
+        The place counts row by row: a matrix over the joint matrix's entries, indexed by this on both axes, is one over
+        the parameters' entries.
+        """
+        rows, columns = self.matrix_shape
+        places = torch.arange(rows * columns).reshape(rows, columns)
+        return torch.cat([view.flatten() for view in self.parameter_views(places)])
+
+    def _reader(self) -> LayerAdapter:
+        if self.adapter is None:
+            raise CompatibilityError(
+                f"layer {self.name!r} ({type(self.module).__name__}) is of kind 'Other' and no matrix; serve it by a "
+                "part that works on tensors (Diagonal, Identity)"
+            )
+        return self.adapter
+
+
+def discover_layers(model: nn.Module, adapters: Sequence[LayerAdapter] = ADAPTERS) -> list[Layer]:
+    """All layers of ``model`` with at least one trainable parameter, in the model's order.
+
+    Modules of one kind and configuration that share all their parameters are one layer, under the first one's name.
+    Any other shared parameter belongs to the first module that has it, and every module with a part in it is of kind
+    ``"Other"``: statistics would count only some of its uses. So is a module whose weight is computed from other
+    parameters (``weight_norm``, ``spectral_norm``, pruning, ``torch.nn.utils.parametrize``).
+
+    Raises:
+        ArgumentError: if a parameter is not initialised yet, or a trainable embedding has sparse gradients.
+    """
+    owners = _owners(model)
+    sequences = sequence_first(model)
+    layers: list[Layer] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = _unseen(name, module, seen)
+        if (
+            is_attention(module)
+            and has_plain_weights(module)
+            and all(len(owners[id(p)]) == 1 for p in module.parameters())
+        ):
+            own |= _unseen(name, module.out_proj, seen)
+            layers += [Layer(*part) for part in attention_parts(name, module, own)]
+        elif own:
+            layers.append(_layer(name, module, own, owners, adapters, id(module) in sequences))
+        seen.update(id(parameter) for parameter in own.values())
+    return layers
+
+
+def _layer(
+    name: str,
+    module: nn.Module,
+    own: dict[str, nn.Parameter],
+    owners: dict[int, list[nn.Module]],
+    adapters: Sequence[LayerAdapter],
+    sequence: bool,
+) -> Layer:
+    adapter = next((entry for entry in adapters if entry.matches(module)), None)
+    note = ""
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        note = "parameters of a reparametrised weight"
+    elif (adapter is not None or is_attention(module)) and not has_plain_weights(module):
+        adapter, note = None, "its weight is computed from other parameters (parametrize, weight_norm, pruning)"
+    users = list({id(user): user for parameter in own.values() for user in owners[id(parameter)]}.values())
+    others = tuple(user for user in users if user is not module)
+    if adapter is None or not all(_interchangeable(module, other) for other in others):
+        adapter, others = None, ()
+    axis = int(sequence and adapter is not None)
+    return Layer(name or "(root)", adapter.kind if adapter else "Other", module, own, adapter, others, axis, note)
+
+
+def _interchangeable(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two modules are the same function: one type, one configuration, the same parameters."""
+    own, other = dict(first.named_parameters(recurse=False)), dict(second.named_parameters(recurse=False))
+    same = own.keys() == other.keys() and all(own[name] is other[name] for name in own)
+    return same and type(first) is type(second) and first.extra_repr() == second.extra_repr()
+
+
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Which modules have each parameter."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return owners
+
+
+def _unseen(name: str, module: nn.Module, seen: set[int]) -> dict[str, nn.Parameter]:
+    """A module's own trainable parameters that belong to no earlier layer."""
+    own: dict[str, nn.Parameter] = {}
+    for key, parameter in module.named_parameters(recurse=False):
+        if isinstance(parameter, UninitializedParameter):
+            raise ArgumentError(
+                f"parameter {key!r} of {name or 'the model'!r} is not initialised yet; run the model once before "
+                "building the optimizer"
+            )
+        if parameter.requires_grad and id(parameter) not in seen:
+            own[key] = parameter
+    return own

@@ -1,0 +1,1 @@
+"""What is asked for and what is recorded of a layer in one mini-batch."""

@@ -1,0 +1,291 @@
+"""The record that flows from the backends to the parts: what was measured of one layer on one mini-batch.
+
+Scaling is decided here and nowhere else. Raw gradients are kept as autograd gave them together with the factor
+``gradient_scale`` that turns them into gradients of each sample's own loss: N (the number of samples) when the user's
+loss is a mean over samples, 1 when it is a sum. Nothing in the record is divided by N.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError, CompatibilityError
+from ..layers.layer import Layer, LayerAdapter
+
+__all__ = ["LOOKING_BACK", "LayerStatistics", "Needs", "SampleGradients", "Tensors"]
+
+Tensors = tuple[Tensor, ...]
+_T = TypeVar("_T")
+
+
+class Needs(enum.Flag):
+    """What a part asks of the others. A method is legal when every need is provided by somebody.
+
+    - ``INPUTS``: layer inputs (always available from the capture);
+    - ``ROOTS``: gradients at the pre-activations, one row per sample and position, whose outer products average to the
+      curvature (empirical or sampled Fisher);
+    - ``VECTORS``: gradient vectors of the whole layer whose outer products average to the curvature;
+    - ``PAIRS``: batch means of pre-activations and their gradients before and after the step (secant pairs);
+    - ``CHANGES``: the layer's parameters and the gradient of the mean loss there, before and after the step;
+    - ``SCORES``: per-sample derivatives of the log-likelihood along the step directions (quadratic forms);
+    - ``PRODUCTS``: products with the Hessian of the mini-batch loss, which take a closure;
+    - ``BATCH_SCORES``: the parameter gradient of the mean loss with sampled labels;
+    - ``NORMS``: norms of the layers' parameters and directions (always available, one pass over each);
+    - ``SLOPES``: inner products of gradient and direction per layer (always available, one pass);
+    - ``MATRIX``: the layer's dense curvature matrix over its parameters (:attr:`LayerStatistics.matrix`).
+    """
+
+    NOTHING = 0
+    INPUTS = enum.auto()
+    ROOTS = enum.auto()
+    VECTORS = enum.auto()
+    PAIRS = enum.auto()
+    SCORES = enum.auto()
+    PRODUCTS = enum.auto()
+    BATCH_SCORES = enum.auto()
+    NORMS = enum.auto()
+    SLOPES = enum.auto()
+    MATRIX = enum.auto()
+    CHANGES = enum.auto()
+
+
+LOOKING_BACK = Needs.PAIRS | Needs.CHANGES
+"""What is measured before and after the step, on the same mini-batch."""
+
+
+@dataclass(frozen=True)
+class SampleGradients:
+    """Whole parameter gradients, sample by sample, as a backend measured them. The ``hooks`` backend leaves them out.
+
+    Attributes:
+        loss: per parameter (N, *shape), raw gradients of the user's loss (times ``gradient_scale`` they belong to each
+            sample's own loss).
+        sampled: per parameter (N, *shape), gradients of -log p(sampled label).
+        roots: per parameter (N, V, *shape), the V roots of the output curvature times the output's Jacobian.
+    """
+
+    loss: Tensors | None = None
+    sampled: Tensors | None = None
+    roots: Tensors | None = None
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One layer on one mini-batch of N samples with S shared positions (S = 1 for a plain ``Linear``).
+
+    Attributes:
+        layer: the layer.
+        samples: N.
+        positions: S.
+        gradient_scale: factor from the raw ``output_gradient`` to per-sample gradients.
+        inputs: what the layer's adapter records of the module's input, (N, ...): the input itself, for batch
+            normalisation the normalised input; use :meth:`input_rows`. A module called c times in one pass has c rows
+            per sample, one after another, and c times the positions; the same holds for the two gradients.
+        output_gradient: raw gradient of the user's loss at the pre-activation, in the module's output shape.
+        sampled_gradient: per-sample gradient of -log p(sampled label) at the pre-activation (scale 1).
+        mean_preactivation: (d_out,) mean over samples and positions.
+        mean_gradient: (d_out,) mean over samples and positions of the per-sample gradient.
+        gradients: gradient of the user's loss per parameter of the layer, no weight decay.
+        parameters: values of the layer's parameters at this evaluation; for parts that need ``CHANGES``, when they look
+            back.
+        mean_scale: factor from ``gradients`` to the gradient of the mean loss: 1 for a mean loss, 1 / N for a sum.
+        sampled_parameter_gradients: the same for the mean loss with labels sampled from the model.
+        curvature_roots: (N, V, ...): the V roots of the output's curvature (``Likelihood.curvature_root``)
+            backpropagated to the pre-activation, each in the module's output shape.
+        sample_gradients: whole gradients per sample, where the backend measured them itself.
+        extensions: what BackPACK was asked for beside the record, by name, one entry per parameter; of a single pass,
+            and empty for the other backends.
+        hessian: builds the dense Hessian of the mean loss over the layer's parameters, laid out as ``matrix``.
+        roots: rows (V*N*S, d_out) of curvature-bearing gradients and their factor, chosen by the estimator; the
+            curvature at the pre-activation is the sum of outer products over all rows divided by N*S (V = 1 but for
+            the exact Gauss-Newton matrix).
+        calls: positions of each call of the module in one pass, S in all; ``None``: one call.
+        ragged: the calls have no samples in common, or micro-batches differ in their positions: the rows stand for
+            outer products only, and nothing can be had sample by sample.
+        row_count: number of rows N*S if S was rounded down (``ragged``); ``None``: as the shapes say.
+        vectors: per parameter a tensor (V, *shape): V gradient vectors whose mean outer product is the curvature.
+        matrix: builds the dense curvature matrix (P, P) over the P parameters of the layer, in the layer's order, each
+            flattened row-major (weight in its own layout, then bias). Symmetric; it may have negative eigenvalues if
+            the estimator says ``definite = False``. Call it during ``update`` only: it may use the autograd graph.
+    """
+
+    layer: Layer
+    samples: int
+    positions: int
+    gradient_scale: float = 1.0
+    inputs: Tensor | None = None
+    output_gradient: Tensor | None = None
+    sampled_gradient: Tensor | None = None
+    mean_preactivation: Tensor | None = None
+    mean_gradient: Tensor | None = None
+    gradients: Tensors | None = None
+    parameters: Tensors | None = None
+    mean_scale: float = 1.0
+    sampled_parameter_gradients: Tensors | None = None
+    curvature_roots: Tensor | None = None
+    sample_gradients: SampleGradients = SampleGradients()
+    extensions: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    hessian: Callable[[], Tensor] | None = None
+    roots: tuple[Tensor, float] | None = None
+    vectors: Callable[[], Tensors] | None = None
+    calls: tuple[int, ...] | None = None
+    ragged: bool = False
+    row_count: int | None = None
+    matrix: Callable[[], Tensor] | None = None
+
+    def with_vectors(self, vectors: Callable[[], Tensors]) -> LayerStatistics:
+        """The record with ``vectors`` and with the matrix they stand for, both built on demand."""
+
+        def matrix() -> Tensor:
+            rows = torch.cat([value.flatten(1) for value in vectors()], 1)
+            return rows.T @ rows / rows.shape[0]
+
+        return replace(self, vectors=vectors, matrix=matrix)
+
+    @property
+    def rows(self) -> int:
+        """Number of pairs of a sample and a position."""
+        return self.samples * self.positions if self.row_count is None else self.row_count
+
+    def input_rows(self) -> Tensor:
+        """Inputs of the linear map, (N*S*G, d_in), without the homogeneous 1; the group (mostly G = 1) is fastest."""
+        adapter, value = self._adapter(), self._require(self.inputs, "inputs")
+        return adapter.expand_input(self.layer.module, value).flatten(0, 1)
+
+    def mean_input(self) -> Tensor:
+        """Mean input over samples, positions and groups, (d_in [+1],), with the homogeneous 1 if there is a bias."""
+        mean = self.input_rows().mean(0)
+        return torch.cat([mean, mean.new_ones(1)]) if self.layer.has_bias else mean
+
+    def preactivation_gradients(self) -> Tensor:
+        """Per-sample gradients of the user's loss at the pre-activations, (N, S, d_out)."""
+        self._require_samples()
+        rows: Tensor = self.gradient_rows().unflatten(0, (self.samples, -1))
+        return rows * self.gradient_scale
+
+    def sampled_rows(self) -> Tensor:
+        """Per-sample gradients with sampled labels, (N*S, d_out)."""
+        return self.expand(self._require(self.sampled_gradient, "sampled_gradient")).flatten(0, 1)
+
+    def gradient_rows(self) -> Tensor:
+        """Raw gradients of the user's loss at the pre-activations, (N*S, d_out), *not* scaled."""
+        return self.expand(self._require(self.output_gradient, "output_gradient")).flatten(0, 1)
+
+    def expand(self, value: Tensor) -> Tensor:
+        """A tensor in the module's output shape as (N, S, d_out)."""
+        return self._adapter().expand_output(self.layer.module, value)
+
+    def root_rows(self) -> Tensor:
+        """All roots of the output's curvature at the pre-activations, (V*N*S, d_out), the root slowest."""
+        value = self._require(self.curvature_roots, "curvature_roots")
+        return self.expand(value.transpose(0, 1).flatten(0, 1)).flatten(0, 1)
+
+    def loss_vectors(self) -> Tensors:
+        """Gradient of every sample's own loss with respect to each parameter, (N, *shape)."""
+        measured = self.sample_gradients.loss
+        if measured is None:
+            return self.per_sample_gradients(self.gradient_rows() * self.gradient_scale)
+        return tuple(value * self.gradient_scale for value in measured)
+
+    def sampled_vectors(self) -> Tensors:
+        """Gradient of every sample's -log p(sampled label) with respect to each parameter, (N, *shape)."""
+        measured = self.sample_gradients.sampled
+        return self.per_sample_gradients(self.sampled_rows()) if measured is None else measured
+
+    def root_vectors(self) -> Tensors:
+        """The V roots of the output's curvature times the Jacobian, (V*N, *shape) per parameter, the root slowest."""
+        measured = self.sample_gradients.roots
+        if measured is not None:
+            return tuple(value.transpose(0, 1).flatten(0, 1) for value in measured)
+        roots = self._require(self.curvature_roots, "curvature_roots").shape[1]
+        stacked = torch.vmap(self.per_sample_gradients)(self.root_rows().unflatten(0, (roots, -1)))
+        return tuple(value.flatten(0, 1) for value in stacked)
+
+    def diagonal(self) -> Tensors:
+        """Diagonal of the curvature matrix, in the parameters' shapes, without building the matrix from vectors."""
+        if self.vectors is not None:
+            return tuple(value.square().mean(0) for value in self.vectors())
+        diagonal = self._require(self.matrix, "a curvature matrix")().diagonal()
+        shapes = [parameter.shape for parameter in self.layer.parameters.values()]
+        pieces = diagonal.split([shape.numel() for shape in shapes])
+        return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
+
+    def squared_gradient_norms(self) -> Tensors:
+        """Squared norm of every sample's own gradient, (N,) per parameter."""
+        return tuple(value.flatten(1).square().sum(1) for value in self.loss_vectors())
+
+    def kronecker_factors(self) -> tuple[Tensor, Tensor]:
+        """K-FAC's factors of the curvature over the layer matrix ``[W | b]``, A (d_in [+1]) and G (d_out).
+
+        A is the mean over samples of the sum over positions of a a', G the mean over samples and positions of g g'
+        (arXiv:1602.01407v2, equation 31 ff., arXiv:1503.05671v7, section 3): A kron G approximates the curvature.
+        """
+        inputs = self.input_rows()
+        if self.layer.has_bias:
+            inputs = torch.cat([inputs, inputs.new_ones(inputs.shape[0], 1)], 1)
+        rows, factor = self._require(self.roots, "roots")
+        return inputs.T @ inputs / (self.samples * self.layer.groups), rows.T @ rows * (factor**2 / self.rows)
+
+    def per_sample_gradients(self, rows: Tensor) -> Tensors:
+        """Gradient of every sample's own loss with respect to each parameter, built on demand.
+
+        Args:
+            rows: (N*S, d_out) per-sample gradients at the pre-activations.
+
+        Returns:
+            One tensor (N, *parameter.shape) per parameter of the layer. Memory N times the layer.
+        """
+        self._require_samples()
+        adapter, module = self._adapter(), self.layer.module
+        upstream: Tensor = rows.unflatten(0, (self.samples, -1))
+        result: list[Tensor] = []
+        for name, parameter in self.layer.parameters.items():
+            if name == "bias":
+                result.append(upstream.sum(1).reshape(-1, *parameter.shape))
+            else:
+                result.append(adapter.per_sample(module, self._require(self.inputs, "inputs"), upstream))
+        return tuple(result)
+
+    def scores(self, directions: Tensors) -> Tensor:
+        """Per-sample derivative of -log p(sampled label) along a direction of this layer's parameters, (N,).
+
+        ``s(i) = sum over positions t of <delta(i, t), (d a)(i, t)>`` for the direction ``d`` and the sampled gradient
+        ``delta``; the mean of ``s(i)^2`` is an unbiased estimate of ``d' F d`` (PAPERS 3.3 (a)).
+
+        Args:
+            directions: one tensor per parameter of the layer, in the layer's order.
+        """
+        self._require_samples()
+        named = dict(zip(self.layer.parameters, directions, strict=True))
+        inputs = self._require(self.inputs, "inputs")
+        moved = self._adapter().directional(self.layer.module, inputs, named.get("weight"), named.get("bias"))
+        product = moved.mul_(self._require(self.sampled_gradient, "sampled_gradient").reshape(moved.shape))
+        return product.reshape(self.samples, -1).sum(1)
+
+    def _require_samples(self) -> None:
+        if self.ragged:
+            raise ArgumentError(
+                f"layer {self.layer.name!r} was called on different numbers of samples or positions, so per-sample "
+                "quantities do not exist; pad the micro-batches to one length, or serve it by a part that needs none"
+            )
+
+    def _adapter(self) -> LayerAdapter:
+        if self.layer.adapter is None:
+            raise CompatibilityError(
+                f"layer {self.layer.name!r} ({type(self.layer.module).__name__}) has no statistics; "
+                "serve it by a part that needs none (Identity, Diagonal), e.g. as the method's fallback"
+            )
+        return self.layer.adapter
+
+    def _require(self, value: _T | None, name: str) -> _T:
+        if value is None:
+            raise CompatibilityError(
+                f"{name} of layer {self.layer.name!r} was not recorded; declare it in the part's `needs`"
+            )
+        return value

@@ -1,0 +1,1 @@
+"""The commands of ``osculate``, one file each."""

@@ -1,0 +1,105 @@
+"""Reading the docstrings of methods and parts, so that the command line says what the code says."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ...framework.methods.parts import label
+
+__all__ = ["Argument", "Description", "describe"]
+
+_SECTION = re.compile(r"(Args|Arguments|Attributes|Returns|Yields|Raises|Example|Examples|Note):")
+_NAMED = re.compile(r"(\w+): ?(.*)")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One keyword: its name, its default as a person would write it, and what it means (empty if nobody said)."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """A docstring taken apart.
+
+    Args:
+        summary: its first paragraph, on one line.
+        body: what follows until the first section; paragraphs and list items on one line each, formulas as they stand.
+        arguments: the keywords of the signature, with what the section ``Args`` says about them.
+        rest: the sentences behind the sections, such as the memory formula.
+    """
+
+    summary: str
+    body: str
+    arguments: tuple[Argument, ...]
+    rest: str
+
+
+def describe(subject: Callable[..., Any]) -> Description:
+    """Take apart the docstring of a function or class, in Google's style.
+
+    Args:
+        subject: its signature gives the names and defaults.
+    """
+    text = (inspect.getdoc(subject) or "").replace("``", "")
+    before, meanings, after = _split(text)
+    summary, _, body = before.partition("\n\n")
+    arguments = tuple(
+        Argument(name, _written(subject, entry), meanings.get(name, ""))
+        for name, entry in inspect.signature(subject).parameters.items()
+        if entry.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    )
+    return Description(" ".join(summary.split()), _flowed(body), arguments, _flowed(after))
+
+
+def _split(text: str) -> tuple[str, dict[str, str], str]:
+    """Return what stands before the sections, the meanings in ``Args``, and the unindented lines behind it."""
+    before: list[str] = []
+    after: list[str] = []
+    meanings: dict[str, str] = {}
+    section, name = "", ""
+    for line in text.splitlines():
+        header = _SECTION.fullmatch(line.strip()) if not line.startswith(" ") else None
+        if header is not None:
+            section = header.group(1)
+        elif not section:
+            before.append(line)
+        elif line and not line.startswith(" "):
+            section = "behind"
+            after.append(line)
+        elif section == "behind":
+            after.append(line)
+        elif section in ("Args", "Arguments", "Attributes") and line.strip():
+            named = _NAMED.fullmatch(line.strip()) if len(line) - len(line.lstrip()) == 4 else None
+            name = named.group(1) if named else name
+            meanings[name] = f"{meanings.get(name, '')} {named.group(2) if named else line.strip()}".strip()
+    return "\n".join(before).strip(), meanings, "\n".join(after).strip()
+
+
+def _flowed(text: str) -> str:
+    lines: list[str] = []
+    for line in text.strip().splitlines():
+        own = not line or line.startswith(("- ", "    "))
+        if own or not lines or not lines[-1] or lines[-1].startswith("    "):
+            lines.append(line)
+        else:
+            lines[-1] += f" {line.strip()}"
+    return "\n".join(lines)
+
+
+def _written(subject: Callable[..., Any], entry: inspect.Parameter) -> str:
+    value = entry.default
+    if dataclasses.is_dataclass(subject):  # the signature shows a place-holder for defaults that are made anew
+        made = {field.name: field.default_factory for field in dataclasses.fields(subject)}.get(entry.name)
+        value = made() if callable(made) else value
+    if value is inspect.Parameter.empty:
+        return "required"
+    return label(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)

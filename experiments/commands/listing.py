@@ -1,0 +1,196 @@
+"""What ``osculate methods`` shows: tables of methods and parts, and one of them in full."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from ... import Method, registry
+from ...errors import UnknownNameError
+from ...framework.methods.parts import label
+from .docstrings import Argument, Description, describe
+
+__all__ = ["exported_name", "options_table", "pairs_table", "show_methods", "show_parts"]
+
+_NUMBERS = {
+    "lr": "learning rate; where the method chooses its steps itself, a factor on them",
+    "damping": "lambda: what is added to the curvature before it is inverted",
+    "weight_decay": "strength of the weight decay",
+}
+_QUESTIONS = ("preconditioner", "curvature", "damping", "momentum", "weight_decay", "step_size", "guard", "fallback")
+
+
+def show_methods(console: Console, words: Sequence[str]) -> None:
+    """Print the methods that ``words`` name: full names one by one in full, anything else as rows of a table.
+
+    Args:
+        console: where to print.
+        words: names, or pieces of names; none means all.
+
+    Raises:
+        UnknownNameError: a word occurs in no name.
+    """
+    table = registry.methods()
+    if words and all(word in table for word in words):
+        for word in words:
+            console.print(_method_page(table[word]))
+        return
+    chosen = set(table) if not words else set()
+    for word in words:
+        found = {name for name in table if word.lower() in name.lower()}
+        if not found:
+            raise UnknownNameError("method", word, table)
+        chosen |= found
+    console.print(_methods_table([entry for name, entry in sorted(table.items()) if name in chosen]))
+
+
+def show_parts(console: Console, words: Sequence[str]) -> None:
+    """Print the parts that ``words`` name: full names one by one in full, kinds and pieces of names as a table.
+
+    Args:
+        console: where to print.
+        words: kinds (``damping``, ``step-size``), names, or pieces of either; none means all.
+
+    Raises:
+        UnknownNameError: a word occurs in no kind and no name.
+    """
+    rows = [
+        (kind, exported_name(part), part)
+        for kind, parts in registry.parts().items()
+        for part in _unique(parts.values())
+    ]
+    by_name = {name: (kind, part) for kind, name, part in rows}
+    if words and all(word in by_name for word in words):
+        for word in words:
+            console.print(_part_page(by_name[word][0], word, by_name[word][1]))
+        return
+    chosen = {(kind, name) for kind, name, _ in rows} if not words else set()
+    for word in words:
+        found = _matching(word, [(kind, name) for kind, name, _ in rows])
+        if not found:
+            raise UnknownNameError("part or kind of part", word, [*by_name, *registry.parts()])
+        chosen |= found
+    console.print(_parts_table([row for row in rows if row[:2] in chosen]))
+
+
+def exported_name(part: type) -> str:
+    """Return the name under which the package exports a part, or module and name of one that comes from elsewhere."""
+    root = importlib.import_module((__package__ or "").partition(".")[0])
+    for name in root.__all__:
+        if getattr(root, name) is part:
+            return str(name)
+    return f"{part.__module__}.{part.__qualname__}"
+
+
+def _unique(parts: Iterable[type]) -> list[type]:
+    return sorted(dict.fromkeys(parts), key=lambda part: exported_name(part).lower())
+
+
+def _matching(word: str, rows: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Rows whose kind is ``word``; where there is no such kind, rows that hold it in kind or name."""
+    wanted = word.lower().replace("-", " ").replace("_", " ")
+    exact = {(kind, name) for kind, name in rows if kind == wanted}
+    return exact or {(kind, name) for kind, name in rows if wanted in kind or wanted in name.lower()}
+
+
+def _methods_table(entries: Sequence[registry.MethodEntry]) -> Table:
+    caption = "'osculate methods NAME' shows a method with its options, 'osculate methods --parts' what methods are of"
+    table = Table(title="methods", caption=caption)
+    table.add_column("method", no_wrap=True, style="bold")
+    for heading in ("what it is", "paper", "defaults"):
+        table.add_column(heading, overflow="fold")
+    for entry in entries:
+        numbers = {name: value for name, value in entry.defaults.items() if value or name == "lr"}
+        defaults = "\n".join(f"{name} {value:g}" for name, value in numbers.items())
+        table.add_row(escape(entry.name), escape(describe(entry.factory).summary), escape(entry.paper or ""), defaults)
+    return table
+
+
+def _parts_table(rows: Sequence[tuple[str, str, type]]) -> Table:
+    caption = "import osculate as osc; a part is osc.NAME(...). 'osculate methods --parts NAME' shows one in full"
+    table = Table(title="parts", caption=caption)
+    table.add_column("kind")
+    table.add_column("part", style="bold", overflow="fold")
+    table.add_column("what it is", overflow="fold")
+    for number, (kind, name, part) in enumerate(rows):
+        first = number == 0 or rows[number - 1][0] != kind
+        if first and number:
+            table.add_section()
+        table.add_row(kind if first else "", escape(name), escape(describe(part).summary))
+    return table
+
+
+def _method_page(entry: registry.MethodEntry) -> RenderableType:
+    described, method = describe(entry.factory), entry.factory()
+    numbers = [Argument(name, f"{value:g}", _NUMBERS[name]) for name, value in entry.defaults.items()]
+    options = described.arguments
+    keyword = f" --option {options[0].name}={options[0].default}" if options else ""
+    facts = {
+        "paper": entry.paper or "none",
+        "closure": "needed, step(closure)" if method.needs_closure else "not needed",
+        "likelihood": _likelihood(method),
+        "warm start": "optional pass over the data" if method.warm_start is not None else "none",
+        "in Python": f"osc.build({entry.name!r}, model, lr={entry.defaults['lr']:g}, ...)",
+        "in a shell": f"osculate train --method {entry.name} --lr {entry.defaults['lr']:g}{keyword}",
+    }
+    parts = {name.replace("_", " "): label(getattr(method, name)) for name in _QUESTIONS}
+    return _page(entry.name, described, facts, [*numbers, *options], ("composed of", parts))
+
+
+def _likelihood(method: Method) -> str:
+    if method.needs_likelihood:
+        return "needed: categorical, bernoulli or gaussian"
+    start = method.warm_start
+    return "only for the warm start" if start is not None and start.needs_likelihood else "not needed"
+
+
+def _part_page(kind: str, name: str, part: type) -> RenderableType:
+    described = describe(part)
+    required = ", ".join(f"{entry.name}=..." for entry in described.arguments if entry.default == "required")
+    facts = {"kind": kind, "in Python": f"osc.{name}({required})" if "." not in name else f"{name}({required})"}
+    return _page(name, described, facts, described.arguments)
+
+
+def _page(
+    name: str,
+    described: Description,
+    facts: Mapping[str, str],
+    arguments: Iterable[Argument],
+    further: tuple[str, Mapping[str, str]] | None = None,
+) -> RenderableType:
+    shown: list[RenderableType] = [f"[bold]{escape(name)}[/]  {escape(described.summary)}", ""]
+    for text in (described.body, described.rest):
+        shown += [escape(text), ""] if text else []
+    shown += [pairs_table(facts), ""]
+    options = options_table(arguments)
+    if options.row_count:
+        shown += [options, ""]
+    if further is not None:
+        shown += [f"[italic]{further[0]}", pairs_table(further[1]), ""]
+    return Group(*shown)
+
+
+def options_table(arguments: Iterable[Argument]) -> Table:
+    """Return a table of keywords with their defaults and meanings."""
+    options = Table(title="options", title_justify="left")
+    options.add_column("name", no_wrap=True, style="bold")
+    options.add_column("default", overflow="fold", max_width=24)
+    options.add_column("meaning", overflow="fold")
+    for entry in arguments:
+        options.add_row(escape(entry.name), escape(entry.default), escape(entry.meaning))
+    return options
+
+
+def pairs_table(rows: Mapping[str, Any]) -> Table:
+    """Return names with their values, without lines."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(str(value)))
+    return table

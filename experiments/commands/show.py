@@ -1,0 +1,113 @@
+"""The commands that show what there is: methods, parts, problems; and the one that times it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from ...errors import ArgumentError, UnknownNameError
+from ..data.datafiles import data_folder
+from ..problems import get_problem
+from ..runs.environment import choose_device, describe_environment, prepare_process
+from ..runs.records import write_json
+from ..runs.targets import require_file
+from .compose import show_compositions
+from .listing import show_methods, show_parts
+from .problem_listing import show_problems
+
+__all__ = ["Bench", "Methods", "Problems"]
+
+Names = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Methods:
+    """List the methods, or show one in full: options with their defaults, paper, what it needs.
+
+    With --parts, the same for the parts that methods are composed of. With --compose, which parts fit together.
+    """
+
+    names: Names = ()
+    """Names to show in full, or pieces of names to list. With --parts also kinds, such as damping. Default: all."""
+    parts: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """Parts instead of methods."""
+    compose: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """Which structures fit which estimators and damping rules, and why not; names choose structures."""
+
+    def run(self, console: Console) -> int:
+        """Print the table or the pages."""
+        if self.parts and self.compose:
+            raise ArgumentError("--parts and --compose are two different tables; give one of them")
+        show = show_compositions if self.compose else show_parts if self.parts else show_methods
+        show(console, self.names)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problems:
+    """List the problems, or show one in full: data, licence, citation, batch, target, options, recommended numbers."""
+
+    names: Names = ()
+    """Names to show in full, or pieces of names to list. Default: all."""
+
+    def run(self, console: Console) -> int:
+        """Print the table or the pages."""
+        show_problems(console, self.names)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time a training step of every method beside one of torch.optim.SGD, and count the bytes of its state."""
+
+    problem: str = "mnist-autoencoder"
+    """Problem whose network is trained."""
+    batch_size: int = 1000
+    """Samples in a mini-batch."""
+    rounds: int = 7
+    """Interleaved rounds; the table shows medians over them."""
+    threads: int = 2
+    """Threads of one operation on the CPU."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """Folder with the data sets. Default: uniform random numbers in [0, 1] instead of images."""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LABEL ...", help_behavior_hint="")] = ()
+    """Contestants, by the labels of the table. Default: all."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """JSON file to write. Default: none."""
+
+    def run(self, console: Console) -> int:
+        """Measure, print the table, and write it."""
+        from ..runs.batches import move_data
+        from ..runs.bench import CONTESTANTS, benchmark, benchmark_table, random_data
+
+        if self.data_dir is not None:
+            data_folder(self.data_dir)
+        if self.out is not None:
+            require_file(self.out)
+        prepare_process(self.threads)
+        device = choose_device(self.device)
+        known = {contestant.label: contestant for contestant in CONTESTANTS}
+        for label in self.only:
+            if label not in known:
+                raise UnknownNameError("contestant", label, known)
+        chosen = tuple(known[label] for label in self.only or known)
+        problem = get_problem(self.problem)
+        data = move_data(random_data(problem) if self.data_dir is None else problem.load(self.data_dir), device)
+        with console.status("preparing") as status:
+            note = status.update if console.is_terminal else console.print
+            timings = benchmark(chosen, problem, data, self.rounds, self.batch_size, note)
+        title = f"{problem.name}, batch {self.batch_size}, {self.threads} threads, {self.rounds} rounds"
+        console.print(benchmark_table(timings, title))
+        if self.out is not None:
+            rows = [dataclasses.asdict(timing) for timing in timings]
+            settings = {"problem": problem.name, "batch_size": self.batch_size, "rounds": self.rounds}
+            settings["data"] = "random" if self.data_dir is None else "images"
+            write_json(self.out, {"settings": settings, "environment": describe_environment(device), "rows": rows})
+        return 0

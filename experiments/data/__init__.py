@@ -1,0 +1,1 @@
+"""Data sets: files, downloads, made data, augmentation."""

@@ -1,0 +1,155 @@
+"""Files of published data sets: found in a folder or downloaded, and always checked before they are read.
+
+A file is looked for below the data folder (an argument, else the environment variable ``OSCULATE_DATA``); only where
+it is not there it is downloaded, into a cache folder of the user. A file that is there but damaged is an error, never
+replaced in silence: the folder is the user's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooch  # type: ignore[import-untyped]
+
+from ...errors import ArgumentError, OsculateError
+
+__all__ = ["DATA_VARIABLE", "DataError", "RemoteFile", "cache_folder", "data_folder", "download", "sha256_of", "verify"]
+
+DATA_VARIABLE = "OSCULATE_DATA"
+_TIMEOUT_SECONDS = 30
+
+
+class DataError(OsculateError):
+    """A data file is missing, damaged, or not what its name says."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One published file.
+
+    Args:
+        name: file name.
+        mirrors: web folders that hold it, ending in ``/``, tried in this order.
+        sha256: its checksum; None where the published file's is unknown, so that the reader checks the content.
+        size: its length in bytes, for messages; None if unknown.
+        md5: the checksum its publisher names, where there is no SHA-256.
+    """
+
+    name: str
+    mirrors: tuple[str, ...]
+    sha256: str | None = None
+    size: int | None = None
+    md5: str | None = None
+
+    @property
+    def checksum(self) -> str | None:
+        """The checksum with the name of its algorithm in front, such as ``md5:...``; None where none is known."""
+        if self.sha256 is not None:
+            return f"sha256:{self.sha256}"
+        return None if self.md5 is None else f"md5:{self.md5}"
+
+    @property
+    def identity(self) -> str:
+        """Name, length and checksum in words."""
+        size = f"{self.size} bytes, " if self.size is not None else ""
+        return f"{self.name!r} ({size}{(self.checksum or 'sha256:unknown').replace(':', ' ')})"
+
+
+def cache_folder() -> Path:
+    """Return the user's own folder for downloads and generated data; it need not exist."""
+    return Path(pooch.os_cache("osculate"))
+
+
+def data_folder(data_dir: Path | None) -> Path | None:
+    """Return the folder to look in: ``data_dir``, else what ``OSCULATE_DATA`` names, else None.
+
+    Raises:
+        ArgumentError: the folder does not exist.
+    """
+    named = os.environ.get(DATA_VARIABLE)
+    origin = "the data folder" if data_dir is not None else f"the data folder of {DATA_VARIABLE}"
+    folder = data_dir if data_dir is not None else Path(named) if named else None
+    if folder is not None and not folder.is_dir():
+        raise ArgumentError(f"{origin} must be an existing folder, got {str(folder)!r}; leave it out to download")
+    return folder
+
+
+def sha256_of(path: Path, algorithm: str = "sha256") -> str:
+    """Return the checksum of a file, 64 hexadecimal digits; fewer with another algorithm of ``hashlib``."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, algorithm).hexdigest()
+
+
+def verify(path: Path, sha256: str, size: int | None = None, algorithm: str = "sha256") -> None:
+    """Check a file against its published checksum.
+
+    Args:
+        path: the file.
+        sha256: expected checksum.
+        size: expected length in bytes, which tells a truncated file from one that was changed.
+        algorithm: of the checksum, where it is another one.
+
+    Raises:
+        DataError: the checksum differs; the message names the path and both checksums.
+    """
+    found = sha256_of(path, algorithm)
+    if found == sha256:
+        return
+    length = path.stat().st_size
+    known = f", expected {size} bytes" if size is not None else ""
+    state = "truncated" if size is not None and length < size else "damaged or another file of that name"
+    raise DataError(
+        f"{path} is {state}: it has {length} bytes{known}; {algorithm} found {found}, expected {sha256}; "
+        "delete it to have it downloaded, or put an intact copy in its place"
+    )
+
+
+def download(file: RemoteFile, subfolder: str, searched: Iterable[Path] = ()) -> Path:
+    """Return the file from the cache folder, downloaded there first if need be.
+
+    Args:
+        file: what to get; a cached file with another checksum is fetched again.
+        subfolder: folder of the data set, below the cache folder and below a user's data folder.
+        searched: places where the file was looked for before, for the message.
+
+    Raises:
+        DataError: no mirror delivered the file.
+    """
+    folder = cache_folder() / subfolder
+    failures: list[str] = []
+    for mirror in file.mirrors:
+        try:
+            fetched = pooch.retrieve(
+                mirror + file.name,
+                file.checksum,
+                file.name,
+                folder,
+                downloader=pooch.HTTPDownloader(timeout=_TIMEOUT_SECONDS),
+            )
+            return Path(fetched)
+        except (OSError, ValueError) as error:  # no network, no such page, folder not writable; wrong checksum
+            failures.append(f"  {mirror + file.name}: {type(error).__name__}: {_first_line(error)}")
+    raise DataError(_missing(file, subfolder, list(searched), failures))
+
+
+def _missing(file: RemoteFile, subfolder: str, searched: Sequence[Path], failures: Sequence[str]) -> str:
+    places = [f"  {path}" for path in searched] or [f"  (no data folder given; none in {DATA_VARIABLE})"]
+    return "\n".join(
+        [
+            f"data file {file.identity} is missing; looked for it at",
+            *places,
+            f"and failed to download it to {cache_folder() / subfolder}:",
+            *failures,
+            f"put it into DIR/{subfolder}/ and pass --data-dir DIR (or set {DATA_VARIABLE}=DIR), or take the problem "
+            "'curves-autoencoder', which generates its data",
+        ]
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else ""

@@ -1,0 +1,1 @@
+"""Recorded trajectories, run again step by step."""

@@ -1,0 +1,1 @@
+"""Training runs: batches, records, progress, comparison, benchmark."""

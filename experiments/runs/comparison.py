@@ -1,0 +1,229 @@
+"""Race several methods on one problem, each for the same wall-clock time.
+
+All methods start from the same parameters and see the same mini-batches in the same order. One that breaks down is
+reported, and the others go on. What is finished is on disk before the next method starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ...errors import ArgumentError, NumericalError
+from ..problems import Data, Problem, get_problem
+from .batches import data_checksum, move_data
+from .config import Budget, RunConfig
+from .environment import choose_device, describe_environment
+from .interrupts import InterruptFlag, interruptible
+from .progress import Display
+from .records import write_json
+from .runs import Resume, describe_run
+from .targets import exclusive
+from .training import BoundedShare, Schedule, measure, prepare
+
+__all__ = ["Comparison", "Curve", "compare", "comparison_table", "load_comparison", "method_configs"]
+
+EVALUATION_SHARE = 0.4
+POINTS_WITHIN_EPOCHS = 24
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method's course.
+
+    Args:
+        method: its name.
+        config: its configuration, defaults resolved.
+        points: its metrics, in order; the first is before training.
+        failure: why it broke down, else empty.
+    """
+
+    method: str
+    config: dict[str, Any]
+    points: list[dict[str, Any]]
+    failure: str = ""
+
+    @property
+    def final_loss(self) -> float:
+        """The last training loss; infinite where the method broke down."""
+        if self.failure or not self.points:
+            return math.inf
+        return float(self.points[-1]["train_loss"])
+
+
+@dataclass
+class Comparison:
+    """All curves on one problem, and where they were measured.
+
+    Args:
+        problem: name of the problem.
+        budget: training time (and epochs) every method had.
+        environment: see ``describe_environment``.
+        curves: one per method, in the order they ran.
+    """
+
+    problem: str
+    budget: Budget
+    environment: dict[str, Any]
+    curves: list[Curve] = field(default_factory=list)
+
+    def ranked(self) -> list[Curve]:
+        """Return the curves, smallest final training loss first, breakdowns last."""
+        return sorted(self.curves, key=lambda curve: curve.final_loss)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for a JSON file."""
+        return dataclasses.asdict(self)
+
+
+def method_configs(common: RunConfig, methods: Sequence[str], options: Mapping[str, Any]) -> list[RunConfig]:
+    """Return one configuration per method.
+
+    Args:
+        common: what all share; its own method and method options are replaced.
+        methods: registered names, each once.
+        options: ``METHOD.name`` keys for one method's keyword (``lr`` included), plain ``name`` keys for all.
+
+    Raises:
+        ArgumentError: a method comes twice or never, or an option names a method that does not run.
+    """
+    if not methods or len(set(methods)) < len(methods):
+        raise ArgumentError(f"methods must name each method once and at least one, got {' '.join(methods) or 'none'}")
+    split = {key: key.replace("_", "-").partition(".") for key in options if "." in key}
+    strangers = sorted({owner for owner, _, _ in split.values()} - set(methods))
+    if strangers:
+        raise ArgumentError(f"option for {', '.join(strangers)}, but only {', '.join(methods)} run")
+    shared = {key: value for key, value in options.items() if "." not in key}
+    configs = []
+    for method in methods:
+        own = {key.partition(".")[2]: options[key] for key, (owner, _, _) in split.items() if owner == method}
+        numbers = {name: own.pop(name) for name in ("lr", "damping", "weight_decay") if name in own}
+        configs.append(dataclasses.replace(common, method=method, method_options=shared | own, **numbers))
+    return configs
+
+
+def compare(
+    configs: Sequence[RunConfig],
+    budget: Budget,
+    file: Path,
+    data_dir: Path | None,
+    display: Display,
+    resume: Resume = Resume.NEVER,
+) -> Comparison:
+    """Run the methods one after another, and write what is known to ``file`` after each.
+
+    Args:
+        configs: one per method, alike but for the method; see ``method_configs``.
+        budget: of each method.
+        file: the JSON file.
+        data_dir: where the data sets lie; None downloads or generates them.
+        display: shows the progress.
+        resume: with AUTO and REQUIRE, curves that ``file`` holds of the same configuration are kept, not run again.
+
+    Raises:
+        ArgumentError: a value is out of range (all methods are built once before the first one trains), or ``file``
+            holds another comparison and ``resume`` wants it continued.
+    """
+    problem = get_problem(configs[0].problem, **configs[0].problem_options)
+    device = choose_device(configs[0].device)
+    data = move_data(problem.load(data_dir), device)
+    checksum = data_checksum(data)
+    descriptions = [describe_run(config, prepare(config, problem, data), checksum) for config in configs]
+    comparison = Comparison(problem.name, budget, describe_environment(device))
+    earlier = _earlier(file, comparison, resume)
+    with exclusive(file.parent), display, interruptible() as interrupted:
+        for config, description in zip(configs, descriptions, strict=True):
+            kept = next((curve for curve in earlier if curve.config == description), None)
+            curve = kept or _run(config, description, (problem, data), budget, display, interrupted)
+            if interrupted():
+                break
+            comparison.curves.append(curve)
+            write_json(file, comparison.as_dict())
+    return comparison
+
+
+def load_comparison(file: Path) -> Comparison:
+    """Read what ``compare`` wrote.
+
+    Raises:
+        ArgumentError: the file is missing, damaged or something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["budget"] = Budget(**content["budget"])
+        content["curves"] = [Curve(**curve) for curve in content["curves"]]
+        return Comparison(**content)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArgumentError(f"{file} is not a comparison ({error}); name another folder with --out") from error
+
+
+def comparison_table(comparison: Comparison) -> pd.DataFrame:
+    """Return one row per method, the smallest final training loss first."""
+    return pd.DataFrame([_row(curve, comparison.budget) for curve in comparison.ranked()])
+
+
+def _row(curve: Curve, budget: Budget) -> dict[str, Any]:
+    last = curve.points[-1] if curve.points else {}
+    start = curve.points[0] if curve.points else {}
+    iterations = last.get("iterations", 0)
+    pure = last.get("seconds", 0.0) - last.get("warm_start_seconds", 0.0)
+    cut = ": the time was over in the warm start" if budget.out_of_time(last.get("seconds", 0.0)) else ""
+    note = "" if iterations or not last else f"no step taken{cut}"
+    return {
+        "method": curve.method,
+        "train loss": curve.final_loss if not curve.failure else math.nan,
+        "test loss": last.get("test_loss", math.nan) if not curve.failure else math.nan,
+        "accuracy": last.get("test_accuracy", math.nan),
+        "epochs": float(last.get("epoch", 0)),
+        "ms/step": 1e3 * pure / iterations if iterations else math.nan,
+        "warm start s": start.get("warm_start_seconds", math.nan),
+        "gradients": last.get("gradient_evaluations", 0),
+        "lr": curve.config.get("lr"),
+        "damping": curve.config.get("damping"),
+        "note": f"broke down: {curve.failure.partition(';')[0]}" if curve.failure else note,
+    }
+
+
+def _earlier(file: Path, comparison: Comparison, resume: Resume) -> list[Curve]:
+    if resume is Resume.NEVER or (resume is Resume.AUTO and not file.exists()):
+        return []
+    found = load_comparison(file)
+    if (found.problem, found.budget) != (comparison.problem, comparison.budget):
+        raise ArgumentError(
+            f"{file} compares on {found.problem} with {found.budget}, not on {comparison.problem} with "
+            f"{comparison.budget}; start over with --resume never, or name another folder with --out"
+        )
+    return [curve for curve in found.curves if not curve.failure]
+
+
+def _run(
+    config: RunConfig,
+    description: dict[str, Any],
+    material: tuple[Problem, Data],
+    budget: Budget,
+    display: Display,
+    interrupted: InterruptFlag,
+) -> Curve:
+    curve = Curve(config.method, description, [])
+    run = prepare(config, *material)
+    display.begin(config.method)
+    try:
+        for metrics in measure(run, budget, _schedule(budget), display.step, interrupted):
+            curve.points.append(metrics.as_dict())
+            display.measured(metrics)
+    except NumericalError as error:
+        display.failed(str(error))
+        return dataclasses.replace(curve, failure=str(error))
+    return curve
+
+
+def _schedule(budget: Budget) -> Schedule:
+    longest = math.inf if budget.seconds is None else budget.seconds / POINTS_WITHIN_EPOCHS
+    return BoundedShare(EVALUATION_SHARE, longest)

@@ -1,0 +1,229 @@
+"""The folder a run writes: configuration, environment, metrics, checkpoint, status.
+
+| file | holds |
+|---|---|
+| ``config.json`` | the exact configuration, defaults resolved, with a checksum of the data |
+| ``environment.json`` | versions, platform, device, threads, commit |
+| ``metrics.jsonl`` | one object per evaluation: before training (epoch 0), after every epoch, and at the end |
+| ``checkpoint.pt`` | everything needed to continue bit for bit |
+| ``status.json`` | ``running``, ``finished``, ``interrupted``, ``broken down`` or ``no step taken``, with the reason |
+| ``monitors.jsonl`` | with ``--watch``: one object per reading of a monitor |
+| ``certificate.json`` | with ``--watch``: how every monitor fared |
+| ``tensorboard/`` | with ``--tensorboard``: event files |
+| ``checkpoints/`` | with ``--keep-checkpoints``: one for every evaluation, named by iterations |
+
+Every file but those ending in ``jsonl`` is written beside its place and then renamed, so a reader never meets half a
+file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ...errors import ArgumentError
+from .targets import require_folder, writing
+
+__all__ = ["RunFolder", "write_json"]
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write plain values as JSON by an atomic rename; not-a-number and infinities become null."""
+    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    _replace(path, lambda file: _write(file, text.encode()))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk.
+
+    Args:
+        path: the folder; created by ``start``.
+    """
+
+    path: Path
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """Where the checkpoint lies."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def metrics_file(self) -> Path:
+        """Where the metrics lie."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def monitors_file(self) -> Path:
+        """Where the readings of monitors lie."""
+        return self.path / "monitors.jsonl"
+
+    @property
+    def certificate_file(self) -> Path:
+        """Where the certificate of the monitors lies."""
+        return self.path / "certificate.json"
+
+    @property
+    def event_folder(self) -> Path:
+        """Where TensorBoard's event files lie."""
+        return self.path / "tensorboard"
+
+    def kept_checkpoints(self) -> list[Path]:
+        """Checkpoints of every evaluation, oldest first; empty unless the run was told to keep them."""
+        return sorted((self.path / "checkpoints").glob("*.pt"))
+
+    def check(self) -> None:
+        """See that the folder can be written; nothing is written yet.
+
+        Raises:
+            ArgumentError: it cannot; the message names what is in the way.
+        """
+        require_folder(self.path, "config.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "status.json")
+
+    def start(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Create the folder, write both descriptions, and remove what an earlier run left there."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            files = (self.checkpoint_file, self.metrics_file, self.monitors_file, self.certificate_file)
+            events = self.event_folder.glob("events.out.tfevents.*")
+            for stale in (*files, *self.kept_checkpoints(), *events):
+                stale.unlink(missing_ok=True)
+        write_json(self.path / "config.json", config)
+        write_json(self.path / "environment.json", environment)
+        self.write_status("running")
+
+    def read_config(self) -> dict[str, Any]:
+        """Return the saved configuration.
+
+        Raises:
+            ArgumentError: there is none, or it is not a JSON object.
+        """
+        file = self.path / "config.json"
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArgumentError(f"{file} cannot be read ({error}); name another folder with --out") from error
+        if not isinstance(content, dict):
+            raise ArgumentError(f"{file} must hold one JSON object; name another folder with --out")
+        return content
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Add one line to the metrics and see it onto the disk."""
+        with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics written so far; a last line cut short by a crash is left out.
+
+        Raises:
+            ArgumentError: a line is no JSON object that counts iterations.
+        """
+        if not self.metrics_file.exists():
+            return []
+        found: list[dict[str, Any]] = []
+        try:
+            for line in self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):
+                    entry = json.loads(line)
+                    int(entry["iterations"])
+                    found.append(entry)
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise ArgumentError(
+                f"{self.metrics_file} cannot be read after line {len(found)} ({type(error).__name__}: {error}); remove "
+                "the damaged line, or start over with --resume never"
+            ) from error
+        return found
+
+    def rewind_metrics(self, iterations: int) -> None:
+        """Drop the lines written after the checkpoint at ``iterations``; the continued run writes them again."""
+        kept = [line for line in self.read_metrics() if line["iterations"] <= iterations]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        _replace(self.metrics_file, lambda file: _write(file, text.encode()))
+        if self.monitors_file.exists():
+            readings = self.monitors_file.read_text(encoding="utf-8").splitlines(keepends=True)
+            early = [line for line in readings if line.endswith("\n") and json.loads(line)["step"] < iterations]
+            _replace(self.monitors_file, lambda file: _write(file, "".join(early).encode()))
+        for file in self.kept_checkpoints():
+            if int(file.stem) > iterations:
+                file.unlink()
+
+    def save_checkpoint(self, state: Mapping[str, Any], keep_as: int | None = None) -> None:
+        """Write the state of a run: tensors, numbers, text and nested dicts of them.
+
+        Args:
+            state: of the run.
+            keep_as: iterations under which a copy stays; ``None``: the next checkpoint replaces this one.
+        """
+        _replace(self.checkpoint_file, lambda file: torch.save(dict(state), file))
+        if keep_as is not None:
+            place = self.path / "checkpoints" / f"{keep_as:08d}.pt"
+            _replace(place, lambda file: torch.save(dict(state), file))
+
+    def load_checkpoint(self, device: torch.device, source: Path | None = None) -> dict[str, Any]:
+        """Return the saved state, its tensors on ``device``.
+
+        Args:
+            device: where its tensors go.
+            source: one of :meth:`kept_checkpoints`; ``None``: the last checkpoint.
+
+        Raises:
+            ArgumentError: the file is damaged or holds more than plain state.
+        """
+        file = source or self.checkpoint_file
+        try:
+            state = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # torch names no common class for a damaged file
+            raise ArgumentError(
+                f"{file} cannot be read ({type(error).__name__}); start over with --resume never"
+            ) from error
+        if not isinstance(state, dict):
+            raise ArgumentError(f"{file} holds no state of a run; start over with --resume never")
+        return state
+
+    def write_status(self, status: str, **details: object) -> None:
+        """Record how the run stands.
+
+        Args:
+            status: ``running``, ``finished``, ``interrupted``, ``broken down`` or ``no step taken``.
+            **details: further plain values, such as the reason.
+        """
+        write_json(self.path / "status.json", {"status": status, **details})
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    beside = path.with_name(path.name + ".part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                beside.unlink()
+            raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

@@ -1,0 +1,216 @@
+"""One run with its folder: start or continue, record, survive an interruption or a breakdown."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ... import registry
+from ...analysis.monitors.readings import WatchCertificate
+from ...errors import ArgumentError, NumericalError
+from ..problems import get_problem
+from .batches import data_checksum
+from .config import Budget, RunConfig, differences
+from .environment import describe_environment
+from .evaluation import Metrics
+from .interrupts import interruptible
+from .progress import Display
+from .records import RunFolder
+from .targets import exclusive
+from .training import measure, prepare
+from .training_run import TrainingRun
+from .watched import Extras, certified, watched
+
+__all__ = ["Resume", "RunResult", "default_folder", "describe_run", "run_in_folder"]
+
+_USUAL = Extras()
+
+
+class Resume(enum.Enum):
+    """What to do with a run already in the folder."""
+
+    AUTO = "auto"
+    """Continue it if there is a checkpoint, else start."""
+    NEVER = "never"
+    """Start over; what the folder held is replaced."""
+    REQUIRE = "require"
+    """Continue it, and fail where there is nothing to continue."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Args:
+        status: ``finished``, ``interrupted``, ``broken down``, or ``no step taken`` where the seconds were over before
+            the first step.
+        metrics: the last line of its metrics; None if it ended before the first.
+        reason: why it broke down, took no step or ended before its budget, else empty.
+        certificate: of the monitors, if any watched.
+    """
+
+    status: str
+    metrics: dict[str, Any] | None
+    reason: str = ""
+    certificate: WatchCertificate | None = None
+
+
+def default_folder(config: RunConfig) -> Path:
+    """Return where a run goes unless told otherwise."""
+    return Path("runs") / f"{config.problem}-{config.method}-{config.seed}"
+
+
+def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str, Any]:
+    """Return the configuration with every default resolved, as plain values.
+
+    Args:
+        config: as asked for.
+        run: as prepared from it, with the problem's own numbers where the configuration left them open.
+        checksum: of its data, see ``data_checksum``.
+    """
+    entry, config = registry.methods()[config.method], run.config
+    defaults: dict[str, Any] = entry.defaults | entry.options
+    given = config.method_arguments()
+    numbers = {name: given.get(name, defaults.get(name)) for name in ("lr", "damping", "weight_decay")}
+    warm = config.warm_start.value if run.optimizer.has_warm_start else "none"
+    return (
+        config.as_dict()
+        | numbers
+        | {
+            "batch_size": run.order.batch_size,
+            "problem_options": dict(config.problem_options),
+            "method_options": {
+                name: _written(value) for name, value in (defaults | given).items() if name not in numbers
+            },
+            "warm_start": warm,
+            "training_samples": run.order.samples,
+            "data_checksum": checksum,
+        }
+        | ({} if run.data.test_set == "test set" else {"test_set": run.data.test_set})
+    )
+
+
+def run_in_folder(
+    config: RunConfig,
+    budget: Budget,
+    folder: RunFolder,
+    data_dir: Path | None,
+    resume: Resume,
+    console: Console,
+    extras: Extras = _USUAL,
+) -> RunResult:
+    """Train, and leave the whole run in ``folder``.
+
+    Args:
+        config: what is run.
+        budget: when to stop, counted from the very beginning of a continued run.
+        folder: where it is written.
+        data_dir: where the data sets lie; None downloads or generates them.
+        resume: what to do with a run already there.
+        console: shows the progress.
+        extras: what the run leaves behind beside the usual.
+
+    Raises:
+        ArgumentError: a value is out of range, the folder cannot be written or is being written by another process,
+            or it holds a run of another configuration or damaged files.
+        OutputError: a file cannot be written.
+    """
+    folder.check()
+    if resume is Resume.REQUIRE and not folder.checkpoint_file.exists():
+        raise ArgumentError(f"{folder.path} holds no checkpoint to continue; use --resume auto to start")
+    problem = get_problem(config.problem, **config.problem_options)
+    data = problem.load(data_dir)
+    run = prepare(config, problem, data)
+    described = describe_run(config, run, data_checksum(data))
+    if "test_set" in described:
+        console.print(f"test loss and accuracy are those of the {data.test_set}", highlight=False, soft_wrap=True)
+    with exclusive(folder.path):
+        if _continues(folder, described, resume):
+            _restore(run, folder)
+            spent = budget.spent(run.epoch, run.clock.seconds) >= 1
+            remark = "; its budget is spent, raise --epochs or --seconds to train on" if spent else ""
+            console.print(f"continuing after {run.iterations} iterations{remark}", highlight=False, soft_wrap=True)
+        else:
+            folder.start(described, describe_environment(run.device))
+        return _train(run, budget, folder, console, extras)
+
+
+def _continues(folder: RunFolder, described: dict[str, Any], resume: Resume) -> bool:
+    if resume is Resume.NEVER or not folder.checkpoint_file.exists():
+        return False
+    lines = differences(folder.read_config(), described)
+    if lines:
+        listed = "\n  ".join(lines)
+        raise ArgumentError(
+            f"{folder.path} holds a run of another configuration:\n  {listed}\n"
+            "continue it with the saved values, start over with --resume never, or name another folder with --out"
+        )
+    return True
+
+
+def _restore(run: TrainingRun, folder: RunFolder) -> None:
+    state = folder.load_checkpoint(run.device)
+    try:
+        run.load_state_dict(state)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ArgumentError(
+            f"{folder.checkpoint_file} does not hold the state of this run ({type(error).__name__}: {error}); start "
+            "over with --resume never, or name another folder with --out"
+        ) from error
+    folder.rewind_metrics(run.iterations)
+
+
+def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console, extras: Extras) -> RunResult:
+    reason, hard, early = "", False, False
+    folder.write_status("running")
+    with Display(console, budget) as display, interruptible() as interrupted, watched(run, folder, extras) as onlookers:
+        display.begin(run.config.method)
+        try:
+            for metrics in measure(run, budget, extras.schedule, display.step, interrupted):
+                _record(run, metrics, folder, extras)
+                onlookers.measured(metrics)
+                display.measured(metrics)
+                early = budget.spent(run.epoch, run.clock.seconds) < 1 and extras.enough(metrics)
+                if early:
+                    break
+        except NumericalError as error:
+            reason = str(error)
+            display.failed(reason)
+        except KeyboardInterrupt:  # the second Ctrl-C: the step in progress is lost
+            hard = True
+        except Exception as error:
+            folder.write_status("broken down", reason=f"{type(error).__name__}: {error}", iterations=run.iterations)
+            raise
+        stopped = hard or (interrupted() and budget.spent(run.epoch, run.clock.seconds) < 1)
+    status = "broken down" if reason else "interrupted" if stopped and not early else "finished"
+    reason = reason or ("ended before its budget was spent" if early else "")
+    run.clock.pause()
+    if status == "finished" and not run.iterations and budget.epochs != 0:
+        status, reason = "no step taken", _without_step(run)
+    details = {"reason": reason} if reason else {}
+    folder.write_status(status, epoch=run.epoch, iterations=run.iterations, seconds=run.clock.seconds, **details)
+    written = folder.read_metrics()
+    return RunResult(status, written[-1] if written else None, reason, certified(onlookers.watch, folder))
+
+
+def _record(run: TrainingRun, metrics: Metrics, folder: RunFolder, extras: Extras) -> None:
+    folder.append_metrics(metrics.as_dict())
+    if run.iterations:
+        folder.save_checkpoint(run.state_dict(), run.iterations if extras.keep_checkpoints else None)
+
+
+def _without_step(run: TrainingRun) -> str:
+    return (
+        f"the time was over after {run.warm_start_batches} of {run.order.batches_per_epoch} mini-batches of the warm "
+        f"start, {run.warm_start_seconds:.3g} s; raise --seconds, or leave the warm start out with --warm-start none"
+    )
+
+
+def _written(value: Any) -> Any:
+    """An option as the configuration records it: JSON has no infinity, so it stands there as the word."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,89 @@
+"""What a run writes beside its metrics: readings of monitors and their certificate, event files, every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from ...analysis.monitors.readings import JsonLines, Sink, TensorBoard, WatchCertificate
+from ...analysis.monitors.watching import Watch, watch
+from ...errors import require_positive_integer
+from .evaluation import Metrics
+from .records import RunFolder, write_json
+from .training import EveryEpoch, Schedule
+from .training_run import TrainingRun
+
+__all__ = ["Extras", "Onlookers", "certified", "watched"]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a run leaves behind beside the usual files, and who else may end it.
+
+    Args:
+        watch_every: steps between two examinations by all monitors, >= 1; ``None``: nobody watches. Their time counts
+            as training time.
+        keep_checkpoints: whether the checkpoint of every evaluation stays.
+        schedule: when it is evaluated, and its checkpoint written.
+        tensorboard: whether the numbers of every evaluation, and the readings of monitors, go to event files too.
+        enough: asked after every evaluation whether the run ends there, before its budget is spent.
+
+    Raises:
+        ArgumentError: a number is out of range, or TensorBoard is wanted and not installed.
+    """
+
+    watch_every: int | None = None
+    keep_checkpoints: bool = False
+    schedule: Schedule = field(default_factory=EveryEpoch)
+    tensorboard: bool = False
+    enough: Callable[[Metrics], bool] = lambda metrics: False
+
+    def __post_init__(self) -> None:
+        if self.watch_every is not None:
+            require_positive_integer("watch_every", self.watch_every)
+        if self.tensorboard:
+            TensorBoard.require()
+
+
+@dataclass(frozen=True)
+class Onlookers:
+    """Who sees a run beside its folder: monitors, and TensorBoard's event files; ``None`` for those who do not."""
+
+    watch: Watch | None = None
+    board: TensorBoard | None = None
+
+    def measured(self, metrics: Metrics) -> None:
+        """Pass an evaluation on, under the names that ``metrics.jsonl`` has: ``train_loss``, ``layer_steps/NAME``."""
+        if self.board is None:
+            return
+        for name, value in metrics.as_dict().items():
+            values = (
+                {f"{name}/{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
+            )
+            for path, number in values.items():
+                self.board.scalar(path, number, metrics.iterations)
+
+
+@contextmanager
+def watched(run: TrainingRun, folder: RunFolder, extras: Extras) -> Iterator[Onlookers]:
+    """Let others see a run while the block lasts; readings of monitors go to the folder's ``monitors.jsonl``."""
+    with ExitStack() as stack:
+        board, watching = None, None
+        if extras.tensorboard:
+            # What was written after the checkpoint that the run goes back to is written again.
+            board = TensorBoard(folder.event_folder, purge=run.iterations + 1 if run.iterations else None)
+            stack.callback(board.close)
+        if extras.watch_every is not None:
+            sinks: list[Sink] = [JsonLines(folder.monitors_file), *([board] if board is not None else [])]
+            watching = stack.enter_context(watch(run.optimizer, sinks=sinks, every=extras.watch_every))
+        yield Onlookers(watching, board)
+
+
+def certified(observed: Watch | None, folder: RunFolder) -> WatchCertificate | None:
+    """Write and return the certificate, if somebody watched."""
+    if observed is None:
+        return None
+    certificate = observed.certificate()
+    write_json(folder.certificate_file, certificate.as_dict())
+    return certificate

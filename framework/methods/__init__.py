@@ -1,0 +1,1 @@
+"""Methods: their parts, the table of parts, compositions, and the catalogue of names."""

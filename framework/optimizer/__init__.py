@@ -1,0 +1,1 @@
+"""One step, planned once: session, plan, the phases in their order, and torch's face on top."""

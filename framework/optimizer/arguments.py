@@ -1,0 +1,104 @@
+"""What :func:`osculate.build` is given besides the parts, checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...checking import require_kind
+from ...curvature.likelihoods import Likelihood
+from ...errors import ArgumentError, ClosureRequiredError
+
+__all__ = ["as_number", "require_arguments", "require_callable", "require_closure", "require_values"]
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    "loss_reduction": (Literal["mean", "sum"], "say how your loss combines samples"),
+    "on_nonfinite": (Literal["raise", "skip"], "choose what becomes of such a step"),
+    "likelihood": (
+        str | Likelihood | None,
+        "name 'categorical', 'bernoulli' or 'gaussian', or pass an object as in osculate.curvature.likelihoods",
+    ),
+    "seed": (int, "any whole number will do"),
+    "strict": (bool, "strict=True refuses parameters that no part serves"),
+    "backend": (str, "take 'hooks', 'func' or 'backpack'"),
+    "grad_scaler": (torch.amp.GradScaler | None, "pass the loop's torch.amp.GradScaler, or leave it out"),
+}
+
+
+def require_arguments(given: Mapping[str, Any]) -> None:
+    """Check the arguments of the optimizer by name.
+
+    Args:
+        given: values of the names in this module's table; others are ignored.
+
+    Raises:
+        ArgumentError: naming the first that does not fit, what it must be, and the way out.
+    """
+    for name, (kind, way_out) in _KINDS.items():
+        require_kind(name, given[name], kind, way_out)
+
+
+def require_values(model: nn.Module) -> None:
+    """Check that the parameters of a model have values.
+
+    Raises:
+        ArgumentError: if one is on the meta device.
+    """
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ArgumentError(
+            f"parameters {', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''} are on the meta device and have no "
+            "values; call model.to_empty(device=...), initialise or load the parameters, and build the optimizer then"
+        )
+
+
+def require_callable(name: str, value: Any) -> None:
+    """Check that something can be called without arguments.
+
+    Raises:
+        ArgumentError: if it cannot.
+    """
+    if not callable(value):
+        require_kind(
+            name, value, Callable, "write `def closure(): ...` and pass the function itself, without calling it"
+        )
+
+
+def require_closure(closure: Any, needed: bool) -> None:
+    """Check the argument of ``step``.
+
+    Raises:
+        ClosureRequiredError: if there is none and the method evaluates the mini-batch itself.
+        ArgumentError: if it cannot be called.
+    """
+    if closure is not None:
+        require_callable("closure", closure)
+    elif needed:
+        raise ClosureRequiredError(_CLOSURE_MESSAGE)
+
+
+def as_number(name: str, value: Any) -> float:
+    """A number from what users write: int, float, or a tensor or NumPy scalar with one entry.
+
+    Raises:
+        ArgumentError: if it is none; a truth value and a string are none.
+    """
+    single = isinstance(value, Tensor) and value.numel() == 1
+    if isinstance(value, bool | str) or not (single or hasattr(value, "__float__")):
+        raise ArgumentError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(f"{name} must be a number, got {value!r}") from None
+
+
+_CLOSURE_MESSAGE = """this method evaluates the mini-batch itself; give step() a closure:
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        return loss
+    optimizer.step(closure)"""

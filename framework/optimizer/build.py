@@ -1,0 +1,101 @@
+"""The front door: a method by name, or your own composition, applied to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...curvature.likelihoods import Likelihood
+from ...errors import ArgumentError
+from ..methods import registry
+from ..methods.method import Method
+from .second_order import SecondOrder
+
+__all__ = ["build"]
+
+
+def build(
+    method: str | Method,
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    damping: float | None = None,
+    weight_decay: float | None = None,
+    likelihood: str | Likelihood | None = None,
+    loss_reduction: str = "mean",
+    seed: int = 0,
+    strict: bool = False,
+    on_nonfinite: str = "raise",
+    groups: Sequence[Mapping[str, Any]] | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    backend: str = "hooks",
+    process_group: Any = "auto",
+    **options: Any,
+) -> SecondOrder:
+    """Build an optimizer.
+
+    Args:
+        method: a registered name (``osculate methods`` lists them) or a :class:`Method`.
+        model: the module to train.
+        lr: learning rate >= 0; a multiplier (default 1) for methods that choose their steps. ``None``: the default.
+        damping: lambda >= 0; ``None``: the default.
+        weight_decay: >= 0; ``None``: the default.
+        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"`` or a ``Likelihood``, for methods that sample
+            labels from the model.
+        loss_reduction: ``"mean"`` or ``"sum"`` over samples.
+        seed: of the sampled labels.
+        strict: refuse parameters that no part serves.
+        on_nonfinite: ``"raise"`` or ``"skip"``.
+        groups: torch's parameter groups, ``[{"params": ["*.bias"], "weight_decay": 0.0}, ...]``: ``"params"`` holds
+            parameters or shell patterns of their names; ``lr``, ``damping`` and ``weight_decay`` default to the
+            values above. Parameters in no group form one more, the last. ``lr`` and ``damping`` are one number per
+            layer; ``weight_decay`` may differ within a layer.
+        grad_scaler: the ``torch.amp.GradScaler`` of the loop, if there is one.
+        backend: who measures the curvature: ``"hooks"`` (fast), ``"func"`` (``torch.func``, exact, any module) or
+            ``"backpack"`` (BackPACK, for the layers it knows).
+        process_group: the processes that share a mini-batch: ``"auto"`` (the world group, if ``torch.distributed`` is
+            initialised), ``None`` (every process for itself) or a group. Methods that look back take the
+            ``DistributedDataParallel`` itself as ``model``.
+        **options: options of the registered method, e.g. ``memory=20`` for ``kbfgs-l``.
+
+    Example:
+        >>> import torch, osculate as osc
+        >>> optimizer = osc.build("kfac", torch.nn.Linear(3, 2), likelihood="gaussian")
+
+    Raises:
+        ArgumentError: for a value out of range, an unknown name, or options beside a ready :class:`Method`.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself, not its parameters"
+        )
+    if not isinstance(method, str | Method):
+        raise ArgumentError(
+            f"method must be a registered name or a Method, got {type(method).__name__}; put parts together with "
+            "osculate.Method(...)"
+        )
+    if isinstance(method, Method):
+        if options:
+            raise ArgumentError(f"a composed Method takes no options, got {', '.join(options)}; set them on its parts")
+        composed = method
+    else:
+        composed = registry.method(method, **options)
+    return SecondOrder(
+        model,
+        composed,
+        lr=lr,
+        damping=damping,
+        weight_decay=weight_decay,
+        likelihood=likelihood,
+        loss_reduction=loss_reduction,
+        seed=seed,
+        strict=strict,
+        on_nonfinite=on_nonfinite,
+        groups=groups,
+        grad_scaler=grad_scaler,
+        backend=backend,
+        process_group=process_group,
+    )

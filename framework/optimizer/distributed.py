@@ -1,0 +1,167 @@
+"""Data-parallel training: every rank sees the statistics of the joint mini-batch.
+
+``DistributedDataParallel`` averages gradients; what hooks record stays on its rank. Records are therefore gathered
+before the parts see them: each rank then holds the record of the joint batch, all states stay equal on all ranks, and
+every composition of parts does exactly what one process would do with the joint batch. Parts know nothing of it.
+
+Cost: per layer and due step one all-gather of the recorded rows, N (d_in + d_out) numbers per rank, and their outer
+products on every rank. (Averaging d x d second moments instead would be cheaper for N much larger than d, but only for
+parts whose state is linear in them.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...curvature.layers.layer import Layer
+from ...curvature.records.statistics import LayerStatistics, SampleGradients, Tensors
+from ...errors import ArgumentError
+
+__all__ = ["Ranks", "unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
+    """The module inside ``torch.compile`` and ``DistributedDataParallel``, and the latter if there is one."""
+    wrapper: DistributedDataParallel | None = None
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            wrapper = model
+            model = wrapper.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model, wrapper
+
+
+class Ranks:
+    """The processes that share a mini-batch.
+
+    Args:
+        group: ``"auto"``: the world group while ``torch.distributed`` is initialised; ``None``: every process for
+            itself; or a process group.
+        wrapper: the ``DistributedDataParallel`` around the model, whose gradient exchange a look back must suspend.
+    """
+
+    def __init__(self, group: Any, wrapper: DistributedDataParallel | None):
+        if isinstance(group, str | int | float) and group != "auto":
+            raise ArgumentError(f"process_group must be 'auto', None or a process group, got {group!r}")
+        self.group, self.wrapper = group, wrapper
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The model of a copy is not wrapped."""
+        return {"group": self.group, "wrapper": None}
+
+    @property
+    def count(self) -> int:
+        """How many they are; 1 outside distributed training."""
+        if self.group is None or not (distributed.is_available() and distributed.is_initialized()):
+            return 1
+        return distributed.get_world_size(self._group)
+
+    @property
+    def rank(self) -> int:
+        """Which one this process is."""
+        return 0 if self.count == 1 else distributed.get_rank(self._group)
+
+    @property
+    def _group(self) -> Any:
+        return None if isinstance(self.group, str) else self.group
+
+    def silent(self) -> AbstractContextManager[None]:
+        """Context of a pass whose gradients are not exchanged."""
+        context: AbstractContextManager[None] = nullcontext() if self.wrapper is None else self.wrapper.no_sync()
+        return context
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a number over the ranks."""
+        if self.count == 1:
+            return value
+        total = value.clone()
+        distributed.all_reduce(total, group=self._group)
+        return total / self.count
+
+    def joint(self, layers: Sequence[Layer], own: Mapping[str, LayerStatistics]) -> dict[str, LayerStatistics]:
+        """Records of the joint mini-batch, the samples of rank 0 first.
+
+        Args:
+            layers: all layers, in the same order on every rank.
+            own: what this rank recorded.
+
+        Raises:
+            ArgumentError: on every rank, if some layer was recorded on some ranks only.
+        """
+        if self.count == 1:
+            return dict(own)
+        device = next(iter(layers[0].parameters.values())).device
+        samples = torch.tensor([own[layer.name].samples if layer.name in own else 0 for layer in layers], device=device)
+        table = torch.stack(self._gather(samples)).tolist()
+        result: dict[str, LayerStatistics] = {}
+        for layer, counts in zip(layers, zip(*table, strict=True), strict=True):
+            if not any(counts):
+                continue
+            if not all(counts):
+                raise ArgumentError(
+                    f"layer {layer.name!r} saw a mini-batch on some ranks only ({counts} samples); every rank must use "
+                    "the same layers in a step"
+                )
+            result[layer.name] = self._joined(own[layer.name], [int(count) for count in counts])
+        return result
+
+    def _joined(self, entry: LayerStatistics, counts: list[int]) -> LayerStatistics:
+        weight = entry.samples / sum(counts)
+        rows = None if entry.output_gradient is None else entry.output_gradient * entry.gradient_scale
+        sums, measured, hessian = entry.sampled_parameter_gradients, entry.sample_gradients, entry.hessian
+        raw = None if measured.loss is None else tuple(value * entry.gradient_scale for value in measured.loss)
+        return replace(
+            entry,
+            samples=sum(counts),
+            gradient_scale=1.0,
+            inputs=self._concatenated(entry.inputs, counts),
+            output_gradient=self._concatenated(rows, counts),
+            sampled_gradient=self._concatenated(entry.sampled_gradient, counts),
+            mean_preactivation=self._weighted(entry.mean_preactivation, weight),
+            mean_gradient=self._weighted(entry.mean_gradient, weight),
+            sampled_parameter_gradients=None if sums is None else tuple(self._summed(value, weight) for value in sums),
+            curvature_roots=self._concatenated(entry.curvature_roots, counts),
+            sample_gradients=SampleGradients(
+                self._all(raw, counts), self._all(measured.sampled, counts), self._all(measured.roots, counts)
+            ),
+            hessian=None if hessian is None else lambda: self._summed(hessian(), weight),
+        )
+
+    def _all(self, values: Tensors | None, counts: list[int]) -> Tensors | None:
+        if values is None:
+            return None
+        found = [self._concatenated(value, counts) for value in values]
+        return tuple(value for value in found if value is not None)
+
+    def _weighted(self, value: Tensor | None, weight: float) -> Tensor | None:
+        return None if value is None else self._summed(value, weight)
+
+    def _summed(self, value: Tensor, weight: float) -> Tensor:
+        total = value * weight
+        distributed.all_reduce(total, group=self._group)
+        return total
+
+    def _concatenated(self, value: Tensor | None, counts: list[int]) -> Tensor | None:
+        """Rows of all ranks; shorter ones are padded on the way."""
+        if value is None:
+            return None
+        longest = max(counts)
+        rows = value.shape[0] // counts[self.rank] if counts[self.rank] else 1
+        padded = value.new_zeros(longest * rows, *value.shape[1:])
+        padded[: value.shape[0]] = value
+        pieces = self._gather(padded)
+        return torch.cat([piece[: count * rows] for piece, count in zip(pieces, counts, strict=True)])
+
+    def _gather(self, value: Tensor) -> list[Tensor]:
+        pieces = [torch.empty_like(value) for _ in range(self.count)]
+        distributed.all_gather(pieces, value.contiguous(), group=self._group)
+        return pieces

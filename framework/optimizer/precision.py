@@ -1,0 +1,153 @@
+"""Mixed precision: statistics without the loss scale and in float32, and torch's protocol with a ``GradScaler``.
+
+Under autocast layers compute in half precision, so their records are half precision, and a ``GradScaler`` multiplies
+the loss, so every gradient that a hook sees carries its factor. Parts never see either: records are widened to float32
+and divided by the scale between the backend and the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...curvature.records.statistics import LayerStatistics, SampleGradients
+from ...errors import ArgumentError
+
+if TYPE_CHECKING:
+    from .second_order import SecondOrder
+
+__all__ = ["Scaling", "require_plain_loss", "widened"]
+
+_HALF = (torch.float16, torch.bfloat16)
+_SCALED = ("output_gradient", "mean_gradient")
+"""Fields of a record that are derivatives of the user's (scaled) loss and not of the model's own likelihood."""
+
+
+def widened(statistics: Mapping[str, LayerStatistics], inverse_scale: Tensor | None) -> dict[str, LayerStatistics]:
+    """Records in float32 where they were half precision, without the loss scale.
+
+    Args:
+        statistics: per layer, as measured.
+        inverse_scale: 0-dimensional, 1 / scale of the loss; ``None``: the loss was not scaled.
+    """
+    return {name: _widened(entry, inverse_scale) for name, entry in statistics.items()}
+
+
+def require_plain_loss(processes: int, scaler: torch.amp.GradScaler | None) -> None:
+    """Check that Hessian products are those of the joint mini-batch's own loss.
+
+    Raises:
+        ArgumentError: in data-parallel training, or if the loss is scaled.
+    """
+    if processes > 1 or (scaler is not None and scaler.is_enabled()):
+        raise ArgumentError(
+            "this method needs products with the Hessian, which are neither exchanged between processes as gradients "
+            "are nor freed from a loss scale; use sampled curvature, bf16 without a GradScaler, or process_group=None"
+        )
+
+
+class Scaling:
+    """The loss scale at one step, and whether the scaler has found an infinite gradient.
+
+    Torch's ``GradScaler.step`` sets ``grad_scale`` and ``found_inf`` on optimizers that handle scaling themselves, and
+    calls ``step`` in any case. Inside a closure nobody has called the scaler yet: it is asked to unscale here.
+
+    Args:
+        optimizer: the optimizer that steps.
+    """
+
+    def __init__(self, optimizer: SecondOrder):
+        self._optimizer = optimizer
+        self._scaler = optimizer.grad_scaler
+        self.found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        self._pending: Tensor | None = getattr(optimizer, "grad_scale", None)
+        self._called = self.found_inf is not None
+
+    def before_closure(self) -> None:
+        """A closure cannot run inside ``GradScaler.step``: the scaler has looked for infinities before its backward.
+
+        Raises:
+            ArgumentError: if that is tried.
+        """
+        if self._called:
+            raise ArgumentError(
+                "scaler.step(optimizer, closure) looks at gradients before the closure makes them; build with "
+                "grad_scaler=scaler and call optimizer.step(closure), then scaler.update()"
+            )
+
+    def unscale_gradients(self) -> None:
+        """Divide the gradients by the scale unless that has been done, and note whether one is not finite."""
+        if self._called:
+            if self._pending is not None:
+                groups = self._optimizer.param_groups
+                gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+                torch._foreach_mul_(gradients, self._pending.double().reciprocal().float())
+            return
+        if self._scaler is None or not self._scaler.is_enabled():
+            return
+        with suppress(RuntimeError):  # the user has called unscale_, e.g. to clip
+            self._scaler.unscale_(self._optimizer)
+        found = self._scaler._found_inf_per_device(self._optimizer).values()
+        self.found_inf = torch.stack([value.detach().cpu() for value in found]).sum() if found else None
+
+    def inverse(self, records_gradients: bool) -> Tensor | None:
+        """1 / scale for the records, ``None`` if the loss is not scaled.
+
+        Args:
+            records_gradients: whether any record holds gradients of the user's loss.
+
+        Raises:
+            ArgumentError: if the loss was scaled by an unknown factor.
+        """
+        scale = self._pending
+        if scale is None and self._scaler is not None and self._scaler.is_enabled():
+            scale = self._scaler.scale(torch.ones((), device=self._device))
+        if scale is None:
+            if self._called and records_gradients:
+                raise ArgumentError(
+                    "the gradients were unscaled by scaler.unscale_(optimizer), but this method also reads gradients "
+                    "inside the model, whose scale it cannot know; build with grad_scaler=scaler"
+                )
+            return None
+        return scale.detach().double().reciprocal().float()
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self._optimizer.param_groups[0]["params"][0].device
+        return device
+
+
+def _widened(entry: LayerStatistics, inverse_scale: Tensor | None) -> LayerStatistics:
+    changes: dict[str, Any] = {}
+    for item in fields(entry):
+        value = getattr(entry, item.name)
+        wide = _unscaled(value, inverse_scale) if isinstance(value, SampleGradients) else _wide(value)
+        if inverse_scale is not None and item.name in _SCALED and isinstance(wide, Tensor):
+            wide = wide * inverse_scale
+        if wide is not value:
+            changes[item.name] = wide
+    loss = entry.sample_gradients.loss
+    if inverse_scale is not None and loss is not None:
+        unscaled = tuple(value * inverse_scale for value in loss)
+        changes["sample_gradients"] = replace(entry.sample_gradients, loss=unscaled)
+    return replace(entry, **changes) if changes else entry
+
+
+def _unscaled(value: SampleGradients, inverse_scale: Tensor | None) -> SampleGradients:
+    """Whole gradients, of which those of the user's loss carry its scale."""
+    if inverse_scale is None or value.loss is None:
+        return value
+    return replace(value, loss=tuple(entry * inverse_scale for entry in value.loss))
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in _HALF else value
+    if isinstance(value, tuple) and any(isinstance(entry, Tensor) and entry.dtype in _HALF for entry in value):
+        return tuple(_wide(entry) for entry in value)
+    return value

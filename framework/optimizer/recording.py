@@ -1,0 +1,201 @@
+"""Which layer records what at which step: the union of the parts' needs, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ...curvature.backends.capture import Record
+from ...curvature.estimators import Estimator
+from ...curvature.hessian_blocks import hessian_block
+from ...curvature.layers.layer import Layer
+from ...curvature.products import GraphKeepingBackward
+from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Needs
+from ...errors import ArgumentError
+from ..methods.method import Method
+from .blocks import Block, present_gradients
+
+if TYPE_CHECKING:
+    from .second_order import SecondOrder
+
+__all__ = [
+    "all_records",
+    "fill",
+    "products_due",
+    "records_for_forward",
+    "records_for_step",
+    "require_filled",
+    "require_pairs",
+    "require_sampled",
+    "with_hessians",
+]
+
+
+def records_for_step(
+    blocks: Sequence[Block], layers: Sequence[Layer], method: Method, step: int, warm: bool
+) -> dict[str, Record]:
+    """What each layer must record for step ``step``."""
+    wanted: dict[str, Record] = {}
+    for block in blocks:
+        needs = block.part.needs
+        if not block.statistics_due(step, warm):
+            # Parts that look back use the mean input of every step; the rest sits this step out.
+            needs = needs & (LOOKING_BACK | Needs.INPUTS) if needs & LOOKING_BACK else Needs.NOTHING
+        _add(wanted, block.layer.name, method.curvature.records(needs))
+    for layer in layers:
+        _add(wanted, layer.name, _records_for_scores(layer, method.measures_at(step)))
+    return wanted
+
+
+def _records_for_scores(layer: Layer, needs: Needs) -> Record:
+    """What quadratic forms with these needs ask of a layer."""
+    scores = needs & (Needs.SCORES | Needs.BATCH_SCORES)
+    if not scores:
+        return Record.NOTHING
+    rows = layer.adapter is not None and Needs.SCORES in scores
+    return Record.SAMPLED | Record.INPUTS if rows else Record.SAMPLED_PARAMETERS
+
+
+def records_for_forward(blocks: Sequence[Block], estimator: Estimator) -> dict[str, Record]:
+    """What each layer must record in a warm-start pass."""
+    wanted: dict[str, Record] = {}
+    for block in blocks:
+        _add(wanted, block.layer.name, estimator.records(block.part.needs))
+    return wanted
+
+
+def all_records(blocks: Sequence[Block], layers: Sequence[Layer], method: Method) -> dict[str, Record]:
+    """What each layer may have to record at any step, in the warm start, or when looking back."""
+    wanted = records_for_forward(blocks, method.warm_start) if method.warm_start is not None else {}
+    for block in blocks:
+        _add(wanted, block.layer.name, method.curvature.records(block.part.needs))
+    for layer in layers:
+        _add(wanted, layer.name, _records_for_scores(layer, method.measures_at(None)))
+    return wanted
+
+
+def products_due(blocks: Sequence[Block], method: Method, step: int, warm: bool) -> bool:
+    """Whether this step needs products with the Hessian, for forms along the step or for the curvature."""
+    if Needs.PRODUCTS in method.measures_at(step):
+        return True
+    due = [block for block in blocks if block.statistics_due(step, warm)]
+    return Needs.PRODUCTS in method.asks and any(Needs.MATRIX in block.part.needs for block in due)
+
+
+def with_hessians(
+    statistics: Mapping[str, LayerStatistics],
+    optimizer: SecondOrder,
+    products: GraphKeepingBackward | None,
+) -> dict[str, LayerStatistics]:
+    """The statistics with every layer's dense Hessian to be built on demand, if the estimator asks for products.
+
+    Raises:
+        ArgumentError: if the loss is a sum over samples whose number no hook saw.
+    """
+    result = dict(statistics)
+    if products is None or Needs.PRODUCTS not in optimizer.method.asks:
+        return result
+    unscale = optimizer._inverse_scale
+    for layer in optimizer.layers:
+        record = result.get(layer.name)
+        if record is None and optimizer.capture.loss_reduction == "sum":
+            raise ArgumentError(
+                f"the number of samples that layer {layer.name!r} saw is unknown, so the Hessian of a summed loss "
+                "cannot be scaled; use a mean loss and loss_reduction='mean'"
+            )
+        record = LayerStatistics(layer, 1, 1) if record is None else record
+        scale: float | Tensor = record.gradient_scale / record.samples
+        scale = scale if unscale is None else scale * unscale
+        result[layer.name] = replace(record, hessian=partial(hessian_block, products, layer, scale))
+    return result
+
+
+def fill(estimator: Estimator, layer: Layer, record: LayerStatistics | None) -> LayerStatistics | None:
+    """A layer's statistics with gradients and the estimator's choice of curvature filled in.
+
+    A layer that no hook recorded still has its gradients, which is all that ``BatchMean`` uses.
+    """
+    gradients = present_gradients(tuple(layer.parameters.values()))
+    if record is None:
+        if gradients is None:
+            return None
+        record = LayerStatistics(layer, 1, 1)
+    if gradients is not None:
+        record = replace(record, gradients=gradients)
+    return estimator.fill(record)
+
+
+def require_filled(block: Block, record: LayerStatistics) -> None:
+    """Check that a structure finds what it declared, before it is given the record.
+
+    Raises:
+        ArgumentError: naming the layer and the ways to run the model that leave its record empty.
+    """
+    empty = (Needs.ROOTS in block.part.needs and record.roots is None) or (
+        Needs.VECTORS in block.part.needs and record.vectors is None
+    )
+    empty = empty or (Needs.MATRIX in block.part.needs and record.matrix is None)
+    if empty or (Needs.INPUTS in block.part.needs and record.inputs is None):
+        raise _nothing_recorded(block)
+
+
+def require_pairs(block: Block, record: LayerStatistics | None) -> None:
+    """Check that there is something to compare with after the step.
+
+    Raises:
+        ArgumentError: as :func:`require_filled`.
+    """
+    needs = block.part.needs
+    if (needs & LOOKING_BACK and record is None) or (
+        Needs.PAIRS in needs and record is not None and record.mean_gradient is None
+    ):
+        raise _nothing_recorded(block)
+
+
+def _nothing_recorded(block: Block) -> ArgumentError:
+    return ArgumentError(
+        f"nothing was recorded of layer {block.layer.name!r}: run the whole model that was given to osculate.build "
+        "(not its submodules one by one), with gradients enabled (no torch.no_grad(), not inside "
+        "optimizer.paused()), and call loss.backward() (torch.autograd.grad fills no .grad, so it is not counted); "
+        "the layer must be called as a module and must influence the model's output, else give it Identity() with "
+        "ByLayer"
+    )
+
+
+def require_sampled(
+    method: Method, step: int, statistics: Mapping[str, LayerStatistics], active: Collection[str]
+) -> None:
+    """Check that labels were sampled when a rule measures curvature along the step with them.
+
+    Args:
+        method: the method.
+        step: number of the step.
+        statistics: per layer.
+        active: names of the layers that have a gradient: each must have been measured, or it would never move.
+
+    Raises:
+        ArgumentError: naming the layers that have nothing from the sampled backward.
+    """
+    if not method.measures_at(step) & (Needs.SCORES | Needs.BATCH_SCORES):
+        return
+    measured = {
+        name
+        for name, entry in statistics.items()
+        if entry.sampled_gradient is not None or entry.sampled_parameter_gradients is not None
+    }
+    missing = [name for name in active if name not in measured]
+    if missing:
+        raise ArgumentError(
+            f"no labels were sampled for layers {', '.join(missing)}: run the whole model that was given to "
+            "osculate.build, not its parts one by one; the layer must influence the model's output, and must not run "
+            "inside checkpoint(..., use_reentrant=True), whose forward pass has no graph (use_reentrant=False has)"
+        )
+
+
+def _add(wanted: dict[str, Record], name: str, record: Record) -> None:
+    if record:
+        wanted[name] = wanted.get(name, Record.NOTHING) | record

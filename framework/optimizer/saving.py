@@ -1,0 +1,169 @@
+"""Saving and loading: what does not fit is found and named before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ...errors import ArgumentError
+from ..methods.parts import label
+from .groups import numbers_of
+
+if TYPE_CHECKING:
+    from .second_order import SecondOrder
+
+__all__ = ["require_same_layout", "restore_state", "saved_state"]
+
+_WAY_OUT = "load into an optimizer built for the same model and method"
+_FORMAT = 2
+"""Layout of saved states; 1 was that of osculate 0.1, which said neither its number nor its method."""
+
+
+def saved_state(optimizer: SecondOrder, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Tensors, numbers and nested dictionaries keyed by name; tensors are not copied.
+
+    Args:
+        optimizer: whose state.
+        groups: its parameter groups as torch saves them, parameters numbered.
+    """
+    return {
+        "format": _FORMAT,
+        "method": _described(optimizer),
+        "state": {block.key: block.to_dict() for block in optimizer.blocks},
+        "step_size": optimizer._rule.to_dict(),
+        "guard": optimizer._look_back.to_dict(),
+        "progress": {
+            "step": optimizer._step,
+            "warm": optimizer._warm,
+            "gradient_evaluations": optimizer.gradient_evaluations,
+            "skipped_steps": optimizer.skipped_steps,
+            "seed": optimizer.capture.seed,
+        },
+        "param_groups": list(groups),
+        "group_of": _group_of(optimizer),
+    }
+
+
+def restore_state(optimizer: SecondOrder, saved: Mapping[str, Any]) -> None:
+    """Copy a saved state into an optimizer; ``saved`` is not modified.
+
+    Raises:
+        ArgumentError: if it is of another optimizer, format or method, layers, parts or groups are missing or unknown,
+            a number is out of range or a shape differs; no tensor was written.
+    """
+    _require_format(saved)
+    _require_same_method(_described(optimizer), saved["method"])
+    for index, group in enumerate(saved["param_groups"]):
+        optimizer.method.check_values(**numbers_of(group, index))
+    _add_missing_groups(optimizer, saved)
+    own = saved_state(optimizer, optimizer.param_groups)
+    nested = ("state", "step_size", "guard", "progress")
+    require_same_layout({key: own[key] for key in nested}, {key: saved[key] for key in nested})
+    if own["group_of"] != saved["group_of"]:
+        raise ArgumentError(f"saved parameter groups differ from this optimizer's; {_WAY_OUT} and groups")
+    for block in optimizer.blocks:
+        block.load_dict(saved["state"][block.key])
+    optimizer._rule.load_dict(saved["step_size"])
+    optimizer._look_back.load_dict(saved["guard"])
+    progress = saved["progress"]
+    optimizer._step, optimizer._warm = int(progress["step"]), bool(progress["warm"])
+    optimizer.gradient_evaluations = int(progress["gradient_evaluations"])
+    optimizer.skipped_steps = int(progress["skipped_steps"])
+    optimizer.capture.seed = optimizer._rule.seed = int(progress["seed"])
+    for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({name: value for name, value in values.items() if name != "params"})
+
+
+def _require_format(saved: Any) -> None:
+    """Check that this is a state of this library and of this format."""
+    if not isinstance(saved, Mapping):
+        raise ArgumentError(f"a state is the dictionary that state_dict() returned, got {type(saved).__name__}")
+    found = saved.get("format", 1)
+    if not {"state", "progress", "param_groups"} <= set(saved):
+        raise ArgumentError(f"not a state of an osculate optimizer: it has {sorted(map(str, saved))}; {_WAY_OUT}")
+    if found != _FORMAT:
+        raise ArgumentError(
+            f"the state has format {found!r}{' (osculate 0.1)' if found == 1 else ''}, this version reads format "
+            f"{_FORMAT}; load it with the version that saved it, or start from the model's parameters alone"
+        )
+    for key in ("method", "state", "step_size", "guard", "progress", "group_of", "param_groups"):
+        kind = list | tuple if key == "param_groups" else Mapping
+        if not isinstance(saved.get(key), kind):
+            raise ArgumentError(f"the state is damaged: its {key!r} is {type(saved.get(key)).__name__}; {_WAY_OUT}")
+
+
+def _described(optimizer: SecondOrder) -> dict[str, str]:
+    """The parts on which the meaning of a saved state depends, in words; schedules and damping may change in a run."""
+    method = optimizer.method
+    names = ["preconditioner", "curvature", "momentum", "fallback"]
+    names += ["step_size"] if optimizer._rule.state is not None or optimizer._rule.last is not None else []
+    names += ["guard"] if optimizer._look_back.state is not None else []
+    return {name: label(getattr(method, name)) for name in names}
+
+
+def _require_same_method(own: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    for name in dict.fromkeys((*own, *saved)):
+        if own.get(name) != saved.get(name):
+            raise ArgumentError(
+                f"the state was saved with {name} {saved.get(name)}, this optimizer has {own.get(name)}; {_WAY_OUT}, "
+                "or change a part in the middle of a run on purpose: state['method'] = optimizer.state_dict()['method']"
+            )
+
+
+def _group_of(optimizer: SecondOrder) -> dict[str, int]:
+    """Index of the group of every parameter, by the parameter's name in the model."""
+    names = {id(parameter): name for name, parameter in optimizer.model.named_parameters()}
+    groups = enumerate(optimizer.param_groups)
+    return {names[id(parameter)]: index for index, group in groups for parameter in group["params"]}
+
+
+def _add_missing_groups(optimizer: SecondOrder, saved: Mapping[str, Any]) -> None:
+    """Groups that joined the saved optimizer in the middle of its run join this one too."""
+    parameters: dict[str, nn.Parameter] = dict(optimizer.model.named_parameters())
+    owned = _group_of(optimizer)
+    for index in range(len(optimizer.param_groups), len(saved["param_groups"])):
+        names = [name for name, group in saved["group_of"].items() if group == index]
+        if any(name not in parameters or name in owned or not parameters[name].requires_grad for name in names):
+            raise ArgumentError(
+                f"saved parameter group {index} ({', '.join(names)}) was added during the run, and cannot be added "
+                "here: its parameters must be in the model, unfrozen, and in no group of this optimizer yet"
+            )
+        values = {key: value for key, value in saved["param_groups"][index].items() if key != "params"}
+        optimizer.add_param_group(
+            {"params": [parameters[name] for name in names]}
+            | {key: values[key] for key in ("lr", "damping", "weight_decay")}
+        )
+
+
+def require_same_layout(own: Any, saved: Any, where: str = "") -> None:
+    """Check that two nested states have the same keys, lengths and shapes.
+
+    Args:
+        own: state of the optimizer that loads.
+        saved: what is to be loaded; not modified.
+        where: path to the two, for the message.
+
+    Raises:
+        ArgumentError: naming the first place where they differ.
+    """
+    if isinstance(own, Mapping) and isinstance(saved, Mapping):
+        missing, unknown = [sorted(map(str, set(a) - set(b))) for a, b in ((own, saved), (saved, own))]
+        if missing or unknown:
+            raise ArgumentError(f"saved state{where} does not match: missing {missing}, unknown {unknown}; {_WAY_OUT}")
+        for key in own:
+            require_same_layout(own[key], saved[key], f"{where} of {key!r}" if not where else f"{where}, {key}")
+    elif isinstance(own, list | tuple) and isinstance(saved, list | tuple) and len(own) == len(saved):
+        for index, pair in enumerate(zip(own, saved, strict=True)):
+            require_same_layout(*pair, f"{where}[{index}]")
+    elif _shape(own) != _shape(saved):
+        raise ArgumentError(f"saved state{where} has {_shape(saved)}, this model needs {_shape(own)}; {_WAY_OUT}")
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"{len(value)} entries"
+    return "a number" if isinstance(value, int | float) else type(value).__name__

@@ -1,0 +1,376 @@
+"""From directions to moves: gathers what the step-size rule wants to know of every layer, and asks it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...curvature.backends.sampling import seeded_generator
+from ...curvature.layers.layer import Layer
+from ...curvature.products import GraphKeepingBackward
+from ...curvature.quadratic_forms import DirectionalEvidence, QuadraticForm
+from ...curvature.records.statistics import LayerStatistics, Needs, Tensors
+from ...errors import ArgumentError, NumericalError
+from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
+from ...preconditioners.linalg import inner_product
+from ...preconditioners.protocol import Events
+from ...stepsize.protocol import StepEvidence, StepSize
+from ..methods.momentum import Momentum, WeightDecay
+from .arguments import as_number
+from .blocks import Block, full_precision
+from .last_steps import LastSteps, name_of_last, placed, with_last_steps
+
+__all__ = ["Move", "Proposal", "StepRule"]
+
+
+@dataclass(frozen=True)
+class Move:
+    """One block's part of a step: theta <- theta - step_size direction - recall last, where theta is not frozen.
+
+    Attributes:
+        parameters: what is moved.
+        directions: one per parameter.
+        step_size: of the layer.
+        decays: weight decay of each parameter.
+        last: the last step of each parameter, not a copy; none for rules that do not recall.
+        recall: size of the step along it, of the layer.
+    """
+
+    parameters: Tensors
+    directions: Tensors
+    step_size: float | Tensor
+    decays: tuple[float, ...]
+    last: Tensors = ()
+    recall: float | Tensor = 0.0
+
+    def take(self, fraction: float, weight_decay: WeightDecay) -> None:
+        """theta <- (1 - fraction shrinkage) theta - fraction (step_size direction + recall last)."""
+        for parameter, direction, last, decay in self._rows():
+            if not parameter.requires_grad:
+                continue
+            shrinkage = weight_decay.shrinkage(decay, self.step_size)
+            if isinstance(shrinkage, Tensor) or shrinkage:
+                parameter.mul_(1.0 - fraction * shrinkage)
+            _add(parameter, direction, self.step_size, -fraction)
+            if last is not None:
+                _add(parameter, last, self.recall, -fraction)
+
+    def remember(self) -> None:
+        """Make this step the last one: last <- step_size direction + recall last."""
+        for parameter, direction, last, _ in self._rows():
+            if last is not None and parameter.requires_grad:
+                last.mul_(self.recall)
+                _add(last, direction, self.step_size, 1.0)
+
+    def _rows(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
+        """Parameter, direction, last step and weight decay."""
+        recalled = self.last or (None,) * len(self.parameters)
+        return zip(self.parameters, self.directions, recalled, self.decays, strict=True)
+
+    def slope(self, weight_decay: WeightDecay) -> Tensor:
+        """Change to first order of loss and coupled penalty along the whole move, 0-dimensional."""
+        total = full_precision(self.parameters[0]).new_zeros(())
+        for parameter, direction, last, decay in self._rows():
+            if not parameter.requires_grad or parameter.grad is None:
+                continue
+            value, gradient = full_precision(parameter), full_precision(parameter.grad)
+            gradient = torch.add(gradient, value, alpha=weight_decay.gradient_factor(decay))
+            total = total - self.step_size * torch.sum(gradient * direction)
+            total = total - weight_decay.shrinkage(decay, self.step_size) * torch.sum(gradient * value)
+            if last is not None:
+                total = total - self.recall * torch.sum(gradient * last)
+        return total
+
+
+def _add(target: Tensor, direction: Tensor, size: float | Tensor, factor: float) -> None:
+    """target <- target + factor size direction, in place."""
+    if isinstance(size, Tensor):
+        target.addcmul_(direction, size, value=factor)
+    else:
+        target.add_(direction, alpha=factor * size)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A step that has not been taken yet.
+
+    Attributes:
+        moves: of all blocks.
+        step_sizes: of every layer.
+        events: counts for the report.
+        predicted: by how much the quadratic model falls along the whole step, 0-dimensional; ``None`` unless an
+            adaptive damping rule is due.
+    """
+
+    moves: list[Move]
+    step_sizes: dict[str, float | Tensor]
+    events: Events = field(default_factory=dict)
+    predicted: Tensor | None = None
+
+    def slope(self, weight_decay: WeightDecay) -> Tensor:
+        """Change to first order of loss and coupled penalty along the whole step, before it is taken."""
+        return torch.stack([move.slope(weight_decay) for move in self.moves]).sum()
+
+    def take(self, fraction: float, weight_decay: WeightDecay) -> None:
+        """Take a fraction in (0, 1] of the step, decoupled weight decay first."""
+        for move in self.moves:
+            move.take(fraction, weight_decay)
+
+
+_LAST = "last_steps"
+"""Key of the saved last steps, beside those of the rule's own state."""
+
+
+def _example(layers: Sequence[Layer]) -> Tensor:
+    """A zero in the precision and on the device of the evidence: what ``StepSize.init`` is given as ``like``."""
+    return full_precision(next(iter(layers[0].parameters.values())).detach()).new_zeros(())
+
+
+class StepRule:
+    """A step-size rule with its state and the layers it speaks about; and the judge of its steps, if there is one.
+
+    A rule that recalls costs one copy of the parameters more, its layers' last steps.
+    """
+
+    def __init__(self, rule: StepSize, layers: Sequence[Layer], seed: int, judge: AdaptiveDamping | None = None):
+        self.rule, self.layers, self.seed, self.judge = rule, layers, seed, judge
+        self.state = rule.init(len(layers), _example(layers))
+        self.last = LastSteps(layers) if getattr(rule, "recalls", False) else None
+
+    def grow(self, layers: Sequence[Layer]) -> None:
+        """Make room for layers that were added behind the present ones; what was gathered stays."""
+        old, before, self.layers = self.own_state(), len(self.layers), layers
+        self.state = self.rule.init(len(layers), _example(layers))
+        fresh = self.own_state()
+        for name, value in old.items():
+            if isinstance(value, Tensor) and value.shape != fresh[name].shape:
+                placed(value, fresh[name], before, len(layers))
+            else:
+                fresh[name] = value
+        self.load_own_state(fresh)
+        if self.last is not None:
+            self.last.grow(layers)
+
+    def own_state(self) -> dict[str, Any]:
+        """State of the rule itself, which proposing changes; empty for rules without one."""
+        return {} if self.state is None else dict(self.state.to_dict())
+
+    def load_own_state(self, values: Mapping[str, Any]) -> None:
+        """Load it."""
+        if self.state is not None:
+            self.state.load_dict(dict(values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Saved state, with the last steps of a rule that recalls."""
+        return self.own_state() | ({} if self.last is None else {_LAST: self.last.to_dict()})
+
+    def load_dict(self, values: Mapping[str, Any]) -> None:
+        """Load it."""
+        self.load_own_state({name: value for name, value in values.items() if name != _LAST})
+        if self.last is not None:
+            self.last.load_dict(values[_LAST])
+
+    def remember(self, proposal: Proposal, fraction: float) -> None:
+        """For rules that recall: the step that was taken is the last one now, unless a guard left nothing of it."""
+        if self.last is not None and fraction:
+            for move in proposal.moves:
+                move.remember()
+
+    def propose(
+        self,
+        step: int,
+        lr: float | Tensor,
+        blocks: Sequence[Block],
+        directions: Mapping[str, Tensors],
+        momentum: Momentum,
+        statistics: Mapping[str, LayerStatistics],
+        products: GraphKeepingBackward | None,
+        decays: Mapping[str, tuple[float, ...]],
+    ) -> Proposal:
+        """Moves of all blocks; on the CPU step sizes become plain numbers, elsewhere they stay on the device."""
+        judged = self.judge is not None and self.judge.due(step)
+        pieces = _pieces(self.layers, blocks, directions, momentum, self.last) if self.rule.needs or judged else {}
+        evidence = self._evidence(step, lr, pieces, statistics, products)
+        sizes, by_name, events = self._checked(self.rule.propose(self.state, evidence), evidence.names)
+        moves = [self._move(block, directions[block.key], by_name, decays[block.key]) for block in blocks]
+        predicted = self._predicted(step, sizes, evidence, pieces, statistics, products) if judged else None
+        return Proposal(moves, {name: by_name[name] for name in evidence.names}, events, predicted)
+
+    def _move(
+        self, block: Block, directions: Tensors, sizes: Mapping[str, float | Tensor], decays: tuple[float, ...]
+    ) -> Move:
+        name = block.layer.name
+        plain = Move(block.parameters, directions, sizes[name], decays)
+        if self.last is None:
+            return plain
+        return replace(plain, last=self.last.of(name, block.names), recall=sizes[name_of_last(name)])
+
+    def _checked(self, sizes: Any, layers: Sequence[str]) -> tuple[Tensor | float, dict[str, float | Tensor], Events]:
+        """What the rule returned, the same by name of layer (and of its last step), and counts for the report.
+
+        Raises:
+            ArgumentError: if it is no number and no vector of the right length.
+            NumericalError: if a step size is not finite.
+        """
+        rule, events = type(self.rule).__name__, Events()
+        names = [*layers, *map(name_of_last, layers)] if self.last is not None else list(layers)
+        by_name: dict[str, float | Tensor]
+        if isinstance(sizes, Tensor):
+            if sizes.shape != (len(names),):
+                each = "one per layer" if self.last is None else "one per layer, then one per last step"
+                raise ArgumentError(
+                    f"{rule}.propose must return one number, or {len(names)} step sizes ({each}), got shape "
+                    f"{tuple(sizes.shape)}"
+                )
+            if sizes.device.type != "cpu":  # deciding here would synchronise: such a layer stands still instead
+                finite = torch.isfinite(sizes)
+                if self.last is not None:
+                    finite = finite.reshape(2, -1).all(0).repeat(2)
+                sizes, events = torch.where(finite, sizes, 0.0), {"nonfinite_step_sizes": (~finite).sum()}
+            values = sizes.tolist() if sizes.device.type == "cpu" else list(sizes.unbind())
+            by_name = dict(zip(names, values, strict=True))
+        else:
+            if self.last is not None:
+                raise ArgumentError(
+                    f"{rule} recalls, so its propose must return {len(names)} step sizes, got {sizes!r}"
+                )
+            sizes = as_number(f"what {rule}.propose returns", sizes)
+            by_name = dict.fromkeys(names, sizes)
+        bad = [name for name, size in by_name.items() if isinstance(size, float) and not math.isfinite(size)]
+        if bad:
+            raise NumericalError(
+                f"{rule} proposed a step size that is not finite for layers {', '.join(bad)} "
+                "(raise its damping, or put it into RelativeBound)"
+            )
+        return sizes, by_name, events
+
+    def _predicted(
+        self,
+        step: int,
+        sizes: Tensor | float,
+        evidence: StepEvidence,
+        pieces: _Pieces,
+        statistics: Mapping[str, LayerStatistics],
+        products: GraphKeepingBackward | None,
+    ) -> Tensor:
+        """sum_l alpha_l <g_l, d_l> - alpha' M alpha / 2 with the judge's forms M."""
+        assert self.judge is not None
+        forms = evidence.forms if self.judge.curvature == self.rule.curvature else None
+        if forms is None:
+            forms = self._forms(self.judge.curvature, step, pieces, statistics, products)
+        slopes = self._sums(pieces, lambda piece: inner_product(piece.gradient, piece.direction))
+        alpha = torch.as_tensor(sizes, dtype=slopes.dtype, device=slopes.device).expand_as(slopes)
+        return torch.dot(alpha, slopes) - 0.5 * torch.dot(alpha, forms @ alpha)
+
+    def _evidence(
+        self,
+        step: int,
+        lr: float | Tensor,
+        pieces: _Pieces,
+        statistics: Mapping[str, LayerStatistics],
+        products: GraphKeepingBackward | None,
+    ) -> StepEvidence:
+        names = [layer.name for layer in self.layers]
+        if not self.rule.needs:
+            return StepEvidence(names, lr)
+        form = self.rule.curvature if self.rule.due(step) else None
+        gradient_slopes = None
+        if self.rule.needs & Needs.SLOPES:
+            gradient_slopes = self._sums(pieces, lambda piece: inner_product(piece.gradient, piece.direction))
+        return StepEvidence(
+            names,
+            lr,
+            slopes=self._sums(pieces, lambda piece: piece.correction * inner_product(piece.momentum, piece.direction)),
+            gradient_slopes=gradient_slopes,
+            squared_norms=self._sums(pieces, lambda piece: inner_product(piece.direction, piece.direction)),
+            parameter_norms=self._norms() if self.rule.needs & Needs.NORMS else None,
+            forms=None if form is None else self._forms(form, step, pieces, statistics, products),
+        )
+
+    def _forms(
+        self,
+        form: QuadraticForm,
+        step: int,
+        pieces: _Pieces,
+        statistics: Mapping[str, LayerStatistics],
+        products: GraphKeepingBackward | None,
+    ) -> Tensor:
+        """(K, K) quadratic forms along the directions, and the last steps of a rule that recalls."""
+        names = [layer.name for layer in self.layers]
+        directions = {name: tuple(piece.direction for piece in entry.values()) for name, entry in pieces.items()}
+        generator = seeded_generator(self.seed * 1_000_003 + step, directions[names[0]][0].device)
+        product = products.product if products is not None else None
+        evidence = DirectionalEvidence(names, directions, statistics, product, generator)
+        return form.measure(evidence if self.last is None else with_last_steps(evidence))
+
+    def _sums(self, pieces: _Pieces, measure: Callable[[_Piece], Tensor]) -> Tensor:
+        """(K,) sums of a number per parameter over each layer's direction, then over each last step."""
+        return torch.stack(
+            [torch.stack([measure(piece) for piece in entry.values()]).sum() for entry in pieces.values()]
+        )
+
+    def _norms(self) -> Tensor:
+        """(L,) norms of the layers' parameters."""
+        parameters = [full_precision(p.detach()) for layer in self.layers for p in layer.parameters.values()]
+        norms = iter(torch._foreach_norm(parameters))
+        per_layer = [torch.stack([next(norms) for _ in layer.parameters]) for layer in self.layers]
+        return torch.stack([torch.linalg.vector_norm(values) for values in per_layer])
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One parameter's direction, the vector it was made from with its bias correction, and gradient."""
+
+    direction: Tensor
+    momentum: Tensor
+    correction: float
+    gradient: Tensor
+
+
+_Pieces = dict[str, dict[str, _Piece]]
+
+
+def _pieces(
+    layers: Sequence[Layer],
+    blocks: Sequence[Block],
+    directions: Mapping[str, Tensors],
+    momentum: Momentum,
+    last: LastSteps | None,
+) -> _Pieces:
+    """Pieces per layer and parameter, in the layer's order; zeros where a parameter has no gradient or is frozen.
+
+    Behind them stand those of the layers' last steps, if there are any, with the same zeros.
+    """
+    found: dict[str, dict[str, _Piece]] = {layer.name: {} for layer in layers}
+    for block in blocks:
+        factor = momentum.correction(block.updates)
+        gradients = block.gradients()
+        assert gradients is not None
+        for name, direction, view, gradient in zip(
+            block.names, directions[block.key], block.parameter_views(block.vector), gradients, strict=True
+        ):
+            # A parameter that is frozen beside one that is not stays where it is, whatever the structure says.
+            moved = direction if block.layer.parameters[name].requires_grad else torch.zeros_like(direction)
+            found[block.layer.name][name] = _Piece(moved, view, factor, gradient)
+    result: _Pieces = {}
+    for layer in layers:
+        zeros = {
+            name: torch.zeros_like(full_precision(p))
+            for name, p in layer.parameters.items()
+            if name not in found[layer.name]
+        }
+        missing = {name: _Piece(zero, zero, 1.0, zero) for name, zero in zeros.items()}
+        result[layer.name] = {name: (found[layer.name] | missing)[name] for name in layer.parameters}
+    if last is None:
+        return result
+    for layer in layers:
+        result[name_of_last(layer.name)] = {
+            name: replace(piece, direction=last.along(layer, name, name in found[layer.name]))
+            for name, piece in result[layer.name].items()
+        }
+    return result

@@ -1,0 +1,1 @@
+"""Rules that say how lambda reaches the matrices that are inverted, and whether it changes."""

@@ -1,0 +1,1 @@
+"""One side of a Kronecker product each."""

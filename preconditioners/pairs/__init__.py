@@ -1,0 +1,1 @@
+"""Secant pairs: damping, tests, first scale."""

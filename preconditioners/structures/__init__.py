@@ -1,0 +1,1 @@
+"""How the curvature of a layer is stored, inverted and applied."""

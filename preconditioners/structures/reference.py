@@ -1,0 +1,197 @@
+"""The reference mode of a method: the same composition, preconditioned by solves with dense matrices.
+
+A structure keeps factors, blocks or eigenbases and multiplies with stored inverses; its reference writes the whole
+damped matrix of a layer down (``to_dense``) and solves with it in double precision. What the two share is how
+statistics are averaged; what they do not share is everything that makes a structure fast: layouts, batching, stored
+inverses, products with factors. Both run the same schedule, so their trajectories agree to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...curvature.layers.layer import Layer
+from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Needs, Tensors
+from ..averages import Average
+from ..damping.split import MeanEigenvalues, SideDamping, TwoSided
+from ..linalg import Computed
+from ..protocol import Events, Observation, Preconditioner, Refining, Request, Schedule
+from ..state import State
+from .by_layer import ByLayer
+from .identity import Identity
+from .kronecker import Kronecker, KroneckerState
+
+if TYPE_CHECKING:
+    from ...framework.methods.method import Method
+
+__all__ = ["DenseReference", "reference_of"]
+
+
+def reference_of(method: Method) -> Method:
+    """The method with every structure replaced by its dense reference."""
+    return replace(
+        method, preconditioner=_reference(method.preconditioner), fallback=_reference_of_part(method.fallback)
+    )
+
+
+def _reference(part: Preconditioner | ByLayer) -> Preconditioner | ByLayer:
+    if not isinstance(part, ByLayer):
+        return _reference_of_part(part)
+    otherwise = None if part.otherwise is None else _reference_of_part(part.otherwise)
+    return ByLayer({key: _reference(entry) for key, entry in part.table.items()}, otherwise)
+
+
+def _reference_of_part(part: Preconditioner) -> Preconditioner:
+    """A structure that is not linear in the momentum has no matrix; it brings its own reference."""
+    own: Callable[[], Preconditioner] | None = getattr(part, "reference", None)
+    if own is not None:
+        return own()
+    return part if isinstance(part, Identity) else DenseReference(part)
+
+
+@dataclass
+class ReferenceState(State):
+    """The structure's own state, what its last refresh saw, and the damping now and then."""
+
+    live: State
+    frozen: State
+    live_damping: Tensor
+    frozen_damping: Tensor
+    layer: Any = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the layer."""
+        return {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self) if entry.name != "layer"}
+
+    def load_dict(self, values: dict[str, Any]) -> None:
+        """Copy saved values into place."""
+        for name in ("live", "frozen"):
+            getattr(self, name).load_dict(values[name])
+        for name in ("live_damping", "frozen_damping"):
+            getattr(self, name).copy_(values[name])
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, State) else value
+
+
+@dataclass(frozen=True)
+class DenseReference:
+    """A structure whose ``precondition`` solves with the dense matrix of another one.
+
+    Args:
+        part: the structure; linear in the momentum, with ``to_dense``.
+
+    Memory: that of ``part`` twice, and d^2 numbers of double precision per layer while it solves. For small layers.
+    """
+
+    part: Preconditioner
+
+    @property
+    def needs(self) -> Needs:
+        """As the structure."""
+        return self.part.needs
+
+    @property
+    def takes_indefinite(self) -> bool:
+        """As the structure."""
+        return bool(getattr(self.part, "takes_indefinite", False))
+
+    @property
+    def schedule(self) -> Schedule:
+        """As the structure."""
+        return self.part.schedule
+
+    @property
+    def joint(self) -> bool:
+        """As the structure."""
+        return self.part.joint
+
+    def serves(self, layer: Layer) -> tuple[str, ...]:
+        """As the structure."""
+        return self.part.serves(layer)
+
+    def init(self, layer: Layer, parameters: Tensors) -> ReferenceState:
+        """Two copies of the structure's fresh state."""
+        nothing = torch.zeros(3, dtype=torch.float64)
+        live, frozen = self.part.init(layer, parameters), self.part.init(layer, parameters)
+        return ReferenceState(live, frozen, nothing, nothing.clone(), layer)
+
+    def update(self, state: ReferenceState, observation: Observation, average: Average | None = None) -> None:
+        """The structure's own rule."""
+        self.part.update(state.live, observation, average)
+
+    def without_eigenvalues(self) -> tuple[str, ...] | None:
+        """As the structure."""
+        return self.part.without_eigenvalues() if isinstance(self.part, TwoSided) else None
+
+    def mean_eigenvalues(self, state: ReferenceState) -> MeanEigenvalues:
+        """Those of the structure."""
+        assert isinstance(self.part, TwoSided)
+        return self.part.mean_eigenvalues(state.live)
+
+    def matrices(self, state: ReferenceState, damping: SideDamping) -> Sequence[Request]:
+        """What the structure asks for: states that keep an inverse as their approximation start from it."""
+        for target in (state.live_damping, state.frozen_damping):
+            target.copy_(torch.tensor([damping.whole, damping.inputs, damping.outputs], dtype=torch.float64))
+        return self.part.matrices(state.live, damping)
+
+    def install(self, state: ReferenceState, results: Sequence[Computed]) -> None:
+        """Remember what this refresh saw."""
+        self.part.install(state.live, results)
+        state.frozen.load_dict(deepcopy(state.live.to_dict()))
+
+    def refine(self, state: ReferenceState, observation: Observation) -> None:
+        """The structure's own rule, if it has one."""
+        if isinstance(self.part, Refining):
+            self.part.refine(state.live, observation)
+
+    def precondition(self, state: ReferenceState, momentum: Tensors) -> Tensors:
+        """Solve with the dense matrix over the entries of (weight, bias)."""
+        layer: Layer = state.layer
+        damping = SideDamping(*state.frozen_damping.tolist())
+        matrix = self.part.to_dense(_mixed(self.part, state), layer, damping).double()
+        order = _order_of_entries(self.part, layer, momentum)
+        vector = torch.cat([value.flatten() for value in momentum])[order].double()
+        solution = torch.cholesky_solve(vector.unsqueeze(1), torch.linalg.cholesky(matrix)).squeeze(1)
+        result = torch.empty_like(solution)
+        result[order] = solution
+        pieces = result.to(momentum[0].dtype).split([value.numel() for value in momentum])
+        return tuple(piece.reshape(value.shape) for piece, value in zip(pieces, momentum, strict=True))
+
+    def observe_step(
+        self, state: ReferenceState, before: LayerStatistics, after: LayerStatistics | None, damping: SideDamping
+    ) -> Events:
+        """The structure's own rule."""
+        return self.part.observe_step(state.live, before, after, damping)
+
+    def to_dense(self, state: ReferenceState, layer: Layer, damping: SideDamping) -> Tensor:
+        """That of the structure."""
+        return self.part.to_dense(state.live, layer, damping)
+
+
+def _mixed(part: Preconditioner, state: ReferenceState) -> State:
+    """The state that the structure multiplies with now.
+
+    Quasi-Newton factors change after every step, structures without inverses at every step, and so do squares in an
+    eigenbasis; what is inverted on a schedule stays as the last refresh saw it.
+    """
+    if isinstance(part, Kronecker):
+        live, frozen = state.live, state.frozen
+        assert isinstance(live, KroneckerState) and isinstance(frozen, KroneckerState)
+        inputs = live.inputs if Needs.PAIRS in part.inputs.needs("inputs") else frozen.inputs
+        outputs = live.outputs if Needs.PAIRS in part.outputs.needs("outputs") else frozen.outputs
+        return KroneckerState(inputs, outputs)
+    changing = isinstance(part, Refining) or part.needs & LOOKING_BACK
+    return state.frozen if part.needs and not changing else state.live
+
+
+def _order_of_entries(part: Preconditioner, layer: Layer, momentum: Tensors) -> Tensor:
+    """Where the entries of (weight, bias), in the parameters' own order, stand in the flattened storage."""
+    return layer.entries() if part.joint else torch.arange(sum(value.numel() for value in momentum))
