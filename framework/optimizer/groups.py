@@ -8,18 +8,27 @@ same ``lr`` and ``damping`` in all of them. Weight decay acts on each parameter 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...curvature.layers.layer import Layer
+from ...curvature.layers.layer import Layer, discover_layers
 from ...errors import ArgumentError, UnknownNameError
 from .arguments import as_number
 from .blocks import Block
 
-__all__ = ["GroupValues", "chosen_parameters", "numbers_of", "split_into_groups"]
+__all__ = [
+    "GroupValues",
+    "chosen_parameters",
+    "late_layers",
+    "numbers_of",
+    "require_nobody_left_out",
+    "split_into_groups",
+    "unowned_parameters",
+]
 
 _NUMBERS = ("lr", "damping", "weight_decay")
 _KEYS = ("params", *_NUMBERS, "name", "initial_lr")
@@ -175,3 +184,54 @@ class GroupValues:
 
 def _name_of(model: nn.Module, parameter: nn.Parameter) -> str:
     return next((name for name, other in model.named_parameters() if other is parameter), "?")
+
+
+def late_layers(model: nn.Module, layers: Sequence[Layer], chosen: Sequence[nn.Parameter]) -> list[Layer]:
+    """Layers made of ``chosen`` parameters only.
+
+    A module of which the optimizer serves some parameters already gets a second layer for the others, named
+    ``module:parameters``.
+
+    Raises:
+        ArgumentError: if a chosen parameter is frozen or served already, or none was chosen.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owned = {id(parameter) for layer in layers for parameter in layer.parameters.values()}
+    if not chosen:
+        raise ArgumentError("the parameter group is empty; give it trainable parameters of the model")
+    for parameter in chosen:
+        if id(parameter) in owned:
+            raise ArgumentError(f"parameter {names[id(parameter)]!r} is in a group of this optimizer already")
+        if not parameter.requires_grad:
+            raise ArgumentError(
+                f"parameter {names[id(parameter)]!r} is frozen; call requires_grad_(True) before add_param_group"
+            )
+    wanted = {id(parameter) for parameter in chosen}
+    taken = {layer.name for layer in layers}
+    result: list[Layer] = []
+    for layer in discover_layers(model):
+        fresh = {name: parameter for name, parameter in layer.parameters.items() if id(parameter) in wanted}
+        if fresh:
+            name = f"{layer.name}:{'+'.join(fresh)}" if layer.name in taken else layer.name
+            result.append(replace(layer, name=name, parameters=fresh))
+    return result
+
+
+def unowned_parameters(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Parameters of the model that no layer has (frozen ones), by name."""
+    owned = {id(parameter) for layer in layers for parameter in layer.parameters.values()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in owned}
+
+
+def require_nobody_left_out(unowned: dict[str, Tensor]) -> None:
+    """Check that no parameter waits in vain for a step.
+
+    Raises:
+        ArgumentError: if one that the optimizer does not own has a gradient.
+    """
+    waiting = [name for name, parameter in unowned.items() if parameter.requires_grad and parameter.grad is not None]
+    if waiting:
+        raise ArgumentError(
+            f"parameters {', '.join(waiting)} have a gradient, but were frozen when the optimizer was built and would "
+            'never be trained; call optimizer.add_param_group({"params": [...]}) after unfreezing them, or freeze them'
+        )

@@ -4,26 +4,93 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ...curvature.backends.capture import Record
 from ...curvature.estimators import records_for_pairs
-from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Needs
+from ...curvature.layers.layer import Layer
+from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Needs, Tensors
 from ...errors import ArgumentError
 from ...preconditioners.protocol import Events
 from ...stepsize.guard import Trial
-from ..changes import Points, changing_layers
+from .blocks import Block, full_precision
 from .closure import Closure, Snapshot, frozen, preserved, run_closure
-
-if TYPE_CHECKING:
-    from .second_order import SecondOrder
-    from .stepping import Proposal
+from .distributed import Ranks
+from .session import Session
+from .stepping import Proposal
 
 __all__ = ["LookBack", "Outcome"]
+
+
+def changing_layers(blocks: Sequence[Block]) -> list[Layer]:
+    """Layers with a structure that pairs the parameters themselves."""
+    found = {block.layer.name: block.layer for block in blocks if Needs.CHANGES in block.part.needs}
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Points:
+    """Where some layers stand, in full precision.
+
+    Attributes:
+        parameters: by layer name, one per parameter.
+        gradients: of the user's loss without its scale, the same; zeros for parameters that are frozen or were not
+            reached.
+    """
+
+    parameters: Mapping[str, Tensors]
+    gradients: Mapping[str, Tensors]
+
+    @classmethod
+    def before(cls, layers: Sequence[Layer], copies: Mapping[int, Tensor]) -> Points:
+        """Ahead of the step: copies of the parameters; gradients as the optimizer steps with them, not copied.
+
+        Args:
+            layers: which.
+            copies: of parameters that somebody has copied already, by their ids.
+        """
+        parameters = {
+            layer.name: tuple(
+                full_precision(copies[id(p)] if id(p) in copies else p.detach().clone())
+                for p in layer.parameters.values()
+            )
+            for layer in layers
+        }
+        return cls(parameters, {layer.name: _gradients(layer) for layer in layers})
+
+    @classmethod
+    def after(cls, layers: Sequence[Layer], inverse_scale: Tensor | None, ranks: Ranks) -> Points:
+        """Right after the second backward, whose gradients nobody has unscaled or exchanged. Nothing is copied."""
+        found: dict[str, Tensors] = {}
+        for layer in layers:
+            own = _gradients(layer)
+            if inverse_scale is not None:
+                own = tuple(value * inverse_scale for value in own)
+            found[layer.name] = tuple(ranks.mean(value) for value in own)
+        parameters = {
+            layer.name: tuple(full_precision(p.detach()) for p in layer.parameters.values()) for layer in layers
+        }
+        return cls(parameters, found)
+
+    def into(self, records: Mapping[str, LayerStatistics]) -> dict[str, LayerStatistics]:
+        """Records with the parameters and gradients of their layers; those of other layers as they are."""
+        return {
+            name: replace(entry, parameters=self.parameters[name], gradients=self.gradients[name])
+            if name in self.parameters
+            else entry
+            for name, entry in records.items()
+        }
+
+
+def _gradients(layer: Layer) -> Tensors:
+    """One per parameter, zeros where there is none."""
+    return tuple(
+        full_precision(p.grad if p.requires_grad and p.grad is not None else torch.zeros_like(p)).detach()
+        for p in layer.parameters.values()
+    )
 
 
 @dataclass(frozen=True)
@@ -43,24 +110,14 @@ class Outcome:
 class LookBack:
     """The look-back phase of one optimizer. Does nothing at steps that do not need it."""
 
-    def __init__(self, optimizer: SecondOrder):
+    def __init__(self, optimizer: Session):
         self.optimizer = optimizer
-        self.state = optimizer.method.guard.init()
         self._before: Snapshot | None = None
         self._differentiates = False
         self._parameters: list[tuple[Tensor, Tensor]] = []
         self._points = Points({}, {})
         self._slope: Tensor | None = None
         self._penalty: Tensor | float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Saved state of the guard; empty for guards without one."""
-        return {} if self.state is None else dict(self.state.to_dict())
-
-    def load_dict(self, values: Mapping[str, Any]) -> None:
-        """Load it."""
-        if self.state is not None:
-            self.state.load_dict(dict(values))
 
     def prepare(self) -> None:
         """Remember random state and buffers before the first evaluation."""
@@ -99,7 +156,7 @@ class LookBack:
                 self._adapt_damping(loss, whole, proposal)
                 return Outcome(loss, {}, shortened, 0.0)
             fraction *= guard.shrink
-            self.optimizer._take(proposal, fraction)
+            self.optimizer.take(proposal, fraction)
         events = self._observe(self._points.into(before), after)
         self._parameters, self._points = [], Points({}, {})
         self._adapt_damping(loss, whole, proposal)
@@ -114,9 +171,9 @@ class LookBack:
             numbers = (loss + self._penalty, loss_after + self.optimizer.penalty(), self._slope)
             values = torch.stack([number.double() for number in numbers]).tolist()
             trial = Trial(values[0], values[1], values[2], fraction)
-        accepted = guard.accepts(self.state, trial)
+        accepted = guard.accepts(self.optimizer.guard_state, trial)
         if accepted:
-            guard.record(self.state, trial)
+            guard.record(self.optimizer.guard_state, trial)
         return accepted
 
     def _adapt_damping(self, loss: Tensor, loss_after: Tensor, proposal: Proposal) -> None:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.damping.split import SideDamping
 from .report import StepReport
-
-if TYPE_CHECKING:
-    from .second_order import SecondOrder
-    from .stepping import Proposal
+from .session import Session
+from .stepping import Proposal
 
 __all__ = ["Observer", "StepTrace"]
 
@@ -41,8 +39,8 @@ class StepTrace:
 class Observer(Protocol):
     """What ``optimizer.observers`` holds. A step that is skipped or undone is begun and never ended."""
 
-    def before_step(self, optimizer: SecondOrder) -> None:
+    def before_step(self, optimizer: Session) -> None:
         """The mini-batch has been evaluated, nothing has been changed yet."""
 
-    def after_step(self, optimizer: SecondOrder, trace: StepTrace) -> None:
+    def after_step(self, optimizer: Session, trace: StepTrace) -> None:
         """The step is done, and the structures have looked back at it."""

@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...curvature.records.statistics import LayerStatistics, SampleGradients
 from ...errors import ArgumentError
-
-if TYPE_CHECKING:
-    from .second_order import SecondOrder
 
 __all__ = ["Scaling", "require_plain_loss", "widened"]
 
@@ -59,11 +56,11 @@ class Scaling:
 
     Args:
         optimizer: the optimizer that steps.
+        scaler: of the loop, if there is one.
     """
 
-    def __init__(self, optimizer: SecondOrder):
-        self._optimizer = optimizer
-        self._scaler = optimizer.grad_scaler
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None):
+        self._optimizer, self._scaler = optimizer, scaler
         self.found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         self._pending: Tensor | None = getattr(optimizer, "grad_scale", None)
         self._called = self.found_inf is not None

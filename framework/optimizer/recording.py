@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -18,9 +17,6 @@ from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Needs
 from ...errors import ArgumentError
 from ..methods.method import Method
 from .blocks import Block, present_gradients
-
-if TYPE_CHECKING:
-    from .second_order import SecondOrder
 
 __all__ = [
     "all_records",
@@ -88,28 +84,36 @@ def products_due(blocks: Sequence[Block], method: Method, step: int, warm: bool)
 
 def with_hessians(
     statistics: Mapping[str, LayerStatistics],
-    optimizer: SecondOrder,
+    layers: Sequence[Layer],
     products: GraphKeepingBackward | None,
+    loss_reduction: str,
+    inverse_scale: Tensor | None,
 ) -> dict[str, LayerStatistics]:
-    """The statistics with every layer's dense Hessian to be built on demand, if the estimator asks for products.
+    """The statistics with every layer's dense Hessian to be built on demand.
+
+    Args:
+        statistics: by layer.
+        layers: all layers.
+        products: Hessian products of this mini-batch; ``None``: the statistics stay as they are.
+        loss_reduction: ``"mean"`` or ``"sum"``.
+        inverse_scale: 1 / scale of the loss, ``None`` for 1.
 
     Raises:
         ArgumentError: if the loss is a sum over samples whose number no hook saw.
     """
     result = dict(statistics)
-    if products is None or Needs.PRODUCTS not in optimizer.method.asks:
+    if products is None:
         return result
-    unscale = optimizer._inverse_scale
-    for layer in optimizer.layers:
+    for layer in layers:
         record = result.get(layer.name)
-        if record is None and optimizer.capture.loss_reduction == "sum":
+        if record is None and loss_reduction == "sum":
             raise ArgumentError(
                 f"the number of samples that layer {layer.name!r} saw is unknown, so the Hessian of a summed loss "
                 "cannot be scaled; use a mean loss and loss_reduction='mean'"
             )
         record = LayerStatistics(layer, 1, 1) if record is None else record
         scale: float | Tensor = record.gradient_scale / record.samples
-        scale = scale if unscale is None else scale * unscale
+        scale = scale if inverse_scale is None else scale * inverse_scale
         result[layer.name] = replace(record, hessian=partial(hessian_block, products, layer, scale))
     return result
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
 from ..methods.parts import label
 from .groups import numbers_of
-
-if TYPE_CHECKING:
-    from .second_order import SecondOrder
+from .session import Session
 
 __all__ = ["require_same_layout", "restore_state", "saved_state"]
 
@@ -21,7 +19,7 @@ _FORMAT = 2
 """Layout of saved states; 1 was that of osculate 0.1, which said neither its number nor its method."""
 
 
-def saved_state(optimizer: SecondOrder, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def saved_state(optimizer: Session, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Tensors, numbers and nested dictionaries keyed by name; tensors are not copied.
 
     Args:
@@ -33,7 +31,7 @@ def saved_state(optimizer: SecondOrder, groups: Sequence[Mapping[str, Any]]) -> 
         "method": _described(optimizer),
         "state": {block.key: block.to_dict() for block in optimizer.blocks},
         "step_size": optimizer._rule.to_dict(),
-        "guard": optimizer._look_back.to_dict(),
+        "guard": {} if optimizer.guard_state is None else dict(optimizer.guard_state.to_dict()),
         "progress": {
             "step": optimizer._step,
             "warm": optimizer._warm,
@@ -46,7 +44,7 @@ def saved_state(optimizer: SecondOrder, groups: Sequence[Mapping[str, Any]]) -> 
     }
 
 
-def restore_state(optimizer: SecondOrder, saved: Mapping[str, Any]) -> None:
+def restore_state(optimizer: Session, saved: Mapping[str, Any]) -> None:
     """Copy a saved state into an optimizer; ``saved`` is not modified.
 
     Raises:
@@ -66,7 +64,8 @@ def restore_state(optimizer: SecondOrder, saved: Mapping[str, Any]) -> None:
     for block in optimizer.blocks:
         block.load_dict(saved["state"][block.key])
     optimizer._rule.load_dict(saved["step_size"])
-    optimizer._look_back.load_dict(saved["guard"])
+    if optimizer.guard_state is not None:
+        optimizer.guard_state.load_dict(dict(saved["guard"]))
     progress = saved["progress"]
     optimizer._step, optimizer._warm = int(progress["step"]), bool(progress["warm"])
     optimizer.gradient_evaluations = int(progress["gradient_evaluations"])
@@ -94,12 +93,12 @@ def _require_format(saved: Any) -> None:
             raise ArgumentError(f"the state is damaged: its {key!r} is {type(saved.get(key)).__name__}; {_WAY_OUT}")
 
 
-def _described(optimizer: SecondOrder) -> dict[str, str]:
+def _described(optimizer: Session) -> dict[str, str]:
     """The parts on which the meaning of a saved state depends, in words; schedules and damping may change in a run."""
     method = optimizer.method
     names = ["preconditioner", "curvature", "momentum", "fallback"]
     names += ["step_size"] if optimizer._rule.state is not None or optimizer._rule.last is not None else []
-    names += ["guard"] if optimizer._look_back.state is not None else []
+    names += ["guard"] if optimizer.guard_state is not None else []
     return {name: label(getattr(method, name)) for name in names}
 
 
@@ -112,14 +111,14 @@ def _require_same_method(own: Mapping[str, str], saved: Mapping[str, str]) -> No
             )
 
 
-def _group_of(optimizer: SecondOrder) -> dict[str, int]:
+def _group_of(optimizer: Session) -> dict[str, int]:
     """Index of the group of every parameter, by the parameter's name in the model."""
     names = {id(parameter): name for name, parameter in optimizer.model.named_parameters()}
     groups = enumerate(optimizer.param_groups)
     return {names[id(parameter)]: index for index, group in groups for parameter in group["params"]}
 
 
-def _add_missing_groups(optimizer: SecondOrder, saved: Mapping[str, Any]) -> None:
+def _add_missing_groups(optimizer: Session, saved: Mapping[str, Any]) -> None:
     """Groups that joined the saved optimizer in the middle of its run join this one too."""
     parameters: dict[str, nn.Parameter] = dict(optimizer.model.named_parameters())
     owned = _group_of(optimizer)

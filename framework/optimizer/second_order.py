@@ -18,31 +18,30 @@ from ...curvature.backends.table import make_backend, require_supported
 from ...curvature.layers.layer import discover_layers
 from ...curvature.likelihoods import Likelihood, resolve_likelihood
 from ...curvature.products import GraphKeepingBackward
-from ...curvature.records.statistics import LayerStatistics, Tensors
+from ...curvature.records.statistics import LayerStatistics, Needs, Tensors
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.structures.by_layer import ByLayer, require_matching_keys
-from ..grouped import GroupedOptimizer
-from ..growing import require_nobody_left_out, unowned_parameters
 from ..methods.method import Method
 from .arguments import require_arguments, require_closure, require_values
 from .blocks import make_blocks
 from .closure import Closure, Snapshot, run_closure
 from .distributed import Ranks, unwrapped
-from .groups import split_into_groups
+from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
 from .lookback import LookBack
 from .nonfinite import Undo, find_trouble, is_risky, require_finite_loss, spoiled_parameters
 from .observers import Observer, StepTrace
 from .observing import observe, refine, refresh, warm_up
-from .precision import Scaling, require_plain_loss, widened
+from .precision import Scaling, require_plain_loss
 from .recording import all_records, products_due, records_for_step, require_sampled, with_hessians
 from .report import LayerRow, StepReport
 from .saving import restore_state, saved_state
+from .session import Session
 from .stepping import Proposal, StepRule
 
 __all__ = ["SecondOrder"]
 
 
-class SecondOrder(GroupedOptimizer):
+class SecondOrder(Session):
     """A method applied to a model, as an ordinary ``torch.optim.Optimizer``.
 
     Args:
@@ -122,6 +121,7 @@ class SecondOrder(GroupedOptimizer):
         self._step, self._warm = 0, False
         self.observers: list[Observer] = []
         self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping)
+        self.guard_state = method.guard.init()
         self._look_back = LookBack(self)
         self._unowned = unowned_parameters(model, layers)
         self._arm()
@@ -185,7 +185,7 @@ class SecondOrder(GroupedOptimizer):
         self._require_open()
         require_closure(closure, self.needs_closure)
         self._check_values()
-        scaling = Scaling(self)
+        scaling = Scaling(self, self.grad_scaler)
         self._look_back.prepare()
         if closure is not None:
             scaling.before_closure()
@@ -195,7 +195,11 @@ class SecondOrder(GroupedOptimizer):
         if scaling.found_inf is not None and bool(scaling.found_inf):
             return self._skip("the GradScaler found a gradient that is not finite", loss)
         self._inverse_scale = scaling.inverse(self._records_gradients)
-        statistics = with_hessians(self.collect(), self, products)
+        statistics = self.collect()
+        if Needs.PRODUCTS in self.method.asks:
+            statistics = with_hessians(
+                statistics, self.layers, products, self.capture.loss_reduction, self._inverse_scale
+            )
         gradients = {block.key: block.gradients() for block in self.blocks}
         trouble = find_trouble(loss, gradients, statistics)
         if trouble is not None:
@@ -239,7 +243,7 @@ class SecondOrder(GroupedOptimizer):
         refine(updated)
         proposal, damping = self._propose(statistics, gradients, products, decays), self.damping
         self._look_back.remember(proposal)
-        self._take(proposal, 1.0)
+        self.take(proposal, 1.0)
         sides = {block.key: self.sides(block) for block in self.blocks} if self.observers else {}
         outcome = self._look_back.run(closure, loss, statistics, proposal) if closure is not None else None
         if outcome is not None and self.method.guard.attempts == 0:
@@ -314,12 +318,6 @@ class SecondOrder(GroupedOptimizer):
             products.release()
         return proposal
 
-    def _take(self, proposal: Proposal, fraction: float) -> None:
-        """Take a fraction of a proposed step: the only place that writes to parameters."""
-        proposal.take(fraction, self.method.weight_decay)
-
-    # -- warm start --------------------------------------------------------------------------------------------------
-
     def warm_start(self, closures: Iterable[Closure]) -> None:
         """The method's initial pass over the data: plain averages of its statistics, nothing is trained.
 
@@ -366,10 +364,6 @@ class SecondOrder(GroupedOptimizer):
         self._arm()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
-
-    def collect(self) -> dict[str, LayerStatistics]:
-        """What the backend has recorded, without loss scale and in full precision."""
-        return self.ranks.joint(self.layers, widened(self.capture.collect(), self._inverse_scale))
 
     def _require_open(self) -> None:
         if self._closed:

@@ -1,4 +1,7 @@
-"""The part of the optimizer that owns layers, blocks and parameter groups; the loop is in ``optimizer``."""
+"""What lasts between the steps of one optimizer: model, layers, blocks, parameter groups, backend, ranks, rule.
+
+The phases of a step take a session; torch's face on it is in ``second_order``.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..curvature.backends.table import Backend
-from ..curvature.layers.layer import Layer
-from ..preconditioners.damping.split import SideDamping, TwoSided
-from .growing import late_layers, unowned_parameters
-from .methods.method import Method
-from .optimizer.arguments import as_number
-from .optimizer.blocks import Block, make_blocks
-from .optimizer.groups import GroupValues, chosen_parameters, numbers_of
-from .optimizer.stepping import StepRule
+from ...curvature.backends.table import Backend
+from ...curvature.layers.layer import Layer
+from ...curvature.records.statistics import LayerStatistics
+from ...preconditioners.damping.split import SideDamping, TwoSided
+from ..methods.method import Method
+from .arguments import as_number
+from .blocks import Block, make_blocks
+from .distributed import Ranks
+from .groups import GroupValues, chosen_parameters, late_layers, numbers_of, unowned_parameters
+from .plan import Plan
+from .precision import widened
+from .stepping import Proposal, StepRule
 
-__all__ = ["GroupedOptimizer"]
+__all__ = ["Session"]
 
 
-class GroupedOptimizer(torch.optim.Optimizer):
-    """An ``Optimizer`` whose parameter groups are read layer by layer, and which layers can join.
+class Session(torch.optim.Optimizer):
+    """An ``Optimizer`` whose parameter groups are read layer by layer, and which layers can join: what phases work on.
 
     A subclass sets the attributes below before it calls this constructor (``capture`` and what follows: after it).
 
@@ -35,8 +41,16 @@ class GroupedOptimizer(torch.optim.Optimizer):
     layers: list[Layer]
     blocks: list[Block]
     capture: Backend
+    ranks: Ranks
+    plan: Plan
+    grad_scaler: torch.amp.GradScaler | None
+    gradient_evaluations: int
+    skipped_steps: int
+    guard_state: Any
+    _inverse_scale: Tensor | None = None
     _strict: bool
     _step: int = 0
+    _warm: bool = False
     _rule: StepRule
     _unowned: dict[str, Tensor]
 
@@ -64,6 +78,16 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if isinstance(value, dict):
             return {layer: self.method.damping_at(entry, self._step) for layer, entry in value.items()}
         return self.method.damping_at(value, self._step)
+
+    def collect(self) -> dict[str, LayerStatistics]:
+        """What the backend has recorded, without loss scale and in full precision."""
+        return self.ranks.joint(self.layers, widened(self.capture.collect(), self._inverse_scale))
+
+    def take(self, proposal: Proposal, fraction: float) -> None:
+        """Take a fraction of a proposed step: the only place that writes to parameters."""
+        proposal.take(fraction, self.method.weight_decay)
+
+    # -- warm start --------------------------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
         """(tau / 2) |theta|^2 for coupled weight decay, 0 for decoupled: what the method adds to the loss."""
