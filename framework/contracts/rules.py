@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...curvature.layers.layer import discover_layers
 from ...errors import ArgumentError
 from ...preconditioners.structures.identity import Identity
-from ..optimizer.blocks import Block, make_blocks
+from ..optimizer.blocks import Block, accumulate, directions_of, make_blocks
 from .cases import Case
 from .contract import Contract, contract, require, require_close
 
@@ -39,8 +39,8 @@ def _directions(rule: Any, case: Case, sequence: list[tuple[Tensor, ...]]) -> li
     """What is preconditioned after each gradient, as vectors."""
     block, found = _block(case), []
     for gradients in sequence:
-        block.accumulate(rule, gradients, [0.0] * len(gradients))
-        found.append(_flat(block.direction(rule)).clone())
+        accumulate([block], rule, [gradients], [(0.0,) * len(gradients)])
+        found.append(_flat(directions_of([block], rule)[block.key]).clone())
     return found
 
 
@@ -54,12 +54,12 @@ def momentum_closed_form(rule: Any, case: Case) -> None:
     block, (keep, add), (a, b) = _block(case), rule.coefficients(), rule.blend()
     sequence = [_gradients(block, case, key) for key in range(6)]
     for step, gradients in enumerate(sequence):
-        block.accumulate(rule, gradients, [0.0] * len(gradients))
+        accumulate([block], rule, [gradients], [(0.0,) * len(gradients)])
         terms = [add * keep ** (step - index) * _flat(entry) for index, entry in enumerate(sequence[: step + 1])]
         momentum = torch.stack(terms).sum(0)
         require_close("momentum", _flat(block.views), momentum)
         followed = rule.correction(step + 1) * (a * momentum + b * _flat(gradients))
-        require_close("the vector that is preconditioned", _flat(block.direction(rule)), followed)
+        require_close("the vector that is preconditioned", _flat(directions_of([block], rule)[block.key]), followed)
 
 
 @contract("momentum-stable", "momentum", "0 <= keep < 1, add > 0, and corrections are finite and positive")

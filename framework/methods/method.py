@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -91,7 +91,7 @@ class Method:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return partial(type(self), **(values | {"defaults": dict(self.defaults)})), ()
 
-    @property
+    @cached_property
     def needs(self) -> Needs:
         """Union of what the structures ask of the estimator."""
         total = Needs.NOTHING
@@ -99,7 +99,7 @@ class Method:
             total |= part.needs
         return total
 
-    @property
+    @cached_property
     def adaptive_damping(self) -> AdaptiveDamping | None:
         """The damping rule, if it also changes lambda."""
         return self.damping if isinstance(self.damping, AdaptiveDamping) else None
@@ -133,7 +133,7 @@ class Method:
         """Whether ``step`` must be given a closure."""
         return self.looks_back or Needs.PRODUCTS in self.measures_at(None) | self.asks
 
-    @property
+    @cached_property
     def asks(self) -> Needs:
         """What the estimator asks of the optimizer itself: ``PRODUCTS``, or nothing."""
         asks: Needs = getattr(self.curvature, "asks", Needs.NOTHING)

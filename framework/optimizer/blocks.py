@@ -19,7 +19,15 @@ from ...preconditioners.structures.kronecker import Kronecker
 from ..methods.momentum import Momentum
 from .report import LayerRow
 
-__all__ = ["Block", "full_precision", "make_blocks", "present_gradients"]
+__all__ = [
+    "Block",
+    "accumulate",
+    "directions_of",
+    "full_precision",
+    "grouped_by_part",
+    "make_blocks",
+    "present_gradients",
+]
 
 
 @dataclass
@@ -80,43 +88,8 @@ class Block:
         found = present_gradients(self.parameters)
         return None if found is None else tuple(full_precision(gradient) for gradient in found)
 
-    def accumulate(self, momentum: Momentum, gradients: Tensors, decays: Sequence[float]) -> None:
-        """One recurrence of the momentum on g + decay * theta; ``gradients`` stay as they are.
-
-        Args:
-            momentum: the recurrence.
-            gradients: one per parameter.
-            decays: coupled weight decay of each parameter.
-        """
-        keep, add = momentum.coefficients()
-        self._combine(self.views, keep, add, gradients, decays)
-        on_momentum, on_gradient = momentum.blend()
-        self.vector = self.storage
-        if (on_momentum, on_gradient) != (1.0, 0.0):
-            self.vector = tuple(value.clone() for value in self.storage)
-            self._combine(self.parameter_views(self.vector), on_momentum, on_gradient, gradients, decays)
-        self.updates += 1
-
-    def _combine(self, views: Tensors, keep: float, add: float, gradients: Tensors, decays: Sequence[float]) -> None:
-        """View <- keep * view + add * (g + decay * theta)."""
-        for view, gradient, parameter, decay in zip(views, gradients, self.parameters, decays, strict=True):
-            view.mul_(keep).add_(gradient, alpha=add)
-            if decay:
-                view.add_(parameter, alpha=add * decay)
-
-    def direction(self, momentum: Momentum) -> Tensors:
-        """Preconditioned momentum in the shapes of the parameters. May share memory with the momentum."""
-        factor = momentum.correction(self.updates)
-        if not getattr(self.part, "linear", True):
-            return self.parameter_views(self._preconditioned(tuple(factor * value for value in self.vector)))
-        result = self._preconditioned(self.vector)
-        if factor != 1.0:
-            result = tuple(factor * value for value in result)
-        return self.parameter_views(result)
-
-    def _preconditioned(self, momentum: Tensors) -> Tensors:
-        """What the structure makes of it: tensors of the same shapes and dtypes, or an error that names it."""
-        result: Any = self.part.precondition(self.state, momentum)
+    def checked(self, result: Any, momentum: Tensors) -> Tensors:
+        """What the structure made of the momentum: tensors of the same shapes and dtypes, or an error that names it."""
         if isinstance(result, tuple | list) and len(result) == len(momentum):
             pairs = zip(result, momentum, strict=True)
             if all(isinstance(a, Tensor) and a.shape == b.shape and a.dtype == b.dtype for a, b in pairs):
@@ -154,6 +127,92 @@ class Block:
             own.copy_(saved)
         self.updates, self.positions = int(values["updates"]), int(values["positions"])
         self.born = int(values["born"])
+
+
+def accumulate(
+    blocks: Sequence[Block], momentum: Momentum, gradients: Sequence[Tensors], decays: Sequence[tuple[float, ...]]
+) -> None:
+    """One recurrence of the momentum on g + decay * theta, all blocks in a few operations.
+
+    Args:
+        blocks: those that have a gradient.
+        momentum: the recurrence.
+        gradients: of every block, one per parameter; they stay as they are.
+        decays: coupled weight decay, the same.
+    """
+    flat = [value for values in gradients for value in values]
+    parameters = [parameter for block in blocks for parameter in block.parameters]
+    tau = [value for values in decays for value in values]
+    keep, add = momentum.coefficients()
+    _combine_([view for block in blocks for view in block.views], keep, add, flat, parameters, tau)
+    on_momentum, on_gradient = momentum.blend()
+    ahead = (on_momentum, on_gradient) != (1.0, 0.0)
+    for block in blocks:
+        block.vector = tuple(value.clone() for value in block.storage) if ahead else block.storage
+        block.updates += 1
+    if ahead:
+        views = [view for block in blocks for view in block.parameter_views(block.vector)]
+        _combine_(views, on_momentum, on_gradient, flat, parameters, tau)
+
+
+def _combine_(
+    views: list[Tensor],
+    keep: float,
+    add: float,
+    gradients: list[Tensor],
+    parameters: Sequence[Tensor],
+    decays: Sequence[float],
+) -> None:
+    """View <- keep * view + add * (g + decay * theta)."""
+    torch._foreach_mul_(views, keep)
+    torch._foreach_add_(views, gradients, alpha=add)
+    for decay in dict.fromkeys(decays):
+        if decay:
+            chosen = [index for index, value in enumerate(decays) if value == decay]
+            shown = [parameters[index].detach() for index in chosen]
+            torch._foreach_add_([views[index] for index in chosen], shown, alpha=add * decay)
+
+
+def directions_of(blocks: Sequence[Block], momentum: Momentum) -> dict[str, Tensors]:
+    """Preconditioned momentum by block, in the shapes of the parameters. May share memory with the momentum.
+
+    Blocks that one part serves are given to it together, where it has a verb for many.
+    """
+    result: dict[str, Tensors] = {}
+    late: dict[float, list[Block]] = {}
+    for part, group in grouped_by_part(blocks):
+        linear = getattr(part, "linear", True)
+        vectors = [block.vector for block in group]
+        factors = [momentum.correction(block.updates) for block in group]
+        if not linear:
+            vectors = [
+                vector if factor == 1.0 else tuple(factor * value for value in vector)
+                for factor, vector in zip(factors, vectors, strict=True)
+            ]
+        states = [block.state for block in group]
+        many = getattr(part, "precondition_many", None)
+        if many is None:
+            found = [part.precondition(state, vector) for state, vector in zip(states, vectors, strict=True)]
+        else:
+            found = many(states, vectors)
+        for block, vector, factor, values in zip(group, vectors, factors, found, strict=True):
+            result[block.key] = block.checked(values, vector)
+            if linear and factor != 1.0:
+                late.setdefault(factor, []).append(block)
+    for factor, chosen in late.items():
+        # Not in place: what a structure returns may be its argument, or memory of its own.
+        scaled = iter(torch._foreach_mul([value for block in chosen for value in result[block.key]], factor))
+        for block in chosen:
+            result[block.key] = tuple(next(scaled) for _ in result[block.key])
+    return {block.key: block.parameter_views(result[block.key]) for block in blocks}
+
+
+def grouped_by_part(blocks: Sequence[Block]) -> list[tuple[Any, list[Block]]]:
+    """Blocks by the object that serves them, in the order of their first block."""
+    groups: dict[int, list[Block]] = {}
+    for block in blocks:
+        groups.setdefault(id(block.part), []).append(block)
+    return [(group[0].part, group) for group in groups.values()]
 
 
 def _layout(value: Any) -> str:

@@ -144,8 +144,9 @@ class GroupValues:
         Raises:
             ArgumentError: if its parameters lie in groups that differ.
         """
-        indices = self.indices[layer].values()
-        values = {float(groups[index][key]) for index in indices} if len(groups) > 1 else {float(groups[0][key])}
+        if len(groups) == 1:
+            return float(groups[0][key])
+        values = {float(groups[index][key]) for index in self.indices[layer].values()}
         if len(values) > 1:
             parts = ", ".join(f"{name} {groups[index][key]}" for name, index in self.indices[layer].items())
             raise ArgumentError(
@@ -164,6 +165,8 @@ class GroupValues:
 
     def common(self, groups: Sequence[Mapping[str, Any]], key: str) -> float | dict[str, float]:
         """One number where all layers agree, else one per layer."""
+        if len(groups) == 1:
+            return float(groups[0][key])
         values = {layer: self.of_layer(groups, layer, key) for layer in self.indices}
         first = next(iter(values.values()))
         return first if all(value == first for value in values.values()) else values
@@ -172,6 +175,8 @@ class GroupValues:
         self, groups: Sequence[Mapping[str, Any]], layers: Sequence[Layer], key: str, like: Tensor
     ) -> float | Tensor:
         """One number where all layers agree, else (L,) in the order of ``layers`` on the device of ``like``."""
+        if len(groups) == 1:
+            return float(groups[0][key])
         values = [self.of_layer(groups, layer.name, key) for layer in layers]
         if all(value == values[0] for value in values):
             return values[0]

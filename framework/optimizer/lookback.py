@@ -128,7 +128,10 @@ class LookBack:
         """What a guard and structures compare with; and the parameters: to subtract a huge step is not exact."""
         guard = self.optimizer.method.guard
         moved = [parameter for move in proposal.moves for parameter in move.parameters] if guard.attempts > 0 else []
-        self._parameters = [(parameter, parameter.detach().clone()) for parameter in moved]
+        copies = [torch.empty_like(parameter.detach()) for parameter in moved]
+        if moved:
+            torch._foreach_copy_(copies, moved)
+        self._parameters = list(zip(moved, copies, strict=True))
         layers = changing_layers(self.optimizer.blocks) if self._before is not None else []
         self._points = Points.before(layers, {id(parameter): saved for parameter, saved in self._parameters})
         sloped = guard.attempts > 0 and Needs.SLOPES in guard.needs
@@ -149,8 +152,7 @@ class LookBack:
             if guard.attempts == 0 or self._accepts(loss, loss_after, fraction):
                 break
             shortened += 1
-            for parameter, saved in self._parameters:
-                parameter.copy_(saved)
+            torch._foreach_copy_([entry for entry, _ in self._parameters], [saved for _, saved in self._parameters])
             if shortened == guard.attempts:
                 self._parameters, self._points = [], Points({}, {})
                 self._adapt_damping(loss, whole, proposal)
@@ -166,7 +168,8 @@ class LookBack:
         """Ask the guard, and let it take in a step that stays. One synchronisation."""
         guard = self.optimizer.method.guard
         if self._slope is None:
-            trial = Trial(float(loss), float(loss_after), None, fraction)
+            before, after = torch.stack([loss.double(), loss_after.double()]).tolist()
+            trial = Trial(before, after, None, fraction)
         else:
             numbers = (loss + self._penalty, loss_after + self.optimizer.penalty(), self._slope)
             values = torch.stack([number.double() for number in numbers]).tolist()

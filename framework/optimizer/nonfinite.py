@@ -7,6 +7,7 @@ late for that: methods that could end there start from copies (:class:`Undo`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -48,7 +49,8 @@ def find_trouble(
         raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
     records = [value for entry in statistics.values() for value, _ in _records(entry)]
     total = _sum_of_squares([*present, *records])
-    if bool(torch.isfinite(total if loss is None else total + loss)):
+    number = total if loss is None else total + loss
+    if math.isfinite(number.item()):
         return None
     if loss is not None and not bool(torch.isfinite(loss)):
         return f"the loss is {float(loss)}"

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.damping.split import SideDamping
 from .report import StepReport
-from .session import Session
 from .stepping import Proposal
 
 __all__ = ["Observer", "StepTrace"]
@@ -37,10 +36,13 @@ class StepTrace:
 
 
 class Observer(Protocol):
-    """What ``optimizer.observers`` holds. A step that is skipped or undone is begun and never ended."""
+    """What ``optimizer.observers`` holds. A step that is skipped or undone is begun and never ended.
 
-    def before_step(self, optimizer: Session) -> None:
+    Both verbs are given the optimizer itself, a :class:`~osculate.SecondOrder`.
+    """
+
+    def before_step(self, optimizer: Any) -> None:
         """The mini-batch has been evaluated, nothing has been changed yet."""
 
-    def after_step(self, optimizer: Session, trace: StepTrace) -> None:
+    def after_step(self, optimizer: Any, trace: StepTrace) -> None:
         """The step is done, and the structures have looked back at it."""

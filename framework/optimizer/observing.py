@@ -12,28 +12,30 @@ from ...curvature.estimators import Estimator
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError
 from ...preconditioners.averages import PlainAverage
-from ...preconditioners.damping.split import SideDamping
 from ...preconditioners.operations import compute_many
 from ...preconditioners.protocol import Observation, Refining
-from ..methods.method import Method
 from .arguments import require_callable
-from .blocks import Block
+from .blocks import Block, accumulate, grouped_by_part
 from .closure import Closure, preserved
 from .recording import fill, records_for_forward, require_filled, require_pairs
+from .session import Session
 
 __all__ = ["observe", "refine", "refresh", "warm_up"]
 
 
 def observe(
-    blocks: Sequence[Block],
-    method: Method,
+    session: Session,
     statistics: Mapping[str, LayerStatistics],
     gradients: Mapping[str, Tensors | None],
     decays: Mapping[str, tuple[float, ...]],
-    step: int,
-    warm: bool,
 ) -> list[tuple[Block, Observation]]:
     """Momentum and, where they are due, statistics of every block that has a gradient.
+
+    Args:
+        session: whose blocks.
+        statistics: of this mini-batch, by layer.
+        gradients: by block; ``None`` for one that sits the step out.
+        decays: by block, weight decay of each parameter.
 
     Returns:
         The blocks that were updated, with what they were given: :func:`refine` goes on from there.
@@ -41,32 +43,45 @@ def observe(
     Raises:
         ArgumentError: if a structure does not find what it declared; no block has been changed.
     """
-    records = {
-        block.key: fill(method.curvature, block.layer, statistics.get(block.layer.name))
-        for block in blocks
-        if gradients[block.key] is not None
-    }
-    for block in blocks:
-        record = records.get(block.key)
-        if record is not None and block.statistics_due(step, warm):
-            require_filled(block, record)
-        if gradients[block.key] is not None and method.looks_back_at(step):
-            require_pairs(block, statistics.get(block.layer.name))
-    updated: list[tuple[Block, Observation]] = []
-    for block in blocks:
+    method, blocks, due = session.method, session.blocks, session.plan.at(session._step, session._warm).due
+    looks_back = method.looks_back_at(session._step)
+    active: list[tuple[Block, bool, Tensors, LayerStatistics | None]] = []
+    for block, is_due in zip(blocks, due, strict=True):
         values = gradients[block.key]
         if values is None:
             continue
-        block.accumulate(method.momentum, values, decays[block.key])
-        record = records[block.key]
-        if record is None and block.part.needs:
-            continue
-        if record is not None and statistics.get(block.layer.name) is not None:
+        measured = statistics.get(block.layer.name)
+        # Who needs nothing of the estimator is shown the gradients alone, which it is given in any case.
+        record = fill(method.curvature, block.layer, measured) if block.part.needs else measured
+        if is_due and record is not None:
+            require_filled(block, record)
+        if looks_back:
+            require_pairs(block, measured)
+        if record is not None and measured is not None:
             block.positions = record.positions
-        if block.statistics_due(step, warm):
-            observation = Observation(record, values, block.vector, decays[block.key], block.parameters)
-            block.part.update(block.state, observation)
-            updated.append((block, observation))
+        active.append((block, is_due and (record is not None or not block.part.needs), values, record))
+    # What of a group's decay enters the gradient: all of it where it is coupled, nothing where it is decoupled.
+    factors = {value: method.weight_decay.gradient_factor(value) for entry in decays.values() for value in entry}
+    coupled = {block.key: tuple(factors[value] for value in decays[block.key]) for block, *_ in active}
+    accumulate(
+        [block for block, *_ in active],
+        method.momentum,
+        [values for _, _, values, _ in active],
+        [coupled[block.key] for block, *_ in active],
+    )
+    updated = [
+        (block, Observation(record, values, block.vector, coupled[block.key], block.parameters))
+        for block, is_due, values, record in active
+        if is_due
+    ]
+    seen = {id(block): observation for block, observation in updated}
+    for part, group in grouped_by_part([block for block, _ in updated]):
+        many = getattr(part, "update_many", None)
+        if many is not None:
+            many([block.state for block in group], [seen[id(block)] for block in group])
+            continue
+        for block in group:
+            part.update(block.state, seen[id(block)])
     return updated
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.backends.capture import Record
 from ...curvature.backends.table import make_backend, require_supported
 from ...curvature.layers.layer import discover_layers
 from ...curvature.likelihoods import Likelihood, resolve_likelihood
@@ -23,7 +22,7 @@ from ...errors import ArgumentError, NumericalError
 from ...preconditioners.structures.by_layer import ByLayer, require_matching_keys
 from ..methods.method import Method
 from .arguments import require_arguments, require_closure, require_values
-from .blocks import make_blocks
+from .blocks import directions_of, make_blocks
 from .closure import Closure, Snapshot, run_closure
 from .distributed import Ranks, unwrapped
 from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
@@ -31,8 +30,9 @@ from .lookback import LookBack
 from .nonfinite import Undo, find_trouble, is_risky, require_finite_loss, spoiled_parameters
 from .observers import Observer, StepTrace
 from .observing import observe, refine, refresh, warm_up
+from .plan import Plan
 from .precision import Scaling, require_plain_loss
-from .recording import all_records, products_due, records_for_step, require_sampled, with_hessians
+from .recording import all_records, require_sampled, with_hessians
 from .report import LayerRow, StepReport
 from .saving import restore_state, saved_state
 from .session import Session
@@ -112,6 +112,7 @@ class SecondOrder(Session):
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
         self.blocks = make_blocks(layers, method.preconditioner, method.fallback, strict=strict)
         self._strict, self.grad_scaler, self.ranks = strict, grad_scaler, Ranks(process_group, wrapper)
+        self.plan = Plan(method, self.blocks, layers)
         super().__init__(split_into_groups(model, layers, groups), values)
         self._check_values()
         self.capture = make_backend(backend, model, layers, resolved, loss_reduction, seed)
@@ -194,7 +195,7 @@ class SecondOrder(Session):
         scaling.unscale_gradients()
         if scaling.found_inf is not None and bool(scaling.found_inf):
             return self._skip("the GradScaler found a gradient that is not finite", loss)
-        self._inverse_scale = scaling.inverse(self._records_gradients)
+        self._inverse_scale = scaling.inverse(self._due.records_gradients)
         statistics = self.collect()
         if Needs.PRODUCTS in self.method.asks:
             statistics = with_hessians(
@@ -234,11 +235,7 @@ class SecondOrder(Session):
         for observer in self.observers:
             observer.before_step(self)
         decays = {block.key: self._decays(block) for block in self.blocks}
-        coupled = {
-            key: tuple(self.method.weight_decay.gradient_factor(value) for value in values)
-            for key, values in decays.items()
-        }
-        updated = observe(self.blocks, self.method, statistics, gradients, coupled, self._step, self._warm)
+        updated = observe(self, statistics, gradients, decays)
         refreshes, rescues = refresh(self.blocks, self.sides, self._step)
         refine(updated)
         proposal, damping = self._propose(statistics, gradients, products, decays), self.damping
@@ -271,11 +268,11 @@ class SecondOrder(Session):
         return Undo(self.blocks, self._rule, moved, self._step, self._warm)
 
     def _evaluate(self, closure: Closure | None) -> tuple[Tensor | None, GraphKeepingBackward | None]:
-        self.gradient_evaluations += 1 + self._samples_labels
+        self.gradient_evaluations += 1 + self._due.samples_labels
         if closure is None:
             return None, None
         self._arm()  # an interrupted look back or warm start may have left the hooks in another mode
-        wanted = products_due(self.blocks, self.method, self._step, self._warm)
+        wanted = self._due.products
         if wanted:
             require_plain_loss(self.ranks.count, self.grad_scaler)
         products = GraphKeepingBackward(self.layers) if wanted else None
@@ -308,7 +305,7 @@ class SecondOrder(Session):
         decays: Mapping[str, tuple[float, ...]],
     ) -> Proposal:
         active = [block for block in self.blocks if gradients[block.key] is not None]
-        directions = {block.key: block.direction(self.method.momentum) for block in active}
+        directions = directions_of(active, self.method.momentum)
         like = next(iter(directions.values()))[0]
         lr = self._values.per_layer(self.param_groups, self.layers, "lr", like)
         proposal = self._rule.propose(
@@ -381,9 +378,5 @@ class SecondOrder(Session):
         """Tell the capture what the coming forward passes must record."""
         self.capture.step, self.capture.stream = self._step, self.ranks.rank
         self.capture.clear()
-        records = records_for_step(self.blocks, self.layers, self.method, self._step, self._warm)
-        self.capture.arm(records)
-        sampled = Record.SAMPLED | Record.SAMPLED_PARAMETERS
-        self._samples_labels = any(record & sampled for record in records.values())
-        own = Record.GRADIENTS | Record.MEANS
-        self._records_gradients = any(record & own for record in records.values())
+        self._due = self.plan.at(self._step, self._warm)
+        self.capture.arm(self._due.records)

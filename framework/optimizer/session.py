@@ -19,7 +19,7 @@ from .arguments import as_number
 from .blocks import Block, make_blocks
 from .distributed import Ranks
 from .groups import GroupValues, chosen_parameters, late_layers, numbers_of, unowned_parameters
-from .plan import Plan
+from .plan import Plan, StepPlan
 from .precision import widened
 from .stepping import Proposal, StepRule
 
@@ -51,6 +51,8 @@ class Session(torch.optim.Optimizer):
     _strict: bool
     _step: int = 0
     _warm: bool = False
+    _due: StepPlan
+    _checked: tuple[Any, ...] = ()
     _rule: StepRule
     _unowned: dict[str, Tensor]
 
@@ -138,6 +140,8 @@ class Session(torch.optim.Optimizer):
     def _adopt(self, layers: list[Layer], blocks: list[Block]) -> None:
         """Serve more layers than before."""
         self.layers, self.blocks = layers, blocks
+        self.plan = Plan(self.method, blocks, layers)
+        self._checked = ()
         self._values.assign(layers, self.param_groups)
         self.capture = self.capture.extended(layers)
         self._rule.grow(layers)
@@ -148,12 +152,18 @@ class Session(torch.optim.Optimizer):
         return self._values.of_block(self.param_groups, block, "weight_decay")
 
     def _check_values(self) -> None:
-        """The numbers of all groups are in range, and agree within each layer."""
-        for index, group in enumerate(self.param_groups):
-            numbers = numbers_of(group, index)
-            self.method.check_values(**numbers | {"damping": self.method.damping_at(numbers["damping"], self._step)})
+        """The numbers of all groups are in range, and agree within each layer; asked again only when one changed."""
+        found = [numbers_of(group, index) for index, group in enumerate(self.param_groups)]
+        for numbers in found:
+            numbers["damping"] = self.method.damping_at(numbers["damping"], self._step)
+        values = tuple(tuple(numbers.values()) for numbers in found)
+        if values == self._checked:
+            return
+        for numbers in found:
+            self.method.check_values(**numbers)
         for key in ("lr", "damping") if len(self.param_groups) > 1 else ():
             self._values.common(self.param_groups, key)
+        self._checked = values
 
     def _arm(self) -> None:
         """Tell the capture what the coming forward passes must record."""

@@ -48,18 +48,6 @@ class Move:
     last: Tensors = ()
     recall: float | Tensor = 0.0
 
-    def take(self, fraction: float, weight_decay: WeightDecay) -> None:
-        """theta <- (1 - fraction shrinkage) theta - fraction (step_size direction + recall last)."""
-        for parameter, direction, last, decay in self._rows():
-            if not parameter.requires_grad:
-                continue
-            shrinkage = weight_decay.shrinkage(decay, self.step_size)
-            if isinstance(shrinkage, Tensor) or shrinkage:
-                parameter.mul_(1.0 - fraction * shrinkage)
-            _add(parameter, direction, self.step_size, -fraction)
-            if last is not None:
-                _add(parameter, last, self.recall, -fraction)
-
     def remember(self) -> None:
         """Make this step the last one: last <- step_size direction + recall last."""
         for parameter, direction, last, _ in self._rows():
@@ -117,9 +105,46 @@ class Proposal:
         return torch.stack([move.slope(weight_decay) for move in self.moves]).sum()
 
     def take(self, fraction: float, weight_decay: WeightDecay) -> None:
-        """Take a fraction in (0, 1] of the step, decoupled weight decay first."""
-        for move in self.moves:
-            move.take(fraction, weight_decay)
+        """Take a fraction in (0, 1] of the step, decoupled weight decay first.
+
+        theta <- (1 - fraction shrinkage) theta - fraction (step_size direction + recall last)
+        """
+        rows = [(move, *row) for move in self.moves for row in move._rows() if row[0].requires_grad]
+        shrunk = _Batches()
+        moved, recalled = _Batches(), _Batches()
+        for move, parameter, direction, last, decay in rows:
+            shrinkage = weight_decay.shrinkage(decay, move.step_size)
+            if isinstance(shrinkage, Tensor) or shrinkage:
+                shrunk.add(1.0 - fraction * shrinkage, parameter)
+            moved.add(move.step_size, parameter, direction)
+            if last is not None:
+                recalled.add(move.recall, parameter, last)
+        for factor, (parameters,) in shrunk:
+            torch._foreach_mul_(parameters, factor)
+        for batches in (moved, recalled):
+            for size, (parameters, directions) in batches:
+                if isinstance(size, Tensor):
+                    torch._foreach_addcmul_(parameters, directions, [size] * len(parameters), value=-fraction)
+                else:
+                    torch._foreach_add_(parameters, directions, alpha=-fraction * size)
+
+
+class _Batches:
+    """Tensors that one operation may take together: those that go with the same number."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, tuple[Any, tuple[list[Tensor], ...]]] = {}
+
+    def add(self, number: float | Tensor, *tensors: Tensor) -> None:
+        """One row; numbers on a device are told apart by identity, comparing them would wait for it."""
+        key = id(number) if isinstance(number, Tensor) else number
+        _, lists = self._found.setdefault(key, (number, tuple([] for _ in tensors)))
+        for entries, tensor in zip(lists, tensors, strict=True):
+            entries.append(tensor)
+
+    def __iter__(self) -> Iterator[tuple[Any, tuple[list[Tensor], ...]]]:
+        """(number, lists) in the order in which they came."""
+        return iter(self._found.values())
 
 
 _LAST = "last_steps"
@@ -285,7 +310,7 @@ class StepRule:
         return StepEvidence(
             names,
             lr,
-            slopes=self._sums(pieces, lambda piece: piece.correction * inner_product(piece.momentum, piece.direction)),
+            slopes=self._sums(pieces, _Piece.slope),
             gradient_slopes=gradient_slopes,
             squared_norms=self._sums(pieces, lambda piece: inner_product(piece.direction, piece.direction)),
             parameter_norms=self._norms() if self.rule.needs & Needs.NORMS else None,
@@ -310,16 +335,22 @@ class StepRule:
 
     def _sums(self, pieces: _Pieces, measure: Callable[[_Piece], Tensor]) -> Tensor:
         """(K,) sums of a number per parameter over each layer's direction, then over each last step."""
-        return torch.stack(
-            [torch.stack([measure(piece) for piece in entry.values()]).sum() for entry in pieces.values()]
-        )
+        values = torch.stack([measure(piece) for entry in pieces.values() for piece in entry.values()])
+        return _by_layer(values, [len(entry) for entry in pieces.values()])
 
     def _norms(self) -> Tensor:
         """(L,) norms of the layers' parameters."""
         parameters = [full_precision(p.detach()) for layer in self.layers for p in layer.parameters.values()]
-        norms = iter(torch._foreach_norm(parameters))
-        per_layer = [torch.stack([next(norms) for _ in layer.parameters]) for layer in self.layers]
-        return torch.stack([torch.linalg.vector_norm(values) for values in per_layer])
+        squares = torch.stack(list(torch._foreach_norm(parameters))).square()
+        return _by_layer(squares, [len(layer.parameters) for layer in self.layers]).sqrt()
+
+
+def _by_layer(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """(K,) sums of runs of ``values``, as long as ``counts`` says: three operations at most, whatever K."""
+    if len(set(counts)) == 1:
+        return values.view(len(counts), counts[0]).sum(1)
+    pieces = torch.nn.utils.rnn.pad_sequence(list(values.split(list(counts))), batch_first=True)
+    return pieces.sum(1)
 
 
 @dataclass(frozen=True)
@@ -330,6 +361,11 @@ class _Piece:
     momentum: Tensor
     correction: float
     gradient: Tensor
+
+    def slope(self) -> Tensor:
+        """Inner product of the vector, bias correction included, and the direction."""
+        value = inner_product(self.momentum, self.direction)
+        return value if self.correction == 1.0 else self.correction * value
 
 
 _Pieces = dict[str, dict[str, _Piece]]

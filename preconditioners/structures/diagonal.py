@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -89,20 +90,38 @@ class Diagonal(Stateless):
         """v <- keep v + add x^2. A warm start leaves v alone (PAPERS 2.3: these statistics start at 0)."""
         if isinstance(average, PlainAverage):
             return
-        keep, add, state.weight = self.average.coefficients(state.weight)
-        values = observation.regularised() if self.source == "gradient" else observation.momentum
-        for moment, value in zip(state.second_moment, values, strict=True):
-            moment.mul_(keep).addcmul_(value, value, value=add)
+        self.update_many([state], [observation])
+
+    def update_many(self, states: Sequence[DiagonalState], observations: Sequence[Observation]) -> None:
+        """The same for the blocks of many layers, in two operations per weight of the averages."""
+        grouped: dict[tuple[float, float, float], tuple[list[Tensor], list[Tensor]]] = {}
+        for state, observation in zip(states, observations, strict=True):
+            coefficients = self.average.coefficients(state.weight)
+            moments, values = grouped.setdefault(coefficients, ([], []))
+            moments.extend(state.second_moment)
+            values.extend(observation.regularised() if self.source == "gradient" else observation.momentum)
+            state.weight = coefficients[2]
+        for (keep, add, _), (moments, values) in grouped.items():
+            torch._foreach_mul_(moments, keep)
+            torch._foreach_addcmul_(moments, values, values, value=add)
 
     def precondition(self, state: DiagonalState, momentum: Tensors) -> Tensors:
         """momentum / (v^power + epsilon), 0 where the denominator is 0."""
-        result: list[Tensor] = []
-        for moment, value in zip(state.second_moment, momentum, strict=True):
-            scale = self._scale(moment)
+        return self.precondition_many([state], [momentum])[0]
+
+    def precondition_many(self, states: Sequence[DiagonalState], momenta: Sequence[Tensors]) -> list[Tensors]:
+        """The same for the blocks of many layers, in a few operations."""
+        moments = [moment for state in states for moment in state.second_moment]
+        if self.power == 0.5:
+            scales = list(torch._foreach_sqrt(moments))
+            torch._foreach_add_(scales, self.epsilon)
+        else:
+            scales = list(torch._foreach_add(moments, self.epsilon))
+        for scale in scales:
             if self.epsilon < torch.finfo(scale.dtype).tiny:  # a larger one keeps every denominator above 0
                 scale.masked_fill_(scale == 0, torch.inf)
-            result.append(torch.div(value, scale, out=scale))
-        return tuple(result)
+        found = iter(torch._foreach_div([value for values in momenta for value in values], scales))
+        return [tuple(next(found) for _ in values) for values in momenta]
 
     def to_dense(self, state: DiagonalState, layer: Layer, damping: SideDamping) -> Tensor:
         """diag(v^power + epsilon)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class Kronecker:
         if "outputs" not in self.outputs.sides:
             raise CompatibilityError(_wrong_side(self.outputs, "outputs"))
 
-    @property
+    @cached_property
     def needs(self) -> Needs:
         """Union over both sides."""
         return self.inputs.needs("inputs") | self.outputs.needs("outputs")
