@@ -51,6 +51,21 @@ def inner_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.sum(left * right)
 
 
+def inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+    """(n,) inner products of n pairs of tensors; on a device the products are formed together."""
+    if lefts[0].is_cuda:
+        products = torch._foreach_mul(list(lefts), list(rights))
+        return torch.stack([product.sum() for product in products])
+    return torch.stack([inner_product(left, right) for left, right in zip(lefts, rights, strict=True)])
+
+
+def squared_norms(values: Sequence[Tensor]) -> Tensor:
+    """(n,) sums of all squared entries; on the CPU an inner product takes half the time of a norm."""
+    if values[0].is_cuda:
+        return torch.stack(list(torch._foreach_norm(list(values)))).square()
+    return torch.stack([inner_product(value, value) for value in values])
+
+
 def add_to_diagonal(matrix: Tensor, value: float) -> Tensor:
     """A copy of (..., d, d) ``matrix`` with ``value`` added to every diagonal entry."""
     result = matrix.clone()
@@ -83,20 +98,20 @@ def accumulate_gram_(matrix: Tensor, rows: Tensor, keep: float, add: float) -> N
             matrix[high:, low:high] = block[:, high - low :].T
 
 
-def accumulate_homogeneous_gram_(
-    matrix: Tensor, rows: Tensor, keep: float, add: float, mean: Tensor, total: float
-) -> None:
-    """The same for rows with a trailing 1, without ever building them.
+def accumulate_homogeneous_gram_(matrix: Tensor, rows: Tensor, keep: float, add: float) -> None:
+    """The same for rows with a trailing 1, which are not built where that would cost more than it saves.
 
     Args:
         matrix: (d + 1, d + 1).
         rows: (n, d).
         keep: factor on the old matrix.
         add: factor on the new product.
-        mean: (d,) mean of the rows.
-        total: n, as a float.
     """
     size = rows.shape[1]
+    if rows.is_cuda or size < _PANEL:  # launches weigh more than the copy
+        accumulate_gram_(matrix, torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1), keep, add)
+        return
+    mean, total = rows.mean(0), float(rows.shape[0])
     accumulate_gram_(matrix[:size, :size], rows, keep, add)
     border = matrix[size, :size]
     border.mul_(keep).add_(mean, alpha=add * total)

@@ -123,7 +123,7 @@ class Capture:
         """Forget calls that already have a gradient: the user threw that gradient away (``zero_grad``)."""
         if self._completed_passes() and not self._inside:
             self._pass += 1  # parts called one by one from here on are another pass
-        for calls in self._calls.values():
+        for calls in self._busy().values():
             calls.discard_complete()
         self._forget_abandoned_sums()
 
@@ -132,27 +132,33 @@ class Capture:
         result: dict[str, LayerStatistics] = {}
         done = self._completed_passes()
         every = self._kind == "forward"
-        calls = {name: [call for call in entries if call.complete or every] for name, entries in self._calls.items()}
+        calls = {name: [call for call in entries if call.complete or every] for name, entries in self._busy().items()}
         sums = {
             name: [entry for entry in entries if every or entry.pass_index in done]
             for name, entries in self._parameter_sums.items()
         }
         self.clear()
         for layer in self.layers:
-            record = combine(layer, calls[layer.name], sums.get(layer.name, []), self.loss_reduction)
+            if layer.name not in calls and layer.name not in sums:
+                continue
+            record = combine(layer, calls.get(layer.name, []), sums.get(layer.name, []), self.loss_reduction)
             if record is not None:
                 result[layer.name] = record
         return result
 
     def clear(self) -> None:
         """Forget every call."""
-        for calls in self._calls.values():
+        for calls in self._busy().values():
             calls.clear()
         self._parameter_sums.clear()
         self._pass, self._inside, self._leaves = 0, False, {}
 
     def _completed_passes(self) -> set[int]:
-        return {call.pass_index for calls in self._calls.values() for call in calls if call.complete}
+        return {call.pass_index for calls in self._busy().values() for call in calls if call.complete}
+
+    def _busy(self) -> dict[str, Calls]:
+        """The calls of every layer that has any."""
+        return {name: calls for name, calls in self._calls.items() if calls.references}
 
     def _watch(self, layers: Sequence[Layer]) -> ProjectionWatch | None:
         """What records the projections of one call of an attention module; ``None`` if there is nothing to record."""

@@ -45,7 +45,9 @@ class LayerHook(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Record the call."""
         capture = self.capture()
-        if capture is None or self._layer is None or not any(module is own for own in self._layer.modules):
+        if capture is None or self._layer is None or self._layer.name not in capture._wanted:
+            return None
+        if not any(module is own for own in self._layer.modules):
             return None  # a replica shares its hooks
         use = use_of(self._layer, args, kwargs)
         return None if use is None else capture._on_use([use], output)

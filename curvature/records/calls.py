@@ -98,18 +98,26 @@ class Calls:
     evaluation pass whose graph is thrown away leaves nothing behind, whether or not it ran under ``torch.no_grad()``.
     """
 
+    references: list[weakref.ref[Call]]
+    """Empty for a layer that nothing was recorded of."""
+
     def __init__(self) -> None:
-        self._references: list[weakref.ref[Call]] = []
+        self.references = []
         self._kept: list[Call] = []
 
     def __iter__(self) -> Iterator[Call]:
         """Calls that are still alive."""
-        return iter([call for call in (reference() for reference in self._references) if call is not None])
+        found = []
+        for reference in self.references:
+            call = reference()
+            if call is not None:
+                found.append(call)
+        return iter(found)
 
     def append(self, call: Call) -> None:
         """Note a call without holding it."""
-        self._references = [reference for reference in self._references if reference() is not None]
-        self._references.append(weakref.ref(call))
+        self.references = [reference for reference in self.references if reference() is not None]
+        self.references.append(weakref.ref(call))
 
     def keep(self, call: Call) -> None:
         """Hold a call from now on."""
@@ -122,13 +130,13 @@ class Calls:
         for call in self:
             if call.complete:
                 call.forget_gradient()
-        self._references = [reference for reference in self._references if reference() is not None]
+        self.references = [reference for reference in self.references if reference() is not None]
 
     def clear(self) -> None:
         """Forget every call, and let go of graphs that nobody ran backward."""
         for call in self:
             call.edge = None
-        self._references, self._kept = [], []
+        self.references, self._kept = [], []  # without references nothing is kept either
 
 
 @dataclass

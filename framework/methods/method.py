@@ -121,12 +121,18 @@ class Method:
 
     def measures_at(self, step: int | None) -> Needs:
         """What the quadratic forms of step ``step`` ask of the backend; ``None``: those of any step."""
-        rules = [rule for rule in (self.step_size, self.adaptive_damping) if rule is not None]
         total = Needs.NOTHING
-        for rule in rules:
+        for rule, needs in self._measuring:
             if step is None or rule.due(step):
-                total |= rule.needs & (Needs.SCORES | Needs.BATCH_SCORES | Needs.PRODUCTS)
+                total |= needs
         return total
+
+    @cached_property
+    def _measuring(self) -> list[tuple[StepSize | AdaptiveDamping, Needs]]:
+        """Rules with quadratic forms, and what these ask of the backend."""
+        rules = [rule for rule in (self.step_size, self.adaptive_damping) if rule is not None]
+        asked = [(rule, rule.needs & (Needs.SCORES | Needs.BATCH_SCORES | Needs.PRODUCTS)) for rule in rules]
+        return [(rule, needs) for rule, needs in asked if needs]
 
     @property
     def needs_closure(self) -> bool:

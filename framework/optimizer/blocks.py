@@ -86,13 +86,15 @@ class Block:
     def gradients(self) -> Tensors | None:
         """Gradients of the parameters, half precision as float32; ``None`` if one is missing (it sits out)."""
         found = present_gradients(self.parameters)
-        return None if found is None else tuple(full_precision(gradient) for gradient in found)
+        return None if found is None else tuple(map(full_precision, found))
 
     def checked(self, result: Any, momentum: Tensors) -> Tensors:
         """What the structure made of the momentum: tensors of the same shapes and dtypes, or an error that names it."""
         if isinstance(result, tuple | list) and len(result) == len(momentum):
-            pairs = zip(result, momentum, strict=True)
-            if all(isinstance(a, Tensor) and a.shape == b.shape and a.dtype == b.dtype for a, b in pairs):
+            for made, given in zip(result, momentum, strict=True):
+                if not isinstance(made, Tensor) or made.shape != given.shape or made.dtype != given.dtype:
+                    break
+            else:
                 return tuple(result)
         raise ArgumentError(
             f"{type(self.part).__name__}.precondition must return one tensor per tensor of the momentum, of the same "
@@ -233,16 +235,17 @@ def present_gradients(parameters: Sequence[Tensor]) -> Tensors | None:
         One gradient per parameter; zeros for one that is frozen while others are not. ``None`` if all are frozen, or if
         the backward pass did not reach one that is trainable.
     """
-    found = [parameter.grad if parameter.requires_grad else None for parameter in parameters]
-    if all(gradient is not None for gradient in found):
-        return tuple(gradient for gradient in found if gradient is not None)
-    missing = [p for p, gradient in zip(parameters, found, strict=True) if gradient is None and p.requires_grad]
-    if missing or all(gradient is None for gradient in found):
-        return None
-    return tuple(
-        torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(parameters, found, strict=True)
-    )
+    found: list[Tensor] = []
+    frozen = 0
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            frozen += 1
+            found.append(torch.zeros_like(parameter))
+        elif parameter.grad is None:
+            return None
+        else:
+            found.append(parameter.grad)
+    return tuple(found) if frozen < len(found) else None
 
 
 def describe(part: Preconditioner) -> str:

@@ -109,14 +109,17 @@ class Undo:
     """
 
     def __init__(self, blocks: Iterable[Block], rule: StepRule, parameters: Sequence[Tensor], step: int, warm: bool):
-        self._rule, self._rule_state = rule, _copied(rule.own_state())  # last steps change when all is over
-        self._parameters = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        pairs: list[tuple[Tensor, Tensor]] = []
+        self._rule, self._rule_state = rule, _copied(rule.own_state(), pairs)  # last steps change when all is over
+        self._parameters = [(parameter, _copied(parameter, pairs)) for parameter in parameters]
         self._blocks: list[tuple[Block, dict[str, Any]]] = []
         for block in blocks:
             looks_back = bool(block.part.needs & LOOKING_BACK)
             written = block.statistics_due(step, warm) or block.inverses_due(step) or looks_back
             values = block.to_dict()
-            self._blocks.append((block, _copied(values if written else {**values, "state": None})))
+            self._blocks.append((block, _copied(values if written else {**values, "state": None}, pairs)))
+        if pairs:
+            torch._foreach_copy_([copy for copy, _ in pairs], [value for _, value in pairs])
 
     def roll_back(self) -> None:
         """Everything as it was, bit for bit."""
@@ -127,14 +130,16 @@ class Undo:
         self._rule.load_own_state(self._rule_state)
 
 
-def _copied(value: Any) -> Any:
-    """A nested state with every tensor copied."""
+def _copied(value: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
+    """A nested state with memory for a copy of every tensor in its place; ``pairs`` collects (copy, original)."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        own = value.detach()
+        pairs.append((torch.empty_like(own), own))
+        return pairs[-1][0]
     if isinstance(value, Mapping):
-        return {key: _copied(entry) for key, entry in value.items()}
+        return {key: _copied(entry, pairs) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copied(entry) for entry in value)
+        return type(value)(_copied(entry, pairs) for entry in value)
     return value
 
 

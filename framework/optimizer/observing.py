@@ -12,6 +12,7 @@ from ...curvature.estimators import Estimator
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError
 from ...preconditioners.averages import PlainAverage
+from ...preconditioners.damping.split import SideDamping
 from ...preconditioners.operations import compute_many
 from ...preconditioners.protocol import Observation, Refining
 from .arguments import require_callable
@@ -61,7 +62,8 @@ def observe(
             block.positions = record.positions
         active.append((block, is_due and (record is not None or not block.part.needs), values, record))
     # What of a group's decay enters the gradient: all of it where it is coupled, nothing where it is decoupled.
-    factors = {value: method.weight_decay.gradient_factor(value) for entry in decays.values() for value in entry}
+    distinct = set().union(*decays.values())
+    factors = {value: method.weight_decay.gradient_factor(value) for value in distinct}
     coupled = {block.key: tuple(factors[value] for value in decays[block.key]) for block, *_ in active}
     accumulate(
         [block for block, *_ in active],

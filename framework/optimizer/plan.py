@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...curvature.backends.capture import Record
 from ...curvature.layers.layer import Layer
@@ -58,11 +59,15 @@ class Plan:
                 if Needs.CHANGES in need
             }.values()
         )
+        self._last: tuple[Any, Any] = (None, None)
         self._known: dict[tuple[tuple[bool, ...], Needs], StepPlan] = {}
 
     def at(self, step: int, warm: bool) -> StepPlan:
         """What step ``step`` does; steps on which the same is due share one answer."""
-        due = tuple(block.statistics_due(step, warm) for block in self.blocks)
+        if self._last[0] == (step, warm):
+            last: StepPlan = self._last[1]
+            return last
+        due = tuple([block.statistics_due(step, warm) for block in self.blocks])
         measures = self.method.measures_at(step)
         found = self._known.get((due, measures))
         if found is None:
@@ -78,4 +83,5 @@ class Plan:
                 any(record & (Record.GRADIENTS | Record.MEANS) for record in records.values()),
                 products,
             )
+        self._last = ((step, warm), found)
         return found

@@ -32,7 +32,26 @@ def widened(statistics: Mapping[str, LayerStatistics], inverse_scale: Tensor | N
         statistics: per layer, as measured.
         inverse_scale: 0-dimensional, 1 / scale of the loss; ``None``: the loss was not scaled.
     """
-    return {name: _widened(entry, inverse_scale) for name, entry in statistics.items()}
+    return {
+        name: entry if inverse_scale is None and not _holds_half(entry) else _widened(entry, inverse_scale)
+        for name, entry in statistics.items()
+    }
+
+
+def _holds_half(entry: LayerStatistics) -> bool:
+    """Whether some tensor of a record is in half precision; most steps end here."""
+    for value in vars(entry).values():
+        if isinstance(value, Tensor):
+            if value.dtype in _HALF:
+                return True
+        elif isinstance(value, SampleGradients):
+            if value.loss is not None or value.sampled is not None or value.roots is not None:
+                return True  # rare: let the slow way look at each
+        elif isinstance(value, tuple):
+            for item in value:
+                if isinstance(item, Tensor) and item.dtype in _HALF:
+                    return True
+    return False
 
 
 def require_plain_loss(processes: int, scaler: torch.amp.GradScaler | None) -> None:

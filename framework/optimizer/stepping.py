@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ...curvature.quadratic_forms import DirectionalEvidence, QuadraticForm
 from ...curvature.records.statistics import LayerStatistics, Needs, Tensors
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
-from ...preconditioners.linalg import inner_product
+from ...preconditioners.linalg import inner_products, squared_norms
 from ...preconditioners.protocol import Events
 from ...stepsize.protocol import StepEvidence, StepSize
 from ..methods.momentum import Momentum, WeightDecay
@@ -122,11 +122,15 @@ class Proposal:
         for factor, (parameters,) in shrunk:
             torch._foreach_mul_(parameters, factor)
         for batches in (moved, recalled):
+            sized: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
             for size, (parameters, directions) in batches:
-                if isinstance(size, Tensor):
-                    torch._foreach_addcmul_(parameters, directions, [size] * len(parameters), value=-fraction)
+                if isinstance(size, Tensor):  # each layer's own number, on the device
+                    for entries, more in zip(sized, (parameters, directions, [size] * len(parameters)), strict=True):
+                        entries.extend(more)
                 else:
                     torch._foreach_add_(parameters, directions, alpha=-fraction * size)
+            if sized[0]:
+                torch._foreach_addcmul_(*sized, value=-fraction)
 
 
 class _Batches:
@@ -138,7 +142,9 @@ class _Batches:
     def add(self, number: float | Tensor, *tensors: Tensor) -> None:
         """One row; numbers on a device are told apart by identity, comparing them would wait for it."""
         key = id(number) if isinstance(number, Tensor) else number
-        _, lists = self._found.setdefault(key, (number, tuple([] for _ in tensors)))
+        if key not in self._found:
+            self._found[key] = (number, ([], []) if len(tensors) == 2 else ([],))
+        lists = self._found[key][1]
         for entries, tensor in zip(lists, tensors, strict=True):
             entries.append(tensor)
 
@@ -288,7 +294,7 @@ class StepRule:
         forms = evidence.forms if self.judge.curvature == self.rule.curvature else None
         if forms is None:
             forms = self._forms(self.judge.curvature, step, pieces, statistics, products)
-        slopes = self._sums(pieces, lambda piece: inner_product(piece.gradient, piece.direction))
+        slopes = _gradient_slopes(pieces)
         alpha = torch.as_tensor(sizes, dtype=slopes.dtype, device=slopes.device).expand_as(slopes)
         return torch.dot(alpha, slopes) - 0.5 * torch.dot(alpha, forms @ alpha)
 
@@ -306,13 +312,14 @@ class StepRule:
         form = self.rule.curvature if self.rule.due(step) else None
         gradient_slopes = None
         if self.rule.needs & Needs.SLOPES:
-            gradient_slopes = self._sums(pieces, lambda piece: inner_product(piece.gradient, piece.direction))
+            gradient_slopes = _gradient_slopes(pieces)
+        squares = squared_norms([piece.direction for entry in pieces.values() for piece in entry.values()])
         return StepEvidence(
             names,
             lr,
-            slopes=self._sums(pieces, _Piece.slope),
+            slopes=_slopes(pieces, squares),
             gradient_slopes=gradient_slopes,
-            squared_norms=self._sums(pieces, lambda piece: inner_product(piece.direction, piece.direction)),
+            squared_norms=_by_layer(squares, [len(entry) for entry in pieces.values()]),
             parameter_norms=self._norms() if self.rule.needs & Needs.NORMS else None,
             forms=None if form is None else self._forms(form, step, pieces, statistics, products),
         )
@@ -333,16 +340,34 @@ class StepRule:
         evidence = DirectionalEvidence(names, directions, statistics, product, generator)
         return form.measure(evidence if self.last is None else with_last_steps(evidence))
 
-    def _sums(self, pieces: _Pieces, measure: Callable[[_Piece], Tensor]) -> Tensor:
-        """(K,) sums of a number per parameter over each layer's direction, then over each last step."""
-        values = torch.stack([measure(piece) for entry in pieces.values() for piece in entry.values()])
-        return _by_layer(values, [len(entry) for entry in pieces.values()])
-
     def _norms(self) -> Tensor:
         """(L,) norms of the layers' parameters."""
         parameters = [full_precision(p.detach()) for layer in self.layers for p in layer.parameters.values()]
-        squares = torch.stack(list(torch._foreach_norm(parameters))).square()
-        return _by_layer(squares, [len(layer.parameters) for layer in self.layers]).sqrt()
+        return _by_layer(squared_norms(parameters), [len(layer.parameters) for layer in self.layers]).sqrt()
+
+
+def _slopes(pieces: _Pieces, squares: Tensor) -> Tensor:
+    """(K,) inner products of what was preconditioned, its bias correction included, and the direction.
+
+    Args:
+        pieces: of every layer.
+        squares: squared norms of all directions, which these are where nothing preconditions.
+    """
+    flat = [piece for entry in pieces.values() for piece in entry.values()]
+    same = all(piece.momentum is piece.direction for piece in flat)
+    values = squares if same else inner_products([p.momentum for p in flat], [p.direction for p in flat])
+    corrections = [piece.correction for piece in flat]
+    if any(factor != 1.0 for factor in corrections):
+        common = corrections[0] if len(set(corrections)) == 1 else None
+        values = values * (common if common is not None else values.new_tensor(corrections))
+    return _by_layer(values, [len(entry) for entry in pieces.values()])
+
+
+def _gradient_slopes(pieces: _Pieces) -> Tensor:
+    """(K,) inner products of the mini-batch gradient and the direction."""
+    flat = [piece for entry in pieces.values() for piece in entry.values()]
+    values = inner_products([piece.gradient for piece in flat], [piece.direction for piece in flat])
+    return _by_layer(values, [len(entry) for entry in pieces.values()])
 
 
 def _by_layer(values: Tensor, counts: Sequence[int]) -> Tensor:
@@ -361,11 +386,6 @@ class _Piece:
     momentum: Tensor
     correction: float
     gradient: Tensor
-
-    def slope(self) -> Tensor:
-        """Inner product of the vector, bias correction included, and the direction."""
-        value = inner_product(self.momentum, self.direction)
-        return value if self.correction == 1.0 else self.correction * value
 
 
 _Pieces = dict[str, dict[str, _Piece]]

@@ -99,7 +99,7 @@ def accumulate_second_moment(
     rows, scale = sharing.inputs(statistics)
     rows = rows.to(moment.dtype)
     if statistics.layer.has_bias:
-        accumulate_homogeneous_gram_(moment, rows, keep, add * scale, rows.mean(0), float(rows.shape[0]))
+        accumulate_homogeneous_gram_(moment, rows, keep, add * scale)
     else:
         accumulate_gram_(moment, rows, keep, add * scale)
 

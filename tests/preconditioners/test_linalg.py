@@ -124,7 +124,7 @@ def test_homogeneous_gram_equals_rows_with_a_one(size: int) -> None:
     old = torch.randn(size + 1, size + 1, generator=generator, dtype=torch.float64)
     old = old + old.T
     matrix = old.clone()
-    accumulate_homogeneous_gram_(matrix, rows, 0.7, 0.2, rows.mean(0), 6.0)
+    accumulate_homogeneous_gram_(matrix, rows, 0.7, 0.2)
     close(matrix, 0.7 * old + 0.2 * extended.T @ extended)
     close(matrix, matrix.T)
 
