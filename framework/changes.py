@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..curvature.layers.layer import Layer
-from ..curvature.records.statistics import LayerStatistics, Needs, Tensors
+from ..curvature.records.needs import Needs
+from ..curvature.records.statistics import LayerStatistics, Tensors
 from .optimizer.blocks import Block, full_precision
 from .optimizer.distributed import Ranks
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ..curvature.layers.layer import Layer, discover_layers
+from ..curvature.layers.discovery import discover_layers
+from ..curvature.layers.layer import Layer
 from ..errors import ArgumentError
 
 __all__ = ["late_layers", "require_nobody_left_out", "unowned_parameters"]

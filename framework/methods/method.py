@@ -10,7 +10,7 @@ from typing import Any
 
 from ...checking import require_fields
 from ...curvature.estimators import Estimator, InputsOnly
-from ...curvature.records.statistics import LOOKING_BACK, Needs
+from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...errors import ArgumentError, CompatibilityError, require_finite_nonnegative
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
 from ...preconditioners.damping.scheduled import ScheduledDamping

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ...curvature.layers.layer import Layer
-from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Needs, Tensors
+from ...curvature.records.needs import LOOKING_BACK, Needs
+from ...curvature.records.statistics import LayerStatistics, Tensors
 from ..averages import Average
 from ..damping.split import MeanEigenvalues, SideDamping, TwoSided
 from ..linalg import Computed
