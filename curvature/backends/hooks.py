@@ -53,11 +53,11 @@ class PassRecorder(Protocol):
 class Hook:
     """Holds a capture weakly."""
 
-    def __init__(self, capture: PassRecorder | None = None, layer: Layer | None = None):
+    def __init__(self, capture: object | None = None, layer: Layer | None = None):
         self._capture = None if capture is None else weakref.ref(capture)
         self._layer = layer
 
-    def capture(self) -> PassRecorder | None:
+    def capture(self) -> Any:
         """The capture, if it is still there and what runs now is the user's."""
         return None if self._capture is None or is_extra_backward() else self._capture()
 
@@ -71,7 +71,7 @@ class LayerHook(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Record the call."""
-        capture = self.capture()
+        capture: PassRecorder | None = self.capture()
         if capture is None or self._layer is None or not any(module is own for own in self._layer.modules):
             return None  # a replica shares its hooks
         use = use_of(self._layer, args, kwargs)
@@ -92,7 +92,7 @@ class AttentionHooks(Hook):
         """Watch, if anything is to be recorded."""
         while self._watches:  # an interrupt from the keyboard skipped the other hook
             self._watches.pop().stop()
-        capture = self.capture()
+        capture: PassRecorder | None = self.capture()
         if capture is None or module is not self._module:
             return
         watch = capture.watch(self._layers)
@@ -111,7 +111,7 @@ class BeginHook(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A new pass begins."""
-        capture = self.capture()
+        capture: PassRecorder | None = self.capture()
         if capture is not None and module is capture.model and not capture.pauses:
             capture.begin_pass()
 
@@ -121,7 +121,7 @@ class EndHook(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The pass is complete: its output is the model's."""
-        capture = self.capture()
+        capture: PassRecorder | None = self.capture()
         if capture is not None and module is capture.model and not capture.pauses:
             capture.end_pass(output)
 
