@@ -40,7 +40,7 @@ def reference_of(part: Preconditioner | ByLayer) -> Preconditioner | ByLayer:
 
 
 def reference_of_part(part: Preconditioner) -> Preconditioner:
-    """One structure's dense reference; its own where it brings one: what is not linear in the momentum has no matrix."""
+    """A structure's dense reference, or what it brings instead: rules not linear in the momentum have no matrix."""
     own: Callable[[], Preconditioner] | None = getattr(part, "reference", None)
     if own is not None:
         return own()
