@@ -1,9 +1,20 @@
 """Floor 1: what is measured. Layers, statistics, capture, likelihoods, estimators, quadratic forms."""
 
-from .backends.capture import Capture, Record
-from .estimators import BatchMean, EmpiricalFisher, Estimator, InputsOnly, SampledBatchMean, SampledFisher, SecantPairs
-from .exact_estimators import ExactGGN, ExactHessianBlock
-from .layers.layer import Layer, LayerAdapter, discover_layers
+from .backends.capture import Capture
+from .estimators import (
+    BatchMean,
+    EmpiricalFisher,
+    Estimator,
+    ExactGGN,
+    ExactHessianBlock,
+    InputsOnly,
+    SampledBatchMean,
+    SampledFisher,
+    SecantPairs,
+    WithPairs,
+)
+from .layers.discovery import discover_layers
+from .layers.layer import Layer, LayerAdapter
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .quadratic_forms import (
     ExactHessian,
@@ -13,8 +24,8 @@ from .quadratic_forms import (
     SampledScores,
     SignedHessian,
 )
-from .records.statistics import LayerStatistics, Needs, SampleGradients
-from .with_pairs import WithPairs
+from .records.needs import Needs, Record
+from .records.statistics import LayerStatistics, SampleGradients
 
 __all__ = [
     "BatchMean",

@@ -6,20 +6,25 @@ An estimator says what it provides, what the backend must record for that, and f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from .backends.capture import Record
-from .records.statistics import LayerStatistics, Needs
+from ..checking import require_fields
+from .records.needs import Needs, Record
+from .records.statistics import LayerStatistics, Tensors
 
 __all__ = [
     "BatchMean",
     "EmpiricalFisher",
     "Estimator",
+    "ExactGGN",
+    "ExactHessianBlock",
     "InputsOnly",
     "SampledBatchMean",
     "SampledFisher",
     "SecantPairs",
+    "WithPairs",
     "records_for_pairs",
 ]
 
@@ -197,3 +202,113 @@ class SecantPairs:
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """Unchanged: the means are the statistics."""
         return statistics
+
+
+@dataclass(frozen=True)
+class ExactGGN:
+    """The exact generalised Gauss-Newton matrix, mean_n sum_v (J_n' r_v)(J_n' r_v)', r_v the likelihood's roots.
+
+    For the likelihoods that ship it equals the type-2 Fisher matrix E_y[g g'] with labels from the model
+    (arXiv:1412.1193v11, section 9.2): what :class:`SampledFisher` estimates with one label per sample. All V roots
+    (classes, or output coordinates) are backpropagated; K-FAC's factors from them are KFLR (arXiv:1706.03662v2).
+
+    Cost: V backward passes to the pre-activations, batched; memory V times the gradients at the pre-activations.
+    """
+
+    provides = Needs.INPUTS | Needs.ROOTS | Needs.VECTORS | Needs.MATRIX
+    needs_likelihood = True
+    definite = True
+    estimates = "fisher"
+    exact = True
+
+    def records(self, needs: Needs) -> Record:
+        """Backpropagated roots; inputs too where whole vectors are built."""
+        wanted = _inputs(needs)
+        if needs & (Needs.ROOTS | _WHOLE):
+            wanted |= Record.CURVATURE_ROOTS
+        if needs & _WHOLE:
+            wanted |= Record.INPUTS | Record.PER_SAMPLE
+        return wanted
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        """V rows per sample and position, to be summed over v; vectors grow by sqrt(V), because they are averaged."""
+
+        def vectors() -> Tensors:
+            found = statistics.root_vectors()
+            factor = math.sqrt(found[0].shape[0] / statistics.samples)
+            return tuple(value * factor for value in found)
+
+        if statistics.curvature_roots is None:
+            whole = statistics.sample_gradients.roots is not None
+            return statistics.with_vectors(vectors) if whole else statistics
+        return replace(statistics.with_vectors(vectors), roots=(statistics.root_rows(), 1.0))
+
+
+@dataclass(frozen=True)
+class ExactHessianBlock:
+    """The Hessian of the mini-batch mean loss over one layer's parameters: symmetric, perhaps indefinite.
+
+    Differentiates the gradient of the user's own loss once per parameter (batched), so a step takes a closure, and no
+    likelihood. For small layers. Works for every module that can be differentiated twice.
+
+    Cost: one Hessian-vector product per parameter of the layer.
+    """
+
+    provides = Needs.INPUTS | Needs.MATRIX
+    needs_likelihood = False
+    definite = False
+    asks = Needs.PRODUCTS
+
+    def records(self, needs: Needs) -> Record:
+        """The number of samples, which scales a summed loss."""
+        return _inputs(needs) | (Record.COUNT if Needs.MATRIX in needs else Record.NOTHING)
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        """The block that the optimizer's Hessian products give."""
+        return statistics if statistics.hessian is None else replace(statistics, matrix=statistics.hessian)
+
+
+@dataclass(frozen=True)
+class WithPairs:
+    """The curvature of ``estimator``, and the secant pairs of K-BFGS from a second evaluation after the step. Ours.
+
+    For hybrids such as ``Kronecker(inputs=HessianActionBFGS(), outputs=Covariance())``, whose input side learns after
+    every step while its output side reads per-sample gradients.
+
+    Args:
+        estimator: provides the curvature; any estimator.
+    """
+
+    estimator: Estimator = field(default_factory=EmpiricalFisher)
+
+    def __post_init__(self) -> None:
+        require_fields(self)
+
+    @property
+    def provides(self) -> Needs:
+        """What the estimator provides, and pairs of both kinds."""
+        return self.estimator.provides | Needs.INPUTS | Needs.PAIRS | Needs.CHANGES
+
+    @property
+    def needs_likelihood(self) -> bool:
+        """As the estimator."""
+        return self.estimator.needs_likelihood
+
+    @property
+    def definite(self) -> bool:
+        """As the estimator."""
+        return self.estimator.definite
+
+    @property
+    def asks(self) -> Needs:
+        """As the estimator."""
+        asks: Needs = getattr(self.estimator, "asks", Needs.NOTHING)
+        return asks
+
+    def records(self, needs: Needs) -> Record:
+        """The estimator's records, and those of the pairs."""
+        return self.estimator.records(needs) | records_for_pairs(needs)
+
+    def fill(self, statistics: LayerStatistics) -> LayerStatistics:
+        """As the estimator: the means are in the record already."""
+        return self.estimator.fill(statistics)

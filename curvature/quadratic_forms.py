@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CompatibilityError
-from .records.statistics import LayerStatistics, Needs, Tensors
+from .records.needs import Needs
+from .records.statistics import LayerStatistics, Tensors
 
 __all__ = [
     "DirectionalEvidence",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
-from ..curvature.records.statistics import LayerStatistics, Needs
+from ..curvature.records.needs import Needs
+from ..curvature.records.statistics import LayerStatistics
 from .averages import Average, MovingAverage
 from .factors.factor import AveragedMatrix, CovarianceState, Side, accumulate_gradient_products
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..curvature.records.statistics import Needs
+from ..curvature.records.needs import Needs
 from .protocol import StepEvidence
 
 __all__ = ["ConstantStep"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..checking import require_fields
-from ..curvature.records.statistics import Needs
+from ..curvature.records.needs import Needs
 from ..errors import require_interval, require_positive_integer
 
 __all__ = ["Armijo", "Backtrack", "Guard", "Level", "NoGuard", "Nonmonotone", "Trial"]

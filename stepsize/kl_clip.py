@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm
-from ..curvature.records.statistics import Needs
+from ..curvature.records.needs import Needs
 from ..errors import CompatibilityError, require_interval
 from .constant import ConstantStep
 from .protocol import StepEvidence, StepSize

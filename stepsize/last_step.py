@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
-from ..curvature.records.statistics import Needs
+from ..curvature.records.needs import Needs
 from ..errors import ArgumentError, require_finite_nonnegative, require_interval, require_positive_integer
 from .averaged_forms import AveragedForms
 from .joint import solve_semidefinite

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..curvature.quadratic_forms import QuadraticForm
-from ..curvature.records.statistics import Needs
+from ..curvature.records.needs import Needs
 
 __all__ = ["StepEvidence", "StepSize"]
 

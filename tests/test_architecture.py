@@ -1,4 +1,4 @@
-"""The house: floors, sizes, names, packaging. Read from the sources, not from the running package."""
+"""The house: floors, circles, names, packaging. Read from the sources, not from the running package."""
 
 from __future__ import annotations
 
@@ -93,6 +93,97 @@ def test_the_check_would_see_an_upward_import() -> None:
     assert len(offending) > len(LIBRARY) // 2
 
 
+KNOWN_CIRCLES = ("osculate.framework.optimizer.",)
+"""Circles that stay inside one of these folders are known and still to be opened; the list only gets shorter."""
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of a file of the library."""
+    return ".".join(["osculate", *path.relative_to(ROOT).with_suffix("").parts])
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Which files a file imports, by dotted name, wherever the import stands: also in functions and for types alone.
+
+    Args:
+        sources: text of every file by dotted name; imports of anything else, such as a package, do not count.
+    """
+    graph: dict[str, set[str]] = {}
+    for name, text in sources.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom):
+                base = name.split(".")[: -node.level] if node.level else []
+                module = ".".join([*base, *([node.module] if node.module else [])])
+                found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        graph[name] = found & sources.keys()
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of files that reach each other by imports, each as large as it can be (Tarjan, SIAM J. Comput. 1:146)."""
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(name: str) -> None:
+        order[name] = lowest[name] = len(order)
+        stack.append(name)
+        for target in graph[name]:
+            if target not in order:
+                visit(target)
+                lowest[name] = min(lowest[name], lowest[target])
+            elif target in stack:
+                lowest[name] = min(lowest[name], order[target])
+        if lowest[name] == order[name]:
+            start = stack.index(name)
+            group = set(stack[start:])
+            del stack[start:]
+            if len(group) > 1 or name in graph[name]:
+                found.append(group)
+
+    for name in graph:
+        if name not in order:
+            visit(name)
+    return found
+
+
+def test_no_file_takes_part_in_a_circle_of_imports() -> None:
+    sources = {module_name(path): path.read_text() for path in LIBRARY if path.name != "__init__.py"}
+    found = circles(import_graph(sources))
+    assert not [
+        sorted(group)
+        for group in found
+        if not any(all(name.startswith(folder) for name in group) for folder in KNOWN_CIRCLES)
+    ]
+
+
+@pytest.mark.parametrize(
+    "closing",
+    [
+        "from ..a import first",
+        "from .. import a",
+        "def late():\n    from ..a import first",
+        "if TYPE_CHECKING:\n    from ..a import first",
+        "import house.a",
+    ],
+)
+def test_the_check_would_see_a_circle(closing: str) -> None:
+    """Three made-up files in two folders; the last import closes the circle, a fourth file looks on."""
+    sources = {
+        "house.a": "from .room.b import second",
+        "house.room.b": "from . import c",
+        "house.room.c": "import math",
+        "house.guest": "from .a import first",
+    }
+    assert not circles(import_graph(sources))
+    sources["house.room.c"] = closing
+    assert circles(import_graph(sources)) == [{"house.a", "house.room.b", "house.room.c"}]
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=identity)
 def test_imports_inside_the_library_are_relative_and_nothing_foreign_is_eager(path: Path) -> None:
     for node, name, eager in imports(path):
@@ -109,34 +200,6 @@ def test_imports_inside_the_library_are_relative_and_nothing_foreign_is_eager(pa
 def test_examples_use_the_package_by_its_name(path: Path) -> None:
     names = {name.split(".")[0] for _, name, _ in imports(path)}
     assert "osculate" in names and not names & {"tests", "reference", *FOLDERS}
-
-
-@pytest.mark.parametrize("path", [*LIBRARY, *TESTS, *EXAMPLES], ids=identity)
-def test_files_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
-
-
-def test_the_median_file_is_under_200_lines() -> None:
-    lengths = sorted(len(path.read_text().splitlines()) for path in LIBRARY)
-    assert lengths[len(lengths) // 2] < 200
-
-
-def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Every function and method of a file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node
-
-
-@pytest.mark.parametrize("path", [*LIBRARY, *TESTS, *EXAMPLES], ids=identity)
-def test_function_bodies_are_at_most_40_lines(path: Path) -> None:
-    long = {}
-    for node in functions(path):
-        body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-        lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
-        if lines > 40:
-            long[node.name] = lines
-    assert not long
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=identity)

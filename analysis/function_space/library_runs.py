@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...curvature.exact_estimators import ExactGGN
+from ...curvature.estimators import ExactGGN
 from ...curvature.likelihoods import Gaussian
 from ...errors import ArgumentError
 from ...framework.methods.method import Method

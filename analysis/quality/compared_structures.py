@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ...curvature.estimators import BatchMean, InputsOnly, SampledFisher, SecantPairs
-from ...curvature.with_pairs import WithPairs
+from ...curvature.estimators import BatchMean, InputsOnly, SampledFisher, SecantPairs, WithPairs
 from ...errors import ArgumentError, CompatibilityError, NumericalError
 from ...framework.methods import registry
 from ...framework.methods.method import Method

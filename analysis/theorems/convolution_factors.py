@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...curvature.backends.capture import Record
 from ...curvature.estimators import EmpiricalFisher
+from ...curvature.records.needs import Record
 from ...curvature.records.statistics import LayerStatistics
 from ...framework.optimizer.build import build
 from ...preconditioners.factors.factor import Covariance, CovarianceState

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...curvature.layers.layer import discover_layers
+from ...curvature.layers.discovery import discover_layers
 from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.factors.bfgs import HessianActionBFGS, HessianActionState
 from ...preconditioners.pairs.skipping import CurvatureTest

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.layers.layer import discover_layers
+from ...curvature.layers.discovery import discover_layers
 from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.averages import ZeroStartAverage
 from ...preconditioners.factors.bfgs import BFGS, AveragedPair, BFGSState

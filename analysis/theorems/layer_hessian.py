@@ -8,9 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...curvature.hessian_blocks import hessian_block
-from ...curvature.layers.layer import discover_layers
-from ...curvature.products import GraphKeepingBackward
+from ...curvature.layers.discovery import discover_layers
+from ...curvature.products import GraphKeepingBackward, hessian_block
 from ..theorem import Evidence, Inequality, Setting, Theorem, agreement
 from .instances import Draws, network
 from .measured import hessian

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...curvature.backends.capture import Capture, Record
-from ...curvature.layers.layer import Layer, discover_layers
+from ...curvature.backends.capture import Capture
+from ...curvature.layers.discovery import discover_layers
+from ...curvature.layers.layer import Layer
 from ...curvature.likelihoods import Likelihood
+from ...curvature.records.needs import Record
 from ...curvature.records.statistics import LayerStatistics
 
 __all__ = ["Loss", "flat_parameters", "hessian", "of_parameters", "sample_gradients", "statistics"]

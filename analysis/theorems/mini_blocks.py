@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...curvature.backends.capture import Record
 from ...curvature.estimators import EmpiricalFisher
 from ...curvature.layers.layer import Layer
+from ...curvature.records.needs import Record
 from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.damping.split import SideDamping
 from ...preconditioners.protocol import Observation

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...curvature.backends.capture import Record
 from ...curvature.layers.layer import Layer
 from ...curvature.likelihoods import Categorical
 from ...curvature.products import GraphKeepingBackward
@@ -27,6 +26,7 @@ from ...curvature.quadratic_forms import (
     SampledScores,
     SignedHessian,
 )
+from ...curvature.records.needs import Record
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ..theorem import Control, Evidence, Inequality, Setting, Theorem, agreement, worst
 from .instances import Draws, eigenvalues, network

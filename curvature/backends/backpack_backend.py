@@ -17,10 +17,10 @@ from ...errors import ArgumentError, UnknownNameError
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
 from ..records.calls import ParameterSum
+from ..records.needs import Record
 from ..records.statistics import SampleGradients
 from .backpack_run import Run
 from .backpack_tools import EXTENSIONS, Watch, extension, mean_hessian, tools
-from .capture import Record
 from .replay import Measured, Pass, ReplayBackend
 from .sampling import require_predictive
 

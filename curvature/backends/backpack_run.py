@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ...errors import CompatibilityError
 from ..layers.layer import Layer
 from ..records.calls import Call
+from ..records.needs import Record
 from ..records.statistics import Tensors
 from .backpack_tools import Seed, Watch, extension, tools
-from .capture import Record
 from .replay import Measured, Pass
 from .structural_copy import structural_copy
 

@@ -7,9 +7,8 @@ output never received a gradient (an evaluation pass, the first of two passes un
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,34 +19,14 @@ from ..layers.layer import Layer
 from ..likelihoods import Likelihood
 from ..records.calls import Call, Calls, ParameterSum, column_sum
 from ..records.joining import combine
+from ..records.needs import PassKind, Record
 from ..records.statistics import LayerStatistics
 from .hooks import attach
 from .passes import Pauses, accumulates
 from .sampling import is_extra_backward, label_generator, require_predictive, roots_backward, sampled_backward
 from .uses import Use, watch_attention
 
-__all__ = ["Capture", "PassKind", "Record"]
-
-PassKind = Literal["gradient", "look back", "forward"]
-
-
-class Record(enum.Flag):
-    """What to keep of one layer: its inputs, output gradients, sampled gradients, or only means (cheapest).
-
-    ``CURVATURE_ROOTS``: all roots of the likelihood's curvature, backpropagated. ``PER_SAMPLE`` beside ``GRADIENTS``,
-    ``SAMPLED`` or ``CURVATURE_ROOTS``: whole parameter gradients are wanted; a backend may measure them itself, or
-    leave them to be built from the rows. ``COUNT``: nothing but the number of samples.
-    """
-
-    NOTHING = 0
-    INPUTS = enum.auto()
-    GRADIENTS = enum.auto()
-    MEANS = enum.auto()
-    SAMPLED = enum.auto()
-    SAMPLED_PARAMETERS = enum.auto()
-    CURVATURE_ROOTS = enum.auto()
-    PER_SAMPLE = enum.auto()
-    COUNT = enum.auto()
+__all__ = ["Capture", "GradientHook"]
 
 
 class Capture:
@@ -160,15 +139,28 @@ class Capture:
         """The calls of every layer that has any."""
         return {name: calls for name, calls in self._calls.items() if calls.references}
 
-    def _watch(self, layers: Sequence[Layer]) -> ProjectionWatch | None:
+    def wants(self, layer: Layer) -> bool:
+        """Whether anything of a layer is to be recorded now."""
+        return layer.name in self._wanted
+
+    def begin_pass(self) -> None:
+        """The model is called: a new pass."""
+        self._pass, self._inside = self._pass + 1, True
+
+    def end_pass(self, output: Any) -> None:
+        """The model has returned ``output``."""
+        self._inside = False
+        self._on_model(output)
+
+    def watch(self, layers: Sequence[Layer]) -> ProjectionWatch | None:
         """What records the projections of one call of an attention module; ``None`` if there is nothing to record."""
         wanted = [layer for layer in layers if layer.name in self._wanted]
         idle = self.pauses and self._kind != "look back"
         if idle or not wanted or not (torch.is_grad_enabled() or self._kind == "forward"):
             return None
-        return watch_attention(wanted, self._on_use)
+        return watch_attention(wanted, self.on_use)
 
-    def _on_use(self, uses: Sequence[Use], output: Any) -> Tensor | None:
+    def on_use(self, uses: Sequence[Use], output: Any) -> Tensor | None:
         """Record one output for every layer whose weight made it; returns what stands in its place, if anything."""
         uses = [use for use in uses if use.layer.name in self._wanted]
         if not uses or not isinstance(output, Tensor):
@@ -194,6 +186,9 @@ class Capture:
             hook.leaves = self._leaves.get(self._pass, []) if self._kind == "look back" else hook.leaves
             output.register_hook(hook)
         return replaced
+
+    def _completed_passes(self) -> set[int]:
+        return {call.pass_index for calls in self._calls.values() for call in calls if call.complete}
 
     def _with_leaf(self, output: Tensor) -> Tensor | None:
         """When looking back, the output with an artificial leaf if none is behind it, else ``None``.

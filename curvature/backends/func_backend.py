@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ...errors import ArgumentError
 from ..layers.layer import Layer
 from ..records.calls import Call, ParameterSum, column_sum
+from ..records.needs import Record
 from ..records.statistics import SampleGradients
-from .capture import Record
 from .replay import Measured, Pass, ReplayBackend
 from .sampling import require_predictive
 from .uses import Use, observed

@@ -21,8 +21,8 @@ from ..layers.layer import Layer
 from ..likelihoods import Likelihood
 from ..records.calls import EMPTY, Call, ParameterSum
 from ..records.joining import combine
+from ..records.needs import PassKind, Record
 from ..records.statistics import LayerStatistics, SampleGradients, Tensors
-from .capture import PassKind, Record
 from .hooks import Hook
 from .passes import Pauses, accumulates
 from .sampling import extra_backward, is_extra_backward, label_generator, require_predictive

@@ -10,9 +10,10 @@ from torch import nn
 from ...errors import CompatibilityError, UnknownNameError
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
+from ..records.needs import PassKind, Record
 from ..records.statistics import LayerStatistics
 from .backpack_backend import BackpackBackend
-from .capture import Capture, PassKind, Record
+from .capture import Capture
 from .func_backend import FuncBackend
 from .passes import Pauses
 

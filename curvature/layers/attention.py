@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,9 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import ArgumentError
 from .adapters import LayerAdapter, ProjectionAdapter, ProjectionBiasAdapter
-
-if TYPE_CHECKING:
-    from .layer import Layer
+from .layer import Layer
 
 __all__ = ["Arrangement", "ProjectionCall", "ProjectionWatch", "attention_parts", "is_attention", "sequence_first"]
 

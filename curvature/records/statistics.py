@@ -7,7 +7,6 @@ loss is a mean over samples, 1 when it is a sum. Nothing in the record is divide
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -18,45 +17,10 @@ from torch import Tensor
 from ...errors import ArgumentError, CompatibilityError
 from ..layers.layer import Layer, LayerAdapter
 
-__all__ = ["LOOKING_BACK", "LayerStatistics", "Needs", "SampleGradients", "Tensors"]
+__all__ = ["LayerStatistics", "SampleGradients", "Tensors"]
 
 Tensors = tuple[Tensor, ...]
 _T = TypeVar("_T")
-
-
-class Needs(enum.Flag):
-    """What a part asks of the others. A method is legal when every need is provided by somebody.
-
-    - ``INPUTS``: layer inputs (always available from the capture);
-    - ``ROOTS``: gradients at the pre-activations, one row per sample and position, whose outer products average to the
-      curvature (empirical or sampled Fisher);
-    - ``VECTORS``: gradient vectors of the whole layer whose outer products average to the curvature;
-    - ``PAIRS``: batch means of pre-activations and their gradients before and after the step (secant pairs);
-    - ``CHANGES``: the layer's parameters and the gradient of the mean loss there, before and after the step;
-    - ``SCORES``: per-sample derivatives of the log-likelihood along the step directions (quadratic forms);
-    - ``PRODUCTS``: products with the Hessian of the mini-batch loss, which take a closure;
-    - ``BATCH_SCORES``: the parameter gradient of the mean loss with sampled labels;
-    - ``NORMS``: norms of the layers' parameters and directions (always available, one pass over each);
-    - ``SLOPES``: inner products of gradient and direction per layer (always available, one pass);
-    - ``MATRIX``: the layer's dense curvature matrix over its parameters (:attr:`LayerStatistics.matrix`).
-    """
-
-    NOTHING = 0
-    INPUTS = enum.auto()
-    ROOTS = enum.auto()
-    VECTORS = enum.auto()
-    PAIRS = enum.auto()
-    SCORES = enum.auto()
-    PRODUCTS = enum.auto()
-    BATCH_SCORES = enum.auto()
-    NORMS = enum.auto()
-    SLOPES = enum.auto()
-    MATRIX = enum.auto()
-    CHANGES = enum.auto()
-
-
-LOOKING_BACK = Needs.PAIRS | Needs.CHANGES
-"""What is measured before and after the step, on the same mini-batch."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ how far its ratio lies from 1 is the noise of the measurement.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -304,9 +303,3 @@ def _cells(timing: Timing) -> list[str]:
         f"{timing.state_bytes / 2**20:.1f}",
         "" if timing.table_bytes is None else f"{timing.table_bytes / 2**20:.1f}",
     ]
-
-
-if __name__ == "__main__":
-    from ..commands.cli import main
-
-    main(["bench", *sys.argv[1:]])

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.records.statistics import LayerStatistics, Needs
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import LayerStatistics
 from .cases import Batch, Case
 from .contract import (
     Contract,

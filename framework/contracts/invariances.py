@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.records.statistics import Needs
+from ...curvature.records.needs import Needs
 from .cases import Batch, Case, low_rank
 from .contract import Contract, NotApplicable, contract, require_close, require_finite
 from .structures import _nonlinear

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ...curvature.backends.capture import Capture, Record
-from ...curvature.hessian_blocks import hessian_block
-from ...curvature.layers.layer import Layer, discover_layers
-from ...curvature.products import GraphKeepingBackward
+from ...curvature.backends.capture import Capture
+from ...curvature.layers.discovery import discover_layers
+from ...curvature.layers.layer import Layer
+from ...curvature.products import GraphKeepingBackward, hessian_block
 from ...curvature.quadratic_forms import DirectionalEvidence
-from ...curvature.records.statistics import LayerStatistics, Needs, Tensors
+from ...curvature.records.needs import Needs, Record
+from ...curvature.records.statistics import LayerStatistics, Tensors
 from ..optimizer.recording import fill
 from .cases import Batch, Case
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.records.statistics import LOOKING_BACK, Needs
+from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...preconditioners.protocol import ScalingLaw
 from ...preconditioners.structures.by_layer import leaves
 from ..optimizer.second_order import SecondOrder

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.layers.layer import Layer, discover_layers
+from ...curvature.layers.discovery import discover_layers
+from ...curvature.layers.layer import Layer
 from .cases import Case
 from .contract import Contract, NotApplicable, contract, require, require_equal
 

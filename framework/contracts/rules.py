@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.layers.layer import discover_layers
+from ...curvature.layers.discovery import discover_layers
 from ...errors import ArgumentError
 from ...preconditioners.structures.identity import Identity
 from ..optimizer.blocks import Block, accumulate, directions_of, make_blocks

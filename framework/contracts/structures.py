@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.records.statistics import LayerStatistics, Needs
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.linalg import RETRIES, Computed
 from ...preconditioners.protocol import Refining
 from .cases import Case, low_rank

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.backends.capture import Capture, Record
+from ...curvature.backends.capture import Capture
 from ...curvature.estimators import EmpiricalFisher, Estimator
-from ...curvature.layers.layer import Layer, discover_layers
-from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Needs
+from ...curvature.layers.discovery import discover_layers
+from ...curvature.layers.layer import Layer
+from ...curvature.records.needs import LOOKING_BACK, Needs, Record
+from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.damping.split import SideDamping, Split
 from ...preconditioners.protocol import Observation, Preconditioner, Refining
 from ...preconditioners.structures.by_layer import ByLayer

@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from ...curvature.estimators import InputsOnly, SecantPairs
-from ...curvature.records.statistics import Needs
+from ...curvature.records.needs import Needs
 from ...errors import ArgumentError
 from ...preconditioners.damping.split import ConstantDamping
 from ...preconditioners.structures.by_layer import leaves

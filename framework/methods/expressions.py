@@ -16,8 +16,8 @@ from typing import Any
 
 from ...errors import ArgumentError, UnknownNameError
 from ...preconditioners import Schedule
-from . import registry
 from .method import Method
+from .parts import parts
 
 __all__ = ["is_part_text", "places", "read_part", "with_parts"]
 
@@ -47,7 +47,7 @@ def read_part(text: str) -> Any:
         tree = ast.parse(text.strip(), mode="eval")
     except SyntaxError as error:
         raise ArgumentError(f"a part reads Name or Name(argument, name=value), got {text!r} ({error.msg})") from None
-    classes = {name: cls for table in registry.parts().values() for name, cls in table.items()}
+    classes = {name: cls for table in parts().values() for name, cls in table.items()}
     return _built(tree.body, classes | {"Schedule": Schedule}, text)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
 from ...checking import require_fields
 from ...curvature.estimators import Estimator, InputsOnly
-from ...curvature.records.statistics import LOOKING_BACK, Needs
+from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...errors import ArgumentError, CompatibilityError, require_finite_nonnegative
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
 from ...preconditioners.damping.scheduled import ScheduledDamping
@@ -20,11 +20,13 @@ from ...preconditioners.protocol import Preconditioner
 from ...preconditioners.structures.by_layer import ByLayer, leaves
 from ...preconditioners.structures.identity import Identity
 from ...preconditioners.structures.kronecker import Kronecker
+from ...preconditioners.structures.reference import reference_of, reference_of_part
 from ...stepsize.constant import ConstantStep
 from ...stepsize.guard import Guard, NoGuard
 from ...stepsize.protocol import StepSize
 from ..optimizer.arguments import as_number
 from .momentum import EMA, Coupled, Momentum, WeightDecay
+from .parts import instances, parts
 
 __all__ = ["Method"]
 
@@ -156,9 +158,8 @@ class Method:
 
         Build it on a small float64 model beside the method itself; the two trajectories agree to rounding.
         """
-        from ...preconditioners.structures.reference import reference_of
-
-        return reference_of(self)
+        structure, fallback = reference_of(self.preconditioner), reference_of_part(self.fallback)
+        return replace(self, preconditioner=structure, fallback=fallback)
 
     def hyperparameters(self, given: Mapping[str, float | None]) -> dict[str, float]:
         """``lr``, ``damping`` and ``weight_decay``: the given values, defaults where they are ``None``.
@@ -265,10 +266,7 @@ class Method:
 
 def _suppliers(needs: Needs) -> str:
     """Registered estimators that provide all of ``needs`` with a matrix that has no negative eigenvalue."""
-    from . import registry
-
-    parts = [part for cls in registry.parts()["curvature"].values() for part in registry.instances(cls)]
-    entries = [part for part in parts if part.definite]
+    entries = [part for cls in parts()["curvature"].values() for part in instances(cls) if part.definite]
     wanted = [need for need in _MEASURED if need in needs]
     names = dict.fromkeys(type(part).__name__ for part in entries if all(need in part.provides for need in wanted))
     return ", ".join(f"{name}()" for name in names) or "none that is registered"

@@ -1,18 +1,35 @@
-"""The table of parts, with example instances of each: what the compositions and the contract suite run over."""
+"""The table of parts, with example instances of each: what the compositions and the contract suite run over.
+
+It imports the parts; no part imports it, and it knows no method, so that a method may look its parts up. Third parties
+add with :func:`register_part`, or through the entry-point group ``osculate.parts``: an entry point names a function
+without arguments that registers what its package has.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from importlib.metadata import entry_points
 from itertools import product
 from typing import Any
 
 from ... import curvature, preconditioners, stepsize
-from ...errors import CompatibilityError
+from ...errors import ArgumentError, CompatibilityError, UnknownNameError
 from ...preconditioners import Kronecker, MiniBlock, Schedule, SecantBlocks
 from . import momentum
 
-__all__ = ["EXAMPLES", "KINDS", "default_examples", "label", "structure_examples"]
+__all__ = [
+    "EXAMPLES",
+    "KINDS",
+    "default_examples",
+    "examples",
+    "instances",
+    "label",
+    "load_entry_points",
+    "parts",
+    "register_part",
+    "structure_examples",
+]
 
 
 def _named(*classes: type) -> dict[str, type]:
@@ -143,6 +160,66 @@ EXAMPLES: dict[type, tuple[Any, ...]] = {
     ),
 }
 """Instances to try, for parts whose default construction is missing or not telling."""
+
+
+_PARTS = {kind: dict(table) for kind, table in KINDS.items()}
+_EXAMPLES = dict(EXAMPLES)
+_loaded = False
+
+
+def load_entry_points() -> None:
+    """Let installed packages register what they have; later calls do nothing."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    for entry in entry_points(group="osculate.parts"):
+        entry.load()()
+
+
+def parts() -> dict[str, dict[str, type]]:
+    """All registered parts by kind and name."""
+    load_entry_points()
+    return {kind: dict(table) for kind, table in _PARTS.items()}
+
+
+def register_part(kind: str, cls: type, *instances: Any) -> None:
+    """Add a part to the table of its kind.
+
+    Args:
+        kind: one of the kinds that :func:`parts` lists.
+        cls: the part, a frozen dataclass.
+        *instances: examples that compositions and contracts are tried with; none: ``cls()`` if it needs no arguments.
+
+    Raises:
+        UnknownNameError: for an unknown kind.
+        ArgumentError: if the name is taken, or an instance takes the place of the class.
+    """
+    if kind not in _PARTS:
+        raise UnknownNameError("kind of part", str(kind), _PARTS)
+    if not isinstance(cls, type):
+        name = type(cls).__name__
+        raise ArgumentError(
+            f"register_part takes a class, got {cls!r}; write register_part({kind!r}, {name}, {name}(...))"
+        )
+    if cls.__name__ in _PARTS[kind]:
+        raise ArgumentError(f"{kind} {cls.__name__!r} is registered already; choose another name")
+    _PARTS[kind][cls.__name__] = cls
+    if instances:
+        _EXAMPLES[cls] = instances
+
+
+def examples() -> dict[str, dict[str, Any]]:
+    """Instances of every registered part, by kind and short name: what compositions and contracts are tried with."""
+    found = {kind: [part for cls in table.values() for part in instances(cls)] for kind, table in parts().items()}
+    covers_all = [part for part in found["partition"] if part.joint]
+    found["structure"] += structure_examples(covers_all, found["factor"], found["pair damping"])
+    return {kind: {label(part): part for part in entries} for kind, entries in found.items()}
+
+
+def instances(cls: type) -> tuple[Any, ...]:
+    """Example instances of one part."""
+    return _EXAMPLES.get(cls, ()) or default_examples(cls)
 
 
 def default_examples(cls: type) -> tuple[Any, ...]:

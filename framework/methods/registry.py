@@ -1,7 +1,7 @@
-"""The table of everything registered. It imports the parts; no part imports it.
+"""The table of everything registered: the methods, and beside them the table of parts (:mod:`.parts`).
 
-Third parties add with :func:`register` / :func:`register_part`, or through the entry-point group ``osculate.parts``:
-an entry point names a function without arguments that registers what its package has.
+It imports the methods; no method imports it. Third parties add with :func:`register` and :func:`register_part`, or
+through the entry-point group ``osculate.parts``.
 """
 
 from __future__ import annotations
@@ -9,19 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any
 
 from ...checking import require_kind
 from ...errors import ArgumentError, UnknownNameError
-from .catalogue import first_order as baselines
-from .catalogue import gradient as gradient_methods
-from .catalogue import kfac as curvature_methods
-from .catalogue import layer_steps as variants
-from .catalogue import quasi_newton as published
+from .catalogue import first_order, gradient, kfac, layer_steps, mini_block, quasi_newton
 from .compositions import Composition, compositions
 from .method import Method
-from .parts import EXAMPLES, KINDS, default_examples, label, structure_examples
+from .parts import examples, instances, load_entry_points, parts, register_part
 
 __all__ = [
     "MethodEntry",
@@ -74,52 +69,38 @@ class MethodEntry:
 _METHODS: dict[str, MethodEntry] = {
     entry.name: entry
     for entry in (
-        MethodEntry("kbfgs", _K_BFGS, published.kbfgs),
-        MethodEntry("kbfgs-l", _K_BFGS, published.kbfgs_limited),
-        MethodEntry("mbf", _MBF, published.mbf),
-        MethodEntry("mbf-released", _MBF, published.mbf_released),
-        MethodEntry("lw-sgdm", _LAYERWISE, variants.layerwise_sgdm),
-        MethodEntry("lw-adamw", _LAYERWISE, variants.layerwise_adamw),
-        MethodEntry("joint-kfac", "osculate", variants.joint_kfac),
-        MethodEntry("joint-kfac-momentum", "osculate", variants.joint_kfac_momentum),
-        MethodEntry("joint-kbfgs", "osculate", variants.joint_kbfgs),
-        MethodEntry("joint-sgdm", "osculate", variants.joint_sgdm),
-        MethodEntry("mini-block-lbfgs", "osculate", variants.mini_block_lbfgs),
-        MethodEntry("kfac", "arXiv:1503.05671", baselines.kfac),
-        MethodEntry("ekfac", "arXiv:1806.03884", curvature_methods.ekfac),
-        MethodEntry("ngd-exact", "Neural Computation 10:251", curvature_methods.ngd_exact),
-        MethodEntry("kfac-conv", "arXiv:2102.06737", curvature_methods.kfac_conv),
-        MethodEntry("kbfgs-conv", "arXiv:2102.06737", curvature_methods.kbfgs_conv),
-        MethodEntry("shampoo", "arXiv:1802.09568", gradient_methods.shampoo),
-        MethodEntry("tnt", "arXiv:2106.02925", gradient_methods.tnt),
-        MethodEntry("soap", "arXiv:2409.11321", gradient_methods.soap),
-        MethodEntry("muon", "kellerjordan.github.io/posts/muon", gradient_methods.muon),
-        MethodEntry("sgdm", "baseline", baselines.sgdm),
-        MethodEntry("adam", "arXiv:1412.6980", baselines.adam),
-        MethodEntry("adamw", "arXiv:1711.05101", baselines.adamw),
-        MethodEntry("adagrad", "JMLR 12:2121", baselines.adagrad),
-        MethodEntry("rmsprop", "baseline", baselines.rmsprop),
+        MethodEntry("kbfgs", _K_BFGS, quasi_newton.kbfgs),
+        MethodEntry("kbfgs-l", _K_BFGS, quasi_newton.kbfgs_limited),
+        MethodEntry("mbf", _MBF, mini_block.mbf),
+        MethodEntry("mbf-released", _MBF, mini_block.mbf_released),
+        MethodEntry("lw-sgdm", _LAYERWISE, layer_steps.layerwise_sgdm),
+        MethodEntry("lw-adamw", _LAYERWISE, layer_steps.layerwise_adamw),
+        MethodEntry("joint-kfac", "osculate", layer_steps.joint_kfac),
+        MethodEntry("joint-kfac-momentum", "osculate", layer_steps.joint_kfac_momentum),
+        MethodEntry("joint-kbfgs", "osculate", layer_steps.joint_kbfgs),
+        MethodEntry("joint-sgdm", "osculate", layer_steps.joint_sgdm),
+        MethodEntry("mini-block-lbfgs", "osculate", mini_block.mini_block_lbfgs),
+        MethodEntry("kfac", "arXiv:1503.05671", kfac.kfac),
+        MethodEntry("ekfac", "arXiv:1806.03884", kfac.ekfac),
+        MethodEntry("ngd-exact", "Neural Computation 10:251", kfac.ngd_exact),
+        MethodEntry("kfac-conv", "arXiv:2102.06737", kfac.kfac_conv),
+        MethodEntry("kbfgs-conv", "arXiv:2102.06737", quasi_newton.kbfgs_conv),
+        MethodEntry("shampoo", "arXiv:1802.09568", gradient.shampoo),
+        MethodEntry("tnt", "arXiv:2106.02925", gradient.tnt),
+        MethodEntry("soap", "arXiv:2409.11321", gradient.soap),
+        MethodEntry("muon", "kellerjordan.github.io/posts/muon", gradient.muon),
+        MethodEntry("sgdm", "baseline", first_order.sgdm),
+        MethodEntry("adam", "arXiv:1412.6980", first_order.adam),
+        MethodEntry("adamw", "arXiv:1711.05101", first_order.adamw),
+        MethodEntry("adagrad", "JMLR 12:2121", first_order.adagrad),
+        MethodEntry("rmsprop", "baseline", first_order.rmsprop),
     )
 }
-
-_PARTS = {kind: dict(table) for kind, table in KINDS.items()}
-_EXAMPLES = dict(EXAMPLES)
-
-_loaded = False
-
-
-def _load_entry_points() -> None:
-    global _loaded
-    if _loaded:
-        return
-    _loaded = True
-    for entry in entry_points(group="osculate.parts"):
-        entry.load()()
 
 
 def methods() -> dict[str, MethodEntry]:
     """All registered methods by name."""
-    _load_entry_points()
+    load_entry_points()
     return dict(_METHODS)
 
 
@@ -141,12 +122,6 @@ def method(name: str, **options: Any) -> Method:
     return result
 
 
-def parts() -> dict[str, dict[str, type]]:
-    """All registered parts by kind and name."""
-    _load_entry_points()
-    return {kind: dict(table) for kind, table in _PARTS.items()}
-
-
 def register(name: str, factory: Callable[..., Method], *, paper: str = "") -> None:
     """Add a method.
 
@@ -165,19 +140,6 @@ def register(name: str, factory: Callable[..., Method], *, paper: str = "") -> N
     _METHODS[name] = MethodEntry(name, paper, factory)
 
 
-def examples() -> dict[str, dict[str, Any]]:
-    """Instances of every registered part, by kind and short name: what compositions and contracts are tried with."""
-    found = {kind: [part for cls in table.values() for part in instances(cls)] for kind, table in parts().items()}
-    covers_all = [part for part in found["partition"] if part.joint]
-    found["structure"] += structure_examples(covers_all, found["factor"], found["pair damping"])
-    return {kind: {label(part): part for part in entries} for kind, entries in found.items()}
-
-
-def instances(cls: type) -> tuple[Any, ...]:
-    """Example instances of one part."""
-    return _EXAMPLES.get(cls, ()) or default_examples(cls)
-
-
 def compatible_methods() -> list[Composition]:
     """Every legal composition of registered parts; :mod:`.compositions` says what is crossed."""
     return [entry for entry in compositions(examples()) if entry.method is not None]
@@ -186,29 +148,3 @@ def compatible_methods() -> list[Composition]:
 def refused_compositions() -> list[Composition]:
     """Every composition that is refused at construction, each with the reason."""
     return [entry for entry in compositions(examples()) if entry.method is None]
-
-
-def register_part(kind: str, cls: type, *instances: Any) -> None:
-    """Add a part to the table of its kind.
-
-    Args:
-        kind: one of the kinds that :func:`parts` lists.
-        cls: the part, a frozen dataclass.
-        *instances: examples that compositions and contracts are tried with; none: ``cls()`` if it needs no arguments.
-
-    Raises:
-        UnknownNameError: for an unknown kind.
-        ArgumentError: if the name is taken, or an instance takes the place of the class.
-    """
-    if kind not in _PARTS:
-        raise UnknownNameError("kind of part", str(kind), _PARTS)
-    if not isinstance(cls, type):
-        name = type(cls).__name__
-        raise ArgumentError(
-            f"register_part takes a class, got {cls!r}; write register_part({kind!r}, {name}, {name}(...))"
-        )
-    if cls.__name__ in _PARTS[kind]:
-        raise ArgumentError(f"{kind} {cls.__name__!r} is registered already; choose another name")
-    _PARTS[kind][cls.__name__] = cls
-    if instances:
-        _EXAMPLES[cls] = instances

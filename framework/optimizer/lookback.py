@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ...curvature.backends.capture import Record
 from ...curvature.estimators import records_for_pairs
 from ...curvature.layers.layer import Layer
-from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Needs, Tensors
+from ...curvature.records.needs import LOOKING_BACK, Needs, Record
+from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError
 from ...preconditioners.protocol import Events
 from ...stepsize.guard import Trial

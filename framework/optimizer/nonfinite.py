@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Tensors
+from ...curvature.records.needs import LOOKING_BACK
+from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.linalg import inner_product
 from ...stepsize.constant import ConstantStep

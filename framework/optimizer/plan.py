@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...curvature.backends.capture import Record
 from ...curvature.layers.layer import Layer
-from ...curvature.records.statistics import LOOKING_BACK, Needs
+from ...curvature.records.needs import LOOKING_BACK, Needs, Record
 from ..methods.method import Method
 from .blocks import Block
 from .recording import records_for_step

@@ -8,12 +8,11 @@ from functools import partial
 
 from torch import Tensor
 
-from ...curvature.backends.capture import Record
 from ...curvature.estimators import Estimator
-from ...curvature.hessian_blocks import hessian_block
 from ...curvature.layers.layer import Layer
-from ...curvature.products import GraphKeepingBackward
-from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Needs
+from ...curvature.products import GraphKeepingBackward, hessian_block
+from ...curvature.records.needs import LOOKING_BACK, Needs, Record
+from ...curvature.records.statistics import LayerStatistics
 from ...errors import ArgumentError
 from ..methods.method import Method
 from .blocks import Block, present_gradients

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.backends.table import make_backend, require_supported
-from ...curvature.layers.layer import discover_layers
+from ...curvature.layers.discovery import discover_layers
 from ...curvature.likelihoods import Likelihood, resolve_likelihood
 from ...curvature.products import GraphKeepingBackward
-from ...curvature.records.statistics import LayerStatistics, Needs, Tensors
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.structures.by_layer import ByLayer, require_matching_keys
 from ..methods.method import Method

@@ -14,7 +14,8 @@ from ...curvature.backends.sampling import seeded_generator
 from ...curvature.layers.layer import Layer
 from ...curvature.products import GraphKeepingBackward
 from ...curvature.quadratic_forms import DirectionalEvidence, QuadraticForm
-from ...curvature.records.statistics import LayerStatistics, Needs, Tensors
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
 from ...preconditioners.linalg import inner_products, squared_norms

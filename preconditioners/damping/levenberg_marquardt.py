@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from ...checking import require_fields
 from ...curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
-from ...curvature.records.statistics import Needs
+from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, require_interval, require_positive_integer
 from .split import Damping, MeanEigenvalues, SideDamping, Split
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
-from ...curvature.records.statistics import LayerStatistics, Needs
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import LayerStatistics
 from ..averages import Average, MovingAverage, ZeroStartAverage
 from ..linalg import Computed, bfgs_inverse_update_
 from ..operations import Inverse

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
-from ...curvature.records.statistics import LayerStatistics, Needs
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import LayerStatistics
 from ..averages import Average, MovingAverage
 from ..linalg import Computed, accumulate_gram_, accumulate_homogeneous_gram_
 from ..operations import Inverse, Operation, Request

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
-from ...curvature.records.statistics import LayerStatistics, Needs
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import LayerStatistics
 from ...errors import require_interval, require_positive_integer
 from ..averages import Average, ZeroStartAverage
 from ..linalg import Computed, triangular_inverse

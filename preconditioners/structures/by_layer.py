@@ -10,7 +10,7 @@ from types import MappingProxyType
 from ...checking import require_fields
 from ...curvature.layers.adapters import KINDS
 from ...curvature.layers.layer import Layer
-from ...curvature.records.statistics import Needs
+from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, UnknownNameError
 from ..protocol import Preconditioner
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...checking import require_fields
 from ...curvature.layers.layer import Layer
-from ...curvature.records.statistics import Needs, Tensors
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import Tensors
 from ...errors import ArgumentError, require_finite_nonnegative
 from ..averages import Average, MovingAverage, PlainAverage
 from ..damping.split import SideDamping

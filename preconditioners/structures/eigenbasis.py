@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...checking import require_fields
 from ...curvature.layers.layer import Layer
-from ...curvature.records.statistics import Needs, Tensors
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import Tensors
 from ...errors import ArgumentError, require_positive_integer
 from ..averages import Average, MovingAverage
 from ..damping.split import SideDamping

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...curvature.layers.layer import Layer
-from ...curvature.records.statistics import LayerStatistics, Needs, Tensors
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import LayerStatistics, Tensors
 from ..averages import Average
 from ..damping.split import SideDamping
 from ..linalg import Computed

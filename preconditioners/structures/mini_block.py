@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...checking import require_fields
 from ...curvature.layers.layer import Layer
-from ...curvature.records.statistics import LayerStatistics, Needs, Tensors
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import LayerStatistics, Tensors
 from ..averages import Average, MovingAverage
 from ..damping.split import SideDamping
 from ..linalg import Computed, accumulate_gram_, add_to_diagonal

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
-from ...curvature.records.statistics import LayerStatistics, Needs
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import LayerStatistics
 from ..factors.factor import accumulate_gradient_products, accumulate_second_moment
 from ..operations import Eigenvectors, Operation, PowerIteration
 

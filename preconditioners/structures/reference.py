@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...curvature.layers.layer import Layer
-from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Needs, Tensors
+from ...curvature.records.needs import LOOKING_BACK, Needs
+from ...curvature.records.statistics import LayerStatistics, Tensors
 from ..averages import Average
 from ..damping.split import MeanEigenvalues, SideDamping, TwoSided
 from ..linalg import Computed
@@ -27,28 +28,19 @@ from .by_layer import ByLayer
 from .identity import Identity
 from .kronecker import Kronecker, KroneckerState
 
-if TYPE_CHECKING:
-    from ...framework.methods.method import Method
-
-__all__ = ["DenseReference", "reference_of"]
+__all__ = ["DenseReference", "reference_of", "reference_of_part"]
 
 
-def reference_of(method: Method) -> Method:
-    """The method with every structure replaced by its dense reference."""
-    return replace(
-        method, preconditioner=_reference(method.preconditioner), fallback=_reference_of_part(method.fallback)
-    )
-
-
-def _reference(part: Preconditioner | ByLayer) -> Preconditioner | ByLayer:
+def reference_of(part: Preconditioner | ByLayer) -> Preconditioner | ByLayer:
+    """A structure, or a mixture of structures by layer, with every structure replaced by its dense reference."""
     if not isinstance(part, ByLayer):
-        return _reference_of_part(part)
-    otherwise = None if part.otherwise is None else _reference_of_part(part.otherwise)
-    return ByLayer({key: _reference(entry) for key, entry in part.table.items()}, otherwise)
+        return reference_of_part(part)
+    otherwise = None if part.otherwise is None else reference_of_part(part.otherwise)
+    return ByLayer({key: reference_of(entry) for key, entry in part.table.items()}, otherwise)
 
 
-def _reference_of_part(part: Preconditioner) -> Preconditioner:
-    """A structure that is not linear in the momentum has no matrix; it brings its own reference."""
+def reference_of_part(part: Preconditioner) -> Preconditioner:
+    """A structure's dense reference, or what it brings instead: rules not linear in the momentum have no matrix."""
     own: Callable[[], Preconditioner] | None = getattr(part, "reference", None)
     if own is not None:
         return own()

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...checking import require_fields
 from ...curvature.layers.layer import Layer
-from ...curvature.records.statistics import LayerStatistics, Needs, Tensors
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import require_positive_integer
 from ..averages import Average, ZeroStartAverage
 from ..damping.split import SideDamping

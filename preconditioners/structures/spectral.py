@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...checking import require_fields
 from ...curvature.layers.layer import Layer
-from ...curvature.records.statistics import Needs, Tensors
+from ...curvature.records.needs import Needs
+from ...curvature.records.statistics import Tensors
 from ...errors import CompatibilityError, require_interval, require_positive_integer
 from ..averages import Average
 from ..damping.split import SideDamping

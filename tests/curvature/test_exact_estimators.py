@@ -9,8 +9,7 @@ import torch
 from backend_nets import NETS, SEEN, WantsMatrix, record
 from measuring import FixedTargets, close
 from osculate.curvature import Categorical, ExactGGN, ExactHessianBlock, Gaussian, Needs, Record, SampledFisher
-from osculate.curvature.hessian_blocks import hessian_block
-from osculate.curvature.products import GraphKeepingBackward
+from osculate.curvature.products import GraphKeepingBackward, hessian_block
 from torch import Tensor, nn
 from torch.func import functional_call
 

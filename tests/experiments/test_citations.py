@@ -14,9 +14,10 @@ import pytest
 import scipy.sparse as sp
 import torch
 from osculate import EmpiricalFisher, SampledFisher
-from osculate.curvature.backends.capture import Capture, Record
-from osculate.curvature.layers.layer import discover_layers
+from osculate.curvature.backends.capture import Capture
+from osculate.curvature.layers.discovery import discover_layers
 from osculate.curvature.likelihoods import Categorical
+from osculate.curvature.records.needs import Record
 from osculate.errors import ArgumentError
 from osculate.experiments.data import planetoid
 from osculate.experiments.data.datafiles import DataError

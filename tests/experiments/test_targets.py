@@ -82,7 +82,7 @@ class TestExclusive:
     HOLD = """
 import sys
 from pathlib import Path
-from osculate.experiments.targets import exclusive
+from osculate.experiments.runs.targets import exclusive
 with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

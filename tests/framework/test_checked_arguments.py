@@ -248,13 +248,13 @@ def test_directions_that_are_not_finite_are_traced_to_their_part() -> None:
 
 def test_copies_for_undoing_are_made_only_at_steps_that_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    original = osc.framework.optimizer.Undo
+    original = osc.framework.optimizer.second_order.Undo
 
     def counted(*given: Any) -> Any:
         made.append(given[3])
         return original(*given)
 
-    monkeypatch.setattr(osc.framework.optimizer, "Undo", counted)
+    monkeypatch.setattr(osc.framework.optimizer.second_order, "Undo", counted)
     model = make()
     kronecker = osc.Kronecker(osc.Covariance(), osc.Covariance())
     damping = osc.LevenbergMarquardt(every=3)

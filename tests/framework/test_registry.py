@@ -8,7 +8,7 @@ import json
 import osculate as osc
 import pytest
 import torch
-from osculate.framework.methods import registry
+from osculate.framework.methods import parts, registry
 from small_nets import METHODS, batches, build, data, make, train
 
 
@@ -16,8 +16,8 @@ from small_nets import METHODS, batches, build, data, make, train
 def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a test registers is gone afterwards."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    monkeypatch.setattr(registry, "_PARTS", {kind: dict(table) for kind, table in registry._PARTS.items()})
-    monkeypatch.setattr(registry, "_EXAMPLES", dict(registry._EXAMPLES))
+    monkeypatch.setattr(parts, "_PARTS", {kind: dict(table) for kind, table in parts._PARTS.items()})
+    monkeypatch.setattr(parts, "_EXAMPLES", dict(parts._EXAMPLES))
 
 
 def mine(*, momentum: float = 0.5) -> osc.Method:

@@ -1,19 +1,13 @@
-"""Baselines: first-order methods as diagonal preconditioners, and K-FAC."""
+"""First-order methods as diagonal preconditioners: the baselines."""
 
 from __future__ import annotations
 
-from ....curvature.estimators import EmpiricalFisher, Estimator, SampledFisher
-from ....errors import ArgumentError
 from ....preconditioners.averages import MovingAverage, RunningSum, ZeroStartAverage
-from ....preconditioners.damping.split import Split
-from ....preconditioners.factors.factor import Covariance
-from ....preconditioners.protocol import Schedule
 from ....preconditioners.structures.diagonal import Diagonal
-from ....preconditioners.structures.kronecker import Kronecker
 from ..method import Method
-from ..momentum import EMA, CorrectedEMA, Coupled, Decoupled, HeavyBall, NoMomentum, WeightDecay
+from ..momentum import CorrectedEMA, Coupled, Decoupled, HeavyBall, NoMomentum, WeightDecay
 
-__all__ = ["adagrad", "adam", "adamw", "kfac", "kronecker_fisher", "rmsprop", "sgdm"]
+__all__ = ["adagrad", "adam", "adamw", "rmsprop", "sgdm"]
 
 
 def sgdm(*, momentum: float = 0.9) -> Method:
@@ -77,45 +71,3 @@ def rmsprop(*, decay: float = 0.99, epsilon: float = 1e-8) -> Method:
     """
     diagonal = Diagonal(average=ZeroStartAverage(decay), epsilon=epsilon)
     return Method(diagonal, momentum=NoMomentum(), fallback=diagonal, defaults={"lr": 1e-3})
-
-
-def kronecker_fisher(
-    statistics: str, statistics_decay: float, statistics_every: int, inverses_every: int, eager: int
-) -> tuple[Kronecker, Estimator]:
-    """K-FAC's structure and estimator; ``statistics`` is ``sampled`` (the Fisher) or ``empirical`` (true labels)."""
-    estimators: dict[str, Estimator] = {"sampled": SampledFisher(), "empirical": EmpiricalFisher()}
-    if statistics not in estimators:
-        raise ArgumentError(f"statistics must be 'sampled' or 'empirical', got {statistics!r}")
-    factor = Covariance(MovingAverage(statistics_decay))
-    schedule = Schedule(statistics=statistics_every, inverses=inverses_every, eager=eager)
-    return Kronecker(factor, factor, schedule), estimators[statistics]
-
-
-def kfac(
-    *,
-    statistics: str = "sampled",
-    momentum: float = 0.9,
-    statistics_decay: float = 0.9,
-    statistics_every: int = 1,
-    inverses_every: int = 20,
-    eager: int = 20,
-) -> Method:
-    """K-FAC (arXiv:1503.05671v7) as the baseline of the K-BFGS code runs it (PAPERS 1.7): sqrt(damping) per side.
-
-    Args:
-        statistics: ``sampled`` labels (needs a likelihood) or ``empirical`` (no extra pass).
-        momentum: decay in [0, 1) of the 0.9/0.1 average.
-        statistics_decay: in [0, 1).
-        statistics_every: T1 >= 1.
-        inverses_every: T2 >= 1.
-        eager: inverses at each of the steps 0 ... eager as well.
-    """
-    structure, estimator = kronecker_fisher(statistics, statistics_decay, statistics_every, inverses_every, eager)
-    return Method(
-        structure,
-        estimator,
-        damping=Split(),
-        momentum=EMA(momentum),
-        warm_start=SampledFisher() if statistics == "sampled" else None,
-        defaults={"lr": 1.0, "damping": 3.0},
-    )

@@ -1,35 +1,21 @@
-"""Methods that build on the papers: layer-wise steps of arXiv:2305.13664, and our joint steps and secant blocks."""
+"""Layer-wise steps of arXiv:2305.13664, and our joint steps."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from ....curvature.estimators import SecantPairs
-from ....curvature.layers.adapters import KINDS
-from ....curvature.quadratic_forms import (
-    ExactHessian,
-    HessianRowSums,
-    QuadraticForm,
-    SampledBatchScores,
-    SampledScores,
-    SignedHessian,
-)
-from ....errors import ArgumentError
-from ....preconditioners.averages import MovingAverage, ZeroStartAverage
-from ....preconditioners.damping.split import ConstantDamping, Split
-from ....preconditioners.structures.by_layer import ByLayer
+from ....preconditioners.averages import MovingAverage
+from ....preconditioners.damping.split import Split
 from ....preconditioners.structures.diagonal import Diagonal
-from ....preconditioners.structures.identity import Identity
-from ....preconditioners.structures.partitions import Kernel
-from ....preconditioners.structures.secant_blocks import SecantBlocks
 from ....stepsize.bounded import RelativeBound
 from ....stepsize.joint import JointLayerwise
 from ....stepsize.last_step import JointWithLastStep
 from ....stepsize.layerwise import LayerwiseQuadratic
 from ..method import Method
 from ..momentum import EMA, CorrectedEMA, Decoupled
-from .first_order import kronecker_fisher
-from .quasi_newton import PARTITIONS, kbfgs, pair_damping, step_guard
+from .kfac import kronecker_fisher
+from .names import quadratic_form
+from .quasi_newton import kbfgs
 
 __all__ = [
     "joint_kbfgs",
@@ -40,24 +26,7 @@ __all__ = [
     "layerwise_adamw",
     "layerwise_rule",
     "layerwise_sgdm",
-    "mini_block_lbfgs",
-    "quadratic_form",
 ]
-
-FORMS: dict[str, type[QuadraticForm]] = {
-    "sampled": SampledScores,
-    "sampled-batch": SampledBatchScores,
-    "signed-hessian": SignedHessian,
-    "exact-hessian": ExactHessian,
-    "hessian-row-sums": HessianRowSums,
-}
-
-
-def quadratic_form(name: str) -> QuadraticForm:
-    """An estimator of quadratic forms by name, PAPERS 3.3 (a), (a'), (b), (c), (d) in the order of the table."""
-    if name not in FORMS:
-        raise ArgumentError(f"curvature must be one of {', '.join(FORMS)}, got {name!r}")
-    return FORMS[name]()
 
 
 def layerwise_rule(curvature: str, curvature_every: int) -> RelativeBound:
@@ -193,45 +162,3 @@ def joint_sgdm(*, momentum: float = 0.9, curvature_every: int = 1) -> Method:
         curvature_every: steps between two measurements along the directions, >= 1.
     """
     return Method(momentum=EMA(momentum), step_size=joint_rule(curvature_every), defaults={"lr": 1.0})
-
-
-def mini_block_lbfgs(
-    *,
-    blocks: str = "per-output",
-    memory: int = 4,
-    pairs: str = "double",
-    momentum: float = 0.9,
-    pair_decay: float = 0.9,
-    growth: float = 1.1,
-) -> Method:
-    """L-BFGS on mini-blocks, each from secant pairs of its own parameters (ours, unpublished).
-
-    Blocks as in Mini-Block Fisher (arXiv:2202.04124): per output neuron, per kernel; averages, damping and tests of the
-    pairs, momentum and guard as in K-BFGS (arXiv:2006.08877). lambda itself is the floor of a pair's curvature. Biases
-    of convolutions, normalisation and whatever is no matrix get plain momentum.
-
-    Args:
-        blocks: of dense layers: ``per-output``, ``per-input-averaged`` (per input neuron: nothing is averaged here) or
-            ``flat-chunk``; ``per-output-averaged`` is ``per-output``.
-        memory: m >= 1 pairs per block.
-        pairs: ``double`` (needs damping < 1), ``powell-then-lm``, ``powell-h``, ``merged``, ``powell-b0`` or ``none``.
-        momentum: decay in [0, 1).
-        pair_decay: of the averaged pair; 0 in full-batch mode.
-        growth: the guard's factor, > 1; ``inf`` switches it off.
-    """
-    if blocks not in PARTITIONS:
-        raise ArgumentError(f"blocks must be one of {', '.join(PARTITIONS)}, got {blocks!r}")
-    dense = SecantBlocks(PARTITIONS[blocks](), memory, pair_damping(pairs), ZeroStartAverage(pair_decay))
-    kernels = replace(dense, partition=Kernel())
-    convolutions = (kind for kind in KINDS if kind.startswith("Conv"))
-    return Method(
-        ByLayer(
-            {**dict.fromkeys(("Linear", "Attention"), dense), **dict.fromkeys(convolutions, kernels)},
-            otherwise=Identity(),
-        ),
-        SecantPairs(),
-        damping=ConstantDamping(),
-        momentum=EMA(momentum),
-        guard=step_guard(growth),
-        defaults={"lr": 0.3, "damping": 0.3},
-    )

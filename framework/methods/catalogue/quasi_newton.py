@@ -1,77 +1,27 @@
-"""The published methods, each a few lines of parts. Constants as in the authors' code, see PAPERS for sources."""
+"""Quasi-Newton methods on Kronecker factors: K-BFGS. Constants as in the authors' code, see PAPERS for sources."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from ....curvature.estimators import BatchMean, InputsOnly, SampledBatchMean, SecantPairs
-from ....curvature.layers.adapters import KINDS
+from ....curvature.estimators import (
+    InputsOnly,
+    SecantPairs,
+)
 from ....errors import ArgumentError
 from ....preconditioners.averages import Average, MovingAverage, ZeroStartAverage
-from ....preconditioners.damping.split import ConstantDamping, Split
+from ....preconditioners.damping.split import Split
 from ....preconditioners.factors.bfgs import BFGS, HessianActionBFGS
 from ....preconditioners.factors.factor import Factor
 from ....preconditioners.factors.lbfgs import LBFGS
-from ....preconditioners.pairs.damping import (
-    DoubleDamping,
-    MergedDoubleDamping,
-    NoDamping,
-    PairDamping,
-    PowellB0,
-    PowellH,
-    PowellThenLM,
-)
 from ....preconditioners.protocol import Schedule
-from ....preconditioners.structures.by_layer import ByLayer
-from ....preconditioners.structures.diagonal import Diagonal
 from ....preconditioners.structures.kronecker import Kronecker
-from ....preconditioners.structures.mini_block import MiniBlock
-from ....preconditioners.structures.partitions import (
-    FlatChunk,
-    Kernel,
-    Partition,
-    PerInputAveraged,
-    PerOutput,
-    PerOutputAveraged,
-)
-from ....stepsize.guard import Backtrack, Guard, NoGuard
+from ....stepsize.guard import Guard
 from ..method import Method
-from ..momentum import EMA, Decoupled, HeavyBall
+from ..momentum import EMA, Decoupled
+from .names import pair_damping, step_guard
 
-__all__ = ["kbfgs", "kbfgs_limited", "mbf", "mbf_released", "pair_damping", "step_guard"]
-
-PARTITIONS: dict[str, type[Partition]] = {
-    "per-output": PerOutput,
-    "per-output-averaged": PerOutputAveraged,
-    "per-input-averaged": PerInputAveraged,
-    "flat-chunk": FlatChunk,
-}
-
-
-PAIRS: dict[str, type[PairDamping]] = {
-    "double": DoubleDamping,
-    "powell-then-lm": PowellThenLM,
-    "powell-h": PowellH,
-    "merged": MergedDoubleDamping,
-    "powell-b0": PowellB0,
-    "none": NoDamping,
-}
-
-
-def pair_damping(name: str | None) -> PairDamping:
-    """A pair damping by name: ``double``, ``powell-then-lm``, ``powell-h``, ``merged``, ``powell-b0`` or ``none``.
-
-    ``None`` is what command lines make of the word.
-    """
-    name = "none" if name is None else name
-    if name not in PAIRS:
-        raise ArgumentError(f"pairs must be one of {', '.join(PAIRS)}, got {name!r}")
-    return PAIRS[name]()
-
-
-def step_guard(growth: float) -> Guard:
-    """Backtracking when the mini-batch loss grows by more than ``growth`` > 1; infinity means no guard."""
-    return NoGuard() if growth == float("inf") else Backtrack(growth)
+__all__ = ["kbfgs", "kbfgs_conv", "kbfgs_limited"]
 
 
 def _quasi_newton(
@@ -140,55 +90,35 @@ def kbfgs_limited(
     return _quasi_newton(outputs, MovingAverage(statistics_decay), momentum, statistics_every, step_guard(growth))
 
 
-_CONVOLUTIONS = tuple(kind for kind in KINDS if kind.startswith("Conv"))
+def kbfgs_conv(
+    *,
+    action: str = "averaged",
+    momentum: float = 0.9,
+    statistics_decay: float = 0.9,
+    pair_decay: float = 0.9,
+    growth: float = 1.1,
+) -> Method:
+    """K-BFGS for convolutions (arXiv:2102.06737v3): Powell damping with H, then Levenberg-Marquardt; decoupled decay.
 
+    A sums over positions, the secant pair averages over them, damping is sqrt(damping S) and sqrt(damping / S)
+    (PAPERS 1.6). The guard is ours, as in ``kbfgs``, and so is the default lr.
 
-def _mini_block(partition: Partition, schedule: Schedule, lr: float, damping: float) -> Method:
-    # e / (sqrt(v_e) + 1e-8) with e the 0.9/0.1 average equals M / (sqrt(v_M) + 1e-7) with heavy-ball M = 10 e.
-    adam_type = Diagonal(average=MovingAverage(0.999), epsilon=1e-7, source="momentum")
-    average = MovingAverage(0.9)
-    return Method(
-        preconditioner=ByLayer(
-            {
-                **dict.fromkeys(("Linear", "Attention"), MiniBlock(partition, average, schedule)),
-                **dict.fromkeys(_CONVOLUTIONS, MiniBlock(Kernel(), average, schedule)),
-            },
-            otherwise=adam_type,
-        ),
-        curvature=BatchMean(),
-        damping=ConstantDamping(),
-        momentum=HeavyBall(0.9),
+    Args:
+        action: which A the Hessian action uses: ``averaged`` over steps, or of the current ``mini-batch`` (the paper's
+            variant for large layers; here it saves no memory, A is still stored for one step).
+        momentum: decay in [0, 1).
+        statistics_decay: of A, in [0, 1); without effect on ``mini-batch``.
+        pair_decay: of the averaged pair, in [0, 1).
+        growth: the guard's factor, > 1; ``inf`` switches it off (the paper).
+    """
+    averages: dict[str, Average] = {"averaged": MovingAverage(statistics_decay), "mini-batch": ZeroStartAverage(0.0)}
+    if action not in averages:
+        raise ArgumentError(f"action must be one of {', '.join(averages)}, got {action!r}")
+    base = kbfgs(pairs="powell-then-lm", momentum=momentum, pair_decay=pair_decay, growth=growth)
+    structure = base.preconditioner
+    assert isinstance(structure, Kronecker)
+    return replace(
+        base,
+        preconditioner=replace(structure, inputs=HessianActionBFGS(averages[action])),
         weight_decay=Decoupled(),
-        fallback=adam_type,
-        warm_start=SampledBatchMean(),
-        defaults={"lr": lr, "damping": damping, "weight_decay": 0.0},
     )
-
-
-def mbf(*, blocks: str = "per-output", statistics_every: int = 2, inverses_every: int = 25) -> Method:
-    """Mini-Block Fisher (arXiv:2202.04124v3) with the paper's blocks: per output neuron, per kernel.
-
-    The default (lr, damping) is the released setting (1e-5, 3e-4) for flat chunks moved to where per-output blocks,
-    whose curvature is spread over many directions, are stable on every shipped problem; tune both.
-
-    Args:
-        blocks: ``per-output`` (averaged where a layer is too wide), ``per-output-averaged``, ``per-input-averaged``
-            or ``flat-chunk``.
-        statistics_every: T1 >= 1; the paper uses 2 for autoencoders, 10 for CNNs.
-        inverses_every: T2 >= 1; 25 and 100.
-    """
-    if blocks not in PARTITIONS:
-        raise ArgumentError(f"blocks must be one of {', '.join(PARTITIONS)}, got {blocks!r}")
-    schedule = Schedule(statistics=statistics_every, inverses=inverses_every, eager=inverses_every)
-    return _mini_block(PARTITIONS[blocks](), schedule, lr=1e-3, damping=0.3)
-
-
-def mbf_released(*, statistics_every: int = 2, inverses_every: int = 25) -> Method:
-    """MBF with the dense blocks that the authors' released driver runs (flat chunks), and their autoencoder setting.
-
-    Args:
-        statistics_every: T1 >= 1.
-        inverses_every: T2 >= 1.
-    """
-    base = mbf(blocks="flat-chunk", statistics_every=statistics_every, inverses_every=inverses_every)
-    return replace(base, defaults={"lr": 1e-5, "damping": 3e-4})

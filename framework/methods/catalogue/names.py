@@ -1,0 +1,99 @@
+"""The words that options of the methods take, and the parts they stand for."""
+
+from __future__ import annotations
+
+from ....curvature.estimators import EmpiricalFisher, Estimator, SampledFisher
+from ....curvature.layers.adapters import KINDS
+from ....curvature.quadratic_forms import (
+    ExactHessian,
+    HessianRowSums,
+    QuadraticForm,
+    SampledBatchScores,
+    SampledScores,
+    SignedHessian,
+)
+from ....errors import ArgumentError
+from ....preconditioners.pairs.damping import (
+    DoubleDamping,
+    MergedDoubleDamping,
+    NoDamping,
+    PairDamping,
+    PowellB0,
+    PowellH,
+    PowellThenLM,
+)
+from ....preconditioners.structures.partitions import (
+    FlatChunk,
+    Partition,
+    PerInputAveraged,
+    PerOutput,
+    PerOutputAveraged,
+)
+from ....stepsize.guard import Backtrack, Guard, NoGuard
+
+__all__ = ["CONVOLUTIONS", "fisher_estimator", "pair_damping", "partition", "quadratic_form", "step_guard"]
+
+CONVOLUTIONS = tuple(kind for kind in KINDS if kind.startswith("Conv"))
+"""Kinds of layers whose weight consists of kernels."""
+
+PARTITIONS: dict[str, type[Partition]] = {
+    "per-output": PerOutput,
+    "per-output-averaged": PerOutputAveraged,
+    "per-input-averaged": PerInputAveraged,
+    "flat-chunk": FlatChunk,
+}
+
+PAIRS: dict[str, type[PairDamping]] = {
+    "double": DoubleDamping,
+    "powell-then-lm": PowellThenLM,
+    "powell-h": PowellH,
+    "merged": MergedDoubleDamping,
+    "powell-b0": PowellB0,
+    "none": NoDamping,
+}
+
+FORMS: dict[str, type[QuadraticForm]] = {
+    "sampled": SampledScores,
+    "sampled-batch": SampledBatchScores,
+    "signed-hessian": SignedHessian,
+    "exact-hessian": ExactHessian,
+    "hessian-row-sums": HessianRowSums,
+}
+
+
+def fisher_estimator(statistics: str) -> Estimator:
+    """The Fisher matrix by name: ``sampled`` labels, or ``empirical`` (the true ones)."""
+    estimators: dict[str, Estimator] = {"sampled": SampledFisher(), "empirical": EmpiricalFisher()}
+    if statistics not in estimators:
+        raise ArgumentError(f"statistics must be 'sampled' or 'empirical', got {statistics!r}")
+    return estimators[statistics]
+
+
+def partition(blocks: str) -> Partition:
+    """Blocks of dense layers: ``per-output``, ``per-output-averaged``, ``per-input-averaged`` or ``flat-chunk``."""
+    if blocks not in PARTITIONS:
+        raise ArgumentError(f"blocks must be one of {', '.join(PARTITIONS)}, got {blocks!r}")
+    return PARTITIONS[blocks]()
+
+
+def pair_damping(name: str | None) -> PairDamping:
+    """A pair damping by name: ``double``, ``powell-then-lm``, ``powell-h``, ``merged``, ``powell-b0`` or ``none``.
+
+    ``None`` is what command lines make of the word.
+    """
+    name = "none" if name is None else name
+    if name not in PAIRS:
+        raise ArgumentError(f"pairs must be one of {', '.join(PAIRS)}, got {name!r}")
+    return PAIRS[name]()
+
+
+def quadratic_form(name: str) -> QuadraticForm:
+    """An estimator of quadratic forms by name, PAPERS 3.3 (a), (a'), (b), (c), (d) in the order of the table."""
+    if name not in FORMS:
+        raise ArgumentError(f"curvature must be one of {', '.join(FORMS)}, got {name!r}")
+    return FORMS[name]()
+
+
+def step_guard(growth: float) -> Guard:
+    """Backtracking when the mini-batch loss grows by more than ``growth`` > 1; infinity means no guard."""
+    return NoGuard() if growth == float("inf") else Backtrack(growth)
