@@ -187,9 +187,6 @@ class Capture:
             output.register_hook(hook)
         return replaced
 
-    def _completed_passes(self) -> set[int]:
-        return {call.pass_index for calls in self._calls.values() for call in calls if call.complete}
-
     def _with_leaf(self, output: Tensor) -> Tensor | None:
         """When looking back, the output with an artificial leaf if none is behind it, else ``None``.
 

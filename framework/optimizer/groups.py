@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.layers.layer import Layer, discover_layers
+from ...curvature.layers.discovery import discover_layers
+from ...curvature.layers.layer import Layer
 from ...errors import ArgumentError, UnknownNameError
 from .arguments import as_number
 from .blocks import Block
