@@ -38,7 +38,7 @@ __all__ = [
     "UnknownNameError",
 ]
 
-_LAZY = {"contracts": ".framework.contracts", "strategies": ".framework.strategies", "analysis": ".analysis"}
+_LAZY = {"contracts": ".framework.contracts", "strategies": ".framework.contracts.strategies", "analysis": ".analysis"}
 
 
 def __getattr__(name: str) -> _Any:

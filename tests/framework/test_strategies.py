@@ -114,7 +114,7 @@ def test_bad_requests_are_named() -> None:
         find(strategies.spd_matrices(2, 0.5), lambda matrix: True)
 
 
-@pytest.mark.parametrize("name", ["strategies", "contracts.contract", "contracts.certificate"])
+@pytest.mark.parametrize("name", ["contracts.strategies", "contracts.contract", "contracts.certificate"])
 def test_the_examples_in_the_docstrings_run(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"osculate.framework.{name}"))
     assert result.failed == 0 and result.attempted > 0
