@@ -65,7 +65,8 @@ class Problems:
 class Bench:
     """Time a training step of every method beside one of torch.optim.SGD, and count the bytes of its state.
 
-    With --launches, count a step's operations instead, on a small autoencoder: no GPU is needed to see what one would do.
+    With --launches, count a step's operations instead, on a small autoencoder: what a GPU would be asked to do is
+    seen without one.
     """
 
     problem: str = "mnist-autoencoder"

@@ -104,7 +104,7 @@ class _Counter(TorchDispatchMode):
     """Sorts every dispatched operation; ``operations`` are counted by where the program is."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.place = "update"
         self.clear()
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from osculate.errors import ArgumentError
 from osculate.experiments.commands.cli import execute
-from osculate.experiments.runs.launches import Launches, count_launches, counting
+from osculate.experiments.runs import launches
+from osculate.experiments.runs.launches import Launches, MethodLaunches, count_launches, counting
+from osculate.framework.methods import registry
 from torch import nn
 
 # Upper bounds per method, (update, in passes, synchronisations, host tensors) of a quiet step and of a renewing one.
@@ -16,14 +18,14 @@ from torch import nn
 BOUNDS: dict[str, tuple[tuple[int, int, int, int] | None, tuple[int, int, int, int] | None]] = {
     "sgdm": ((73, 52, 1, 0), None),
     "adam": ((169, 52, 1, 0), None),
-    "mbf": ((105, 52, 1, 0), (183, 52, 7, 0)),
-    "kfac": ((169, 74, 1, 0), (325, 74, 13, 0)),
+    "mbf": ((105, 52, 1, 0), (142, 52, 2, 0)),
+    "kfac": ((169, 74, 1, 0), (242, 74, 2, 0)),
     "lw-sgdm": ((331, 74, 2, 0), None),
     "muon": ((337, 52, 1, 0), None),
-    "joint-kfac": ((434, 74, 2, 0), (590, 74, 14, 0)),
+    "joint-kfac": ((434, 74, 2, 0), (507, 74, 3, 0)),
     "kbfgs": ((1518, 123, 3, 0), None),
     "kbfgs-l": ((1694, 123, 3, 0), None),
-    "soap": ((241, 52, 1, 0), (641, 52, 17, 32)),
+    "soap": ((241, 52, 1, 0), (546, 52, 2, 0)),
 }
 
 
@@ -94,3 +96,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_a_method_that_nobody_knows() -> None:
     with pytest.raises(ArgumentError, match="no method 'sgdn'"):
         count_launches(["sgdn"])
+
+
+def test_without_names_all_methods_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+
+    def count(method: str, device: torch.device) -> MethodLaunches:
+        counted.append(method)
+        return MethodLaunches(method, Launches(), None)
+
+    monkeypatch.setattr(launches, "_count", count)
+    assert execute(["bench", "--launches"]) == 0
+    assert counted == sorted(registry.methods())
