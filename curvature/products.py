@@ -8,10 +8,12 @@ differentiation. ``backward(create_graph=True)`` is avoided: it ties parameters 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from .backends.passes import standing_for_backward
@@ -27,6 +29,9 @@ CHUNK = 64
 class GraphKeepingBackward(TorchFunctionMode):
     """Context in which ``loss.backward()`` keeps the graph of the gradient.
 
+    What runs inside has second derivatives: attention is computed by its definition, as the fused kernels have only
+    first ones, and models with recurrent layers run without cuDNN, for the same reason.
+
     Args:
         layers: layers whose parameters are differentiated; a parameter that is frozen during the backward counts as
             constant.
@@ -37,6 +42,22 @@ class GraphKeepingBackward(TorchFunctionMode):
         self.layers = list(layers)
         self.parameters = [p for layer in layers for p in layer.parameters.values() if p.requires_grad]
         self.gradients: list[Tensor] = []
+        self._kernels = ExitStack()
+
+    def __enter__(self) -> GraphKeepingBackward:
+        """From here on the forward pass keeps to kernels that can be differentiated twice."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._kernels.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(layer.module, nn.RNNBase) for layer in self.layers):
+            cudnn = torch.backends.cudnn
+            kept = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
+            self._kernels.enter_context(cudnn.flags(enabled=False, **kept))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Give the kernels free again."""
+        self._kernels.close()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Everything but ``Tensor.backward`` and ``torch.autograd.backward`` passes through."""

@@ -7,6 +7,7 @@ first argument.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,9 +22,12 @@ __all__ = [
     "add_to_diagonal",
     "bfgs_inverse_update_",
     "factorisation_dtype",
+    "fetch",
+    "has_bfloat16_units",
     "inner_product",
     "inverse_of_many",
     "newton_schulz",
+    "newton_schulz_of_many",
     "stack",
     "stackable",
     "triangular_inverse",
@@ -174,6 +178,57 @@ def newton_schulz(
     return (value.T if tall else value).to(matrix.dtype)
 
 
+def newton_schulz_of_many(
+    matrices: Sequence[Tensor],
+    coefficients: tuple[float, float, float],
+    iterations: int,
+    epsilon: float,
+    dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """:func:`newton_schulz` of each of many matrices; those of one shape, transposed or not, in one batched product.
+
+    Args:
+        matrices: each (rows, columns), not modified.
+        coefficients: (a, b, c).
+        iterations: >= 1.
+        epsilon: > 0.
+        dtype: in which the products run; ``None``: each matrix's own.
+    """
+    groups: dict[tuple[int, int, torch.dtype, torch.device], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        key = (min(matrix.shape), max(matrix.shape), matrix.dtype, matrix.device)
+        groups.setdefault(key, []).append(index)
+    results = list(matrices)
+    for indices in groups.values():
+        if len(indices) == 1:
+            results[indices[0]] = newton_schulz(matrices[indices[0]], coefficients, iterations, epsilon, dtype)
+            continue
+        tall = [matrices[index].shape[0] > matrices[index].shape[1] for index in indices]
+        wide = [matrices[i].T if turned else matrices[i] for i, turned in zip(indices, tall, strict=True)]
+        value = _quintic(torch.stack(wide).to(dtype or wide[0].dtype), coefficients, iterations, epsilon)
+        for index, turned, part in zip(indices, tall, value.to(wide[0].dtype).unbind(), strict=True):
+            results[index] = part.T if turned else part
+    return results
+
+
+def _quintic(value: Tensor, coefficients: tuple[float, float, float], iterations: int, epsilon: float) -> Tensor:
+    """The iteration on a batch (n, rows, columns) of matrices with rows <= columns."""
+    a, b, c = coefficients
+    value = value / torch.linalg.vector_norm(value, dim=(1, 2), keepdim=True).clamp(min=epsilon)
+    for _ in range(iterations):
+        gram = value @ value.mT
+        value = torch.baddbmm(value, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), value, beta=a)
+    return value
+
+
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices faster than float32, instead of imitating them."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 @dataclass(frozen=True)
 class Computed:
     """What one matrix operation found; see :mod:`.operations`.
@@ -202,10 +257,18 @@ def inverse_of_many(matrices: Sequence[Tensor], dampings: Sequence[float]) -> li
         matrices: each (..., d, d), undamped, not modified.
         dampings: one number > 0 per request.
     """
-    results: list[Computed] = [Computed(None, 0)] * len(matrices)
-    for indices in stackable(matrices):
-        for index, result in zip(indices, _inverse_of_group(matrices, dampings, indices), strict=True):
-            results[index] = result
+    results = [Computed(None, RETRIES, damping) for damping in dampings]
+    failed = list(range(len(matrices)))
+    for attempt in range(RETRIES + 1):
+        raised = [damping * 10.0**attempt for damping in dampings]
+        pieces = [_Factors.of(matrices, raised, [failed[k] for k in group]) for group in _groups(matrices, failed)]
+        good = _succeeded(pieces)
+        for piece in pieces:
+            for index, inverse in piece.inverses(good):
+                results[index] = Computed(inverse.to(matrices[index].dtype), attempt, raised[index])
+        failed = [index for index in failed if index not in good]
+        if not failed:
+            break
     return results
 
 
@@ -225,16 +288,65 @@ def stackable(matrices: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _inverse_of_group(matrices: Sequence[Tensor], dampings: Sequence[float], indices: list[int]) -> list[Computed]:
-    damped = [add_to_diagonal(matrices[index], dampings[index]) for index in indices]
-    stacked = stack(damped)
-    factor, info = torch.linalg.cholesky_ex(stacked.to(factorisation_dtype(stacked.dtype)))
-    if _succeeded(factor, info):
-        inverse = _row_major_inverse(factor).to(stacked.dtype)
-        parts = inverse.split([entry[..., 0, 0].numel() for entry in damped]) if len(damped) > 1 else [inverse]
-        found = zip(indices, parts, damped, strict=True)
-        return [Computed(part.reshape(entry.shape), 0, dampings[index]) for index, part, entry in found]
-    return [_inverse_with_retries(matrices[index], dampings[index]) for index in indices]
+def fetch(values: Sequence[Tensor]) -> list[float]:
+    """Numbers of many small tensors, joined flat: one synchronisation per device, where each alone would take one."""
+    places: dict[torch.device, list[int]] = {}
+    for index, value in enumerate(values):
+        places.setdefault(value.device, []).append(index)
+    found: list[list[float]] = [[]] * len(values)
+    for indices in places.values():
+        numbers = torch.cat([values[index].detach().reshape(-1) for index in indices]).tolist()
+        for index in indices:
+            count = values[index].numel()
+            found[index], numbers = numbers[:count], numbers[count:]
+    return [number for part in found for number in part]
+
+
+def _groups(matrices: Sequence[Tensor], indices: Sequence[int]) -> list[list[int]]:
+    return stackable([matrices[index] for index in indices])
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Cholesky factors of some requests, computed together; nobody has looked yet whether they exist.
+
+    Attributes:
+        indices: of the requests.
+        shapes: of their matrices.
+        factor: (count, d, d), or the shape of the only request.
+        info: what LAPACK says of each.
+    """
+
+    indices: list[int]
+    shapes: list[torch.Size]
+    factor: Tensor
+    info: Tensor
+
+    @staticmethod
+    def of(matrices: Sequence[Tensor], dampings: Sequence[float], indices: list[int]) -> _Factors:
+        """Factorise M + damping I of the requests ``indices``."""
+        stacked = stack([add_to_diagonal(matrices[index], dampings[index]) for index in indices])
+        factor, info = torch.linalg.cholesky_ex(stacked.to(factorisation_dtype(stacked.dtype)))
+        return _Factors(indices, [matrices[index].shape for index in indices], factor, info)
+
+    def counts(self) -> list[int]:
+        """How many matrices each request has."""
+        return [math.prod(shape[:-2]) for shape in self.shapes]
+
+    def verdict(self) -> Tensor:
+        """(count,) the traces of the factors; LAPACK does not notice an infinite pivot, its trace does."""
+        trace: Tensor = self.factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return trace
+
+    def inverses(self, good: set[int]) -> list[tuple[int, Tensor]]:
+        """Inverses of the requests that succeeded; where all did, in one call."""
+        if good.issuperset(self.indices):
+            whole = _row_major_inverse(self.factor)
+            parts = whole.split(self.counts()) if len(self.indices) > 1 else (whole,)
+            return [(i, v.reshape(shape)) for i, v, shape in zip(self.indices, parts, self.shapes, strict=True)]
+        parts = self.factor.split(self.counts()) if len(self.indices) > 1 else (self.factor,)
+        pairs = zip(self.indices, parts, self.shapes, strict=True)
+        return [(i, _row_major_inverse(value.reshape(shape))) for i, value, shape in pairs if i in good]
 
 
 def _row_major_inverse(factor: Tensor) -> Tensor:
@@ -245,17 +357,18 @@ def _row_major_inverse(factor: Tensor) -> Tensor:
     return torch.cholesky_inverse(factor).mT.contiguous()
 
 
-def _succeeded(factor: Tensor, info: Tensor) -> bool:
-    """Whether every factorisation worked; LAPACK does not notice an infinite pivot. One synchronisation."""
-    finite = factor.diagonal(dim1=-2, dim2=-1).isfinite().all()
-    return bool((info == 0).all() & finite)
-
-
-def _inverse_with_retries(matrix: Tensor, damping: float) -> Computed:
-    for attempt in range(RETRIES + 1):
-        raised = damping * 10.0**attempt
-        damped = add_to_diagonal(matrix, raised)
-        factor, info = torch.linalg.cholesky_ex(damped.to(factorisation_dtype(damped.dtype)))
-        if _succeeded(factor, info):
-            return Computed(_row_major_inverse(factor).to(matrix.dtype), attempt, raised)
-    return Computed(None, RETRIES, damping)
+def _succeeded(pieces: Sequence[_Factors]) -> set[int]:
+    """Requests all of whose matrices were factorised. All verdicts are fetched at once, after all is launched."""
+    verdicts = fetch([value for piece in pieces for value in (piece.info, piece.verdict())])
+    good: set[int] = set()
+    position = 0
+    for piece in pieces:
+        total = sum(piece.counts())
+        infos, traces = verdicts[position : position + total], verdicts[position + total : position + 2 * total]
+        position += 2 * total
+        fine = [info == 0 and math.isfinite(trace) for info, trace in zip(infos, traces, strict=True)]
+        for index, count in zip(piece.indices, piece.counts(), strict=True):
+            if all(fine[:count]):
+                good.add(index)
+            fine = fine[count:]
+    return good

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checking import require_fields
 from ..errors import require_finite_nonnegative, require_interval
-from .linalg import RETRIES, Computed, factorisation_dtype, inverse_of_many, stack, stackable
+from .linalg import RETRIES, Computed, factorisation_dtype, fetch, inverse_of_many, stack, stackable
 
 __all__ = [
     "AbsoluteInverse",
@@ -65,15 +65,24 @@ class InverseRoot:
         require_interval("p", self.p, 0.0, float("inf"), closed="()")
 
     def compute(self, requests: Sequence[Request]) -> list[Computed]:
-        """One eigendecomposition per group, one synchronisation per matrix of a group."""
-        return [self._finish(entry, *found) for entry, found in zip(requests, _spectra(requests), strict=True)]
+        """One eigendecomposition per group; the smallest eigenvalues of all matrices are looked at together."""
+        results = [Computed(None, RETRIES, request.damping) for request in requests]
+        found = [
+            (index, self._without_rounding(values), vectors)
+            for index, (values, vectors) in enumerate(_spectra(requests))
+            if values is not None and vectors is not None
+        ]
+        lowest = fetch([values.min() for _, values, _ in found])
+        for (index, values, vectors), low in zip(found, lowest, strict=True):
+            results[index] = self._finish(requests[index], values, vectors, low)
+        return results
 
-    def _finish(self, request: Request, values: Tensor | None, vectors: Tensor | None) -> Computed:
-        if values is None or vectors is None:
-            return Computed(None, RETRIES, request.damping)
+    @staticmethod
+    def _without_rounding(values: Tensor) -> Tensor:
         tolerance = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
-        values = torch.where(values < -tolerance, values, values.clamp(min=0.0))
-        lowest = float(values.min())
+        return torch.where(values < -tolerance, values, values.clamp(min=0.0))
+
+    def _finish(self, request: Request, values: Tensor, vectors: Tensor, lowest: float) -> Computed:
         for attempt in range(RETRIES + 1):
             damping = request.damping * 10.0**attempt
             if lowest + damping > 0.0:
@@ -163,22 +172,29 @@ class PowerIteration:
         require_finite_nonnegative("shift", self.shift)
 
     def compute(self, requests: Sequence[Request]) -> list[Computed]:
-        """One product, one QR and one synchronisation per request; a matrix that is not finite gives ``None``."""
-        return [self._one(request) for request in requests]
+        """One product and one QR per request; a matrix that is not finite gives ``None``. One synchronisation."""
+        moved = [self._moved(request) for request in requests]
+        finite = _finite(moved)
+        return [
+            self._one(request, value) if good else Computed(None, RETRIES, request.damping)
+            for request, value, good in zip(requests, moved, finite, strict=True)
+        ]
 
-    def _one(self, request: Request) -> Computed:
+    def _moved(self, request: Request) -> Tensor:
         assert request.start is not None
         dtype = factorisation_dtype(request.matrix.dtype)
-        start = request.start.to(dtype)
-        matrix = request.matrix.to(dtype)
+        start, matrix = request.start.to(dtype), request.matrix.to(dtype)
         moved = matrix @ start
         moved += self.shift * _noise(matrix) * start
-        if not bool(moved.isfinite().all()):
-            return Computed(None, RETRIES, request.damping)
+        return moved
+
+    def _one(self, request: Request, moved: Tensor) -> Computed:
+        assert request.start is not None
+        start = request.start.to(moved.dtype)
         quotients = (start * moved).sum(-2)
         order = quotients.argsort(descending=True)
         basis = torch.linalg.qr(moved[:, order])[0][:, order.argsort()]
-        basis = basis * torch.where((basis * start).sum(-2) < 0, -1.0, 1.0).to(dtype)
+        basis = torch.where((basis * start).sum(-2) < 0, -basis, basis)
         result = basis.to(request.matrix.dtype).contiguous()
         return Computed(result, 0, request.damping, quotients.to(request.matrix.dtype))
 
@@ -224,40 +240,57 @@ def _noise(matrix: Tensor) -> Tensor:
     return norm * math.sqrt(torch.finfo(matrix.dtype).eps)
 
 
-def _spectra(requests: Sequence[Request]) -> list[tuple[Tensor | None, Tensor | None]]:
+def _finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which tensors are finite throughout: their largest entries, fetched at once."""
+    return [math.isfinite(norm) for norm in fetch([torch.linalg.vector_norm(value, math.inf) for value in tensors])]
+
+
+_Spectrum = tuple[Tensor | None, Tensor | None]
+
+
+def _spectra(requests: Sequence[Request]) -> list[_Spectrum]:
     """Eigenvalues (..., d), ascending, and eigenvectors (..., d, d) of every request, or ``None`` twice."""
-    results: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(requests)
-    for indices in stackable([request.matrix for request in requests]):
-        found = [requests[index].matrix.to(factorisation_dtype(requests[index].matrix.dtype)) for index in indices]
-        # The decomposition raises, or never returns, on what is not finite: such matrices are left out beforehand.
-        finite = torch.stack([matrix.isfinite().all() for matrix in found]).tolist()
-        kept = [(index, matrix) for index, matrix, good in zip(indices, found, finite, strict=True) if good]
-        if not kept:
-            continue
-        values, vectors = _decomposition(stack([matrix for _, matrix in kept]))
+    found = [request.matrix.to(factorisation_dtype(request.matrix.dtype)) for request in requests]
+    # The decomposition raises, or never returns, on what is not finite: such matrices are left out beforehand.
+    kept = [index for index, good in enumerate(_finite(found)) if good]
+    groups = [[kept[place] for place in group] for group in stackable([found[index] for index in kept])]
+    decomposed = _checked([stack([found[index] for index in group]) for group in groups])
+    results: list[_Spectrum] = [(None, None)] * len(requests)
+    again: list[int] = []
+    for group, (values, vectors) in zip(groups, decomposed, strict=True):
         if values is None or vectors is None:
-            for index, matrix in kept:
-                results[index] = _in_double_precision(matrix)
+            again += group
             continue
-        counts = [matrix[..., 0, 0].numel() for _, matrix in kept]
-        pieces = zip(values.split(counts), vectors.split(counts), strict=True) if len(kept) > 1 else [(values, vectors)]
-        for (index, matrix), (value, vector) in zip(kept, pieces, strict=True):
-            results[index] = value.reshape(matrix.shape[:-1]), vector.reshape(matrix.shape)
+        counts = [math.prod(found[index].shape[:-2]) for index in group]
+        pieces = (
+            zip(values.split(counts), vectors.split(counts), strict=True) if len(group) > 1 else [(values, vectors)]
+        )
+        for index, (value, vector) in zip(group, pieces, strict=True):
+            results[index] = value.reshape(found[index].shape[:-1]), vector.reshape(found[index].shape)
+    # LAPACK's float32 decomposition fails on matrices with many zero rows (dead units and pixels).
+    for index, (values, vectors) in zip(again, _checked([found[index].double() for index in again]), strict=True):
+        if values is not None and vectors is not None:
+            results[index] = values.to(found[index].dtype), vectors.to(found[index].dtype)
     return results
 
 
-def _decomposition(matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Eigenvalues and eigenvectors, or ``None`` twice where LAPACK gives up or, silently, answers with NaN."""
+def _checked(matrices: Sequence[Tensor]) -> list[_Spectrum]:
+    """Decompositions, or ``None`` twice where LAPACK gives up or, silently, answers with NaN."""
+    found = [_decomposition(matrix) for matrix in matrices]
+    sound = _finite([part for pair in found if pair is not None for part in pair])
+    results: list[_Spectrum] = []
+    for pair in found:
+        if pair is None:
+            results.append((None, None))
+            continue
+        results.append(pair if all(sound[:2]) else (None, None))
+        sound = sound[2:]
+    return results
+
+
+def _decomposition(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return None, None
-    return (values, vectors) if bool(vectors.isfinite().all() & values.isfinite().all()) else (None, None)
-
-
-def _in_double_precision(matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The second try: LAPACK's float32 decomposition fails on matrices with many zero rows (dead units and pixels)."""
-    values, vectors = _decomposition(matrix.double())
-    if values is None or vectors is None:
-        return None, None
-    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+        return None
+    return values, vectors

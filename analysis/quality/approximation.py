@@ -22,6 +22,7 @@ from ...framework.optimizer.blocks import Block, describe
 from ...framework.optimizer.second_order import SecondOrder
 from ...preconditioners.damping.split import SideDamping
 from ...preconditioners.operations import compute_many
+from ...preconditioners.structures.identity import Identity
 from ...preconditioners.structures.kronecker import Kronecker
 from .exact_blocks import Probe, Target, block_gradient, exact_block, flat_direction, in_double
 from .spectra import SymmetricOperator, conjugate_gradients, signs
@@ -223,12 +224,20 @@ def _structure(
     if not getattr(block.part, "linear", True):
         return None
     if dense:
-        matrix = block.part.to_dense(block.state, block.layer, sides).double()
-        own = _own_entries(block, matrix)
+        own = _own_matrix(block, sides)
         factor, failed = torch.linalg.cholesky_ex(own)
         return None if bool(failed) else (_of_matrix(own), _of_matrix(torch.cholesky_inverse(factor)))
     inverse = SymmetricOperator(like.size, lambda v: flat_direction(block, v), like.device)
     return _product(block, sides, inverse, effort), inverse
+
+
+def _own_matrix(block: Block, sides: SideDamping) -> Tensor:
+    """(size, size) C of the block itself. An identity is made in that size: its layer may be far too large for one."""
+    if isinstance(block.part, Identity):
+        like = block.parameters[0]
+        size = sum(parameter.numel() for parameter in block.parameters)
+        return torch.eye(size, dtype=torch.float64, device=like.device)
+    return _own_entries(block, block.part.to_dense(block.state, block.layer, sides).double())
 
 
 def _own_entries(block: Block, matrix: Tensor) -> Tensor:

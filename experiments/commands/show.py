@@ -63,7 +63,11 @@ class Problems:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Time a training step of every method beside one of torch.optim.SGD, and count the bytes of its state."""
+    """Time a training step of every method beside one of torch.optim.SGD, and count the bytes of its state.
+
+    With --launches, count a step's operations instead, on a small autoencoder: what a GPU would be asked to do is
+    seen without one.
+    """
 
     problem: str = "mnist-autoencoder"
     """Problem whose network is trained."""
@@ -81,9 +85,14 @@ class Bench:
     """Contestants, by the labels of the table. Default: all."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """JSON file to write. Default: none."""
+    launches: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[METHOD ...]", help_behavior_hint="")] = None
+    """Operations, synchronisations and host tensors of these methods' steps (torch-sgd and torch-adam are known, too),
+    counted and not timed. Without names: of all methods. Of the other options, --device and --out are heeded."""
 
     def run(self, console: Console) -> int:
         """Measure, print the table, and write it."""
+        if self.launches is not None:
+            return self._count(console, self.launches)
         from ..runs.batches import move_data
         from ..runs.bench import CONTESTANTS, benchmark, benchmark_table, random_data
 
@@ -110,4 +119,18 @@ class Bench:
             settings = {"problem": problem.name, "batch_size": self.batch_size, "rounds": self.rounds}
             settings["data"] = "random" if self.data_dir is None else "images"
             write_json(self.out, {"settings": settings, "environment": describe_environment(device), "rows": rows})
+        return 0
+
+    def _count(self, console: Console, methods: tuple[str, ...]) -> int:
+        from ..runs.launches import WIDTHS, count_launches, launches_table
+
+        if self.out is not None:
+            require_file(self.out)
+        device = choose_device(self.device)
+        found = count_launches(methods, device)
+        network = "-".join(str(width) for width in WIDTHS)
+        console.print(launches_table(found, f"operations of a step, autoencoder {network}, {device}"))
+        if self.out is not None:
+            rows = [dataclasses.asdict(row) for row in found]
+            write_json(self.out, {"environment": describe_environment(device), "launches": rows})
         return 0

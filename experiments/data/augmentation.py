@@ -53,7 +53,8 @@ class RandomCrop:
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the windows."""
         count, _, height, width = images.shape
-        offset = torch.randint(0, 2 * self.margin + 1, (2, count), generator=generator).to(images.device)
+        offset = torch.randint(0, 2 * self.margin + 1, (2, count), generator=generator)
+        offset = _moved(offset, images.device)
         padded = functional.pad(images, (self.margin,) * 4)
         rows = offset[0].view(-1, 1, 1, 1) + torch.arange(height, device=images.device).view(-1, 1)
         columns = offset[1].view(-1, 1, 1, 1) + torch.arange(width, device=images.device)
@@ -68,7 +69,7 @@ class RandomFlip:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the reflected images."""
-        chosen = torch.rand(len(images), generator=generator).to(images.device) < 0.5
+        chosen = _moved(torch.rand(len(images), generator=generator), images.device) < 0.5
         return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
@@ -94,7 +95,7 @@ class ColourJitter:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the recoloured images (N, 3, H, W)."""
-        drawn = torch.rand(3, len(images), generator=generator).to(images.device)
+        drawn = _moved(torch.rand(3, len(images), generator=generator), images.device)
         order = torch.randperm(3, generator=generator).tolist()
         values = images.float()
         for kind in order:
@@ -109,7 +110,11 @@ class ColourJitter:
         """What a factor 0 would make of the images: black, mean grey, or grey."""
         if kind == 0:
             return torch.zeros_like(values)
-        grey = torch.einsum("nchw,c->nhw", values, values.new_tensor(_LUMA)).unsqueeze(1).floor()
+        grey = (
+            torch.einsum("nchw,c->nhw", values, _moved(torch.tensor(_LUMA, dtype=values.dtype), values.device))
+            .unsqueeze(1)
+            .floor()
+        )
         return grey.mean((1, 2, 3), keepdim=True) if kind == 1 else grey
 
 
@@ -128,3 +133,10 @@ class Chain:
         for part in self.parts:
             images = part(images, generator)
         return images
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on ``device``, without waiting for what the device is doing."""
+    if device.type == "cpu":
+        return values
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

@@ -17,6 +17,8 @@ average over neighbours, which the damping takes up.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -48,6 +50,8 @@ class GraphConvolutions(nn.Module):
         self.dropout = dropout
         self.features: Rows | None = None
         self.propagation: Rows | None = None
+        self._around: tuple[Tensor, Tensor, Tensor] | None = None
+        self._measured: tuple[Tensor, int, _Sizes] | None = None
         for layer in (self.first, self.second):
             nn.init.xavier_uniform_(layer.weight)
 
@@ -60,6 +64,10 @@ class GraphConvolutions(nn.Module):
         if len(tensors) != 6:
             raise ArgumentError(f"a graph is 3 tensors of features and 3 of edges, got {len(tensors)}")
         self.features, self.propagation = (tensors[0], tensors[1], tensors[2]), (tensors[3], tensors[4], tensors[5])
+        near = self.propagation[0].diff()
+        reach = _sums(self.propagation, self.features[0].diff())
+        self._around = near, _sums(self.propagation, near), _sums(self.propagation, reach)
+        self._measured = None
 
     def forward(self, nodes: Tensor) -> Tensor:
         """Logits (N, classes) of nodes (N,)."""
@@ -75,35 +83,64 @@ class GraphConvolutions(nn.Module):
     def _by_sample(self, nodes: Tensor, features: Rows, propagation: Rows) -> Tensor:
         starts, columns, values = features
         kept = functional.dropout(values, self.dropout, self.training)
-        owner, entry, slot = _entries(propagation[0], nodes)
-        slots = int(slot.max()) + 1
+        sizes = self._sizes(nodes)
+        slots = sizes.slots
+        owner, entry, slot = _entries(propagation[0], nodes, sizes.near)
         neighbours, weights = propagation[1][entry], propagation[2][entry]
         place = owner * slots + slot
-        inputs = _propagated((starts, columns, kept), propagation, neighbours, place, len(nodes) * slots, self.first)
+        inputs = _propagated((starts, columns, kept), propagation, neighbours, place, sizes, self.first)
         hidden = self.first(inputs.unflatten(0, (len(nodes), slots))).relu()
         mask = functional.dropout(hidden.new_ones(len(starts) - 1, hidden.shape[-1]), self.dropout, self.training)
-        factors = hidden.new_zeros(len(nodes) * slots, hidden.shape[-1])
+        factors = hidden.new_zeros(sizes.rows, hidden.shape[-1])
         factors = factors.index_copy(0, place, mask[neighbours] * weights.unsqueeze(1))
         logits: Tensor = self.second((hidden * factors.unflatten(0, (len(nodes), slots))).sum(1))
         return logits
 
+    def _sizes(self, nodes: Tensor) -> _Sizes:
+        """Shapes of a pass, which only the device knows: asked once for one tensor of nodes, in a single question."""
+        version = -1 if nodes.is_inference() else nodes._version
+        if self._measured is not None and version >= 0 and self._measured[0] is nodes and self._measured[1] == version:
+            return self._measured[2]
+        assert self._around is not None
+        near, far, entries = (counts[nodes] for counts in self._around)
+        slots, *totals = torch.stack([near.max(), near.sum(), far.sum(), entries.sum()]).tolist()
+        sizes = _Sizes(len(nodes) * slots, slots, *totals)
+        self._measured = (nodes, version, sizes)
+        return sizes
+
+
+class _Sizes(NamedTuple):
+    """Of a pass: slots in all and per node, neighbours in all, neighbours of these, and entries of their features."""
+
+    rows: int
+    slots: int
+    near: int
+    far: int
+    entries: int
+
 
 def _propagated(
-    features: Rows, propagation: Rows, nodes: Tensor, place: Tensor, count: int, layer: nn.Linear
+    features: Rows, propagation: Rows, nodes: Tensor, place: Tensor, sizes: _Sizes, layer: nn.Linear
 ) -> Tensor:
-    """Rows of P X for ``nodes`` at ``place`` among ``count`` rows, the others zero; (count, d) dense."""
-    owner, edge, _ = _entries(propagation[0], nodes)
-    source, entry, _ = _entries(features[0], propagation[1][edge])
+    """Rows of P X for ``nodes`` at ``place`` among the slots of all samples, the others zero; (slots, d) dense."""
+    owner, edge, _ = _entries(propagation[0], nodes, sizes.far)
+    source, entry, _ = _entries(features[0], propagation[1][edge], sizes.entries)
     values = propagation[2][edge][source] * features[2][entry]
     flat = place[owner][source] * layer.in_features + features[1][entry]
-    dense = torch.zeros(count * layer.in_features, dtype=layer.weight.dtype, device=values.device)
-    return dense.index_add_(0, flat, values.to(dense.dtype)).view(count, layer.in_features)
+    dense = torch.zeros(sizes.rows * layer.in_features, dtype=layer.weight.dtype, device=values.device)
+    return dense.index_add_(0, flat, values.to(dense.dtype)).view(-1, layer.in_features)
 
 
-def _entries(starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For every entry of the given rows: which of them it is in, its number in the matrix, its number in the row."""
+def _sums(rows: Rows, values: Tensor) -> Tensor:
+    """(n,) for each row of a matrix the sum of ``values`` over its columns; whole numbers, so exact in any order."""
+    before = torch.cat([values.new_zeros(1), values[rows[1]].cumsum(0)])
+    return before[rows[0]].diff()
+
+
+def _entries(starts: Tensor, rows: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For every entry of the given rows, ``total`` in all: which row it is in, its number in the matrix and the row."""
     counts = starts[rows + 1] - starts[rows]
-    owner = torch.repeat_interleave(counts)
+    owner = torch.repeat_interleave(counts, output_size=total)
     before = counts.cumsum(0) - counts
     within = torch.arange(len(owner), device=rows.device) - before[owner]
     return owner, starts[rows][owner] + within, within
@@ -111,5 +148,5 @@ def _entries(starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sparse(rows: Rows, columns: int | None = None) -> Tensor:
     count = len(rows[0]) - 1
-    index = torch.stack([torch.repeat_interleave(rows[0].diff()), rows[1]])
+    index = torch.stack([torch.repeat_interleave(rows[0].diff(), output_size=len(rows[1])), rows[1]])
     return torch.sparse_coo_tensor(index, rows[2], (count, columns or count), is_coalesced=True, check_invariants=False)

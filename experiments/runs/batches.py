@@ -30,12 +30,14 @@ class BatchOrder:
         samples: samples in the training set.
         batch_size: samples in a batch, in [1, samples].
         seed: decides the whole sequence.
+        device: where the indices are wanted; they are drawn on the CPU, the same for all devices, and moved there once
+            per epoch.
 
     Raises:
         ArgumentError: ``batch_size`` is out of range.
     """
 
-    def __init__(self, samples: int, batch_size: int, seed: int) -> None:
+    def __init__(self, samples: int, batch_size: int, seed: int, device: torch.device | None = None) -> None:
         if batch_size < 1:
             raise ArgumentError(f"batch_size must be >= 1, got {batch_size}")
         if batch_size > samples:
@@ -43,6 +45,7 @@ class BatchOrder:
         self.samples = samples
         self.batch_size = batch_size
         self.batches_per_epoch = samples // batch_size
+        self._device = device
         self._generator = torch.Generator().manual_seed(seed ^ _ORDER_STREAM)
         self._shuffle()
 
@@ -66,7 +69,7 @@ class BatchOrder:
 
     def _shuffle(self) -> None:
         self._epoch_start = self._generator.get_state()
-        self._permutation = torch.randperm(self.samples, generator=self._generator)
+        self._permutation = torch.randperm(self.samples, generator=self._generator).to(self._device)
         self._position = 0
 
 

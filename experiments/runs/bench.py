@@ -117,11 +117,11 @@ class _Stepper:
         self.model = problem.build_model(0).to(data.train_inputs.device)
         self.optimizer: torch.optim.Optimizer = _optimizer(contestant, problem, self.model)
         self._problem, self._data = problem, data
-        self._order = BatchOrder(len(data.train_inputs), batch_size, seed=0)
+        self._order = BatchOrder(len(data.train_inputs), batch_size, 0, data.train_inputs.device)
 
     def run(self, steps: int) -> float:
         """Take ``steps`` steps and return the seconds they took together."""
-        batches = [self._order.next().to(self._data.train_inputs.device) for _ in range(steps)]
+        batches = [self._order.next() for _ in range(steps)]
         pairs = [(self._data.train_inputs[batch], self._data.train_targets[batch]) for batch in batches]
         self._synchronise()
         began = time.perf_counter()

@@ -79,7 +79,7 @@ class TrainingRun:
         self.optimizer = optimizer
         self.device = data.train_inputs.device
         samples = len(data.train_inputs)
-        self.order = BatchOrder(samples, config.batch_size or problem.batch_size or samples, config.seed)
+        self.order = BatchOrder(samples, config.batch_size or problem.batch_size or samples, config.seed, self.device)
         self.clock = Stopwatch(self.device)
         self.iterations = 0
         self.warm_start_seconds = 0.0
@@ -128,7 +128,7 @@ class TrainingRun:
     def step(self) -> None:
         """Take one optimizer step on the next mini-batch; the clock runs."""
         self.clock.start()
-        index = self.order.next().to(self.device)
+        index = self.order.next()
         inputs = self.data.train_inputs[index]
         same = self.data.train_targets is self.data.train_inputs
         targets = inputs if same else self.data.train_targets[index]

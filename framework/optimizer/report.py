@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from ...preconditioners.linalg import fetch
 
 __all__ = ["LayerRow", "StepReport"]
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step. Tensors stay where they are; :meth:`as_dict` fetches them (one synchronisation each).
+    """One step. Tensors stay where they are; :meth:`as_dict` fetches them, all at once.
 
     Attributes:
         step: index of the step, from 0.
@@ -41,21 +43,38 @@ class StepReport:
 
     def counts(self) -> dict[str, int]:
         """All counts as plain integers."""
-        numbers = {name: int(value) for name, value in self.events.items()}
-        skipped = int(self.skipped is not None)
-        return numbers | {"rescues": self.rescues, "shortened": self.shortened, "skipped": skipped}
+        numbers = {name: int(value) for name, value in zip(self.events, _fetched(self.events.values()), strict=True)}
+        return numbers | self._own_counts()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
-        return {
+        losses = [value for value in (self.loss, self.loss_after) if value is not None]
+        numbers = iter(_fetched([*losses, *self.step_sizes.values(), *self.events.values()]))
+        plain = {
             "step": self.step,
-            "loss": None if self.loss is None else float(self.loss),
-            "loss_after": None if self.loss_after is None else float(self.loss_after),
-            "step_sizes": {name: float(value) for name, value in self.step_sizes.items()},
+            "loss": None if self.loss is None else next(numbers),
+            "loss_after": None if self.loss_after is None else next(numbers),
+            "step_sizes": {name: next(numbers) for name in self.step_sizes},
             "damping": dict(self.damping) if isinstance(self.damping, Mapping) else self.damping,
             "refreshes": self.refreshes,
             "skipped_because": self.skipped,
-        } | self.counts()
+        }
+        return plain | {name: int(next(numbers)) for name in self.events} | self._own_counts()
+
+    def _own_counts(self) -> dict[str, int]:
+        return {"rescues": self.rescues, "shortened": self.shortened, "skipped": int(self.skipped is not None)}
+
+
+def _fetched(values: Iterable[Tensor | float]) -> list[float]:
+    """As plain numbers; those on a device all at once."""
+    given = list(values)
+    found = iter(fetch([_exact(value) for value in given if isinstance(value, Tensor)]))
+    return [next(found) if isinstance(value, Tensor) else float(value) for value in given]
+
+
+def _exact(value: Tensor) -> Tensor:
+    """Counts and losses share one vector: double precision holds both, where the device has it."""
+    return value if value.device.type == "mps" else value.double()
 
 
 @dataclass(frozen=True)

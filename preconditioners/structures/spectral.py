@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -16,12 +17,20 @@ from ...curvature.records.statistics import Tensors
 from ...errors import CompatibilityError, require_interval, require_positive_integer
 from ..averages import Average
 from ..damping.split import SideDamping
-from ..linalg import newton_schulz
+from ..linalg import has_bfloat16_units, newton_schulz_of_many
 from ..protocol import Observation, Schedule
 from ..state import State
 from .identity import Stateless
 
-__all__ = ["AspectRatio", "MatchAdam", "SingularValues", "Spectral", "SpectralState", "UpdateScale"]
+__all__ = [
+    "AspectRatio",
+    "MatchAdam",
+    "SingularValues",
+    "Spectral",
+    "SpectralState",
+    "UpdateScale",
+    "precondition_many",
+]
 
 
 class UpdateScale(Protocol):
@@ -63,9 +72,15 @@ class MatchAdam:
 
 @dataclass
 class SpectralState(State):
-    """Nothing but the layer, which knows its weight as a matrix; nothing is saved."""
+    """The layer, which knows its weight as a matrix, and the precision of the iteration; nothing is saved.
+
+    Attributes:
+        layer: whose weight it is.
+        dtype: in which the products run, chosen when the optimizer is built; ``None``: the momentum's own.
+    """
 
     layer: Layer
+    dtype: torch.dtype | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Empty."""
@@ -101,7 +116,9 @@ class Spectral(Stateless):
         coefficients: (a, b, c) of the quintic.
         iterations: >= 1.
         epsilon: > 0, smallest Frobenius norm divided by.
-        dtype: of the iteration; ``None`` (default) is the parameters' own, torch runs it in ``torch.bfloat16``.
+        dtype: of the iteration, torch takes ``torch.bfloat16`` everywhere. ``None`` (default): chosen for each layer
+            when the optimizer is built, ``bfloat16`` for float32 parameters on a device with units for it, else the
+            parameters' own; the layer's state shows it.
 
     Memory: none. Cost: about 4 n^2 m + 2 n^3 flops per iteration for sides n <= m.
     """
@@ -133,18 +150,17 @@ class Spectral(Stateless):
         return ("weight",) if layer.is_matrix and layer.kind != "Embedding" else ()
 
     def init(self, layer: Layer, parameters: Tensors) -> SpectralState:
-        """Nothing gathered, ever."""
-        return SpectralState(layer)
+        """Nothing gathered, ever; only the precision is chosen."""
+        single = bool(parameters) and parameters[0].dtype == torch.float32
+        units = single and has_bfloat16_units(parameters[0].device)
+        return SpectralState(layer, self.dtype or (torch.bfloat16 if units else None))
 
     def update(self, state: SpectralState, observation: Observation, average: Average | None = None) -> None:
         """Nothing to learn."""
 
     def precondition(self, state: SpectralState, momentum: Tensors) -> Tensors:
         """The orthogonalised momentum, scaled."""
-        (value,) = momentum
-        matrix = state.matrix(value)
-        result = newton_schulz(matrix, self.coefficients, self.iterations, self.epsilon, self.dtype)
-        return (state.weight(result * self.scale.factor(*matrix.shape)),)
+        return precondition_many(self, [state], [momentum])[0]
 
     def reference(self) -> SingularValues:
         """The same direction from singular values: what compositions with this part are compared with."""
@@ -177,3 +193,27 @@ class SingularValues(Spectral):
             values = a * values + b * values**3 + c * values**5
         result = self.scale.factor(*matrix.shape) * (left * values) @ right
         return (state.weight(result.to(value.dtype)),)
+
+
+def precondition_many(part: Spectral, states: Sequence[SpectralState], momenta: Sequence[Tensors]) -> list[Tensors]:
+    """What ``part.precondition`` gives for each layer, the iterations of matrices of one shape in one batch.
+
+    Args:
+        part: serves all the layers.
+        states: one per layer.
+        momenta: one per layer.
+    """
+    if isinstance(part, SingularValues):
+        return [part.precondition(state, momentum) for state, momentum in zip(states, momenta, strict=True)]
+    matrices = [state.matrix(momentum[0]) for state, momentum in zip(states, momenta, strict=True)]
+    results = list(matrices)
+    for dtype in {state.dtype for state in states}:
+        chosen = [index for index, state in enumerate(states) if state.dtype == dtype]
+        found = newton_schulz_of_many(
+            [matrices[index] for index in chosen], part.coefficients, part.iterations, part.epsilon, dtype
+        )
+        for index, value in zip(chosen, found, strict=True):
+            results[index] = value
+    return [
+        (state.weight(value * part.scale.factor(*value.shape)),) for state, value in zip(states, results, strict=True)
+    ]

@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measuring import close, generator_of
 from osculate.curvature import discover_layers
-from osculate.preconditioners.linalg import newton_schulz
+from osculate.experiments.runs.launches import counting
+from osculate.preconditioners.linalg import newton_schulz, newton_schulz_of_many
+from osculate.preconditioners.structures import spectral
+from osculate.preconditioners.structures.spectral import precondition_many
 from torch import nn
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
 
@@ -87,3 +90,45 @@ def test_wrong_numbers_are_refused(values: dict[str, float]) -> None:
         osc.Spectral(**values)  # type: ignore[arg-type]
     with pytest.raises(osc.ArgumentError, match="scale"):
         osc.MatchAdam(0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_many_matrices_are_each_what_they_are_alone(dtype: torch.dtype) -> None:
+    """Shapes mixed, transposed and repeated, one of them zero; the iterations of one shape are one batch."""
+    shapes = [(4, 6), (6, 4), (4, 6), (5, 5), (6, 4), (3, 2), (1, 7)]
+    matrices = [torch.randn(shape, generator=generator_of(k), dtype=dtype) for k, shape in enumerate(shapes)]
+    matrices[2].zero_()
+    kept = [matrix.clone() for matrix in matrices]
+    with counting() as counter:
+        found = newton_schulz_of_many(matrices, COEFFICIENTS, 5, 1e-7, None)
+        together = counter.read().update
+        counter.clear()
+        alone = [newton_schulz(matrix, COEFFICIENTS, 5, 1e-7, None) for matrix in matrices]
+        assert together < 0.7 * counter.read().update
+    for one, other, matrix, before in zip(found, alone, matrices, kept, strict=True):
+        assert one.shape == matrix.shape and torch.equal(matrix, before)
+        close(one, other, 1e-12 if dtype == torch.float64 else 1e-4)
+
+
+def test_many_layers_at_once() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(6, 4), nn.Conv2d(2, 3, 2)).double()
+    layers = discover_layers(model)
+    momenta = [(torch.randn(layer.parameters["weight"].shape, dtype=torch.float64),) for layer in layers]
+    for part in (osc.Spectral(osc.MatchAdam()), osc.Spectral().reference()):
+        states = [part.init(layer, (layer.parameters["weight"],)) for layer in layers]
+        for state, momentum, (found,) in zip(states, momenta, precondition_many(part, states, momenta), strict=True):
+            assert found.shape == momentum[0].shape
+            close(found, part.precondition(state, momentum)[0], 1e-12)
+
+
+def test_the_precision_is_chosen_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 for float32 parameters where there are units for it; a given type is heeded; the state shows it."""
+    (layer,) = discover_layers(nn.Linear(2, 3))
+    weight = layer.parameters["weight"]
+    assert osc.Spectral().init(layer, (weight,)).dtype is None
+    assert osc.Spectral(dtype=torch.bfloat16).init(layer, (weight,)).dtype == torch.bfloat16
+    monkeypatch.setattr(spectral, "has_bfloat16_units", lambda device: True)
+    state = osc.Spectral().init(layer, (weight,))
+    assert state.dtype == torch.bfloat16 and "bfloat16" in repr(state)
+    assert osc.Spectral(dtype=torch.float32).init(layer, (weight,)).dtype == torch.float32
+    assert osc.Spectral().init(layer, (weight.double(),)).dtype is None
