@@ -14,6 +14,7 @@ from ...curvature.backends.capture import Record
 from ...curvature.estimators import records_for_pairs
 from ...curvature.records.statistics import LOOKING_BACK, LayerStatistics, Needs
 from ...errors import ArgumentError
+from ...preconditioners.looking_back import observe_steps
 from ...preconditioners.protocol import Events
 from ...stepsize.guard import Trial
 from ..changes import Points, changing_layers
@@ -166,7 +167,7 @@ class LookBack:
             return loss, Points.after(changing_layers(optimizer.blocks), optimizer._inverse_scale, optimizer.ranks)
 
     def _observe(self, before: Mapping[str, LayerStatistics], after: Mapping[str, LayerStatistics]) -> Events:
-        events: Events = {}
+        observed: list[tuple[Any, ...]] = []
         for block in self.optimizer.blocks:
             record = before.get(block.layer.name)
             if record is None or not block.part.needs & LOOKING_BACK:
@@ -178,8 +179,5 @@ class LookBack:
                     f"layer {block.layer.name!r} saw {record.samples} samples before the step and {found} after it: "
                     "the closure must evaluate the same mini-batch each time it is called (take the batch outside it)"
                 )
-            sides = self.optimizer.sides(block)
-            for name, count in block.part.observe_step(block.state, record, later, sides).items():
-                value = count.long()
-                events[name] = events[name] + value if name in events else value
-        return events
+            observed.append((block.part, block.state, record, later, self.optimizer.sides(block)))
+        return observe_steps(*zip(*observed, strict=True)) if observed else {}

@@ -118,10 +118,10 @@ def _untouched(self: Any, state: Any, momentum: Any) -> Any:
     ("name", "target", "attribute", "mistake"),
     [
         ("T2", osc.DoubleDamping, "damp", _no_second_stage),
-        ("T3", bfgs, "bfgs_inverse_update_", _wrong_sign),
+        ("T3", bfgs, "bfgs_inverse_updates_", _wrong_sign),
         ("T4", osc.TwoSidedCurvatureTest, "accepts", _one_sided),
         ("T5", osc.LBFGS, "left", _scaled),
-        ("T6", bfgs, "bfgs_inverse_update_", _wrong_sign),
+        ("T6", bfgs, "bfgs_inverse_updates_", _wrong_sign),
         ("T9", osc.MiniBlock, "precondition", _untouched),
         ("T15", osc.SignedHessian, "signed", _unsigned),
     ],
