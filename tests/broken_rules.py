@@ -36,7 +36,7 @@ class PairUnits(osc.PowellThenLM):
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         pair = super().damp(step, change, product, damping)
-        return replace(pair, change=pair.change + pair.step / (1.0 + pair.step.norm()))
+        return replace(pair, change=pair.change + pair.step / (1.0 + pair.step.norm(dim=-1, keepdim=True)))
 
 
 class PairCoordinates(osc.PowellThenLM):

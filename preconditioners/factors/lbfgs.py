@@ -16,7 +16,7 @@ from ..averages import Average, ZeroStartAverage
 from ..linalg import Computed, triangular_inverse
 from ..operations import Inverse
 from ..pairs.damping import DoubleDamping, PairDamping
-from ..pairs.pipeline import AveragedPair, average_pairs_, damped_pairs, pack, unpack
+from ..pairs.pipeline import AveragedPair, average_pairs_, copy_all_, damped_pairs, pack, unpack
 from ..pairs.skipping import CurvatureTest, SkipRule
 from ..protocol import Events
 from ..state import State
@@ -62,7 +62,7 @@ def append_pairs_(states: Sequence[LBFGSState], steps: Tensor, changes: Tensor, 
     rows = zip(states, unpack(steps, sizes), unpack(changes, sizes), chosen.unbind(0), strict=True)
     for state, step, change, kept in rows:
         for store, vector in ((state.steps, step), (state.changes, change)):
-            torch.index_select(torch.cat([store, vector.unsqueeze(0)]), 0, kept, out=store)
+            store.copy_(torch.cat([store, vector.unsqueeze(0)]).index_select(0, kept))
         crosses += [state.changes @ step, state.steps @ change, state.changes @ change]
     row, column, square = torch.stack(crosses).view(-1, 3, memory).unbind(1)
     small = torch.stack([matrix for state in states for matrix in (state.cross, state.gram)])
@@ -76,8 +76,8 @@ def append_pairs_(states: Sequence[LBFGSState], steps: Tensor, changes: Tensor, 
     diagonal = upper.diagonal(dim1=-2, dim2=-1)
     diagonal.add_((diagonal == 0).to(upper.dtype))
     targets = [matrix for state in states for matrix in (state.cross, state.gram)]
-    torch._foreach_copy_(targets, list(small.flatten(0, 1).unbind(0)))
-    torch._foreach_copy_([state.solver for state in states], list(triangular_inverse(upper).unbind(0)))
+    copy_all_(targets, list(small.flatten(0, 1).unbind(0)))
+    copy_all_([state.solver for state in states], list(triangular_inverse(upper).unbind(0)))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..state import State
 from .damping import DampedPair, PairDamping
 from .skipping import SkipRule
 
-__all__ = ["AveragedPair", "average_pairs_", "damped_pairs", "finite_rows", "pack", "unpack"]
+__all__ = ["AveragedPair", "average_pairs_", "copy_all_", "damped_pairs", "finite_rows", "pack", "unpack"]
 
 
 @dataclass
@@ -44,6 +44,15 @@ def pack(*columns: Sequence[Tensor]) -> Tensor:
 def unpack(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """The vectors in a matrix of padded rows, as views."""
     return [row[:size] for row, size in zip(rows.unbind(0), sizes, strict=True)]
+
+
+def copy_all_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Overwrite many tensors in one operation; under ``torch.func.vmap``, which lacks it, one by one."""
+    if any(torch._C._functorch.is_batchedtensor(value) for value in values):
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)
+    else:
+        torch._foreach_copy_(list(targets), list(values))
 
 
 def finite_rows(values: Tensor) -> Tensor:
@@ -79,7 +88,7 @@ def average_pairs_(
     keep, add, weight = average.coefficients(pairs[0].weight)
     values = torch.where(finite.unsqueeze(-1), keep * old + add * new, old).to(old.dtype)
     sizes = [pair.step.shape[0] for pair in pairs]
-    torch._foreach_copy_([*stored[0], *stored[1]], unpack(values[0], sizes) + unpack(values[1], sizes))
+    copy_all_([*stored[0], *stored[1]], unpack(values[0], sizes) + unpack(values[1], sizes))
     for pair in pairs:
         pair.weight = weight
     return values, finite, points[1]

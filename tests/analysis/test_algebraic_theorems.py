@@ -91,8 +91,8 @@ def _no_second_stage(self: Any, step: Tensor, change: Tensor, product: Tensor, d
     return osc.PowellH(self.mu1).damp(step, change, product, damping)
 
 
-def _wrong_sign(inverse: Tensor, step: Tensor, change: Tensor, product: Tensor, accept: Tensor) -> None:
-    linalg.bfgs_inverse_update_(inverse, step, change, 1.01 * product, accept)
+def _wrong_sign(inverse: Any, step: Tensor, change: Tensor, product: Tensor, accept: Tensor) -> None:
+    linalg.bfgs_inverse_updates_(inverse, step, change, 1.01 * product, accept)
 
 
 def _scaled(self: Any, state: Any, value: Tensor) -> Tensor:
