@@ -21,6 +21,7 @@ __all__ = [
     "accumulate_homogeneous_gram_",
     "add_to_diagonal",
     "bfgs_inverse_update_",
+    "bfgs_inverse_updates_",
     "factorisation_dtype",
     "fetch",
     "has_bfloat16_units",
@@ -136,14 +137,24 @@ def bfgs_inverse_update_(inverse: Tensor, step: Tensor, change: Tensor, product:
         accept: 0-dimensional bool; where it is false, or the update would not be finite, H stays as it is. No
             synchronisation: the decision is arithmetic.
     """
-    rho = 1.0 / torch.dot(step, change)
-    half = 0.5 * rho * (1.0 + rho * torch.dot(change, product))
-    other = half * step - rho * product
-    finite = torch.isfinite(step.abs().max() * other.abs().max())
-    keep = accept & finite
-    zero = torch.zeros_like(step)
-    left, right = torch.where(keep, step, zero), torch.where(keep, other, zero)
-    inverse.addmm_(torch.stack([left, right], 1), torch.stack([right, left]))
+    bfgs_inverse_updates_([inverse], *(value.unsqueeze(0) for value in (step, change, product, accept)))
+
+
+def bfgs_inverse_updates_(
+    inverses: Sequence[Tensor], steps: Tensor, changes: Tensor, products: Tensor, accept: Tensor
+) -> None:
+    """:func:`bfgs_inverse_update_` of L matrices, whose vectors are rows (L, d) padded with zeros."""
+    rho = 1.0 / (steps * changes).sum(-1)
+    half = 0.5 * rho * (1.0 + rho * (changes * products).sum(-1))
+    others = half.unsqueeze(-1) * steps - rho.unsqueeze(-1) * products
+    both = torch.stack([steps, others], -2)
+    size = both.abs().amax(-1).prod(-1)
+    keep = (accept & ((size - size) == 0)).view(-1, 1, 1)
+    both = torch.where(keep, both, 0.0)
+    swapped = both.flip(-2)
+    for inverse, left, right in zip(inverses, both.unbind(0), swapped.unbind(0), strict=True):
+        order = inverse.shape[0]
+        inverse.addmm_(left[:, :order].T, right[:, :order])
 
 
 def triangular_inverse(upper: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class ScaleVanishes(AspectRatio):
 
 class SkipNothing(osc.CurvatureTest):
     def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
-        return torch.ones((), dtype=torch.bool)
+        return torch.ones(step.shape[:-1], dtype=torch.bool)
 
 
 class SkipLooks(osc.CurvatureTest):

@@ -36,7 +36,7 @@ class PairUnits(osc.PowellThenLM):
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         pair = super().damp(step, change, product, damping)
-        return replace(pair, change=pair.change + pair.step / (1.0 + pair.step.norm()))
+        return replace(pair, change=pair.change + pair.step / (1.0 + pair.step.norm(dim=-1, keepdim=True)))
 
 
 class PairCoordinates(osc.PowellThenLM):
@@ -45,7 +45,7 @@ class PairCoordinates(osc.PowellThenLM):
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         pair = super().damp(step, change, product, damping)
         first = torch.zeros_like(pair.step)
-        first[0] = 1.0
+        first[..., 0] = 1.0
         return replace(pair, change=pair.change + first * pair.step)
 
 
@@ -59,7 +59,7 @@ class PairSilent(osc.PowellThenLM):
 class PairDivides(osc.PowellThenLM):
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         pair = super().damp(step, change, product, damping)
-        return replace(pair, change=pair.change * torch.dot(step, step) / torch.dot(step, step))
+        return replace(pair, change=pair.change * ((step * step).sum(-1) / (step * step).sum(-1)).unsqueeze(-1))
 
 
 class PairLooks(osc.PowellThenLM):

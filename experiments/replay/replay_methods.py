@@ -68,7 +68,11 @@ class WatchedDamping:
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         """The rule's pair."""
         pair = self.rule.damp(step, change, product, damping)
-        self.log.pairs.append(pair)
+        if pair.step.ndim == 1:
+            self.log.pairs.append(pair)
+        else:  # a factor hands over a batch, the file has pair by pair
+            fields = (pair.step, pair.change, pair.first, pair.second)
+            self.log.pairs.extend(DampedPair(*values) for values in zip(*fields, strict=True))
         return pair
 
 

@@ -14,6 +14,7 @@ from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import LOOKING_BACK, Needs, Record
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError
+from ...preconditioners.looking_back import observe_steps
 from ...preconditioners.protocol import Events
 from ...stepsize.guard import Trial
 from .blocks import Block, full_precision
@@ -226,7 +227,7 @@ class LookBack:
             return loss, Points.after(changing_layers(optimizer.blocks), optimizer._inverse_scale, optimizer.ranks)
 
     def _observe(self, before: Mapping[str, LayerStatistics], after: Mapping[str, LayerStatistics]) -> Events:
-        events: Events = {}
+        observed: list[tuple[Any, ...]] = []
         for block in self.optimizer.blocks:
             record = before.get(block.layer.name)
             if record is None or not block.part.needs & LOOKING_BACK:
@@ -238,8 +239,5 @@ class LookBack:
                     f"layer {block.layer.name!r} saw {record.samples} samples before the step and {found} after it: "
                     "the closure must evaluate the same mini-batch each time it is called (take the batch outside it)"
                 )
-            sides = self.optimizer.sides(block)
-            for name, count in block.part.observe_step(block.state, record, later, sides).items():
-                value = count.long()
-                events[name] = events[name] + value if name in events else value
-        return events
+            observed.append((block.part, block.state, record, later, self.optimizer.sides(block)))
+        return observe_steps(*zip(*observed, strict=True)) if observed else {}

@@ -13,48 +13,23 @@ from ...checking import require_fields
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from ..averages import Average, MovingAverage, ZeroStartAverage
-from ..linalg import Computed, bfgs_inverse_update_
+from ..linalg import Computed, bfgs_inverse_updates_
 from ..operations import Inverse
-from ..pairs.damping import DampedPair, DoubleDamping, PairDamping
+from ..pairs.damping import DoubleDamping, PairDamping
+from ..pairs.pipeline import AveragedPair, average_pairs_, damped_pairs, pack, unpack
 from ..pairs.skipping import CurvatureTest, SkipRule
 from ..protocol import Events
 from ..state import State
 from .factor import Side, accumulate_second_moment
 
-__all__ = ["BFGS", "AveragedPair", "BFGSState", "HessianActionBFGS", "HessianActionState", "average_pair_"]
+__all__ = ["BFGS", "AveragedPair", "BFGSState", "HessianActionBFGS", "HessianActionState"]
 
 
-@dataclass
-class AveragedPair(State):
-    """Moving averages of s and y, before damping (PAPERS 1.2 item 7)."""
-
-    step: Tensor
-    change: Tensor
-    weight: float
-
-
-def average_pair_(pair: AveragedPair, before: LayerStatistics, after: LayerStatistics, average: Average) -> Tensor:
-    """Take the pair of one step into its averages: s = mean(h+ - h), y = mean(g+ - g).
-
-    A non-finite pair never enters the averages.
-
-    Returns:
-        0-dimensional bool: whether the pair was finite.
-    """
-    assert before.mean_preactivation is not None and after.mean_preactivation is not None
-    assert before.mean_gradient is not None and after.mean_gradient is not None
-    step = after.mean_preactivation - before.mean_preactivation
-    change = after.mean_gradient - before.mean_gradient
-    finite = torch.isfinite(step).all() & torch.isfinite(change).all()
-    keep, add, pair.weight = average.coefficients(pair.weight)
-    for value, new in ((pair.step, step), (pair.change, change)):
-        value.copy_(torch.where(finite, keep * value + add * new, value))
-    return finite
-
-
-def pair_events(pair: DampedPair, accepted: Tensor) -> Events:
-    """Counts for the step report."""
-    return {"damped_first": pair.first, "damped_second": pair.second, "rejected_pairs": ~accepted}
+def products(inverses: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """H v for many H, with the vectors as padded rows (L, d)."""
+    sizes = [inverse.shape[0] for inverse in inverses]
+    found = [torch.mv(inverse, row) for inverse, row in zip(inverses, unpack(rows, sizes), strict=True)]
+    return pack(found)[0]
 
 
 class _DenseInverse:
@@ -78,7 +53,7 @@ class _DenseInverse:
 
 @dataclass
 class BFGSState(State):
-    """Computed approximation H_g and the averaged pair."""
+    """Inverse approximation H_g and the averaged pair."""
 
     inverse: Tensor
     pair: AveragedPair
@@ -134,13 +109,30 @@ class BFGS(_DenseInverse):
         self, state: BFGSState, before: LayerStatistics, after: LayerStatistics | None, side: Side, damping: float
     ) -> Events:
         """Average, damp, test and apply one pair."""
-        assert after is not None and before.mean_gradient is not None
-        finite = average_pair_(state.pair, before, after, self.average)
-        product = state.inverse @ state.pair.change
-        pair = self.pairs.damp(state.pair.step, state.pair.change, product, damping)
-        accepted = finite & self.skip.accepts(pair.step, pair.change, before.mean_gradient)
-        bfgs_inverse_update_(state.inverse, pair.step, pair.change, state.inverse @ pair.change, accepted)
-        return pair_events(pair, accepted)
+        return self.observe_many([state], [before], [after], side, damping)
+
+    def kind(self, state: BFGSState, before: LayerStatistics) -> tuple[Any, ...]:
+        """What states must share to be looked back at together."""
+        gradient = before.mean_gradient
+        assert gradient is not None
+        return state.inverse.dtype, state.inverse.device, state.pair.weight, gradient.dtype
+
+    def observe_many(
+        self,
+        states: Sequence[BFGSState],
+        befores: Sequence[LayerStatistics],
+        afters: Sequence[LayerStatistics | None],
+        side: Side,
+        damping: float,
+    ) -> Events:
+        """Average, damp, test and apply one pair per state; states of one :meth:`kind`."""
+        inverses = [state.inverse for state in states]
+        averages, finite, reference = average_pairs_([state.pair for state in states], befores, afters, self.average)
+        pair, accepted, events = damped_pairs(
+            averages, finite, reference, lambda rows: products(inverses, rows), self.pairs, self.skip, damping
+        )
+        bfgs_inverse_updates_(inverses, pair.step, pair.change, products(inverses, pair.change), accepted)
+        return events
 
 
 @dataclass
@@ -220,9 +212,27 @@ class HessianActionBFGS(_DenseInverse):
         damping: float,
     ) -> Events:
         """One Hessian-action update with the inputs from before the step."""
-        mean = before.mean_input().to(state.inverse.dtype)
-        step = state.inverse @ mean
-        change = torch.addmv(damping * step, state.second_moment, step)
-        accepted = self.skip.accepts(step, change, mean)
-        bfgs_inverse_update_(state.inverse, step, change, state.inverse @ change, accepted)
-        return {"rejected_pairs": ~accepted}
+        return self.observe_many([state], [before], [after], side, damping)
+
+    def kind(self, state: HessianActionState, before: LayerStatistics) -> tuple[Any, ...]:
+        """What states must share to be looked back at together."""
+        return state.inverse.dtype, state.inverse.device
+
+    def observe_many(
+        self,
+        states: Sequence[HessianActionState],
+        befores: Sequence[LayerStatistics],
+        afters: Sequence[LayerStatistics | None],
+        side: Side,
+        damping: float,
+    ) -> Events:
+        """One update per state; states of one :meth:`kind`."""
+        inverses = [state.inverse for state in states]
+        means = pack(
+            [before.mean_input().to(state.inverse.dtype) for state, before in zip(states, befores, strict=True)]
+        )[0]
+        steps = products(inverses, means)
+        changes = damping * steps + products([state.second_moment for state in states], steps)
+        accepted = self.skip.accepts(steps, changes, means)
+        bfgs_inverse_updates_(inverses, steps, changes, products(inverses, changes), accepted)
+        return {"rejected_pairs": (~accepted).sum()}

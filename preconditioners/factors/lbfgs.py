@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ from ..averages import Average, ZeroStartAverage
 from ..linalg import Computed, triangular_inverse
 from ..operations import Inverse
 from ..pairs.damping import DoubleDamping, PairDamping
+from ..pairs.pipeline import AveragedPair, average_pairs_, copy_all_, damped_pairs, pack, unpack
 from ..pairs.skipping import CurvatureTest, SkipRule
 from ..protocol import Events
 from ..state import State
-from .bfgs import AveragedPair, average_pair_, pair_events
 from .factor import Side
 
 __all__ = ["LBFGS", "LBFGSState", "append_pair_"]
@@ -51,28 +52,33 @@ def append_pair_(state: LBFGSState, step: Tensor, change: Tensor, accept: Tensor
 
     No synchronisation: the decision is arithmetic.
     """
-    steps = torch.cat([state.steps[1:], step.unsqueeze(0)])
-    changes = torch.cat([state.changes[1:], change.unsqueeze(0)])
-    cross, gram = _shifted(state.cross), _shifted(state.gram)
-    cross[-1, :], cross[:, -1] = changes @ step, steps @ change
-    gram[-1, :] = gram[:, -1] = changes @ change
-    for old, new in (
-        (state.steps, steps),
-        (state.changes, changes),
-        (state.cross, cross),
-        (state.gram, gram),
-    ):
-        old.copy_(torch.where(accept, new, old))
-    upper = state.cross.triu()
-    empty = upper.diagonal() == 0
-    upper.diagonal().add_(empty.to(upper.dtype))
-    state.solver.copy_(triangular_inverse(upper))
+    append_pairs_([state], step.unsqueeze(0), change.unsqueeze(0), accept.unsqueeze(0))
 
 
-def _shifted(matrix: Tensor) -> Tensor:
-    result = torch.zeros_like(matrix)
-    result[:-1, :-1] = matrix[1:, 1:]
-    return result
+def append_pairs_(states: Sequence[LBFGSState], steps: Tensor, changes: Tensor, accept: Tensor) -> None:
+    """:func:`append_pair_` for L states of one memory, with padded rows (L, d)."""
+    memory, sizes = states[0].steps.shape[0], [state.steps.shape[1] for state in states]
+    chosen = torch.arange(memory, device=steps.device) + accept.unsqueeze(-1)
+    crosses: list[Tensor] = []
+    rows = zip(states, unpack(steps, sizes), unpack(changes, sizes), chosen.unbind(0), strict=True)
+    for state, step, change, kept in rows:
+        for store, vector in ((state.steps, step), (state.changes, change)):
+            store.copy_(torch.cat([store, vector.unsqueeze(0)]).index_select(0, kept))
+        crosses += [state.changes @ step, state.steps @ change, state.changes @ change]
+    row, column, square = torch.stack(crosses).view(-1, 3, memory).unbind(1)
+    small = torch.stack([matrix for state in states for matrix in (state.cross, state.gram)])
+    small = small.view(-1, 2, memory, memory)
+    new = torch.zeros_like(small)
+    new[..., :-1, :-1] = small[..., 1:, 1:]
+    new[:, 0, -1, :], new[:, 0, :, -1] = row, column
+    new[:, 1, -1, :] = new[:, 1, :, -1] = square
+    small = torch.where(accept.view(-1, 1, 1, 1), new, small)
+    upper = small[:, 0].triu()
+    diagonal = upper.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_((diagonal == 0).to(upper.dtype))
+    targets = [matrix for state in states for matrix in (state.cross, state.gram)]
+    copy_all_(targets, list(small.flatten(0, 1).unbind(0)))
+    copy_all_([state.solver for state in states], list(triangular_inverse(upper).unbind(0)))
 
 
 @dataclass(frozen=True)
@@ -149,13 +155,45 @@ class LBFGS:
         self, state: LBFGSState, before: LayerStatistics, after: LayerStatistics | None, side: Side, damping: float
     ) -> Events:
         """Average, damp, test and store one pair."""
-        assert after is not None and before.mean_gradient is not None
-        finite = average_pair_(state.pair, before, after, self.average)
-        product = self.left(state, state.pair.change.unsqueeze(1)).squeeze(1)
-        pair = self.pairs.damp(state.pair.step, state.pair.change, product, damping)
-        accepted = finite & self.skip.accepts(pair.step, pair.change, before.mean_gradient)
-        append_pair_(state, pair.step, pair.change, accepted)
-        return pair_events(pair, accepted)
+        return self.observe_many([state], [before], [after], side, damping)
+
+    def kind(self, state: LBFGSState, before: LayerStatistics) -> tuple[Any, ...]:
+        """What states must share to be looked back at together."""
+        gradient = before.mean_gradient
+        assert gradient is not None
+        return state.steps.dtype, state.steps.device, state.pair.weight, gradient.dtype
+
+    def observe_many(
+        self,
+        states: Sequence[LBFGSState],
+        befores: Sequence[LayerStatistics],
+        afters: Sequence[LayerStatistics | None],
+        side: Side,
+        damping: float,
+    ) -> Events:
+        """Average, damp, test and store one pair per state; states of one :meth:`kind`."""
+        averages, finite, reference = average_pairs_([state.pair for state in states], befores, afters, self.average)
+        pair, accepted, events = damped_pairs(
+            averages, finite, reference, lambda rows: self._products(states, rows), self.pairs, self.skip, damping
+        )
+        append_pairs_(states, pair.step, pair.change, accepted)
+        return events
+
+    def _products(self, states: Sequence[LBFGSState], rows: Tensor) -> Tensor:
+        """:meth:`left` of one vector per state, padded rows (L, d); the p x p work of all states is done together."""
+        gamma, vectors = self.initial, unpack(rows, [state.steps.shape[1] for state in states])
+        both = [store @ v for state, v in zip(states, vectors, strict=True) for store in (state.steps, state.changes)]
+        along, changed = torch.stack(both).view(len(states), 2, -1, 1).unbind(1)
+        solver = torch.stack([state.solver for state in states])
+        inner = solver @ along
+        cross = torch.stack([state.cross.diagonal() for state in states]).unsqueeze(-1)
+        gram = torch.stack([state.gram for state in states])
+        outer = solver.mT @ (cross * inner + gamma * (gram @ inner) - gamma * changed)
+        found = []
+        for state, v, left, right in zip(states, vectors, outer.squeeze(-1), inner.squeeze(-1), strict=True):
+            result = torch.addmv(v, state.steps.T, left, beta=gamma)
+            found.append(result.addmv_(state.changes.T, right, alpha=-gamma))
+        return pack(found)[0]
 
     def to_dense(self, state: LBFGSState, damping: float) -> Tensor:
         """H as a matrix."""

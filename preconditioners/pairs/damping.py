@@ -24,13 +24,14 @@ __all__ = [
     "PowellB0",
     "PowellH",
     "PowellThenLM",
+    "dots",
     "powell_on_inverse",
 ]
 
 
 @dataclass(frozen=True)
 class DampedPair:
-    """A pair after damping, and which of the two stages changed it (0-dimensional bool tensors)."""
+    """A pair after damping, and which of the two stages changed it (bool tensors, one per pair)."""
 
     step: Tensor
     change: Tensor
@@ -41,7 +42,8 @@ class DampedPair:
 class PairDamping(Protocol):
     """A rule that modifies a secant pair before it updates H.
 
-    Mini-blocks map it over their pairs by ``torch.func.vmap``: it must not look at the values of tensors in Python.
+    It takes one pair or many, with batch axes in front, and must not look at the values of tensors in Python. Vectors
+    may end in zeros that only pad them.
     Optional: ``keeps_positive = True`` promises s'y > 0 afterwards for every pair with s or y not zero;
     ``curvature_floor(damping)`` states c with s'y >= c s's.
     """
@@ -50,14 +52,19 @@ class PairDamping(Protocol):
         """Raise ``ArgumentError`` if the rule is not defined for this mu2."""
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
-        """Damp one pair.
+        """Damp one pair, or each of many.
 
         Args:
-            step: (d,) s.
-            change: (d,) y.
-            product: (d,) H y with the H that the pair will update.
+            step: (..., d) s.
+            change: (..., d) y.
+            product: (..., d) H y with the H that the pair will update.
             damping: mu2.
         """
+
+
+def dots(one: Tensor, other: Tensor) -> Tensor:
+    """Dot products along the last axis."""
+    return (one * other).sum(-1)
 
 
 def powell_on_inverse(step: Tensor, change: Tensor, product: Tensor, mu1: float) -> tuple[Tensor, Tensor]:
@@ -66,16 +73,17 @@ def powell_on_inverse(step: Tensor, change: Tensor, product: Tensor, mu1: float)
     Returns:
         The damped step and whether it was changed.
     """
-    curvature, quadratic = torch.dot(step, change), torch.dot(change, product)
+    curvature, quadratic = dots(step, change), dots(change, product)
     changed = ~(curvature > mu1 * quadratic)
     theta = _weight(curvature, quadratic, mu1, changed)
+    theta = theta.unsqueeze(-1)
     return theta * step + (1.0 - theta) * product, changed
 
 
 def _weight(curvature: Tensor, target: Tensor, mu: float, changed: Tensor) -> Tensor:
     """The theta of Powell's interpolation: theta s'y + (1 - theta) target = mu target; 1 where nothing is changed."""
-    theta = torch.where(changed, (1.0 - mu) * target / (target - curvature), torch.ones_like(curvature))
-    return torch.where(torch.isfinite(theta), theta, torch.ones_like(theta))
+    theta = torch.where(changed, (1.0 - mu) * target / (target - curvature), 1.0)
+    return torch.where((theta - theta) == 0, theta, 1.0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class NoDamping:
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         """Unchanged."""
-        never = torch.zeros((), dtype=torch.bool, device=step.device)
+        never = torch.zeros(step.shape[:-1], dtype=torch.bool, device=step.device)
         return DampedPair(step, change, never, never)
 
 
@@ -123,9 +131,9 @@ class DoubleDamping:
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         """Both stages."""
         step, first = powell_on_inverse(step, change, product, self.mu1)
-        curvature, square = torch.dot(step, change), torch.dot(step, step)
+        curvature, square = dots(step, change), dots(step, step)
         second = ~(curvature > damping * square)
-        theta = _weight(curvature, square, damping, second)
+        theta = _weight(curvature, square, damping, second).unsqueeze(-1)
         return DampedPair(step, theta * change + (1.0 - theta) * step, first, second)
 
 
@@ -156,7 +164,7 @@ class PowellThenLM:
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         """Powell's stage, then the Levenberg-Marquardt shift, which always applies."""
         step, first = powell_on_inverse(step, change, product, self.mu1)
-        always = torch.ones((), dtype=torch.bool, device=step.device)
+        always = torch.ones(step.shape[:-1], dtype=torch.bool, device=step.device)
         return DampedPair(step, change + damping * step, first, always)
 
 
@@ -215,12 +223,12 @@ class MergedDoubleDamping:
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         """At most one of the stages."""
-        curvature, quadratic = torch.dot(step, change), torch.dot(change, product)
-        square = torch.dot(step, step)
+        curvature, quadratic = dots(step, change), dots(change, product)
+        square = dots(step, step)
         low = ~(curvature > self.mu1 * torch.maximum(quadratic, square))
         first, second = low & (quadratic >= square), low & (quadratic < square)
-        on_step = _weight(curvature, quadratic, self.mu1, first)
-        on_change = _weight(curvature, square, self.mu1, second)
+        on_step = _weight(curvature, quadratic, self.mu1, first).unsqueeze(-1)
+        on_change = _weight(curvature, square, self.mu1, second).unsqueeze(-1)
         damped = on_step * step + (1.0 - on_step) * product
         return DampedPair(damped, on_change * change + (1.0 - on_change) * step, first, second)
 
@@ -257,10 +265,10 @@ class PowellB0:
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         """One stage, on y."""
-        curvature, square = torch.dot(step, change), torch.dot(step, step)
-        gamma = (torch.dot(change, change) / curvature).clamp(min=self.floor)
+        curvature, square = dots(step, change), dots(step, step)
+        gamma = (dots(change, change) / curvature).clamp(min=self.floor)
         gamma = torch.where((curvature > 0) & torch.isfinite(gamma), gamma, torch.full_like(gamma, self.floor))
         second = ~(curvature > self.mu1 * gamma * square)
-        theta = _weight(curvature, gamma * square, self.mu1, second)
-        damped = theta * change + (1.0 - theta) * gamma * step
+        theta = _weight(curvature, gamma * square, self.mu1, second).unsqueeze(-1)
+        damped = theta * change + (1.0 - theta) * gamma.unsqueeze(-1) * step
         return DampedPair(step, damped, torch.zeros_like(second), second)

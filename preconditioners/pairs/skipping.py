@@ -10,20 +10,21 @@ from torch import Tensor
 
 from ...checking import require_fields
 from ...errors import require_finite_nonnegative, require_interval
+from .damping import dots
 
 __all__ = ["AngleTest", "CurvatureTest", "SkipRule", "TwoSidedCurvatureTest"]
 
 
 class SkipRule(Protocol):
-    """Decides whether a damped pair is used. Mapped over mini-blocks as :class:`~.pairs.PairDamping` is."""
+    """Decides whether a damped pair is used. Batch axes as for pair dampings."""
 
     def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
-        """Whether to use the pair, a 0-dimensional bool; no synchronisation.
+        """Whether to use the pair, a bool per pair; no synchronisation.
 
         Args:
-            step: (d,) s after damping.
-            change: (d,) y after damping.
-            reference: (d,) v, the mean gradient at the outputs or the mean input: the scale of the layer.
+            step: (..., d) s after damping.
+            change: (..., d) y after damping.
+            reference: (..., d) v, the mean gradient at the outputs or the mean input: the scale of the layer.
         """
 
 
@@ -43,9 +44,9 @@ class CurvatureTest:
 
     def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
         """The test; false where the bound is not finite."""
-        curvature = torch.dot(step, change)
-        bound: Tensor = self.tolerance * torch.dot(step, step) * torch.linalg.vector_norm(reference)
-        result: Tensor = (curvature > 0) & (curvature > bound) & torch.isfinite(bound)
+        curvature = dots(step, change)
+        bound: Tensor = self.tolerance * dots(step, step) * torch.linalg.vector_norm(reference, dim=-1)
+        result: Tensor = (curvature > 0) & (curvature > bound) & ((bound - bound) == 0)
         return result
 
 
@@ -72,7 +73,7 @@ class TwoSidedCurvatureTest:
 
     def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
         """Both tests."""
-        upper: Tensor = self.mu3 * torch.dot(change, change) <= torch.dot(step, change)
+        upper: Tensor = self.mu3 * dots(change, change) <= dots(step, change)
         return CurvatureTest(self.tolerance).accepts(step, change, reference) & upper
 
 
@@ -102,7 +103,7 @@ class AngleTest:
 
     def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
         """The test; false where the bound is not finite."""
-        curvature = torch.dot(step, change)
-        bound: Tensor = self.cosine * torch.linalg.vector_norm(step) * torch.linalg.vector_norm(change)
-        result: Tensor = (curvature > 0) & (curvature > bound) & torch.isfinite(bound)
+        curvature = dots(step, change)
+        bound: Tensor = self.cosine * torch.linalg.vector_norm(step, dim=-1) * torch.linalg.vector_norm(change, dim=-1)
+        result: Tensor = (curvature > 0) & (curvature > bound) & ((bound - bound) == 0)
         return result

@@ -144,7 +144,7 @@ class Kronecker:
         return events
 
     def to_dense(self, state: KroneckerState, layer: Layer, damping: SideDamping) -> Tensor:
-        """Computed of H_g (x) H_a as a matrix over (weight row-major, then bias)."""
+        """Inverse of H_g (x) H_a as a matrix over (weight row-major, then bias)."""
         rows, columns = layer.matrix_shape
         weight = layer.parameters["weight"].detach()
         inner = _dense(self.inputs, state.inputs, damping.inputs, columns, weight)

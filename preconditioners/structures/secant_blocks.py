@@ -21,10 +21,10 @@ from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import require_positive_integer
 from ..averages import Average, ZeroStartAverage
 from ..damping.split import SideDamping
-from ..factors.bfgs import AveragedPair
 from ..linalg import Computed
 from ..pairs.damping import DampedPair, DoubleDamping, PairDamping
 from ..pairs.initial_scale import InitialScale, NewestPair
+from ..pairs.pipeline import AveragedPair
 from ..pairs.skipping import AngleTest, SkipRule
 from ..protocol import Events, Observation, Request, Schedule
 from ..state import State
@@ -93,11 +93,10 @@ class SecantBlocks:
     Args:
         partition: which entries share a block.
         memory: m >= 1 pairs per block.
-        pairs: how a pair is damped before it is stored. It is mapped over blocks by ``torch.func.vmap``: it must not
-            look at the values of tensors in Python.
+        pairs: how a pair is damped before it is stored.
         average: rule over steps for the undamped pair; decay 0 takes every step's own pair.
-        skip: which damped pairs are stored; its reference is the block's mean gradient before the step. Mapped too.
-        scale: gamma of H_0 = gamma I, for each block by itself. Mapped too.
+        skip: which damped pairs are stored; its reference is the block's mean gradient before the step.
+        scale: gamma of H_0 = gamma I, for each block by itself; mapped by ``torch.func.vmap``.
 
     Memory: (2 m + 2) P + (m + 1) B numbers for the P parameters of B blocks. Cost: 8 m P flops per direction, and a
     second whole gradient per step.
@@ -169,17 +168,12 @@ class SecantBlocks:
 
     def _damped(self, state: SecantBlocksState, damping: float) -> DampedPair:
         """The averaged pairs after damping, every field with the blocks in front."""
-
-        def damp(step: Tensor, change: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            pair = self.pairs.damp(step, change, product, damping)
-            return pair.step, pair.change, pair.first, pair.second
-
         average = state.pair
-        return DampedPair(*torch.func.vmap(damp)(average.step, average.change, two_loop(state, average.change)))
+        return self.pairs.damp(average.step, average.change, two_loop(state, average.change), damping)
 
     def _accepts(self, pair: DampedPair, reference: Tensor) -> Tensor:
         """(B,) whether a pair may be stored: the skip rule's word, and nothing that is not finite."""
-        accepted: Tensor = torch.func.vmap(self.skip.accepts)(pair.step, pair.change, reference)
+        accepted = self.skip.accepts(pair.step, pair.change, reference)
         curvature = (pair.step * pair.change).sum(1)
         finite = _finite(pair.step) & _finite(pair.change)
         return accepted & finite & (curvature > 0) & torch.isfinite(curvature) & torch.isfinite(1.0 / curvature)

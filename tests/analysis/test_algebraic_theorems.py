@@ -91,8 +91,8 @@ def _no_second_stage(self: Any, step: Tensor, change: Tensor, product: Tensor, d
     return osc.PowellH(self.mu1).damp(step, change, product, damping)
 
 
-def _wrong_sign(inverse: Tensor, step: Tensor, change: Tensor, product: Tensor, accept: Tensor) -> None:
-    linalg.bfgs_inverse_update_(inverse, step, change, 1.01 * product, accept)
+def _wrong_sign(inverse: Any, step: Tensor, change: Tensor, product: Tensor, accept: Tensor) -> None:
+    linalg.bfgs_inverse_updates_(inverse, step, change, 1.01 * product, accept)
 
 
 def _scaled(self: Any, state: Any, value: Tensor) -> Tensor:
@@ -118,10 +118,10 @@ def _untouched(self: Any, state: Any, momentum: Any) -> Any:
     ("name", "target", "attribute", "mistake"),
     [
         ("T2", osc.DoubleDamping, "damp", _no_second_stage),
-        ("T3", bfgs, "bfgs_inverse_update_", _wrong_sign),
+        ("T3", bfgs, "bfgs_inverse_updates_", _wrong_sign),
         ("T4", osc.TwoSidedCurvatureTest, "accepts", _one_sided),
         ("T5", osc.LBFGS, "left", _scaled),
-        ("T6", bfgs, "bfgs_inverse_update_", _wrong_sign),
+        ("T6", bfgs, "bfgs_inverse_updates_", _wrong_sign),
         ("T9", osc.MiniBlock, "precondition", _untouched),
         ("T15", osc.SignedHessian, "signed", _unsigned),
     ],

@@ -1,0 +1,123 @@
+"""Average, damp, test: what happens to many secant pairs before they update their matrices, in a few operations.
+
+The vectors of all layers are rows of one matrix, padded with zeros to a common length: zeros change no dot product, so
+the rules see ordinary pairs with a batch axis in front. Only products with each layer's own matrix stay apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...curvature.records.statistics import LayerStatistics
+from ..averages import Average
+from ..protocol import Events
+from ..state import State
+from .damping import DampedPair, PairDamping
+from .skipping import SkipRule
+
+__all__ = ["AveragedPair", "average_pairs_", "copy_all_", "damped_pairs", "finite_rows", "pack", "unpack"]
+
+
+@dataclass
+class AveragedPair(State):
+    """Moving averages of s and y, before damping (PAPERS 1.2 item 7)."""
+
+    step: Tensor
+    change: Tensor
+    weight: float
+
+
+def pack(*columns: Sequence[Tensor]) -> Tensor:
+    """(K, L, d) from K lists of L vectors each, padded with zeros to the longest: two operations."""
+    vectors = [vector for column in columns for vector in column]
+    longest = max(vector.shape[0] for vector in vectors)
+    if any(vector.shape[0] < longest for vector in vectors):
+        zeros = vectors[0].new_zeros(longest)
+        vectors = [piece for vector in vectors for piece in (vector, zeros[: longest - vector.shape[0]])]
+    return torch.cat(vectors).view(len(columns), -1, longest)
+
+
+def unpack(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The vectors in a matrix of padded rows, as views."""
+    return [row[:size] for row, size in zip(rows.unbind(0), sizes, strict=True)]
+
+
+def copy_all_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Overwrite many tensors in one operation; under ``torch.func.vmap``, which lacks it, one by one."""
+    if any(torch._C._functorch.is_batchedtensor(value) for value in values):
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)
+    else:
+        torch._foreach_copy_(list(targets), list(values))
+
+
+def finite_rows(values: Tensor) -> Tensor:
+    """Whether vectors along the last axis are finite; x - x is zero for finite x only."""
+    return ((values - values) == 0).all(-1)
+
+
+def average_pairs_(
+    pairs: Sequence[AveragedPair],
+    befores: Sequence[LayerStatistics],
+    afters: Sequence[LayerStatistics | None],
+    average: Average,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take the pairs of one step into their averages: s = mean(h+ - h), y = mean(g+ - g).
+
+    The averages must have gathered the same weight. A non-finite pair never enters.
+
+    Returns:
+        Averages (2, L, d), whether each pair was finite (L,), mean gradients before the step (L, d).
+    """
+    vectors: list[list[Tensor]] = [[], [], [], []]
+    for before, after in zip(befores, afters, strict=True):
+        assert after is not None and after.mean_preactivation is not None and after.mean_gradient is not None
+        assert before.mean_preactivation is not None and before.mean_gradient is not None
+        found = (before.mean_preactivation, before.mean_gradient, after.mean_preactivation, after.mean_gradient)
+        for column, vector in zip(vectors, found, strict=True):
+            column.append(vector)
+    points = pack(*vectors)
+    new = points[2:] - points[:2]
+    finite = finite_rows(new).all(0)
+    stored = [pair.step for pair in pairs], [pair.change for pair in pairs]
+    old = pack(*stored)
+    keep, add, weight = average.coefficients(pairs[0].weight)
+    values = torch.where(finite.unsqueeze(-1), keep * old + add * new, old).to(old.dtype)
+    sizes = [pair.step.shape[0] for pair in pairs]
+    copy_all_([*stored[0], *stored[1]], unpack(values[0], sizes) + unpack(values[1], sizes))
+    for pair in pairs:
+        pair.weight = weight
+    return values, finite, points[1]
+
+
+def damped_pairs(
+    averages: Tensor,
+    usable: Tensor,
+    reference: Tensor,
+    product: Callable[[Tensor], Tensor],
+    pairs: PairDamping,
+    skip: SkipRule,
+    damping: float,
+) -> tuple[DampedPair, Tensor, Events]:
+    """Damp and test averaged pairs.
+
+    Args:
+        averages: (2, L, d) s and y.
+        usable: (L,) pairs that may be accepted at all.
+        reference: (L, d) scale of each layer, for the skip rule.
+        product: rows y to rows H y, each with the matrix that its pair will update.
+        pairs: damping rule.
+        skip: skip rule.
+        damping: mu2 of all pairs.
+
+    Returns:
+        The damped pairs, which are accepted (L,), and counts for the step report.
+    """
+    pair = pairs.damp(averages[0], averages[1], product(averages[1]), damping)
+    accepted = usable & skip.accepts(pair.step, pair.change, reference)
+    counts = torch.stack([pair.first, pair.second, ~accepted]).sum(-1).unbind(0)
+    return pair, accepted, dict(zip(("damped_first", "damped_second", "rejected_pairs"), counts, strict=True))
