@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..checking import require_fields
+from ..declarations import EstimatorDeclarations
 from .backends.capture import Record
 from .estimators import EmpiricalFisher, Estimator, records_for_pairs
 from .records.statistics import LayerStatistics, Needs
@@ -13,7 +14,7 @@ __all__ = ["WithPairs"]
 
 
 @dataclass(frozen=True)
-class WithPairs:
+class WithPairs(EstimatorDeclarations, forwards="estimator"):
     """The curvature of ``estimator``, and the secant pairs of K-BFGS from a second evaluation after the step. Ours.
 
     For hybrids such as ``Kronecker(inputs=HessianActionBFGS(), outputs=Covariance())``, whose input side learns after
@@ -42,12 +43,6 @@ class WithPairs:
     def definite(self) -> bool:
         """As the estimator."""
         return self.estimator.definite
-
-    @property
-    def asks(self) -> Needs:
-        """As the estimator."""
-        asks: Needs = getattr(self.estimator, "asks", Needs.NOTHING)
-        return asks
 
     def records(self, needs: Needs) -> Record:
         """The estimator's records, and those of the pairs."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...curvature.layers.layer import Layer
 from ...curvature.records.statistics import Tensors
+from ...declarations import StructureDeclarations, declared
 from ...errors import ArgumentError, CompatibilityError
 from ...preconditioners.protocol import Preconditioner
 from ...preconditioners.state import State
@@ -107,7 +108,7 @@ class Block:
     def direction(self, momentum: Momentum) -> Tensors:
         """Preconditioned momentum in the shapes of the parameters. May share memory with the momentum."""
         factor = momentum.correction(self.updates)
-        if not getattr(self.part, "linear", True):
+        if not declared(self.part, StructureDeclarations).linear:
             return self.parameter_views(self._preconditioned(tuple(factor * value for value in self.vector)))
         result = self._preconditioned(self.vector)
         if factor != 1.0:
@@ -190,7 +191,7 @@ def describe(part: Preconditioner) -> str:
     """Short name of a structure."""
     if isinstance(part, Kronecker):
         return f"Kronecker({type(part.inputs).__name__}, {type(part.outputs).__name__})"
-    partition = getattr(part, "partition", None)
+    partition = declared(part, StructureDeclarations).partition
     return f"{type(part).__name__}({type(partition).__name__})" if partition is not None else type(part).__name__
 
 

@@ -14,7 +14,7 @@ from ...errors import ArgumentError
 from ...preconditioners.averages import PlainAverage
 from ...preconditioners.damping.split import SideDamping
 from ...preconditioners.operations import compute_many
-from ...preconditioners.protocol import Observation, Refining
+from ...preconditioners.protocol import Observation, refining
 from ..methods.method import Method
 from .arguments import require_callable
 from .blocks import Block
@@ -73,8 +73,8 @@ def observe(
 def refine(updated: Sequence[tuple[Block, Observation]]) -> None:
     """Statistics that are measured in what the refresh of this step has installed."""
     for block, observation in updated:
-        if isinstance(block.part, Refining):
-            block.part.refine(block.state, observation)
+        if (part := refining(block.part)) is not None:
+            part.refine(block.state, observation)
 
 
 def refresh(blocks: Sequence[Block], sides: Callable[[Block], SideDamping], step: int) -> tuple[int, int]:
