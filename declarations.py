@@ -77,7 +77,7 @@ class _Resolved:
             return said
         default = getattr(self._base, name)
         # A default may follow from the verbs, so it is asked of the part itself.
-        return default.fget(self._part) if isinstance(default, property) else default
+        return default.__get__(self._part) if isinstance(default, property) else default
 
 
 Kind = TypeVar("Kind", bound=Declarations)

@@ -110,7 +110,9 @@ def spectrum_bounds(part: Any, case: Case) -> None:
     bench = Workbench(part, case).run()
     for block in bench.blocks:
         eigenvalues = torch.linalg.eigvalsh(bench.dense(block))
-        low, high = declared(block.part, StructureDeclarations).bounds(block.state, block.layer, bench.sides(block))
+        bounds = declared(block.part, StructureDeclarations).bounds
+        assert bounds is not None
+        low, high = bounds(block.state, block.layer, bench.sides(block))
         slack = 1e-9 * float(eigenvalues.abs().max())
         least, most = float(eigenvalues[0]), float(eigenvalues[-1])
         where = f"eigenvalue of to_dense of layer {block.layer.name!r}"
