@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..checking import require_fields
+from ..declarations import EstimatorDeclarations
 from .records.needs import Needs, Record
 from .records.statistics import LayerStatistics, Tensors
 
@@ -269,7 +270,7 @@ class ExactHessianBlock:
 
 
 @dataclass(frozen=True)
-class WithPairs:
+class WithPairs(EstimatorDeclarations, forwards="estimator"):
     """The curvature of ``estimator``, and the secant pairs of K-BFGS from a second evaluation after the step. Ours.
 
     For hybrids such as ``Kronecker(inputs=HessianActionBFGS(), outputs=Covariance())``, whose input side learns after
@@ -298,12 +299,6 @@ class WithPairs:
     def definite(self) -> bool:
         """As the estimator."""
         return self.estimator.definite
-
-    @property
-    def asks(self) -> Needs:
-        """As the estimator."""
-        asks: Needs = getattr(self.estimator, "asks", Needs.NOTHING)
-        return asks
 
     def records(self, needs: Needs) -> Record:
         """The estimator's records, and those of the pairs."""

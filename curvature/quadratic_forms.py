@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..declarations import FormDeclarations, declared
 from ..errors import CompatibilityError
 from .records.needs import Needs
 from .records.statistics import LayerStatistics, Tensors
@@ -70,7 +71,7 @@ def require_coupled(rule: str, form: QuadraticForm) -> None:
     Raises:
         CompatibilityError: naming the rule and the forms that do.
     """
-    if not getattr(form, "couples", True):
+    if not declared(form, FormDeclarations).couples:
         raise CompatibilityError(
             f"{rule} sums the curvature of all layers along their common step, and {type(form).__name__} does not "
             "measure it between layers; use SampledScores(), SampledBatchScores() or ExactHessian()"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..checking import require_fields
 from ..curvature.layers.layer import Layer
 from ..curvature.records.needs import Needs
 from ..curvature.records.statistics import LayerStatistics, Tensors
+from ..declarations import StructureDeclarations, declared
 from ..errors import ArgumentError, require_positive_integer
 from .averages import Average
 from .damping.split import SideDamping
@@ -25,7 +26,7 @@ from .linalg import Computed
 from .operations import Request
 from .state import State
 
-__all__ = ["Events", "Observation", "Preconditioner", "Refining", "Request", "ScalingLaw", "Schedule"]
+__all__ = ["Events", "Observation", "Preconditioner", "Refining", "Request", "ScalingLaw", "Schedule", "refining"]
 
 Events = dict[str, Tensor]
 """Counts of one call, as 0-dimensional tensors (no synchronisation): e.g. ``{"rejected_outputs": 0 or 1}``."""
@@ -186,3 +187,8 @@ class Refining(Protocol):
 
     def refine(self, state: Any, observation: Observation) -> None:
         """Called like ``update``, at the same steps, but after ``install`` and before ``precondition``."""
+
+
+def refining(part: Preconditioner) -> Refining | None:
+    """The structure, if it declares that it refines."""
+    return cast(Refining, part) if declared(part, StructureDeclarations).refines else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm
 from ..curvature.records.needs import Needs
+from ..declarations import StepSizeDeclarations
 from ..errors import require_interval
 from .constant import ConstantStep
 from .protocol import StepEvidence, StepSize
@@ -19,7 +20,7 @@ __all__ = ["RelativeBound"]
 
 
 @dataclass(frozen=True)
-class RelativeBound:
+class RelativeBound(StepSizeDeclarations, forwards="rule"):
     """alpha_l <- min(alpha_l, limit |theta_l| / |d_l|): no step moves a layer by more than a fraction of its norm.
 
     Around a rule that recalls, alpha_l and beta_l are shortened by one factor until |alpha_l| |d_l| + |beta_l| |p_l|,
@@ -32,6 +33,7 @@ class RelativeBound:
 
     rule: StepSize = field(default_factory=ConstantStep)
     limit: float = 0.25
+    proportional = False
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -41,16 +43,6 @@ class RelativeBound:
     def needs(self) -> Needs:
         """What the inner rule needs, and norms."""
         return self.rule.needs | Needs.NORMS
-
-    @property
-    def length_free(self) -> bool:
-        """As the inner rule: the bound is on the step itself."""
-        return bool(getattr(self.rule, "length_free", False))
-
-    @property
-    def recalls(self) -> bool:
-        """As the inner rule."""
-        return bool(getattr(self.rule, "recalls", False))
 
     @property
     def curvature(self) -> QuadraticForm | None:

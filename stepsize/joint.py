@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores
 from ..curvature.records.needs import Needs
+from ..declarations import SignDeclarations, declared
 from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
 from .averaged_forms import AveragedForms
 from .protocol import StepEvidence
@@ -58,7 +59,7 @@ class JointLayerwise:
     @property
     def signed(self) -> bool:
         """Whether a layer may go against its direction."""
-        return getattr(self.sign, "signed", False)
+        return declared(self.sign, SignDeclarations).signed
 
     @property
     def needs(self) -> Needs:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm
 from ..curvature.records.needs import Needs
+from ..declarations import StepSizeDeclarations, declared
 from ..errors import CompatibilityError, require_interval
 from .constant import ConstantStep
 from .protocol import StepEvidence, StepSize
@@ -19,7 +20,7 @@ __all__ = ["KLClip"]
 
 
 @dataclass(frozen=True)
-class KLClip:
+class KLClip(StepSizeDeclarations, forwards="rule"):
     """alpha <- nu alpha with nu = min(1, sqrt(kappa / |sum_l alpha_l^2 <g_l, d_l>|)), one nu for all layers.
 
     The clipping of distributed K-FAC (Ba, Grosse, Martens, ICLR 2017, section 5) in the form that K-FAC libraries for
@@ -37,11 +38,13 @@ class KLClip:
 
     rule: StepSize = field(default_factory=ConstantStep)
     kappa: float = 1e-3
+    length_free = False
+    proportional = False
 
     def __post_init__(self) -> None:
         require_fields(self)
         require_interval("kappa of KLClip", self.kappa, 0.0, float("inf"), closed="(]")
-        if getattr(self.rule, "recalls", False):
+        if declared(self.rule, StepSizeDeclarations).recalls:
             inner: object = self.rule
             while hasattr(inner, "rule"):
                 inner = inner.rule

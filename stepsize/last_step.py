@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checking import require_fields
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
 from ..curvature.records.needs import Needs
+from ..declarations import SignDeclarations, declared
 from ..errors import ArgumentError, require_finite_nonnegative, require_interval, require_positive_integer
 from .averaged_forms import AveragedForms
 from .joint import solve_semidefinite
@@ -71,7 +72,7 @@ class JointWithLastStep:
     @property
     def signed(self) -> bool:
         """Whether a layer may go against its new direction."""
-        return getattr(self.sign, "signed", False)
+        return declared(self.sign, SignDeclarations).signed
 
     @property
     def needs(self) -> Needs:

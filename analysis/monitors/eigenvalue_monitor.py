@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...declarations import FactorDeclarations, PairDampingDeclarations, declared
 from ...preconditioners.factors.lbfgs import LBFGS, LBFGSState
 from ...preconditioners.pairs.damping import DoubleDamping, MergedDoubleDamping, PairDamping, PowellH, PowellThenLM
 from ...preconditioners.pairs.skipping import TwoSidedCurvatureTest
@@ -136,7 +137,7 @@ def _dense(update: Update) -> Iterator[Inequality]:
 
 def _constants(update: Update, low: float, high: float) -> tuple[float, float, float]:
     """a, b, c of one pair: as promised, else as measured (up to rounding, so that U1-U3 are not tight by design)."""
-    rule = promised(getattr(update.factor, "pairs", None), update.damping, low, high)
+    rule = promised(declared(update.factor, FactorDeclarations).pairs, update.damping, low, high)
     step, change = update.step, update.change
     curvature = torch.dot(step, change)
     measured = (
@@ -153,7 +154,7 @@ def _constants(update: Update, low: float, high: float) -> tuple[float, float, f
 def _limited(update: Update) -> Iterator[Inequality]:
     """The bounds of the store; a promise counts only if the rule and the skip test make it."""
     factor, new = update.factor, _spectrum(update.after)
-    promise = getattr(factor.pairs, "curvature_floor", None)
+    promise = declared(factor.pairs, PairDampingDeclarations).curvature_floor
     floor = None if promise is None else float(promise(update.damping))
     mu3 = factor.skip.mu3 if isinstance(factor.skip, TwoSidedCurvatureTest) else None
     low, high = limited_memory_bounds(update.state, factor.initial, floor, mu3).tolist()

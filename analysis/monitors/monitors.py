@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...declarations import FactorDeclarations, PairDampingDeclarations, declared
 from ...errors import require_interval
 from ...framework.optimizer.blocks import Block, full_precision
 from ...framework.optimizer.report import StepReport
@@ -137,7 +138,7 @@ class PairCurvature:
     def _bound(self, update: Update) -> float:
         if self.floor is not None:
             return self.floor
-        promise = getattr(getattr(update.factor, "pairs", None), "curvature_floor", None)
+        promise = declared(declared(update.factor, FactorDeclarations).pairs, PairDampingDeclarations).curvature_floor
         if promise is not None:
             return float(promise(update.damping))
         # y = (A + damping I) s with A semi-definite

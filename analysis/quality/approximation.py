@@ -17,6 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ...declarations import StructureDeclarations, declared
 from ...errors import ArgumentError, OsculateError, require_positive_integer
 from ...framework.optimizer.blocks import Block, describe
 from ...framework.optimizer.second_order import SecondOrder
@@ -221,7 +222,7 @@ def _structure(
     block: Block, sides: SideDamping, dense: bool, like: SymmetricOperator, effort: Effort
 ) -> tuple[SymmetricOperator, SymmetricOperator] | None:
     """C and its inverse; ``None`` for a structure that is no positive definite matrix."""
-    if not getattr(block.part, "linear", True):
+    if not declared(block.part, StructureDeclarations).linear:
         return None
     if dense:
         own = _own_matrix(block, sides)

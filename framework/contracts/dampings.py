@@ -6,6 +6,7 @@ import math
 from itertools import product
 from typing import Any
 
+from ...declarations import DampingDeclarations, declared
 from ...errors import ArgumentError
 from ...preconditioners.damping.split import MeanEigenvalues
 from .cases import Case
@@ -20,7 +21,7 @@ _RANGE = "finite and more than 0 (0 only where lambda is 0)"
 
 def _known(rule: Any) -> tuple[MeanEigenvalues | None, ...]:
     """What a rule may be told of a layer's factors."""
-    uses = getattr(rule, "uses_eigenvalues", False)
+    uses = declared(rule, DampingDeclarations).uses_eigenvalues
     return (None, MeanEigenvalues(4.0, 0.01), MeanEigenvalues(0.0, 1.0)) if uses else (None,)
 
 
@@ -59,7 +60,7 @@ def damping_monotone(rule: Any, case: Case) -> None:
     "damping-product",
     "damping",
     "the dampings of the two sides multiply to that of the whole matrix",
-    unless=lambda rule: None if getattr(rule, "splits", False) else "does not declare splits",
+    unless=lambda rule: None if declared(rule, DampingDeclarations).splits else "does not declare splits",
 )
 def damping_product(rule: Any, case: Case) -> None:
     """inputs * outputs = whole."""

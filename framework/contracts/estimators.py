@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
+from ...declarations import EstimatorDeclarations, FormDeclarations, declared
 from .cases import Batch, Case
 from .contract import (
     Contract,
@@ -43,7 +44,7 @@ def _no_dense_matrix(part: Any) -> str | None:
 
 
 def _sampled(part: Any) -> str | None:
-    draws = part.needs_likelihood and not getattr(part, "exact", False)
+    draws = part.needs_likelihood and not declared(part, EstimatorDeclarations).exact
     return "draws labels from the model (needs_likelihood, not exact)" if draws else None
 
 
@@ -110,7 +111,11 @@ def estimator_permuted(part: Any, case: Case) -> None:
     "a summed loss gives the same curvature per sample as its mean",
     unless=(
         _no_matrix,
-        lambda part: None if getattr(part, "per_sample", True) else "declares per_sample = False: units of the loss",
+        lambda part: (
+            None
+            if declared(part, EstimatorDeclarations).per_sample
+            else "declares per_sample = False: units of the loss"
+        ),
     ),
 )
 def estimator_mean_versus_sum(part: Any, case: Case) -> None:
@@ -177,7 +182,7 @@ def estimator_purity(part: Any, case: Case) -> None:
     "curvature",
     "on average the matrix is the Fisher information",
     unless=lambda part: (
-        None if getattr(part, "estimates", None) == "fisher" else "does not declare estimates = 'fisher'"
+        None if declared(part, EstimatorDeclarations).estimates == "fisher" else "does not declare estimates = 'fisher'"
     ),
 )
 def estimator_fisher(part: Any, case: Case) -> None:
@@ -187,7 +192,7 @@ def estimator_fisher(part: Any, case: Case) -> None:
     statistics = measured.statistics(part, [many])
     for layer in (entry.layer for entry in statistics.values()):
         found, error = curvature_of(statistics[layer.name])
-        error = torch.zeros_like(error) if getattr(part, "exact", False) else error
+        error = torch.zeros_like(error) if declared(part, EstimatorDeclarations).exact else error
         expected = exact_fisher(case, (inputs, targets), layer)
         _require_mean(f"curvature of layer {layer.name!r}", found, expected, error)
 
@@ -229,7 +234,7 @@ def form_quadratic(part: Any, case: Case) -> None:
     "form-definite",
     "quadratic form",
     "no direction has negative curvature",
-    unless=lambda part: None if getattr(part, "definite", False) else "does not declare definite",
+    unless=lambda part: None if declared(part, FormDeclarations).definite else "does not declare definite",
 )
 def form_definite(part: Any, case: Case) -> None:
     """Smallest eigenvalue."""
@@ -243,7 +248,7 @@ def form_definite(part: Any, case: Case) -> None:
     "form-expectation",
     "quadratic form",
     "on average the forms are those of the stated matrix",
-    unless=lambda part: None if getattr(part, "estimates", None) else "states no matrix that it estimates",
+    unless=lambda part: None if declared(part, FormDeclarations).estimates else "states no matrix that it estimates",
 )
 def form_expectation(part: Any, case: Case) -> None:
     """``estimates`` is ``"fisher"`` or ``"hessian"``; the diagonal, within six standard errors over many draws."""

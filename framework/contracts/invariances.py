@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ...curvature.records.needs import Needs
+from ...declarations import StructureDeclarations, declared
 from .cases import Batch, Case, low_rank
 from .contract import Contract, NotApplicable, contract, require_close, require_finite
 from .structures import _nonlinear
-from .workbench import Workbench, declared
+from .workbench import Workbench
 
 __all__ = ["CONTRACTS"]
 
@@ -27,7 +28,7 @@ def _no_samples(part: Any) -> str | None:
 
 
 def _no_law(part: Any) -> str | None:
-    return None if getattr(part, "scaling", None) is not None else "states no scaling law"
+    return None if declared(part, StructureDeclarations).scaling is not None else "states no scaling law"
 
 
 def _compare(what: str, actual: Workbench, expected: Workbench, tolerance: float = 1e-8) -> None:
@@ -64,7 +65,7 @@ def _matrices(part: Any, case: Case, batch: Batch) -> list[Tensor]:
 
 
 def _not_additive(part: Any) -> str | None:
-    return None if declared(part, "additive", True) else "declares additive = False"
+    return None if declared(part, StructureDeclarations).additive else "declares additive = False"
 
 
 @contract(
@@ -153,7 +154,7 @@ def one_sample(part: Any, case: Case) -> None:
 @contract("huge-and-tiny-scales", _KINDS, "gradients 1e12 or 1e-12 times as long, damped to match, stay finite")
 def huge_and_tiny_scales(part: Any, case: Case) -> None:
     """The dampings follow the scaling law, where the part states one; else each follows the square."""
-    law = getattr(part, "scaling", None)
+    law = declared(part, StructureDeclarations).scaling
     powers: Sequence[float] = (2.0, 0.0, 2.0) if law is None else (law.whole, law.inputs, law.outputs)
     for scale in (1e12, 1e-12):
         bench = Workbench(part, case)

@@ -19,6 +19,7 @@ from ...curvature.products import GraphKeepingBackward, hessian_block
 from ...curvature.quadratic_forms import DirectionalEvidence
 from ...curvature.records.needs import Needs, Record
 from ...curvature.records.statistics import LayerStatistics, Tensors
+from ...declarations import EstimatorDeclarations, declared
 from ..optimizer.recording import fill
 from .cases import Batch, Case
 
@@ -41,7 +42,11 @@ class Measured:
     ) -> Mapping[str, LayerStatistics]:
         """What the backend records for an estimator of one gradient over micro-batches, not filled yet."""
         wanted = estimator.records(estimator.provides)
-        products = GraphKeepingBackward(self.layers) if Needs.PRODUCTS in getattr(estimator, "asks", ()) else None
+        products = (
+            GraphKeepingBackward(self.layers)
+            if Needs.PRODUCTS in declared(estimator, EstimatorDeclarations).asks
+            else None
+        )
         found = self._capture({layer.name: wanted for layer in self.layers}, batches, reduction, seed, products)
         if products is None:
             return found

@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.records.needs import LOOKING_BACK, Needs
+from ...declarations import (
+    EstimatorDeclarations,
+    FormDeclarations,
+    StepSizeDeclarations,
+    StructureDeclarations,
+    declared,
+)
 from ...preconditioners.protocol import ScalingLaw
 from ...preconditioners.structures.by_layer import leaves
 from ..optimizer.second_order import SecondOrder
@@ -69,24 +76,28 @@ class Training:
 
 def _sampled(method: Any) -> str | None:
     forms = method.step_size.needs & (Needs.SCORES | Needs.BATCH_SCORES)
-    exact = getattr(method.curvature, "exact", False) and not forms
+    exact = declared(method.curvature, EstimatorDeclarations).exact and not forms
     return "draws labels from the model (needs_likelihood)" if method.needs_likelihood and not exact else None
 
 
 def _random_form(method: Any) -> str | None:
-    random = getattr(method.step_size.curvature, "random", False) if method.step_size.curvature is not None else False
+    random = (
+        declared(method.step_size.curvature, FormDeclarations).random
+        if method.step_size.curvature is not None
+        else False
+    )
     return "its quadratic form declares random" if random else None
 
 
 def _units(method: Any) -> str | None:
     """Why a loss N times as large is not undone by an lr N times as small."""
-    if not getattr(method.step_size, "proportional", False):
+    if not declared(method.step_size, StepSizeDeclarations).proportional:
         return "its step size does not declare proportional (to lr, and to nothing else)"
     for part in [*leaves(method.preconditioner), method.fallback]:
-        plain = getattr(part, "scaling", None) == ScalingLaw(0.0)
+        plain = declared(part, StructureDeclarations).scaling == ScalingLaw(0.0)
         if not part.needs & _DATA and not plain:
             return f"{type(part).__name__} measures curvature in the units of the loss (its needs name no statistics)"
-    if Needs.VECTORS in method.needs and not getattr(method.curvature, "per_sample", True):
+    if Needs.VECTORS in method.needs and not declared(method.curvature, EstimatorDeclarations).per_sample:
         return f"{type(method.curvature).__name__} declares per_sample = False"
     return None
 

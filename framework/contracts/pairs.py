@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...declarations import PairDampingDeclarations, declared
 from ...errors import ArgumentError
 from ...preconditioners.pairs.damping import DampedPair
 from .cases import Case
@@ -95,7 +96,9 @@ def pair_purity(rule: Any, case: Case) -> None:
     "pair-positive",
     _KIND,
     "the curvature of a damped pair is positive: s'y > 0",
-    unless=lambda rule: None if getattr(rule, "keeps_positive", False) else "does not declare keeps_positive",
+    unless=lambda rule: (
+        None if declared(rule, PairDampingDeclarations).keeps_positive else "does not declare keeps_positive"
+    ),
 )
 def pair_positive(rule: Any, case: Case) -> None:
     """Whatever the pair's own curvature was."""

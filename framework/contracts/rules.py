@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.layers.discovery import discover_layers
+from ...declarations import AverageDeclarations, MomentumDeclarations, declared
 from ...errors import ArgumentError
 from ...preconditioners.structures.identity import Identity
 from ..optimizer.blocks import Block, accumulate, directions_of, make_blocks
@@ -78,7 +79,7 @@ def momentum_stable(rule: Any, case: Case) -> None:
     "momentum-unbiased",
     "momentum",
     "for a constant gradient the corrected momentum is that gradient at every step",
-    unless=lambda rule: None if getattr(rule, "unbiased", False) else "does not declare unbiased",
+    unless=lambda rule: None if declared(rule, MomentumDeclarations).unbiased else "does not declare unbiased",
 )
 def momentum_unbiased(rule: Any, case: Case) -> None:
     """Five steps."""
@@ -161,7 +162,7 @@ def average_coefficients(rule: Any, case: Case) -> None:
     "average-weights",
     "average",
     "the coefficients of the old average and the new value sum to one",
-    unless=lambda rule: None if getattr(rule, "normalised", True) else "declares normalised = False",
+    unless=lambda rule: None if declared(rule, AverageDeclarations).normalised else "declares normalised = False",
 )
 def average_weights(rule: Any, case: Case) -> None:
     """Over 50 values."""
@@ -175,7 +176,7 @@ def average_weights(rule: Any, case: Case) -> None:
     "average-unbiased",
     "average",
     "the average of a constant is that constant, from the first value on",
-    unless=lambda rule: None if getattr(rule, "unbiased", True) else "declares unbiased = False",
+    unless=lambda rule: None if declared(rule, AverageDeclarations).unbiased else "declares unbiased = False",
 )
 def average_unbiased(rule: Any, case: Case) -> None:
     """Over 20 values."""

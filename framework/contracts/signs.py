@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...declarations import SignDeclarations, declared
 from .cases import Case
 from .contract import Contract, contract, require, require_close, require_equal, require_finite
 
@@ -42,7 +43,7 @@ def sign_finite(rule: Any, case: Case) -> None:
     "sign-nonnegative",
     "sign",
     "no step goes against its direction",
-    unless=lambda rule: "declares signed" if getattr(rule, "signed", False) else None,
+    unless=lambda rule: "declares signed" if declared(rule, SignDeclarations).signed else None,
 )
 def sign_nonnegative(rule: Any, case: Case) -> None:
     """Where the solution has a negative entry."""
@@ -62,7 +63,7 @@ def sign_minimum(rule: Any, case: Case) -> None:
     "sign-descends",
     "sign",
     "the quadratic model falls at least as far as with steps r_l / (L M_ll)",
-    unless=lambda rule: None if getattr(rule, "descends", False) else "does not declare descends",
+    unless=lambda rule: None if declared(rule, SignDeclarations).descends else "does not declare descends",
 )
 def sign_descends(rule: Any, case: Case) -> None:
     """sum of r_l^2 / (2 L M_ll), also where the solution has a negative entry."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...declarations import CouplingDeclarations, StepSizeDeclarations, declared
 from ...stepsize.averaged_forms import AveragedForms
 from ...stepsize.protocol import StepEvidence
 from .cases import Case
@@ -54,7 +55,7 @@ def evidence_for(
 
 
 def _recalls(rule: Any) -> bool:
-    return bool(getattr(rule, "recalls", False))
+    return declared(rule, StepSizeDeclarations).recalls
 
 
 def _count(rule: Any) -> int:
@@ -142,7 +143,7 @@ def step_finite(rule: Any, case: Case) -> None:
     "step-nonnegative",
     "step size",
     "no step goes against its direction",
-    unless=lambda rule: "declares signed" if getattr(rule, "signed", False) else None,
+    unless=lambda rule: "declares signed" if declared(rule, StepSizeDeclarations).signed else None,
 )
 def step_nonnegative(rule: Any, case: Case) -> None:
     """Also where the momentum points uphill; along its last step a layer may go either way."""
@@ -215,7 +216,7 @@ def step_learning_rate(rule: Any, case: Case) -> None:
     "step-length",
     "step size",
     "directions c times as long are followed 1/c times as far",
-    unless=lambda rule: None if getattr(rule, "length_free", False) else "does not declare length_free",
+    unless=lambda rule: None if declared(rule, StepSizeDeclarations).length_free else "does not declare length_free",
 )
 def step_length(rule: Any, case: Case) -> None:
     """c = 8."""
@@ -294,7 +295,7 @@ def coupling_order(rule: Any, case: Case) -> None:
     "coupling-majorises",
     "coupling",
     "along the common step no less curvature than the whole matrix has",
-    unless=lambda rule: None if getattr(rule, "majorises", False) else "does not declare majorises",
+    unless=lambda rule: None if declared(rule, CouplingDeclarations).majorises else "does not declare majorises",
 )
 def coupling_majorises(rule: Any, case: Case) -> None:
     """sum of c_l |d_l|^2 >= |d|' |M| |d|."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
+from ...declarations import StructureDeclarations, declared
 from ...preconditioners.linalg import RETRIES, Computed
-from ...preconditioners.protocol import Refining
+from ...preconditioners.protocol import refining
 from .cases import Case, low_rank
 from .contract import (
     Contract,
@@ -26,7 +27,7 @@ from .contract import (
     require_same_state,
     require_symmetric,
 )
-from .workbench import Workbench, declared, saved_copy
+from .workbench import Workbench, saved_copy
 
 __all__ = ["CONTRACTS", "given_tensors"]
 
@@ -35,11 +36,11 @@ _MEASURED = (Needs.INPUTS, Needs.ROOTS, Needs.VECTORS, Needs.MATRIX, Needs.PAIRS
 
 
 def _nonlinear(part: Any) -> str | None:
-    return None if declared(part, "linear", True) else "declares linear = False: it has no matrix"
+    return None if declared(part, StructureDeclarations).linear else "declares linear = False: it has no matrix"
 
 
 def _indefinite(part: Any) -> str | None:
-    return None if declared(part, "definite", True) else "declares definite = False"
+    return None if declared(part, StructureDeclarations).definite else "declares definite = False"
 
 
 def _no_bounds(part: Any) -> str | None:
@@ -110,7 +111,9 @@ def spectrum_bounds(part: Any, case: Case) -> None:
     bench = Workbench(part, case).run()
     for block in bench.blocks:
         eigenvalues = torch.linalg.eigvalsh(bench.dense(block))
-        low, high = declared(block.part, "bounds")(block.state, block.layer, bench.sides(block))
+        bounds = declared(block.part, StructureDeclarations).bounds
+        assert bounds is not None
+        low, high = bounds(block.state, block.layer, bench.sides(block))
         slack = 1e-9 * float(eigenvalues.abs().max())
         least, most = float(eigenvalues[0]), float(eigenvalues[-1])
         where = f"eigenvalue of to_dense of layer {block.layer.name!r}"
@@ -161,8 +164,8 @@ def purity(part: Any, case: Case) -> None:
         ]
         copies = [value.clone() for value in given]
         own.update(block.state, observation)
-        if isinstance(own, Refining):
-            own.refine(block.state, observation)
+        if (part_that_refines := refining(own)) is not None:
+            part_that_refines.refine(block.state, observation)
         own.observe_step(block.state, one, other, bench.sides(block))
         for value, copy in zip(given, copies, strict=True):
             require_equal(f"what update and observe_step {where} were given", value, copy)
@@ -192,7 +195,7 @@ def save_load_continue(part: Any, case: Case) -> None:
 @contract("dtype-and-device", _KINDS, "directions have the precision and device of the parameters, states no less")
 def dtype_and_device(part: Any, case: Case) -> None:
     """float64 and float32, and bfloat16 where the part lists it under ``dtypes``."""
-    extra = tuple(declared(part, "dtypes", ()))
+    extra = tuple(declared(part, StructureDeclarations).dtypes)
     for dtype in dict.fromkeys((torch.float64, torch.float32, *extra)):
         bench = Workbench(part, case.to(dtype=dtype)).run()
         for block in bench.blocks:

@@ -17,7 +17,7 @@ from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import LOOKING_BACK, Needs, Record
 from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.damping.split import SideDamping, Split
-from ...preconditioners.protocol import Observation, Preconditioner, Refining
+from ...preconditioners.protocol import Observation, Preconditioner, refining
 from ...preconditioners.structures.by_layer import ByLayer
 from ...preconditioners.structures.identity import Identity
 from ..optimizer.blocks import Block, make_blocks
@@ -26,7 +26,7 @@ from ..optimizer.recording import fill
 from .cases import Batch, Case
 from .contract import NotApplicable
 
-__all__ = ["LAMBDA", "Workbench", "declared", "estimator_for", "saved_copy"]
+__all__ = ["LAMBDA", "Workbench", "estimator_for", "saved_copy"]
 
 LAMBDA = 0.3
 """Damping of the method in every case."""
@@ -36,15 +36,6 @@ _REMEMBERED = 512
 """How many passes are remembered; each is a few kilobytes."""
 
 _ALWAYS = Needs.INPUTS | LOOKING_BACK | Needs.NORMS | Needs.SLOPES
-
-
-def declared(part: Any, name: str, default: Any = None) -> Any:
-    """What a part declares under ``name``; a Kronecker structure declares what one of its factors declares."""
-    if hasattr(part, name):
-        return getattr(part, name)
-    sides = [getattr(part, side) for side in ("inputs", "outputs") if hasattr(part, side)]
-    found = [getattr(side, name) for side in sides if hasattr(side, name)]
-    return next((value for value in found if value != default), default)
 
 
 def estimator_for(needs: Needs) -> Estimator:
@@ -218,8 +209,8 @@ class Workbench:
             block.part.update(block.state, given[-1])
         refresh(self.blocks, lambda block: self.sides(block, damped), 0)
         for block, observation in zip(self.blocks, given, strict=True):
-            if isinstance(block.part, Refining):
-                block.part.refine(block.state, observation)
+            if (part := refining(block.part)) is not None:
+                part.refine(block.state, observation)
 
     def look_back(
         self, key: int = 0, batch: Batch | None = None, *, reduction: str = "mean", raw: bool = False

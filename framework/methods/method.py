@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from ...checking import require_fields
 from ...curvature.estimators import Estimator, InputsOnly
 from ...curvature.records.needs import LOOKING_BACK, Needs
+from ...declarations import (
+    DampingDeclarations,
+    EstimatorDeclarations,
+    FactorDeclarations,
+    StructureDeclarations,
+    declared,
+)
 from ...errors import ArgumentError, CompatibilityError, require_finite_nonnegative
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
 from ...preconditioners.damping.scheduled import ScheduledDamping
@@ -104,11 +111,13 @@ class Method:
     @cached_property
     def adaptive_damping(self) -> AdaptiveDamping | None:
         """The damping rule, if it also changes lambda."""
-        return self.damping if isinstance(self.damping, AdaptiveDamping) else None
+        return cast(AdaptiveDamping, self.damping) if declared(self.damping, DampingDeclarations).adapts else None
 
     def damping_at(self, value: float, step: int) -> float:
         """lambda of step ``step``: ``value``, that of the parameter group, unless the damping rule has a schedule."""
-        return self.damping.at(value, step) if isinstance(self.damping, ScheduledDamping) else value
+        if not declared(self.damping, DampingDeclarations).scheduled:
+            return value
+        return cast(ScheduledDamping, self.damping).at(value, step)
 
     @property
     def looks_back(self) -> bool:
@@ -144,7 +153,7 @@ class Method:
     @cached_property
     def asks(self) -> Needs:
         """What the estimator asks of the optimizer itself: ``PRODUCTS``, or nothing."""
-        asks: Needs = getattr(self.curvature, "asks", Needs.NOTHING)
+        asks: Needs = declared(self.curvature, EstimatorDeclarations).asks
         return asks
 
     @property
@@ -186,7 +195,7 @@ class Method:
         for part in leaves(self.preconditioner):
             if part.needs & (Needs.VECTORS | Needs.ROOTS | Needs.MATRIX):
                 _require_positive_damping(part, damping)
-            pairs: PairDamping | None = getattr(_with_pairs(part), "pairs", None)
+            pairs: PairDamping | None = declared(_with_pairs(part), FactorDeclarations).pairs
             if pairs is not None:
                 pairs.validate(self._pair_damping(part, damping))
                 self._check_bounds(part, pairs)
@@ -227,7 +236,7 @@ class Method:
 
     def _check_eigenvalues(self) -> None:
         """A damping rule that balances Kronecker factors finds two in every Kronecker structure, and one structure."""
-        if not getattr(self.damping, "uses_eigenvalues", False):
+        if not declared(self.damping, DampingDeclarations).uses_eigenvalues:
             return
         name = type(self.damping).__name__
         missing = {
@@ -256,7 +265,9 @@ class Method:
                         f"{_describe(part)} needs {_names(need)}, which the {role} {type(estimator).__name__} does not "
                         f"provide; estimators that do: {_suppliers(part.needs)}"
                     )
-            if Needs.MATRIX in part.needs and not (estimator.definite or getattr(part, "takes_indefinite", False)):
+            if Needs.MATRIX in part.needs and not (
+                estimator.definite or declared(part, StructureDeclarations).takes_indefinite
+            ):
                 raise CompatibilityError(
                     f"{_describe(part)} inverts a positive semi-definite matrix, but the {role} "
                     f"{type(estimator).__name__} may have negative eigenvalues; take {_suppliers(part.needs)}, or a "

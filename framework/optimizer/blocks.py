@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...curvature.layers.layer import Layer
 from ...curvature.records.statistics import Tensors
+from ...declarations import StructureDeclarations, declared
 from ...errors import ArgumentError, CompatibilityError
 from ...preconditioners.protocol import Preconditioner
 from ...preconditioners.state import State
@@ -22,6 +23,7 @@ from .report import LayerRow
 __all__ = [
     "Block",
     "accumulate",
+    "batched",
     "directions_of",
     "full_precision",
     "grouped_by_part",
@@ -183,7 +185,7 @@ def directions_of(blocks: Sequence[Block], momentum: Momentum) -> dict[str, Tens
     result: dict[str, Tensors] = {}
     late: dict[float, list[Block]] = {}
     for part, group in grouped_by_part(blocks):
-        linear = getattr(part, "linear", True)
+        linear = declared(part, StructureDeclarations).linear
         vectors = [block.vector for block in group]
         factors = [momentum.correction(block.updates) for block in group]
         if not linear:
@@ -192,7 +194,7 @@ def directions_of(blocks: Sequence[Block], momentum: Momentum) -> dict[str, Tens
                 for factor, vector in zip(factors, vectors, strict=True)
             ]
         states = [block.state for block in group]
-        many = getattr(part, "precondition_many", None)
+        many = batched(part, "precondition", "precondition_many")
         if many is None:
             found = [part.precondition(state, vector) for state, vector in zip(states, vectors, strict=True)]
         else:
@@ -207,6 +209,19 @@ def directions_of(blocks: Sequence[Block], momentum: Momentum) -> dict[str, Tens
         for block in chosen:
             result[block.key] = tuple(next(scaled) for _ in result[block.key])
     return {block.key: block.parameter_views(result[block.key]) for block in blocks}
+
+
+def batched(part: Any, single: str, many: str) -> Any:
+    """The verb of a part for the blocks of many layers, or ``None`` if it has none of its own.
+
+    A class that overrides the verb for one block, and inherits the one for many, is asked block by block.
+    """
+    for cls in type(part).__mro__:
+        if many in vars(cls):
+            return getattr(part, many)
+        if single in vars(cls):
+            return None
+    return None
 
 
 def grouped_by_part(blocks: Sequence[Block]) -> list[tuple[Any, list[Block]]]:
@@ -252,7 +267,7 @@ def describe(part: Preconditioner) -> str:
     """Short name of a structure."""
     if isinstance(part, Kronecker):
         return f"Kronecker({type(part.inputs).__name__}, {type(part.outputs).__name__})"
-    partition = getattr(part, "partition", None)
+    partition = declared(part, StructureDeclarations).partition
     return f"{type(part).__name__}({type(partition).__name__})" if partition is not None else type(part).__name__
 
 

@@ -14,9 +14,9 @@ from ...errors import ArgumentError
 from ...preconditioners.averages import PlainAverage
 from ...preconditioners.damping.split import SideDamping
 from ...preconditioners.operations import compute_many
-from ...preconditioners.protocol import Observation, Refining
+from ...preconditioners.protocol import Observation, refining
 from .arguments import require_callable
-from .blocks import Block, accumulate, grouped_by_part
+from .blocks import Block, accumulate, batched, grouped_by_part
 from .closure import Closure, preserved
 from .recording import fill, records_for_forward, require_filled, require_pairs
 from .session import Session
@@ -78,7 +78,7 @@ def observe(
     ]
     seen = {id(block): observation for block, observation in updated}
     for part, group in grouped_by_part([block for block, _ in updated]):
-        many = getattr(part, "update_many", None)
+        many = batched(part, "update", "update_many")
         if many is not None:
             many([block.state for block in group], [seen[id(block)] for block in group])
             continue
@@ -90,8 +90,8 @@ def observe(
 def refine(updated: Sequence[tuple[Block, Observation]]) -> None:
     """Statistics that are measured in what the refresh of this step has installed."""
     for block, observation in updated:
-        if isinstance(block.part, Refining):
-            block.part.refine(block.state, observation)
+        if (part := refining(block.part)) is not None:
+            part.refine(block.state, observation)
 
 
 def refresh(blocks: Sequence[Block], sides: Callable[[Block], SideDamping], step: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...curvature.backends.table import Backend
 from ...curvature.layers.layer import Layer
 from ...curvature.records.statistics import LayerStatistics
+from ...declarations import DampingDeclarations, declared
 from ...preconditioners.damping.split import SideDamping, TwoSided
 from ..methods.method import Method
 from .arguments import as_number
@@ -106,7 +107,8 @@ class Session(torch.optim.Optimizer):
         value = self._values.of_layer(self.param_groups, block.layer.name, "damping")
         value = self.method.damping_at(value, self._step)
         rule, part = self.method.damping, block.part
-        if getattr(rule, "uses_eigenvalues", False) and isinstance(part, TwoSided) and part.without_eigenvalues() == ():
+        uses = declared(rule, DampingDeclarations).uses_eigenvalues
+        if uses and isinstance(part, TwoSided) and part.without_eigenvalues() == ():
             return rule.sides(value, block.positions, part.mean_eigenvalues(block.state))
         return rule.sides(value, block.positions)
 

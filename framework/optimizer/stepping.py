@@ -16,6 +16,7 @@ from ...curvature.products import GraphKeepingBackward
 from ...curvature.quadratic_forms import DirectionalEvidence, QuadraticForm
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
+from ...declarations import StepSizeDeclarations, declared
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
 from ...preconditioners.linalg import inner_products, squared_norms
@@ -172,7 +173,7 @@ class StepRule:
     def __init__(self, rule: StepSize, layers: Sequence[Layer], seed: int, judge: AdaptiveDamping | None = None):
         self.rule, self.layers, self.seed, self.judge = rule, layers, seed, judge
         self.state = rule.init(len(layers), _example(layers))
-        self.last = LastSteps(layers) if getattr(rule, "recalls", False) else None
+        self.last = LastSteps(layers) if declared(rule, StepSizeDeclarations).recalls else None
 
     def grow(self, layers: Sequence[Layer]) -> None:
         """Make room for layers that were added behind the present ones; what was gathered stays."""

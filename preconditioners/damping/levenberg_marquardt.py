@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from ...checking import require_fields
 from ...curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
 from ...curvature.records.needs import Needs
+from ...declarations import DampingDeclarations, declared
 from ...errors import ArgumentError, require_interval, require_positive_integer
 from .split import Damping, MeanEigenvalues, SideDamping, Split
 
@@ -50,7 +51,7 @@ class AdaptiveDamping(Protocol):
 
 
 @dataclass(frozen=True)
-class LevenbergMarquardt:
+class LevenbergMarquardt(DampingDeclarations, forwards="inner"):
     """lambda <- omega^T lambda if rho > 3/4, lambda / omega^T if rho < 1/4, rho = actual / predicted reduction.
 
     Implements: Martens 2010, section 4.1; arXiv:1503.05671v7, section 6.5 (T = 5, omega = 19/20). With delta the step
@@ -86,9 +87,12 @@ class LevenbergMarquardt:
     low: float = 0.25
     high: float = 0.75
 
+    adapts = True
+
     def __post_init__(self) -> None:
         require_fields(self)
-        if isinstance(self.inner, AdaptiveDamping) or hasattr(self.inner, "at"):
+        inner = declared(self.inner, DampingDeclarations)
+        if inner.adapts or inner.scheduled:
             raise ArgumentError(
                 f"LevenbergMarquardt(inner={type(self.inner).__name__}(...)) would adapt lambda twice; inner only "
                 "splits it: ConstantDamping(), Split() or Factored()"
@@ -102,19 +106,9 @@ class LevenbergMarquardt:
         require_interval("low", self.low, 0.0, self.high, closed="()")
 
     @property
-    def uses_eigenvalues(self) -> bool:
-        """As the inner rule."""
-        return bool(getattr(self.inner, "uses_eigenvalues", False))
-
-    @property
     def needs(self) -> Needs:
         """What its curvature needs, and slopes."""
         return self.curvature.needs | Needs.SLOPES
-
-    @property
-    def splits(self) -> bool:
-        """As the inner rule."""
-        return bool(getattr(self.inner, "splits", False))
 
     def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:
         """As the inner rule."""

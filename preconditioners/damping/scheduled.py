@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from ...checking import require_fields
+from ...declarations import DampingDeclarations, declared
 from ...errors import ArgumentError, require_interval
-from .levenberg_marquardt import AdaptiveDamping
 from .split import ConstantDamping, Damping, MeanEigenvalues, SideDamping
 
 __all__ = ["Geometric", "Scheduled", "ScheduledDamping"]
@@ -49,7 +49,7 @@ class Geometric:
 
 
 @dataclass(frozen=True)
-class Scheduled:
+class Scheduled(DampingDeclarations, forwards="inner"):
     """lambda_k = factor(k) lambda, split over the matrices by another rule. Ours.
 
     lambda itself stays in the parameter groups, where users and torch's schedulers write; ``optimizer.damping`` and the
@@ -68,23 +68,16 @@ class Scheduled:
     inner: Damping = field(default_factory=ConstantDamping)
     factor: Callable[[int], float] = field(default_factory=Geometric)
 
+    scheduled = True
+
     def __post_init__(self) -> None:
         require_fields(self)
-        if isinstance(self.inner, AdaptiveDamping | ScheduledDamping):
+        inner = declared(self.inner, DampingDeclarations)
+        if inner.adapts or inner.scheduled:
             raise ArgumentError(
                 f"Scheduled(inner={type(self.inner).__name__}(...)) would change lambda twice; inner only splits it: "
                 "ConstantDamping(), Split() or Factored()"
             )
-
-    @property
-    def uses_eigenvalues(self) -> bool:
-        """As the inner rule."""
-        return bool(getattr(self.inner, "uses_eigenvalues", False))
-
-    @property
-    def splits(self) -> bool:
-        """As the inner rule."""
-        return bool(getattr(self.inner, "splits", False))
 
     def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:
         """As the inner rule, from lambda_k."""

@@ -14,6 +14,7 @@ from ...checking import require_fields
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
+from ...declarations import FactorDeclarations, declared
 from ...errors import CompatibilityError, require_positive_integer
 from ..averages import Average
 from ..damping.split import MeanEigenvalues, SideDamping
@@ -80,10 +81,31 @@ class Kronecker:
             return None
         return ScalingLaw(inner[0] + outer[0], inputs=inner[1], outputs=outer[1])
 
+    @property
+    def linear(self) -> bool:
+        """Of both sides."""
+        return all(declared(side, FactorDeclarations).linear for side in (self.inputs, self.outputs))
+
+    @property
+    def definite(self) -> bool:
+        """Of both sides."""
+        return all(declared(side, FactorDeclarations).definite for side in (self.inputs, self.outputs))
+
+    @property
+    def additive(self) -> bool:
+        """Of both sides."""
+        return all(declared(side, FactorDeclarations).additive for side in (self.inputs, self.outputs))
+
+    @property
+    def dtypes(self) -> tuple[Any, ...]:
+        """Of the side that states more than the usual ones."""
+        sides = (self.inputs, self.outputs)
+        return next((found for side in sides if (found := declared(side, FactorDeclarations).dtypes)), ())
+
     def numbers(self, layer: Layer) -> int | None:
         """Both sides; ``None`` if one side states none."""
         rows, columns = layer.matrix_shape
-        found = [getattr(side, "numbers", None) for side in (self.inputs, self.outputs)]
+        found = [declared(side, FactorDeclarations).numbers for side in (self.inputs, self.outputs)]
         counts = [int(number(size)) for number, size in zip(found, (columns, rows), strict=True) if number is not None]
         return sum(counts) if len(counts) == 2 else None
 
@@ -166,7 +188,7 @@ def _dense(factor: Factor, state: State, damping: float, size: int, like: Tensor
 
 
 def _law(factor: Factor, side: Side) -> tuple[float, float] | None:
-    law = getattr(factor, "scaling", None)
+    law = declared(factor, FactorDeclarations).scaling
     return None if law is None else law(side)
 
 

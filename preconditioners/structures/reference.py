@@ -19,10 +19,11 @@ from torch import Tensor
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
+from ...declarations import StructureDeclarations, declared
 from ..averages import Average
 from ..damping.split import MeanEigenvalues, SideDamping, TwoSided
 from ..linalg import Computed
-from ..protocol import Events, Observation, Preconditioner, Refining, Request, Schedule
+from ..protocol import Events, Observation, Preconditioner, Request, Schedule, refining
 from ..state import State
 from .by_layer import ByLayer
 from .identity import Identity
@@ -41,7 +42,7 @@ def reference_of(part: Preconditioner | ByLayer) -> Preconditioner | ByLayer:
 
 def reference_of_part(part: Preconditioner) -> Preconditioner:
     """A structure's dense reference, or what it brings instead: rules not linear in the momentum have no matrix."""
-    own: Callable[[], Preconditioner] | None = getattr(part, "reference", None)
+    own: Callable[[], Preconditioner] | None = declared(part, StructureDeclarations).reference
     if own is not None:
         return own()
     return part if isinstance(part, Identity) else DenseReference(part)
@@ -93,7 +94,7 @@ class DenseReference:
     @property
     def takes_indefinite(self) -> bool:
         """As the structure."""
-        return bool(getattr(self.part, "takes_indefinite", False))
+        return declared(self.part, StructureDeclarations).takes_indefinite
 
     @property
     def schedule(self) -> Schedule:
@@ -141,8 +142,8 @@ class DenseReference:
 
     def refine(self, state: ReferenceState, observation: Observation) -> None:
         """The structure's own rule, if it has one."""
-        if isinstance(self.part, Refining):
-            self.part.refine(state.live, observation)
+        if (part := refining(self.part)) is not None:
+            part.refine(state.live, observation)
 
     def precondition(self, state: ReferenceState, momentum: Tensors) -> Tensors:
         """Solve with the dense matrix over the entries of (weight, bias)."""
@@ -180,7 +181,7 @@ def _mixed(part: Preconditioner, state: ReferenceState) -> State:
         inputs = live.inputs if Needs.PAIRS in part.inputs.needs("inputs") else frozen.inputs
         outputs = live.outputs if Needs.PAIRS in part.outputs.needs("outputs") else frozen.outputs
         return KroneckerState(inputs, outputs)
-    changing = isinstance(part, Refining) or part.needs & LOOKING_BACK
+    changing = refining(part) is not None or part.needs & LOOKING_BACK
     return state.frozen if part.needs and not changing else state.live
 
 

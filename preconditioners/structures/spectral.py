@@ -160,7 +160,11 @@ class Spectral(Stateless):
 
     def precondition(self, state: SpectralState, momentum: Tensors) -> Tensors:
         """The orthogonalised momentum, scaled."""
-        return precondition_many(self, [state], [momentum])[0]
+        return self.precondition_many([state], [momentum])[0]
+
+    def precondition_many(self, states: Sequence[SpectralState], momenta: Sequence[Tensors]) -> list[Tensors]:
+        """The same for many layers, the iterations of matrices of one shape in one batch."""
+        return precondition_many(self, states, momenta)
 
     def reference(self) -> SingularValues:
         """The same direction from singular values: what compositions with this part are compared with."""
