@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..checking import require_fields
-from ..declarations import EstimatorDeclarations
+from .declarations import EstimatorDeclarations
 from .records.needs import Needs, Record
 from .records.statistics import LayerStatistics, Tensors
 

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..declarations import FormDeclarations, declared
 from ..errors import CompatibilityError
+from .declarations import FormDeclarations, declared
 from .records.needs import Needs
 from .records.statistics import LayerStatistics, Tensors
 

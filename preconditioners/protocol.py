@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
+from ..curvature.declarations import StructureDeclarations, declared
 from ..curvature.layers.layer import Layer
 from ..curvature.records.needs import Needs
 from ..curvature.records.statistics import LayerStatistics, Tensors
-from ..declarations import StructureDeclarations, declared
 from ..errors import ArgumentError, require_positive_integer
 from .averages import Average
 from .damping.split import SideDamping

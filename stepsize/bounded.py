@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
+from ..curvature.declarations import StepSizeDeclarations
 from ..curvature.quadratic_forms import QuadraticForm
 from ..curvature.records.needs import Needs
-from ..declarations import StepSizeDeclarations
 from ..errors import require_interval
 from .constant import ConstantStep
 from .protocol import StepEvidence, StepSize

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
+from ..curvature.declarations import SignDeclarations, declared
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores
 from ..curvature.records.needs import Needs
-from ..declarations import SignDeclarations, declared
 from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
 from .averaged_forms import AveragedForms
 from .protocol import StepEvidence

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
+from ..curvature.declarations import StepSizeDeclarations, declared
 from ..curvature.quadratic_forms import QuadraticForm
 from ..curvature.records.needs import Needs
-from ..declarations import StepSizeDeclarations, declared
 from ..errors import CompatibilityError, require_interval
 from .constant import ConstantStep
 from .protocol import StepEvidence, StepSize

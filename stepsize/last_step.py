@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
+from ..curvature.declarations import SignDeclarations, declared
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
 from ..curvature.records.needs import Needs
-from ..declarations import SignDeclarations, declared
 from ..errors import ArgumentError, require_finite_nonnegative, require_interval, require_positive_integer
 from .averaged_forms import AveragedForms
 from .joint import solve_semidefinite

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...declarations import FactorDeclarations, PairDampingDeclarations, declared
+from ...curvature.declarations import FactorDeclarations, PairDampingDeclarations, declared
 from ...preconditioners.factors.lbfgs import LBFGS, LBFGSState
 from ...preconditioners.pairs.damping import DoubleDamping, MergedDoubleDamping, PairDamping, PowellH, PowellThenLM
 from ...preconditioners.pairs.skipping import TwoSidedCurvatureTest

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...declarations import FactorDeclarations, PairDampingDeclarations, declared
+from ...curvature.declarations import FactorDeclarations, PairDampingDeclarations, declared
 from ...errors import require_interval
 from ...framework.optimizer.blocks import Block, full_precision
 from ...framework.optimizer.report import StepReport
@@ -138,7 +138,8 @@ class PairCurvature:
     def _bound(self, update: Update) -> float:
         if self.floor is not None:
             return self.floor
-        promise = declared(declared(update.factor, FactorDeclarations).pairs, PairDampingDeclarations).curvature_floor
+        pairs = declared(update.factor, FactorDeclarations).pairs
+        promise = None if pairs is None else declared(pairs, PairDampingDeclarations).curvature_floor
         if promise is not None:
             return float(promise(update.damping))
         # y = (A + damping I) s with A semi-definite

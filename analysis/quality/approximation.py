@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ...declarations import StructureDeclarations, declared
+from ...curvature.declarations import StructureDeclarations, declared
 from ...errors import ArgumentError, OsculateError, require_positive_integer
 from ...framework.optimizer.blocks import Block, describe
 from ...framework.optimizer.second_order import SecondOrder

@@ -6,7 +6,7 @@ import math
 from itertools import product
 from typing import Any
 
-from ...declarations import DampingDeclarations, declared
+from ...curvature.declarations import DampingDeclarations, declared
 from ...errors import ArgumentError
 from ...preconditioners.damping.split import MeanEigenvalues
 from .cases import Case

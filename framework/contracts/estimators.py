@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...curvature.declarations import EstimatorDeclarations, FormDeclarations, declared
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
-from ...declarations import EstimatorDeclarations, FormDeclarations, declared
 from .cases import Batch, Case
 from .contract import (
     Contract,

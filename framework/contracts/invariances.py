@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...curvature.declarations import StructureDeclarations, declared
 from ...curvature.records.needs import Needs
-from ...declarations import StructureDeclarations, declared
 from .cases import Batch, Case, low_rank
 from .contract import Contract, NotApplicable, contract, require_close, require_finite
 from .structures import _nonlinear

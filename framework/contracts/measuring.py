@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ...curvature.backends.capture import Capture
+from ...curvature.declarations import EstimatorDeclarations, declared
 from ...curvature.layers.discovery import discover_layers
 from ...curvature.layers.layer import Layer
 from ...curvature.products import GraphKeepingBackward, hessian_block
 from ...curvature.quadratic_forms import DirectionalEvidence
 from ...curvature.records.needs import Needs, Record
 from ...curvature.records.statistics import LayerStatistics, Tensors
-from ...declarations import EstimatorDeclarations, declared
 from ..optimizer.recording import fill
 from .cases import Batch, Case
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.records.needs import LOOKING_BACK, Needs
-from ...declarations import (
+from ...curvature.declarations import (
     EstimatorDeclarations,
     FormDeclarations,
     StepSizeDeclarations,
     StructureDeclarations,
     declared,
 )
+from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...preconditioners.protocol import ScalingLaw
 from ...preconditioners.structures.by_layer import leaves
 from ..optimizer.second_order import SecondOrder

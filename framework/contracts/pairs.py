@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...declarations import PairDampingDeclarations, declared
+from ...curvature.declarations import PairDampingDeclarations, declared
 from ...errors import ArgumentError
 from ...preconditioners.pairs.damping import DampedPair
 from .cases import Case

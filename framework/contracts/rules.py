@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...curvature.declarations import AverageDeclarations, MomentumDeclarations, declared
 from ...curvature.layers.discovery import discover_layers
-from ...declarations import AverageDeclarations, MomentumDeclarations, declared
 from ...errors import ArgumentError
 from ...preconditioners.structures.identity import Identity
 from ..optimizer.blocks import Block, accumulate, directions_of, make_blocks

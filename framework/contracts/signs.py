@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...declarations import SignDeclarations, declared
+from ...curvature.declarations import SignDeclarations, declared
 from .cases import Case
 from .contract import Contract, contract, require, require_close, require_equal, require_finite
 

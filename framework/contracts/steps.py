@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...declarations import CouplingDeclarations, StepSizeDeclarations, declared
+from ...curvature.declarations import CouplingDeclarations, StepSizeDeclarations, declared
 from ...stepsize.averaged_forms import AveragedForms
 from ...stepsize.protocol import StepEvidence
 from .cases import Case

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...curvature.declarations import StructureDeclarations, declared
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
-from ...declarations import StructureDeclarations, declared
 from ...preconditioners.linalg import RETRIES, Computed
 from ...preconditioners.protocol import refining
 from .cases import Case, low_rank

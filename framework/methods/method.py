@@ -9,15 +9,15 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from ...checking import require_fields
-from ...curvature.estimators import Estimator, InputsOnly
-from ...curvature.records.needs import LOOKING_BACK, Needs
-from ...declarations import (
+from ...curvature.declarations import (
     DampingDeclarations,
     EstimatorDeclarations,
     FactorDeclarations,
     StructureDeclarations,
     declared,
 )
+from ...curvature.estimators import Estimator, InputsOnly
+from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...errors import ArgumentError, CompatibilityError, require_finite_nonnegative
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
 from ...preconditioners.damping.scheduled import ScheduledDamping

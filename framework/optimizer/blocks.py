@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...curvature.declarations import StructureDeclarations, declared
 from ...curvature.layers.layer import Layer
 from ...curvature.records.statistics import Tensors
-from ...declarations import StructureDeclarations, declared
 from ...errors import ArgumentError, CompatibilityError
 from ...preconditioners.protocol import Preconditioner
 from ...preconditioners.state import State

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.backends.table import Backend
+from ...curvature.declarations import DampingDeclarations, declared
 from ...curvature.layers.layer import Layer
 from ...curvature.records.statistics import LayerStatistics
-from ...declarations import DampingDeclarations, declared
 from ...preconditioners.damping.split import SideDamping, TwoSided
 from ..methods.method import Method
 from .arguments import as_number

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ...curvature.backends.sampling import seeded_generator
+from ...curvature.declarations import StepSizeDeclarations, declared
 from ...curvature.layers.layer import Layer
 from ...curvature.products import GraphKeepingBackward
 from ...curvature.quadratic_forms import DirectionalEvidence, QuadraticForm
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
-from ...declarations import StepSizeDeclarations, declared
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
 from ...preconditioners.linalg import inner_products, squared_norms

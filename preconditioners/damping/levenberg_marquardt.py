@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from ...checking import require_fields
+from ...curvature.declarations import DampingDeclarations, declared
 from ...curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
 from ...curvature.records.needs import Needs
-from ...declarations import DampingDeclarations, declared
 from ...errors import ArgumentError, require_interval, require_positive_integer
 from .split import Damping, MeanEigenvalues, SideDamping, Split
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from ...checking import require_fields
-from ...declarations import DampingDeclarations, declared
+from ...curvature.declarations import DampingDeclarations, declared
 from ...errors import ArgumentError, require_interval
 from .split import ConstantDamping, Damping, MeanEigenvalues, SideDamping
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import FactorDeclarations, declared
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
-from ...declarations import FactorDeclarations, declared
 from ...errors import CompatibilityError, require_positive_integer
 from ..averages import Average
 from ..damping.split import MeanEigenvalues, SideDamping

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...curvature.declarations import StructureDeclarations, declared
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
-from ...declarations import StructureDeclarations, declared
 from ..averages import Average
 from ..damping.split import MeanEigenvalues, SideDamping, TwoSided
 from ..linalg import Computed

@@ -6,7 +6,7 @@ import osculate as osc
 import pytest
 import torch
 from measuring import close, generator_of
-from osculate.curvature.layers.layer import discover_layers
+from osculate.curvature.layers.discovery import discover_layers
 from osculate.curvature.products import GraphKeepingBackward
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import osculate as osc
 import pytest
-from osculate.curvature.with_pairs import WithPairs
-from osculate.declarations import DampingDeclarations, StepSizeDeclarations, declared
+from osculate.curvature.declarations import DampingDeclarations, StepSizeDeclarations, declared
+from osculate.curvature.estimators import WithPairs
 from osculate.framework.contracts.certificate import certify
 from osculate.stepsize.signs import Unrestricted
 

@@ -13,10 +13,9 @@ class is so forwarded by every wrapper from the start.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
-if TYPE_CHECKING:
-    from .curvature.records.needs import Needs
+from .records.needs import Needs
 
 __all__ = [
     "AverageDeclarations",
@@ -274,9 +273,6 @@ class EstimatorDeclarations(Declarations, kind=True):
     @property
     def asks(self) -> Needs:
         """What it asks of the backend beside its records."""
-        # Imported here: the package of estimators imports this file.
-        from .curvature.records.needs import Needs
-
         return Needs.NOTHING
 
 
