@@ -10,9 +10,9 @@ from collections.abc import Callable
 import osculate as osc
 import torch
 from backend_nets import Custom, Recurrent, Twice
+from func_products import ggn_block
 from osculate.curvature import Categorical, LayerStatistics, Record
 from osculate.curvature.backends.table import BACKENDS, make_backend
-from osculate.curvature.func_products import ggn_block
 from torch import Tensor, nn
 
 

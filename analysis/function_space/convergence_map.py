@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ...errors import ArgumentError, NumericalError, UnknownNameError, require_interval, require_positive_integer
-from ..theorem import Curve, Plot, Setting
+from ..theorem import Setting
 from .certificates import Run, certified_interval, run
 from .function_models import Model, convolutional_tanh, dense_tanh
 from .function_space import FunctionSpace
 from .function_structures import resolve_structure
 
-__all__ = ["MAPPED", "Cell", "CellKey", "Surroundings", "cells_of", "interval_of", "map_plots", "measure_cell"]
+__all__ = ["MAPPED", "Cell", "CellKey", "Surroundings", "cells_of", "interval_of", "measure_cell"]
 
 MAPPED = {
     "per-output": ("dense", "per-output"),
@@ -182,68 +182,3 @@ def interval_of(cells: Iterable[Cell]) -> tuple[float, float]:
     """Ends of the certified damping interval of the cells of one structure, width and eta."""
     ordered = sorted(cells, key=lambda cell: cell.key.damping)
     return certified_interval([cell.key.damping for cell in ordered], [cell.certified for cell in ordered])
-
-
-def map_plots(cells: Sequence[Cell]) -> list[Plot]:
-    """The maps of a finished (or unfinished) grid; a cell that is missing is not a number.
-
-    Per structure and width the worst measured ratio and the certified share over (damping, eta); per structure the
-    largest certified eta over (damping, width); and measured against certified rates of all certified cells.
-    """
-    plots = []
-    for blocks in dict.fromkeys(cell.key.blocks for cell in cells):
-        own = [cell for cell in cells if cell.key.blocks == blocks]
-        for width in sorted({cell.key.width for cell in own}):
-            chosen = [cell for cell in own if cell.key.width == width]
-            plots += list(_damping_eta(f"{blocks}, width {width}", chosen))
-        plots.append(_damping_width(blocks, own))
-    return [*plots, _rates(cells)]
-
-
-def _damping_eta(title: str, cells: Sequence[Cell]) -> Iterator[Plot]:
-    dampings = sorted({cell.key.damping for cell in cells})
-    etas = sorted({cell.key.eta for cell in cells})
-    table = {(cell.key.eta, cell.key.damping): cell for cell in cells}
-    for name, attribute in (("worst |e+|^2 / |e|^2", "worst_ratio"), ("share of certified steps", "share")):
-        grid = [
-            [
-                float(getattr(table[eta, damping], attribute)) if (eta, damping) in table else math.nan
-                for damping in dampings
-            ]
-            for eta in etas
-        ]
-        yield Plot(f"{title}: {name}", "damping", "eta", (), True, True, grid, dampings, etas)
-
-
-def _damping_width(blocks: str, cells: Sequence[Cell]) -> Plot:
-    dampings = sorted({cell.key.damping for cell in cells})
-    widths = sorted({cell.key.width for cell in cells})
-    grid = [
-        [
-            max(
-                (c.key.eta for c in cells if c.certified and (c.key.width, c.key.damping) == (width, damping)),
-                default=math.nan,
-            )
-            for damping in dampings
-        ]
-        for width in widths
-    ]
-    title = f"{blocks}: largest certified eta"
-    return Plot(title, "damping", "width", (), True, True, grid, dampings, [float(width) for width in widths])
-
-
-def _rates(cells: Sequence[Cell]) -> Plot:
-    curves = []
-    for blocks in dict.fromkeys(cell.key.blocks for cell in cells):
-        certified = sorted(
-            (1.0 - cell.key.eta, cell.worst_ratio) for cell in cells if cell.certified and cell.key.blocks == blocks
-        )
-        curves.append(Curve(blocks, [pair[0] for pair in certified], [pair[1] for pair in certified]))
-    ends = sorted({1.0 - cell.key.eta for cell in cells})
-    bound = Curve("1 - eta", ends, ends, "bound")
-    return Plot(
-        "certified cells: measured against certified rate",
-        "certified rate 1 - eta",
-        "worst measured |e+|^2 / |e|^2",
-        (*curves, bound),
-    )

@@ -75,7 +75,7 @@ def exact_block(twin: SecondOrder, block: Block, probe: Probe, target: Target) -
 
     The Gauss-Newton matrix is J' H J / N with the Hessian H of the negative log-likelihood at the outputs; for the
     likelihoods that ship it is the Fisher matrix with labels from the model, because H does not depend on the label.
-    Unlike ``curvature.func_products`` it needs no root of H, whose memory grows with the square of the outputs.
+    It needs no root of H, whose memory grows with the square of the outputs.
 
     Args:
         twin: from :func:`in_double`.

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 
 from ...analysis.monitors.monitor_plots import BoundedRun, bounded_plots, bounded_run
@@ -19,6 +17,7 @@ from ..runs.environment import prepare_process
 from ..runs.records import write_json
 from ..runs.targets import require_folder
 from ..runs.training import prepare
+from .flags import DataFlags, Options, say
 
 __all__ = ["BoundedTraining"]
 
@@ -26,7 +25,7 @@ _FILES = ("bounded.json", "bounded.png", "bounded.pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundedTraining:
+class BoundedTraining(DataFlags):
     """Train an autoencoder with every damping of secant pairs and check every bound on every H on the way.
 
     BFGS updates are checked against U1 to U4, L-BFGS(p) against its uniform bounds, the input factors for interlacing;
@@ -36,13 +35,11 @@ class BoundedTraining:
 
     problem: str = "curves-autoencoder"
     """Problem; 'osculate problems' lists them."""
-    problem_option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """Further keyword of the problem: --problem-option size=small."""
     methods: tuple[str, ...] = ("kbfgs", "kbfgs-l")
     """Methods with quasi-Newton factors, separated by blanks."""
     pairs: tuple[str, ...] = ("double", "powell-then-lm", "powell-h", "merged", "powell-b0", "none")
     """Dampings of pairs, as the methods name them."""
-    option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    option: Options = ()
     """Further keyword of every method: --option growth=inf."""
     train_steps: int = 100
     """Steps of each run."""
@@ -50,10 +47,6 @@ class BoundedTraining:
     """Steps between two examinations."""
     seed: int = 0
     """Of the network and the order of the data."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    """Folder with the data sets. Default: download, or generate."""
     out: Path = Path("runs/bounded-training")
     """Folder to write."""
 
@@ -77,7 +70,7 @@ class BoundedTraining:
         write_json(self.out / "bounded.json", {"ok": ok, "problem": self.problem, "runs": runs})
         plots = [plot for method, own in found.items() for plot in bounded_plots(own, method)]
         save_figure(plots_figure(plots), self.out / "bounded")
-        console.print(f"numbers and figure lie in {self.out}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"numbers and figure lie in {self.out}")
         return int(not ok)
 
     def _train(self, method: str, pairs: str, data: Data) -> BoundedRun:

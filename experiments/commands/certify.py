@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -17,12 +16,13 @@ from ...framework.contracts import Certificate, Row, Subject, certify, resolve, 
 from ..runs.environment import choose_device, prepare_process
 from ..runs.records import write_json
 from ..runs.targets import require_file
+from .flags import DeviceFlag, Place
 
 __all__ = ["Certify"]
 
 
 @dataclass(frozen=True)
-class Certify:
+class Certify(DeviceFlag):
     """Check every contract of a part or method; print a table of what held.
 
     A target is osculate (everything registered), a module of your own, or module:part, where the part is an instance, a
@@ -35,9 +35,7 @@ class Certify:
     """What to certify: osculate, module, or module:part."""
     contracts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
     """Names of contracts. Default: all of the part's kind."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
-    json: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    json: Place = None
     """File to write the whole certificate to. Default: none."""
 
     def run(self, console: Console) -> int:

@@ -25,6 +25,7 @@ from ..runs.reopen import copy_of, probes, reopen, saved_config
 from ..runs.targets import require_folder
 from ..runs.training import prepare
 from ..runs.training_run import TrainingRun
+from .flags import DataFlags, Place, say
 
 __all__ = ["CompareStructures"]
 
@@ -40,7 +41,7 @@ _SHOWN = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareStructures:
+class CompareStructures(DataFlags):
     """Compare all registered structures with the exact curvature at one checkpoint; print a table, best angle first.
 
     All get the same mini-batches at the same parameters: those of RUN's last checkpoint, or of a problem after a few
@@ -51,8 +52,6 @@ class CompareStructures:
     """Folder of a run. Default: a fresh network of --problem."""
     problem: str = "curves-autoencoder"
     """Problem where no run is given; 'osculate problems' lists them."""
-    problem_option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """Further keyword of the problem: --problem-option size=small."""
     train_steps: int = 30
     """Steps of Adam before the comparison where no run is given."""
     structures: tuple[str, ...] = ()
@@ -69,11 +68,7 @@ class CompareStructures:
     """Layers with more parameters are left out."""
     seed: int = 0
     """Of the network and the order of the data."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    """Folder with the data sets. Default: download, or generate."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    out: Place = None
     """Folder to write. Default: RUN/structures, or runs/structures-PROBLEM where no run is given."""
 
     def run(self, console: Console) -> int:
@@ -110,7 +105,7 @@ class CompareStructures:
         rows = [{"structure": entry.structure} | block.as_dict() for entry in found for block in entry.blocks]
         write_rows(out / "structures.csv", rows)
         save_figure(plots_figure(structure_plots(found, self.targets[0])), out / "structures")
-        console.print(f"table and figure lie in {out}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"table and figure lie in {out}")
         return 0
 
     def _structures(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ...errors import ArgumentError, require_interval
 from ..runs.environment import choose_device, describe_environment, prepare_process
 from ..runs.interrupts import interruptible
 from ..runs.records import write_json
+from .flags import DeviceFlag, say
 
 __all__ = ["CellFile", "ConvergenceMap"]
 
@@ -34,7 +35,7 @@ _ETAS = (0.003, 0.01, 0.03, 0.1, 0.3, 0.7)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvergenceMap:
+class ConvergenceMap(DeviceFlag):
     """Map where full-batch linear convergence is certified and what is measured, block by block.
 
     Runs a two-layer tanh net in function space (float64) for every combination of blocks, width, damping and step size.
@@ -57,8 +58,6 @@ class ConvergenceMap:
     """Steps of a run."""
     seed: int = 0
     """Seed of data and weights."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
     memory_gib: float = 0.016
     """Room for the tensors of one chunk of neurons, in GiB; more pays on a GPU."""
     out: Path = Path("runs") / "convergence-map"
@@ -90,7 +89,7 @@ class ConvergenceMap:
         broken = [cell for cell in cells if cell.certified and not cell.kept]
         for cell in broken:
             console.print(f"[red]violated[/] {cell.key}: {cell.worst_ratio:.6g} > {1 - cell.key.eta:.6g}")
-        console.print(f"cells, tables and figures lie in {self.out}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"cells, tables and figures lie in {self.out}")
         return 1 if broken else 0 if finished else 130
 
     def _measure(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 
 from ...analysis.monitors.monitor_plots import read_readings, reading_plots
@@ -23,11 +22,10 @@ from ..runs.environment import prepare_process
 from ..runs.records import RunFolder, write_json
 from ..runs.reopen import copy_of, probes, reopen, saved_config
 from ..runs.targets import require_folder
+from .flags import Count, Place, SavedRunFlags, say
 
 __all__ = ["Diagnose", "Microscope"]
 
-Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
-Place = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 _SHOWN = {
     "block": "layer",
     "target": "against",
@@ -51,7 +49,7 @@ _STEPS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnose:
+class Diagnose(SavedRunFlags):
     """Measure how well a run's preconditioner fits the exact curvature, layer by layer, and draw it.
 
     Goes over the checkpoints that 'osculate train --keep-checkpoints' kept, else takes the last one. The folder gets
@@ -59,20 +57,14 @@ class Diagnose:
     'train --watch' let monitors examine the run, monitors.png.
     """
 
-    folder: Run
-    """Folder of a run."""
     samples: int = 100
     """Samples of the mini-batch that defines the exact curvature."""
     targets: tuple[Target, ...] = ("ggn",)
     """Exact matrices: ggn (the Fisher matrix of these likelihoods), hessian; equal in networks of rectified units."""
     dense: int = 600
     """Layers up to this many parameters are treated as dense matrices, larger ones through products."""
-    largest: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
+    largest: Count = None
     """Layers with more parameters are left out. Default: none is."""
-    device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
-    """cpu, cuda or cuda:N. Default: the run's own."""
-    data_dir: Place = None
-    """Folder with the data sets. Default: download, or generate."""
     out: Place = None
     """Folder to write. Default: RUN/diagnosis."""
 
@@ -102,7 +94,7 @@ class Diagnose:
         _draw(approximation_plots(rows), out / "approximation")
         _draw(spectrum_plots(known), out / "spectra")
         _draw(reading_plots(readings), out / "monitors")
-        console.print(f"table and figures lie in {out}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"table and figures lie in {out}")
         return 0
 
     def _sources(self, folder: RunFolder) -> list[Path | None]:
@@ -123,7 +115,7 @@ def _draw(plots: Sequence[Plot], stem: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Microscope:
+class Microscope(SavedRunFlags):
     """Take one step of several methods from a run's last checkpoint, on the same mini-batch, and compare them.
 
     Each method first gathers statistics at the checkpoint, with the parameters put back after every step; the run's own
@@ -134,16 +126,10 @@ class Microscope:
     if a method broke down.
     """
 
-    folder: Run
-    """Folder of a run."""
     methods: tuple[str, ...] = ("kbfgs", "kfac", "mbf", "adam")
     """Methods with their own defaults, separated by blanks; the run's own keeps the run's numbers."""
     history: int = 20
     """Mini-batches on which statistics are gathered first."""
-    device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
-    """cpu, cuda or cuda:N. Default: the run's own."""
-    data_dir: Place = None
-    """Folder with the data sets. Default: download, or generate."""
     out: Place = None
     """Folder to write. Default: RUN/microscope."""
 
@@ -175,5 +161,5 @@ class Microscope:
         write_rows(out / "microscope.csv", rows)
         write_json(out / "microscope.json", {"iterations": run.iterations, "steps": rows})
         _draw(step_plots(found), out / "microscope")
-        console.print(f"table and figure lie in {out}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"table and figure lie in {out}")
         return int(any(quality.trouble for quality in found))

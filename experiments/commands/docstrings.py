@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from docstring_parser.google import parse
+
 from ...framework.methods.parts import label
 
 __all__ = ["Argument", "Description", "describe"]
 
-_SECTION = re.compile(r"(Args|Arguments|Attributes|Returns|Yields|Raises|Example|Examples|Note):")
-_NAMED = re.compile(r"(\w+): ?(.*)")
+_SECTION = re.compile(r"(Args|Arguments|Attributes|Returns|Yields|Raises|Example|Examples|Note):\n")
 
 
 @dataclass(frozen=True)
@@ -50,38 +51,17 @@ def describe(subject: Callable[..., Any]) -> Description:
         subject: its signature gives the names and defaults.
     """
     text = (inspect.getdoc(subject) or "").replace("``", "")
-    before, meanings, after = _split(text)
-    summary, _, body = before.partition("\n\n")
+    pieces = re.split(r"\n(?=\S)", text)  # an unindented line starts each, such as the heading of a section
+    start = next((place for place, piece in enumerate(pieces) if _SECTION.match(piece)), len(pieces))
+    behind = [piece for piece in pieces[start:] if not _SECTION.match(piece)]
+    meanings = {entry.arg_name: entry.description or "" for entry in parse(text).params}
+    summary, _, body = "\n".join(pieces[:start]).strip().partition("\n\n")
     arguments = tuple(
-        Argument(name, _written(subject, entry), meanings.get(name, ""))
+        Argument(name, _written(subject, entry), " ".join(meanings.get(name, "").split()))
         for name, entry in inspect.signature(subject).parameters.items()
         if entry.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     )
-    return Description(" ".join(summary.split()), _flowed(body), arguments, _flowed(after))
-
-
-def _split(text: str) -> tuple[str, dict[str, str], str]:
-    """Return what stands before the sections, the meanings in ``Args``, and the unindented lines behind it."""
-    before: list[str] = []
-    after: list[str] = []
-    meanings: dict[str, str] = {}
-    section, name = "", ""
-    for line in text.splitlines():
-        header = _SECTION.fullmatch(line.strip()) if not line.startswith(" ") else None
-        if header is not None:
-            section = header.group(1)
-        elif not section:
-            before.append(line)
-        elif line and not line.startswith(" "):
-            section = "behind"
-            after.append(line)
-        elif section == "behind":
-            after.append(line)
-        elif section in ("Args", "Arguments", "Attributes") and line.strip():
-            named = _NAMED.fullmatch(line.strip()) if len(line) - len(line.lstrip()) == 4 else None
-            name = named.group(1) if named else name
-            meanings[name] = f"{meanings.get(name, '')} {named.group(2) if named else line.strip()}".strip()
-    return "\n".join(before).strip(), meanings, "\n".join(after).strip()
+    return Description(" ".join(summary.split()), _flowed(body), arguments, _flowed("\n".join(behind)))
 
 
 def _flowed(text: str) -> str:

@@ -17,6 +17,7 @@ from ...errors import ArgumentError
 from ..report.study_records import StudyRecord, read_study, side_by_side
 from ..runs.records import write_json
 from ..runs.targets import require_folder, writing
+from .flags import Place, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +59,7 @@ class Report:
     """Folder of the study, or any folder with run folders below it."""
     compare: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="STUDY ...", help_behavior_hint="")] = ()
     """Further studies to put beside it; each arm gets its study's name in front."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    out: Place = None
     """Folder to write. Default: STUDY/report, with --compare STUDY/report-and-OTHER."""
 
     def run(self, console: Console) -> int:
@@ -70,7 +71,7 @@ class Report:
         with console.status("scoring and drawing"):
             tables = write_report(record, out)
         _show(record, tables, console)
-        console.print(f"report.html, figures and tables lie in {out}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"report.html, figures and tables lie in {out}")
         return 1 if record.gaps else 0
 
 
@@ -206,6 +207,6 @@ def _show(record: StudyRecord, tables: Mapping[str, pd.DataFrame], console: Cons
         shown.add_row(escape(str(row["problem"])), escape(str(row["arm"])), f"{row['finished']} of {total}", *texts)
     console.print(shown)
     for gap in record.gaps[:8]:
-        console.print(gap, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        say(console, gap, "yellow")
     if len(record.gaps) > 8:
         console.print(f"... and {len(record.gaps) - 8} more gaps", style="yellow")

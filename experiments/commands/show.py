@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -17,6 +16,7 @@ from ..runs.environment import choose_device, describe_environment, prepare_proc
 from ..runs.records import write_json
 from ..runs.targets import require_file
 from .compose import show_compositions
+from .flags import DeviceFlag, Place
 from .listing import show_methods, show_parts
 from .problem_listing import show_problems
 
@@ -62,7 +62,7 @@ class Problems:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class Bench(DeviceFlag):
     """Time a training step of every method beside one of torch.optim.SGD, and count the bytes of its state.
 
     With --launches, count a step's operations instead, on a small autoencoder: what a GPU would be asked to do is
@@ -77,13 +77,11 @@ class Bench:
     """Interleaved rounds; the table shows medians over them."""
     threads: int = 2
     """Threads of one operation on the CPU."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    data_dir: Place = None
     """Folder with the data sets. Default: uniform random numbers in [0, 1] instead of images."""
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LABEL ...", help_behavior_hint="")] = ()
     """Contestants, by the labels of the table. Default: all."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    out: Place = None
     """JSON file to write. Default: none."""
     launches: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[METHOD ...]", help_behavior_hint="")] = None
     """Operations, synchronisations and host tensors of these methods' steps (torch-sgd and torch-adam are known, too),

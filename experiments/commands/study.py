@@ -20,7 +20,7 @@ from ..runs.targets import require_folder
 from ..study import reading
 from ..study.definition import Arm, Study
 from ..study.reading import find_study, read_study, shipped_studies
-from .flags import Count, Place
+from .flags import Count, Place, say
 
 __all__ = ["RunStudy", "scaled"]
 
@@ -99,7 +99,7 @@ class RunStudy:
             return 0
         complete = conduct(study, place, path, console)
         state = "all runs are done" if complete else "not all runs are done; the same command continues"
-        console.print(f"{state}; the study lies in {out}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{state}; the study lies in {out}")
         return 0 if complete else 130
 
 
@@ -178,14 +178,14 @@ def _show(study: Study, workers: int, console: Console) -> None:
         pruned = "no pruning" if how.pruner == "none" else f"pruner {how.pruner}, once 4 trials of an arm are done"
         console.print(f"tuning by {how.metric}, {how.sampler}, seed {how.seed}, {pruned}", highlight=False)
     for note in study.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        say(console, note)
     hours = None if study.seconds is None else study.seconds / workers / 3600
     cost = (
         ", no bound on their time: seconds in [budget] would be one, --estimate times them"
         if hours is None
         else f", at most {hours:.2g} h of training with {workers} worker(s), evaluation not counted"
     )
-    console.print(f"{study.runs} runs{cost}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{study.runs} runs{cost}")
 
 
 def _bounds(budget: Budget) -> str:
@@ -205,7 +205,7 @@ def _space(arm: Arm) -> str:
 
 def show_format(console: Console) -> None:
     """Print the format of study files: the module docstring of ``reading``."""
-    console.print((reading.__doc__ or "").strip(), highlight=False, markup=False, soft_wrap=True)
+    say(console, (reading.__doc__ or "").strip())
 
 
 def list_studies(console: Console) -> None:

@@ -24,6 +24,7 @@ from ...framework.methods.momentum import Decoupled
 from ...stepsize.constant import ConstantStep
 from ..runs.config import parse_options
 from ..runs.targets import require_folder, writing
+from .flags import Options, say
 
 __all__ = ["ExportSubmission", "search_space", "submission_source"]
 
@@ -103,7 +104,7 @@ class ExportSubmission:
     """Method; 'osculate methods' lists them."""
     out: Path
     """Folder to write."""
-    option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    option: Options = ()
     """Further keyword of the method: --option statistics_every=2; 'osculate methods NAME' lists them."""
 
     def run(self, console: Console) -> int:
@@ -122,7 +123,7 @@ class ExportSubmission:
             self.out.mkdir(parents=True, exist_ok=True)
             for name, text in files.items():
                 (self.out / name).write_text(text, encoding="utf-8")
-        console.print(f"{' and '.join(files)} lie in {self.out}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{' and '.join(files)} lie in {self.out}")
         return 0
 
 

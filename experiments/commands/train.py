@@ -20,7 +20,7 @@ from ..runs.records import RunFolder
 from ..runs.runs import Resume, default_folder, run_in_folder
 from ..runs.targets import require_folder, writing
 from ..runs.watched import Extras
-from .flags import Count, Number, Place
+from .flags import Count, DataFlags, Number, Options, Place, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,11 +32,9 @@ SHOWN = ["method", "train loss", "test loss", "accuracy", "epochs", "ms/step", "
 FILES = tuple(f"comparison.{ending}" for ending in ("json", "csv", "png", "pdf"))
 _STATUS = {"finished": 0, "broken down": 1, "no step taken": 1, "interrupted": 130}
 
-Options = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class Common(DataFlags):
     """Flags that train and compare share."""
 
     problem: str = "curves-autoencoder"
@@ -51,8 +49,6 @@ class Common:
     """Samples in a mini-batch. Default: the problem's own."""
     seed: int = 0
     """Seed of the parameters, the order of the data and the method's sampling."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
     threads: Count = None
     """Threads of one operation on the CPU. Default: torch's own choice."""
     data_dir: Place = None
@@ -63,8 +59,6 @@ class Common:
     """Whether a method with an initial pass over the data runs it."""
     option: Options = ()
     """Further keyword of the method: --option statistics_every=2; 'osculate methods NAME' lists them."""
-    problem_option: Options = ()
-    """Further keyword of the problem: --problem-option size=small."""
 
     def prepare(self) -> None:
         """Check the data folder and set what holds for the whole process."""
@@ -127,11 +121,11 @@ class Train(Common):
         folder = RunFolder(self.out or default_folder(config))
         result = run_in_folder(config, budget, folder, self.data_dir, self.resume, console, extras)
         if result.certificate is not None:
-            console.print(result.certificate.summary(), highlight=False, markup=False, soft_wrap=True)
+            say(console, result.certificate.summary())
         reason = f": {result.reason}" if result.status == "no step taken" else ""
         idle = ", no step was asked for" if result.status == "finished" and epochs == 0 else ""
         line = f"{result.status}{reason}{idle}; the run lies in {folder.path}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
         return _STATUS[result.status]
 
 
@@ -176,7 +170,7 @@ class Compare(Common):
         with writing(out):
             table.to_csv(out / "comparison.csv", index=False)
             save_figure(comparison_figure(comparison), out / "comparison")
-        console.print(f"table, curves and figure lie in {out}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"table, curves and figure lie in {out}")
         return 0 if len(comparison.curves) == len(configs) else _STATUS["interrupted"]
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ...analysis.theorem import Setting, Theorem, Verdict, verify
 from ..runs.environment import choose_device, describe_environment, prepare_process
 from ..runs.records import write_json
+from .flags import DeviceFlag, say
 
 __all__ = ["Verify"]
 
@@ -21,7 +22,7 @@ _COLOURS = {"held": "green", "violated": "red", "assumption not met": "yellow"}
 
 
 @dataclass(frozen=True)
-class Verify:
+class Verify(DeviceFlag):
     """Check theorems by running them: every claim with its numbers, its margin and a control that must fail.
 
     Writes verify.json, verify.csv, a figure per theorem and report.html, which needs no network.
@@ -31,8 +32,6 @@ class Verify:
 
     theorems: tyro.conf.Positional[tuple[str, ...]] = ()
     """Names, such as T2 T11. Default: all."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
     seed: int = 0
     """Of every random choice, >= 0."""
     widths: tuple[int, ...] = ()
@@ -69,7 +68,7 @@ class Verify:
         page = report(verdicts, environment, asdict(setting))
         (out / "report.html").write_text(page, encoding="utf-8")
         text = f"report.html, verify.json, verify.csv and figures lie in {out}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(console, text)
 
 
 def _verify_all(theorems: Sequence[Theorem], setting: Setting, console: Console) -> list[Verdict]:

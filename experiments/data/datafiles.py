@@ -17,7 +17,17 @@ import pooch  # type: ignore[import-untyped]
 
 from ...errors import ArgumentError, OsculateError
 
-__all__ = ["DATA_VARIABLE", "DataError", "RemoteFile", "cache_folder", "data_folder", "download", "sha256_of", "verify"]
+__all__ = [
+    "DATA_VARIABLE",
+    "DataError",
+    "RemoteFile",
+    "cache_folder",
+    "data_folder",
+    "download",
+    "find",
+    "sha256_of",
+    "verify",
+]
 
 DATA_VARIABLE = "OSCULATE_DATA"
 _TIMEOUT_SECONDS = 30
@@ -134,6 +144,27 @@ def download(file: RemoteFile, subfolder: str, searched: Iterable[Path] = ()) ->
         except (OSError, ValueError) as error:  # no network, no such page, folder not writable; wrong checksum
             failures.append(f"  {mirror + file.name}: {type(error).__name__}: {_first_line(error)}")
     raise DataError(_missing(file, subfolder, list(searched), failures))
+
+
+def find(file: RemoteFile, subfolder: str, folder: Path | None) -> Path:
+    """Return the file from a data folder, checked where its checksum is known, or else from the cache folder.
+
+    Args:
+        file: what to get.
+        subfolder: folder of the data set, looked into before the data folder itself.
+        folder: data folder; None where there is none.
+
+    Raises:
+        DataError: the file that is there is damaged, or there is none and no mirror delivered it.
+    """
+    candidates = [folder / subfolder / file.name, folder / file.name] if folder is not None else []
+    for path in candidates:
+        if path.is_file():
+            if file.checksum is not None:
+                algorithm, _, checksum = file.checksum.partition(":")
+                verify(path, checksum, file.size, algorithm)
+            return path
+    return download(file, subfolder, candidates)
 
 
 def _missing(file: RemoteFile, subfolder: str, searched: Sequence[Path], failures: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...errors import require_positive_integer
-from .datafiles import DataError, RemoteFile, data_folder, download, sha256_of
+from .datafiles import DataError, RemoteFile, data_folder, find, sha256_of
 
 __all__ = ["FacePatches", "augment", "load_face_patches", "read_olivetti"]
 
@@ -65,7 +65,7 @@ def load_face_patches(patches_per_face: int, seed: int = 0, data_dir: Path | Non
         DataError: the file is damaged, or is missing and cannot be downloaded.
     """
     require_positive_integer("patches_per_face", patches_per_face)
-    faces = torch.from_numpy(read_olivetti(_path(data_dir)).astype(np.float32) / 255)
+    faces = torch.from_numpy(read_olivetti(find(OLIVETTI, _FOLDER, data_folder(data_dir))).astype(np.float32) / 255)
     boundary = TRAIN_PEOPLE * IMAGES_PER_PERSON
     train = augment(faces[:boundary], patches_per_face, np.random.default_rng((seed, 0)))
     test = augment(faces[boundary:], patches_per_face, np.random.default_rng((seed, 1)))
@@ -117,13 +117,6 @@ def read_olivetti(path: Path) -> NDArray[np.uint8]:
     if distinct != expected[1]:
         raise DataError(_damaged(path, f"holds {distinct} different images"))
     return np.ascontiguousarray(pixels.T.reshape(-1, SIDE, SIDE).transpose(0, 2, 1))
-
-
-def _path(data_dir: Path | None) -> Path:
-    folder = data_folder(data_dir)
-    candidates = [folder / _FOLDER / OLIVETTI.name, folder / OLIVETTI.name] if folder is not None else []
-    found = [path for path in candidates if path.is_file()]
-    return found[0] if found else download(OLIVETTI, _FOLDER, candidates)
 
 
 def _damaged(path: Path, state: str) -> str:

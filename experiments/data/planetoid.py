@@ -18,7 +18,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from .datafiles import DataError, RemoteFile, data_folder, download, verify
+from .datafiles import DataError, RemoteFile, data_folder, find
 
 __all__ = ["CITESEER", "CORA", "PUBMED", "Citations", "GraphFiles", "load_citations"]
 
@@ -174,13 +174,7 @@ def _unpickled(path: Path) -> Any:
 def _path(files: GraphFiles, index: int, folder: Path | None) -> Path:
     name = f"ind.{files.name}.{_PARTS[index]}"
     checksum = None if files.sha256 is None else files.sha256[index]
-    candidates = [folder / _FOLDER / name, folder / name] if folder is not None else []
-    for path in candidates:
-        if path.is_file():
-            if checksum is not None:
-                verify(path, checksum)
-            return path
-    return download(RemoteFile(name, _MIRRORS, checksum), _FOLDER, candidates)
+    return find(RemoteFile(name, _MIRRORS, checksum), _FOLDER, folder)
 
 
 def _assembled(parts: list[Any], test: NDArray[np.int64], nodes: int) -> Citations:

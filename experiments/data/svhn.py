@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 
 from .cifar import ColourImages
-from .datafiles import DataError, RemoteFile, data_folder, download, verify
+from .datafiles import DataError, RemoteFile, data_folder, find
 
 __all__ = ["SVHN_TEST", "SVHN_TRAIN", "load_svhn"]
 
@@ -38,18 +38,8 @@ def load_svhn(
         DataError: a file is damaged, is not what its name says, or is missing and cannot be downloaded.
     """
     folder = data_folder(data_dir)
-    train, test = (_read(_path(file, folder)) for file in files)
+    train, test = (_read(find(file, _FOLDER, folder)) for file in files)
     return ColourImages(*train, *test)
-
-
-def _path(file: RemoteFile, folder: Path | None) -> Path:
-    candidates = [folder / _FOLDER / file.name, folder / file.name] if folder is not None else []
-    for path in candidates:
-        if path.is_file():
-            if file.md5 is not None:
-                verify(path, file.md5, algorithm="md5")
-            return path
-    return download(file, _FOLDER, candidates)
 
 
 def _read(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

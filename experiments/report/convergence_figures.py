@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from ...analysis.function_space.convergence_map import Cell
-from .figures import save_figure
+from .figures import COLOURS, save_figure
 
 __all__ = ["damping_eta_figure", "damping_width_figure", "rates_figure", "save_map_figures"]
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _RATIOS = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=2.0)
 
@@ -118,7 +117,7 @@ def rates_figure(cells: Sequence[Cell]) -> Figure:
             [cell.key.eta * shift for cell, shift in zip(own, shifts, strict=True)],
             [1.0 - cell.worst_ratio for cell in own],
             _MARKERS[index % 7],
-            color=_COLOURS[index % 7],
+            color=COLOURS[index % 7],
             markersize=4.5,
             alpha=0.8,
             label=f"{name} ({len(own)})",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from html import escape
-from typing import Any
+from dataclasses import dataclass
 
 import pandas as pd
 
-from .html_page import number_cell, page, pairs, picture, table, text_cell
+from .html_page import render
 from .report_tables import Spread
 from .study_records import StudyRecord
 
@@ -61,6 +60,20 @@ _FIGURES = {"overview": ("loss-", "held-out-"), "profiles": ("profiles",), "abla
 _FIGURES |= {"budget": ("budget-",), "scores": ("layer-steps-",)}
 
 
+_FOLDED = ("scores", "runs", "budget")
+"""Tables too long to stand open."""
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What a cell shows; with a value it sorts by that, ``below`` stands under it, ``kind`` is a class of the style."""
+
+    text: str
+    value: float | None = None
+    below: str = ""
+    kind: str = ""
+
+
 def report_page(record: StudyRecord, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, bytes]) -> str:
     """The whole page.
 
@@ -69,77 +82,11 @@ def report_page(record: StudyRecord, tables: Mapping[str, pd.DataFrame], figures
         tables: by name; empty ones are left out.
         figures: PNG files by name.
     """
-    description = record.description
-    sections = [_section(name, frame, figures) for name, frame in tables.items() if len(frame)]
-    title = str(description.get("title") or record.name)
-    links = [f'<a href="#{name}">{_TITLES[name]}</a>' for name, frame in tables.items() if len(frame)]
-    notes = "".join(f"<li>{escape(str(note))}</li>" for note in description.get("notes", []))
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        f'<ul class="open">{notes}</ul>' if notes else "",
-        _gaps(record),
-        f"<nav>{''.join(links)}<a href='#study'>Study</a></nav>",
-        *sections,
-        '<h2 id="study">Study</h2>',
-        _study(description, record),
-    ]
-    return page(title, body)
-
-
-def _gaps(record: StudyRecord) -> str:
-    if not record.gaps:
-        return '<p class="good">Every run that the study names is here, and ended.</p>' if record.description else ""
-    items = "".join(f"<li>{escape(gap)}</li>" for gap in record.gaps)
-    return (
-        f'<details id="gaps"><summary class="bad">Incomplete: {len(record.gaps)} things are missing, damaged or '
-        f"unfinished</summary><ul>{items}</ul></details>"
-    )
-
-
-def _section(name: str, frame: pd.DataFrame, figures: Mapping[str, bytes]) -> str:
-    pictures = [
-        picture(figure, title) for title, figure in figures.items() if title.startswith(_FIGURES.get(name, ("?",)))
-    ]
-    head = f'<section id="{name}"><h2>{_TITLES[name]}</h2><p class="note">{escape(HOW_TO_READ[name])}</p>'
-    whole = _frame(frame, f"table-{name}")
-    if name in ("scores", "runs", "budget"):
-        whole = f"<details><summary>{len(frame)} rows</summary>{whole}</details>"
-    return "\n".join([head, *pictures, whole, "</section>"])
-
-
-def _frame(frame: pd.DataFrame, name: str) -> str:
-    """A data frame as a table that sorts and searches."""
-    numeric = {
-        str(column)
-        for column in frame.columns
-        if frame[column].map(lambda value: isinstance(value, int | float | Spread)).all()
+    description = {"notes": (), "arms": {}, "problems": (), "environment": {}} | dict(record.description)
+    arms = {
+        label: {"method": None, "space": None, "trials": None} | entry for label, entry in description["arms"].items()
     }
-    rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False, name=None)]
-    return table([str(column) for column in frame.columns], rows, numeric, name)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, Spread):
-        below = f"<small>{_number(value.low)} &ndash; {_number(value.high)}</small>" if value.low == value.low else ""
-        text = f"{_number(value.median)} [{_number(value.q25)}, {_number(value.q75)}]{below}"
-        return number_cell(value.median, text)
-    if isinstance(value, float):
-        return number_cell(value, _number(value))
-    if isinstance(value, int):
-        return number_cell(value, str(value))
-    text = str(value)
-    return text_cell(text, "bad" if text in ("missed", "broken down") else "open" if text == "unfinished" else "")
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    if math.isinf(value):
-        return "&infin;" if value > 0 else "&minus;&infin;"
-    return f"{value:.4g}"
-
-
-def _study(description: Mapping[str, Any], record: StudyRecord) -> str:
+    problems = [{"options": None, "target": None, "tuning": None} | entry for entry in description["problems"]]
     known = {
         "name": record.name,
         "base": record.base or "none",
@@ -147,27 +94,57 @@ def _study(description: Mapping[str, Any], record: StudyRecord) -> str:
         "budget": description.get("budget", {}),
         "protocol": description.get("protocol", "not stated"),
     }
-    arms = description.get("arms", {})
-    heads = ["arm", "method", "settings", "search space", "trials"]
-    rows = [
-        [text_cell(label), *(text_cell(_text(entry.get(key))) for key in ("method", "settings", "space", "trials"))]
-        for label, entry in (
-            (label, {"settings": entry.get("options", {}), **entry, "space": _space(entry.get("space"))})
-            for label, entry in arms.items()
-        )
-    ]
-    problems = [
-        [text_cell(entry["name"]), *(text_cell(_text(entry.get(key))) for key in ("options", "target", "tuning"))]
-        for entry in description.get("problems", [])
-    ]
-    parts = [pairs(known)]
-    if rows:
-        parts.append(table(heads, rows, name="table-arms"))
-    if problems:
-        parts.append(table(["problem", "options", "target", "tuning metric"], problems))
-    if description.get("environment"):
-        parts.append("<h3>Environment</h3>" + pairs(description["environment"]))
-    return "\n".join(parts)
+    return render(
+        "study.html",
+        {"named": _text, "ranges": _space},
+        title=str(description.get("title") or record.name),
+        described=bool(record.description),
+        description=description | {"arms": arms, "problems": problems},
+        gaps=record.gaps,
+        sections=[_section(name, frame, figures) for name, frame in tables.items() if len(frame)],
+        known=known,
+    )
+
+
+def _section(name: str, frame: pd.DataFrame, figures: Mapping[str, bytes]) -> dict[str, object]:
+    """A data frame as a table that sorts and searches, below its figures."""
+    numeric = {
+        str(column)
+        for column in frame.columns
+        if frame[column].map(lambda value: isinstance(value, int | float | Spread)).all()
+    }
+    return {
+        "name": name,
+        "title": _TITLES[name],
+        "note": HOW_TO_READ[name],
+        "pictures": {title: png for title, png in figures.items() if title.startswith(_FIGURES.get(name, ("?",)))},
+        "heads": [str(column) for column in frame.columns],
+        "numeric": numeric,
+        "rows": [[_cell(value) for value in row] for row in frame.itertuples(index=False, name=None)],
+        "folded": name in _FOLDED,
+    }
+
+
+def _cell(value: object) -> _Cell:
+    if isinstance(value, Spread):
+        below = f"{_number(value.low)} – {_number(value.high)}" if value.low == value.low else ""
+        text = f"{_number(value.median)} [{_number(value.q25)}, {_number(value.q75)}]"
+        return _Cell(text, value.median, below)
+    if isinstance(value, float):
+        return _Cell(_number(value), value)
+    if isinstance(value, int):
+        return _Cell(str(value), value)
+    text = str(value)
+    kind = "bad" if text in ("missed", "broken down") else "open" if text == "unfinished" else ""
+    return _Cell(text, kind=kind)
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:.4g}"
 
 
 def _space(space: object) -> str:

@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from ...analysis.theorem import Curve, Plot
+from .figures import COLOURS
 
 __all__ = ["equation_pieces", "equation_svg", "plots_figure"]
 
 _COLOURS = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A"),
+    *(colour for colour in COLOURS if colour != "#000000"),  # black comes late: lone bounds are black
     *("#000000", "#999999", "#882255", "#44AA99", "#332288", "#999933", "#661100"),
 )
 _DASHES = {"measured": "-", "bound": "--", "control": ":"}

@@ -9,9 +9,9 @@ from typing import Any
 import osculate as osc
 import pytest
 import torch
+from func_products import ggn_block, hessian_dense_block
 from osculate.analysis.quality.approximation import Effort, measure_approximation
 from osculate.analysis.quality.exact_blocks import Probe, block_gradient, exact_block, flat_direction, in_double
-from osculate.curvature.func_products import ggn_block, hessian_dense_block
 from osculate.curvature.likelihoods import resolve_likelihood
 from osculate.framework.optimizer.blocks import directions_of
 from torch import Tensor, nn

@@ -10,12 +10,12 @@ import osculate as osc
 import pytest
 import torch
 from backend_nets import EVERYTHING, FIELDS, NETS, Recurrent, Twice, record, vectors_of
+from func_products import ggn_block, ggn_product, hessian_dense_block, hessian_product
 from measuring import close, half_squares
 from osculate.curvature import Bernoulli, Categorical, ExactGGN, Gaussian, LayerStatistics, Likelihood, Record
 from osculate.curvature import SampledFisher as Sampled
 from osculate.curvature.backends.structural_copy import structural_copy
 from osculate.curvature.backends.table import make_backend
-from osculate.curvature.func_products import ggn_block, ggn_product, hessian_dense_block, hessian_product
 from torch import Tensor, nn
 
 KNOWN = [name for name in NETS if name != "twice"]

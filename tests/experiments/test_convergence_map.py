@@ -11,7 +11,6 @@ from osculate.analysis.function_space.convergence_map import (
     CellKey,
     Surroundings,
     interval_of,
-    map_plots,
     measure_cell,
 )
 from osculate.errors import ArgumentError, UnknownNameError
@@ -118,14 +117,8 @@ def _cell(damping: float, eta: float, certified: bool) -> Cell:
     return Cell(CellKey("whole", 8, damping, eta), certified, float(certified), *[0.5] * 6, 0.0)
 
 
-def test_plots_and_intervals() -> None:
+def test_intervals() -> None:
     cells = [_cell(0.1, 0.2, True), _cell(1.0, 0.2, True), _cell(0.1, 0.4, False), _cell(3.0, 0.2, False)]
     assert interval_of(cells[:2] + cells[3:]) == (0.1, 1.0)
-    ratios, shares, widths, rates = map_plots(cells)
-    assert ratios.grid_x == [0.1, 1.0, 3.0] and ratios.grid_y == [0.2, 0.4]
-    assert ratios.grid is not None and math.isnan(ratios.grid[1][1])
-    assert shares.grid is not None and shares.grid[0] == [1.0, 1.0, 0.0]
-    assert widths.grid is not None and widths.grid[0][:2] == [0.2, 0.2] and math.isnan(widths.grid[0][2])
-    assert rates.curves[0].x == [0.8, 0.8]
     with pytest.raises(UnknownNameError):
         CellKey("nothing", 8, 0.1, 0.1)

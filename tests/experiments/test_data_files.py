@@ -12,8 +12,7 @@ import requests
 from osculate.errors import ArgumentError
 from osculate.experiments.data import datafiles, datasets
 from osculate.experiments.data.datafiles import DATA_VARIABLE, DataError, RemoteFile, data_folder, download, verify
-from osculate.experiments.data.datasets import Checksums, ImageSet, load_images
-from osculate.experiments.idx import read_idx
+from osculate.experiments.data.datasets import Checksums, ImageSet, load_images, read_idx
 
 NAMES = (
     "train-images-idx3-ubyte",

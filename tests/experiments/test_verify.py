@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import markupsafe
 import pytest
 from osculate.analysis import Control, Curve, Evidence, Inequality, Plot, Setting, Theorem, verify
 from osculate.analysis.theorems import catalogue
@@ -109,7 +110,7 @@ def test_the_report_is_whole_and_needs_no_network(results: Path) -> None:
             assert ElementTree.fromstring(content).tag.endswith("svg")
     data = json.loads((results / "verify.json").read_text())["theorems"]
     inequalities = [e["name"] for entry in data for e in entry["evidence"]["inequalities"]]
-    assert all(name.replace("'", "&#x27;").replace("<", "&lt;").replace(">", "&gt;") in text for name in inequalities)
+    assert all(str(markupsafe.escape(name)) in text for name in inequalities)
     assert page.rows > len(inequalities) + len(NAMES) and text.count('<table class="sortable">') == text.count("<table")
 
 

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from osculate.curvature.layers.layer import Layer
+from osculate.curvature.likelihoods import Likelihood
+from osculate.curvature.records.statistics import Tensors
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
-
-from .layers.layer import Layer
-from .likelihoods import Likelihood
-from .records.statistics import Tensors
 
 __all__ = ["ggn_block", "ggn_product", "hessian_dense_block", "hessian_product"]
 
