@@ -73,8 +73,12 @@ def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def run_closure(closure: Closure) -> Tensor:
+def run_closure(closure: Closure, device: torch.device) -> Tensor:
     """Call the closure with gradients enabled and check what it returns.
+
+    Args:
+        closure: the user's.
+        device: of the parameters; a loss that was fetched (``return loss.item()``) goes back there.
 
     Raises:
         ArgumentError: if it returns no scalar loss.
@@ -82,7 +86,7 @@ def run_closure(closure: Closure) -> Tensor:
     with torch.enable_grad():
         loss = closure()
     if isinstance(loss, float | int):
-        loss = torch.tensor(float(loss))
+        loss = torch.full((), float(loss), device=device)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ArgumentError(
             f"the closure must return the scalar loss, got {type(loss).__name__}"

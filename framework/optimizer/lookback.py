@@ -224,7 +224,7 @@ class LookBack:
         with preserved(optimizer.model), frozen(constants):
             self._before.restore(optimizer.model)
             with optimizer.ranks.silent():
-                loss = run_closure(closure)
+                loss = run_closure(closure, optimizer.device)
             return loss, Points.after(changing_layers(optimizer.blocks), optimizer._inverse_scale, optimizer.ranks)
 
     def _observe(self, before: Mapping[str, LayerStatistics], after: Mapping[str, LayerStatistics]) -> Events:

@@ -278,7 +278,7 @@ class SecondOrder(Session):
             require_plain_loss(self.ranks.count, self.grad_scaler)
         products = GraphKeepingBackward(self.layers) if wanted else None
         with products or nullcontext():
-            loss = run_closure(closure)
+            loss = run_closure(closure, self.device)
         return self.ranks.mean(loss), products
 
     def _skip(self, trouble: str, loss: Tensor | None) -> Tensor | None:
@@ -368,6 +368,12 @@ class SecondOrder(Session):
             raise ArgumentError(
                 "this optimizer was closed: its hooks are gone from the model; build a new one and load state_dict()"
             )
+        for block in self.blocks:
+            if block.parameters[0].device != block.storage[0].device:
+                raise ArgumentError(
+                    f"the model moved from {block.storage[0].device} to {block.parameters[0].device} after "
+                    "osculate.build, which made states where the parameters were; build after model.to(...)"
+                )
         if self.capture.pauses:
             raise ArgumentError("step() inside optimizer.paused() would see no statistics; leave the context before it")
 

@@ -75,6 +75,11 @@ class Session(torch.optim.Optimizer):
         self.defaults.pop("differentiable", None)  # torch adds it; here every default is a number of the method
 
     @property
+    def device(self) -> torch.device:
+        """Of the first parameter: where a loss belongs."""
+        return self.blocks[0].parameters[0].device
+
+    @property
     def damping(self) -> float | dict[str, float]:
         """lambda of the coming step; per layer where parameter groups differ."""
         value = self._values.common(self.param_groups, "damping")

@@ -297,7 +297,7 @@ class StepRule:
         if forms is None:
             forms = self._forms(self.judge.curvature, step, pieces, statistics, products)
         slopes = _gradient_slopes(pieces)
-        alpha = torch.as_tensor(sizes, dtype=slopes.dtype, device=slopes.device).expand_as(slopes)
+        alpha = _on_device(sizes, slopes)
         return torch.dot(alpha, slopes) - 0.5 * torch.dot(alpha, forms @ alpha)
 
     def _evidence(
@@ -346,6 +346,11 @@ class StepRule:
         """(L,) norms of the layers' parameters."""
         parameters = [full_precision(p.detach()) for layer in self.layers for p in layer.parameters.values()]
         return _by_layer(squared_norms(parameters), [len(layer.parameters) for layer in self.layers]).sqrt()
+
+
+def _on_device(sizes: Tensor | float, like: Tensor) -> Tensor:
+    """Step sizes as (K,); a number is written there by a kernel, a copy from the host would wait."""
+    return sizes.to(like).expand_as(like) if isinstance(sizes, Tensor) else torch.full_like(like, sizes)
 
 
 def _slopes(pieces: _Pieces, squares: Tensor) -> Tensor:
