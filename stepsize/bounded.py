@@ -64,7 +64,8 @@ class RelativeBound(StepSizeDeclarations, forwards="rule"):
         if self.recalls:
             return self._both(torch.as_tensor(proposed), evidence.squared_norms, evidence.parameter_norms)
         cap = self.limit * evidence.parameter_norms / evidence.squared_norms.sqrt()
-        cap = torch.where(torch.isfinite(cap) & (evidence.parameter_norms > 0), cap, torch.full_like(cap, torch.inf))
+        # A quotient that is no number compares as false: such a layer has no bound.
+        cap = torch.where((cap >= 0) & (evidence.parameter_norms > 0), cap, torch.inf)
         return torch.minimum(torch.as_tensor(proposed, dtype=cap.dtype, device=cap.device).expand_as(cap), cap)
 
     def _both(self, proposed: Tensor, squared_norms: Tensor, parameter_norms: Tensor) -> Tensor:

@@ -261,7 +261,7 @@ class StepRule:
                     f"{tuple(sizes.shape)}"
                 )
             if sizes.device.type != "cpu":  # deciding here would synchronise: such a layer stands still instead
-                finite = torch.isfinite(sizes)
+                finite = sizes - sizes == 0
                 if self.last is not None:
                     finite = finite.reshape(2, -1).all(0).repeat(2)
                 sizes, events = torch.where(finite, sizes, 0.0), {"nonfinite_step_sizes": (~finite).sum()}
@@ -345,7 +345,8 @@ class StepRule:
     def _norms(self) -> Tensor:
         """(L,) norms of the layers' parameters."""
         parameters = [full_precision(p.detach()) for layer in self.layers for p in layer.parameters.values()]
-        return _by_layer(squared_norms(parameters), [len(layer.parameters) for layer in self.layers]).sqrt()
+        squares = torch.stack(list(torch._foreach_norm(parameters))).square()
+        return _by_layer(squares, [len(layer.parameters) for layer in self.layers]).sqrt()
 
 
 def _on_device(sizes: Tensor | float, like: Tensor) -> Tensor:
