@@ -34,7 +34,7 @@ def _no_network(monkeypatch, tmp_path):
         raise DataError(f"no network for {file.identity}")
 
     monkeypatch.setattr(cifar, "download", refused)
-    monkeypatch.setattr("osculate.experiments.data.svhn.download", refused)
+    monkeypatch.setattr("osculate.experiments.data.datafiles.download", refused)
     monkeypatch.delenv("OSCULATE_DATA", raising=False)
 
 
