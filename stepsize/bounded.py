@@ -65,7 +65,7 @@ class RelativeBound(StepSizeDeclarations, forwards="rule"):
             return self._both(torch.as_tensor(proposed), evidence.squared_norms, evidence.parameter_norms)
         cap = self.limit * evidence.parameter_norms / evidence.squared_norms.sqrt()
         # A quotient that is no number compares as false: such a layer has no bound.
-        cap = torch.where((cap >= 0) & (evidence.parameter_norms > 0), cap, torch.inf)
+        cap = torch.where((cap >= 0) & (evidence.parameter_norms > 0), cap, torch.full_like(cap, torch.inf))
         return torch.minimum(torch.as_tensor(proposed, dtype=cap.dtype, device=cap.device).expand_as(cap), cap)
 
     def _both(self, proposed: Tensor, squared_norms: Tensor, parameter_norms: Tensor) -> Tensor:
