@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...curvature.layers.layer import Layer
-from ...curvature.records.needs import LOOKING_BACK, Needs, Record
+from ...curvature.records.needs import Needs, Record
 from ..methods.method import Method
 from .blocks import Block
 from .recording import records_for_step
@@ -50,14 +50,6 @@ class Plan:
     def __init__(self, method: Method, blocks: Sequence[Block], layers: Sequence[Layer]):
         self.method, self.blocks, self.layers = method, blocks, layers
         self.needs = [block.part.needs for block in blocks]
-        self.looking_back = [bool(need & LOOKING_BACK) for need in self.needs]
-        self.changing = tuple(
-            {
-                block.layer.name: block.layer
-                for block, need in zip(blocks, self.needs, strict=True)
-                if Needs.CHANGES in need
-            }.values()
-        )
         self._last: tuple[Any, Any] = (None, None)
         self._known: dict[tuple[tuple[bool, ...], Needs], StepPlan] = {}
 

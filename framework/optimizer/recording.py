@@ -20,7 +20,6 @@ from .blocks import Block, present_gradients
 __all__ = [
     "all_records",
     "fill",
-    "products_due",
     "records_for_forward",
     "records_for_step",
     "require_filled",
@@ -71,14 +70,6 @@ def all_records(blocks: Sequence[Block], layers: Sequence[Layer], method: Method
     for layer in layers:
         _add(wanted, layer.name, _records_for_scores(layer, method.measures_at(None)))
     return wanted
-
-
-def products_due(blocks: Sequence[Block], method: Method, step: int, warm: bool) -> bool:
-    """Whether this step needs products with the Hessian, for forms along the step or for the curvature."""
-    if Needs.PRODUCTS in method.measures_at(step):
-        return True
-    due = [block for block in blocks if block.statistics_due(step, warm)]
-    return Needs.PRODUCTS in method.asks and any(Needs.MATRIX in block.part.needs for block in due)
 
 
 def with_hessians(
