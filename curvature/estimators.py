@@ -7,7 +7,7 @@ An estimator says what it provides, what the backend must record for that, and f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..checking import require_fields
@@ -148,8 +148,7 @@ class EmpiricalFisher:
             whole = statistics.sample_gradients.loss is not None
             return statistics.with_vectors(statistics.loss_vectors) if whole else statistics
         scale = statistics.gradient_scale
-
-        return replace(statistics.with_vectors(statistics.loss_vectors), roots=(statistics.gradient_rows(), scale))
+        return statistics.with_vectors(statistics.loss_vectors, roots=(statistics.gradient_rows(), scale))
 
 
 @dataclass(frozen=True)
@@ -180,8 +179,7 @@ class SampledFisher:
         if statistics.sampled_gradient is None:
             whole = statistics.sample_gradients.sampled is not None
             return statistics.with_vectors(statistics.sampled_vectors) if whole else statistics
-        filled = statistics.with_vectors(statistics.sampled_vectors)
-        return replace(filled, roots=(statistics.sampled_rows(), 1.0))
+        return statistics.with_vectors(statistics.sampled_vectors, roots=(statistics.sampled_rows(), 1.0))
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,7 @@ class ExactGGN:
         if statistics.curvature_roots is None:
             whole = statistics.sample_gradients.roots is not None
             return statistics.with_vectors(vectors) if whole else statistics
-        return replace(statistics.with_vectors(vectors), roots=(statistics.root_rows(), 1.0))
+        return statistics.with_vectors(vectors, roots=(statistics.root_rows(), 1.0))
 
 
 @dataclass(frozen=True)
@@ -266,7 +264,7 @@ class ExactHessianBlock:
 
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """The block that the optimizer's Hessian products give."""
-        return statistics if statistics.hessian is None else replace(statistics, matrix=statistics.hessian)
+        return statistics if statistics.hessian is None else statistics.with_fields(matrix=statistics.hessian)
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,11 @@ class Run:
         if key not in watch.gradients:
             return
         if layer.adapter is None:
-            self.result[layer.name].calls = [Call(self.entry.index, self.entry.samples, 1)]
+            self.result[layer.name].calls = [Call(layer.name, self.entry.index, self.entry.samples, 1)]
             return
         gradient = watch.gradients[key]
-        call = Call(self.entry.index, gradient.shape[0], layer.adapter.positions(layer.module, gradient))
+        positions = layer.adapter.positions(layer.module, gradient)
+        call = Call(layer.name, self.entry.index, gradient.shape[0], positions)
         if Record.INPUTS in record:
             call.input = layer.adapter.recorded_input(layer.module, watch.inputs[key])
         self.result[layer.name].calls = [call]

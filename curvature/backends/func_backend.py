@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -236,7 +235,7 @@ class Model:
     def calls(self, layer: Layer, wanted: Record) -> list[Call]:
         """The calls of a layer with their inputs and sums of outputs; one without data if none was seen as a module."""
         if layer.adapter is None or not self._uses[layer.name]:
-            return [Call(self._pass.index, self._pass.samples, 1)]
+            return [Call(layer.name, self._pass.index, self._pass.samples, 1)]
         result: list[Call] = []
         for use, output in self._uses[layer.name]:
             call = use.call(self._pass.index, output)
@@ -257,7 +256,7 @@ class Model:
 
         def keep(uses: Sequence[Use], output: Tensor) -> None:
             for use in uses:
-                self._uses[use.layer.name].append((replace(use, value=use.value.clone()), output.clone()))
+                self._uses[use.layer.name].append((use._replace(value=use.value.clone()), output.clone()))
 
         return observed([layer for layer in self.layers if layer.adapter is not None], keep)
 

@@ -8,7 +8,7 @@ a step writes to the parameters only after the record has been collected.
 from __future__ import annotations
 
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError, CompatibilityError
-from ..layers.layer import Layer
-from ..likelihoods import Likelihood
 from ..records.calls import EMPTY, Call, ParameterSum
 from ..records.joining import combine
-from ..records.needs import PassKind, Record
+from ..records.needs import Record
 from ..records.statistics import LayerStatistics, SampleGradients, Tensors
-from .hooks import Hook
-from .passes import Pauses, accumulates
-from .sampling import extra_backward, is_extra_backward, label_generator, require_predictive
+from .backend import Backend
+from .capture import Hook
+from .passes import OWN, Pauses, accumulates, extra_backward
+from .sampling import label_generator, require_predictive
 
 __all__ = ["Measured", "Pass", "ReplayBackend", "RootHook", "require_replayable"]
 
@@ -61,37 +60,18 @@ class Measured:
     extensions: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-class ReplayBackend(ABC):
-    """Records passes at the model's root; a subclass measures them. Used as :class:`~.capture.Capture`.
+class ReplayBackend(Backend):
+    """Records passes at the model's root; a subclass measures them. See :class:`~.backend.Backend`.
 
-    Args:
-        model: the model. It must return one tensor whose first axis counts the samples.
-        layers: its layers.
-        likelihood: the model's predictive distribution, for sampled labels and curvature roots.
-        loss_reduction: ``"mean"`` or ``"sum"``.
-        seed: of the sampled labels, which equal those of the other backends.
+    The model must return one tensor whose first axis counts the samples.
     """
 
-    name: ClassVar[str]
-    cannot: ClassVar[Mapping[Record, str]] = {}
+    _original: ClassVar[tuple[str, ...]] = (*Backend._original, "_references", "_kept")
 
-    def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood | None, loss_reduction: str, seed: int
-    ):
-        self.model = model
-        self.layers = list(layers)
-        self.likelihood = likelihood
-        self.loss_reduction = loss_reduction
-        self.seed = seed
-        self.step = 0
-        self.stream = 0
-        self._wanted: dict[str, Record] = {}
+    def _forget(self) -> None:
         self._references: list[weakref.ref[Pass]] = []
         self._kept: list[Pass] = []
         self._count = 0
-        self._kind: PassKind = "gradient"
-        self.pauses = Pauses()
-        self._handles = self._attach()
 
     @abstractmethod
     def measure(self, entry: Pass, wanted: Mapping[str, Record]) -> dict[str, Measured]:
@@ -100,37 +80,6 @@ class ReplayBackend(ABC):
     def check(self) -> None:
         """Refuse a model in a mode in which it cannot be measured; called at every forward pass."""
         require_replayable(self.model, self.name)
-
-    def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
-        """Choose what the following forward passes record, per layer name; see ``Capture.arm``."""
-        self._wanted = {name: record for name, record in wanted.items() if record}
-        self._kind = kind
-
-    def extended(self, layers: Sequence[Layer]) -> ReplayBackend:
-        """A backend for more layers in place of this one, whose hooks are removed and whose records are dropped."""
-        self.close()
-        result = type(self)(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
-        result.step, result.pauses = self.step, self.pauses
-        return result
-
-    def close(self) -> None:
-        """Remove all hooks from the model."""
-        for handle in self._handles:
-            handle.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies: what was recorded, and the hooks, belong to the original."""
-        own = {"_handles": [], "_references": [], "_kept": [], "_count": 0, "pauses": Pauses()}
-        return {**self.__dict__, **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy places its hook on its own model."""
-        self.__dict__.update(state)
-        self._handles = self._attach()
-
-    def clear(self) -> None:
-        """Forget every pass."""
-        self._references, self._kept, self._count = [], [], 0
 
     def discard_complete(self) -> None:
         """Forget passes that already have a gradient: the user threw that gradient away (``zero_grad``)."""
@@ -169,7 +118,7 @@ class ReplayBackend(ABC):
         """Record a pass; may replace the output by one that carries an artificial leaf."""
         if not self._wanted or not torch.is_grad_enabled():
             return None
-        if self.pauses:
+        if self.pauses.depth:
             return self._with_leaf(output)[0] if isinstance(output, Tensor) else None
         if not isinstance(output, Tensor) or output.ndim == 0:
             raise ArgumentError(
@@ -268,7 +217,7 @@ def _gradient_hook(entry: Pass, kept: list[Pass], pauses: Pauses, leaves: Sequen
     """
 
     def hook(gradient: Tensor) -> None:
-        if is_extra_backward() or pauses or not accumulates(leaves):
+        if OWN.running or pauses.depth or not accumulates(leaves):
             return
         entry.gradient = gradient.detach().clone() if entry.gradient is None else entry.gradient + gradient.detach()
         entry.discarded = False

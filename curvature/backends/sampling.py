@@ -6,8 +6,7 @@ wherever no parameter gradient is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,33 +16,15 @@ from ...errors import ArgumentError
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
 from ..records.calls import Call, ParameterSum
+from .passes import extra_backward
 
 __all__ = [
-    "extra_backward",
-    "is_extra_backward",
     "label_generator",
     "require_predictive",
     "roots_backward",
     "sampled_backward",
+    "seeded_generator",
 ]
-
-_running = [False]
-"""Shared by all captures: a second optimizer on the same model sees this one's extra backward through its own hooks."""
-
-
-def is_extra_backward() -> bool:
-    """Whether what runs now, forward or backward, is a backend's own business and belongs to no user's loss."""
-    return _running[0]
-
-
-@contextmanager
-def extra_backward() -> Iterator[None]:
-    """Mark every gradient that arrives inside as not the user's."""
-    _running[0] = True
-    try:
-        yield
-    finally:
-        _running[0] = False
 
 
 def label_generator(seed: int, step: int, passes: int, device: torch.device, stream: int = 0) -> torch.Generator:

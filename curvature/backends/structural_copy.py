@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from .hooks import Hook
+from .capture import Hook
 
 __all__ = ["structural_copy"]
 

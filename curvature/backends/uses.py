@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,8 +22,7 @@ Observer = Callable[[Sequence["Use"], Tensor], Tensor | None]
 _groups = itertools.count()
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """One use of a layer's weight.
 
     Attributes:
@@ -45,17 +43,17 @@ class Use:
         Raises:
             ArgumentError: if the output has no batch axis, or the batch is empty.
         """
-        adapter, module = self.layer.adapter, self.layer.module
+        layer, _, arrange, group = self
+        adapter = layer.adapter
         if adapter is None:
-            return Call(pass_index, output.shape[0] if output.ndim else 1, 1)
-        if self.group is None and output.ndim < adapter.batched_ndim(module):
-            raise ArgumentError(
-                f"layer {self.layer.name!r} was called on one unbatched sample; give it a batch of size 1"
-            )
-        shaped = output if self.arrange is None else self.arrange.tokens(output.detach())
+            return Call(layer.name, pass_index, output.shape[0] if output.ndim else 1, 1)
+        if group is None and output.ndim < adapter.batched_ndim(layer.module):
+            raise ArgumentError(f"layer {layer.name!r} was called on one unbatched sample; give it a batch of size 1")
+        shaped = output if arrange is None else arrange.tokens(output.detach())
         if shaped.shape[0] == 0:
-            raise ArgumentError(f"layer {self.layer.name!r} was called on a batch of 0 samples; {EMPTY}")
-        return Call(pass_index, shaped.shape[0], adapter.positions(module, shaped), self.arrange, self.group)
+            raise ArgumentError(f"layer {layer.name!r} was called on a batch of 0 samples; {EMPTY}")
+        positions = adapter.positions(layer.module, shaped)
+        return Call(layer.name, pass_index, shaped.shape[0], positions, arrange, group)
 
 
 def use_of(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Use | None:

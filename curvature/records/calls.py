@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +43,7 @@ class Call:
     """One call of one layer.
 
     Attributes:
+        layer: its name.
         pass_index: number of the forward pass of the whole model.
         samples: N.
         positions: S of this call.
@@ -51,8 +51,10 @@ class Call:
         group: number of the module's call that this is a part of (attention calls several maps of one weight).
         complete: its gradient has arrived.
         labelled: it belongs to a pass of the whole model for which labels were drawn.
+        kept: :class:`Calls` holds it.
     """
 
+    layer: str
     pass_index: int
     samples: int
     positions: int
@@ -67,10 +69,11 @@ class Call:
     edge: GradientEdge | None = None
     complete: bool = False
     labelled: bool = False
+    kept: bool = False
 
     def take_gradient(self, gradient: Tensor) -> None:
         """Keep the gradient of one backward; several through one forward add up, as they do in ``.grad``."""
-        value = self.arranged(gradient.detach())
+        value = gradient.detach() if self.arrange is None else self.arrange(gradient.detach())
         self.gradient = value if self.gradient is None else self.gradient + value
 
     def take_gradient_sum(self, value: Tensor) -> None:
@@ -80,7 +83,7 @@ class Call:
     def forget_gradient(self) -> None:
         """As before the first backward: the user has cleared ``.grad``, and may go backward again."""
         self.gradient = self.gradient_sum = None
-        self.complete = self.labelled = False
+        self.complete = self.labelled = self.kept = False
 
     def arranged(self, value: Tensor) -> Tensor:
         """A tensor in the output's shape, batch axis first."""
@@ -92,51 +95,54 @@ class Call:
 
 
 class Calls:
-    """The calls of one layer in the order they were made, while somebody holds them.
+    """The calls of all layers in the order they were made, while somebody holds them.
 
     A call is held by the autograd graph it belongs to until its gradient arrives, and by this list from then on: an
     evaluation pass whose graph is thrown away leaves nothing behind, whether or not it ran under ``torch.no_grad()``.
     """
 
-    references: list[weakref.ref[Call]]
-    """Empty for a layer that nothing was recorded of."""
-
     def __init__(self) -> None:
-        self.references = []
+        self.made: list[weakref.ref[Call]] = []
         self._kept: list[Call] = []
+        self._limit = 64  # beyond which those that have vanished are dropped
 
-    def __iter__(self) -> Iterator[Call]:
-        """Calls that are still alive."""
+    def alive(self) -> list[Call]:
+        """Calls that are still there."""
         found = []
-        for reference in self.references:
+        for reference in self.made:
             call = reference()
             if call is not None:
                 found.append(call)
-        return iter(found)
+        return found
 
     def append(self, call: Call) -> None:
         """Note a call without holding it."""
-        self.references = [reference for reference in self.references if reference() is not None]
-        self.references.append(weakref.ref(call))
+        if len(self.made) >= self._limit:
+            self.made = [reference for reference in self.made if reference() is not None]
+            self._limit = 64 + 2 * len(self.made)
+        self.made.append(weakref.ref(call))
 
     def keep(self, call: Call) -> None:
         """Hold a call from now on."""
-        if not any(call is other for other in self._kept):
+        if not call.kept:
+            call.kept = True
             self._kept.append(call)
 
     def discard_complete(self) -> None:
         """Forget the gradients that have arrived; a call lives on if its graph does, for another backward."""
         self._kept = [call for call in self._kept if not call.complete]
-        for call in self:
+        for call in self.alive():
             if call.complete:
                 call.forget_gradient()
-        self.references = [reference for reference in self.references if reference() is not None]
+        self.made = [reference for reference in self.made if reference() is not None]
 
     def clear(self) -> None:
         """Forget every call, and let go of graphs that nobody ran backward."""
-        for call in self:
-            call.edge = None
-        self.references, self._kept = [], []  # without references nothing is kept either
+        for reference in self.made:
+            call = reference()
+            if call is not None:
+                call.edge = None
+        self.made, self._kept = [], []  # without references nothing is kept either
 
 
 @dataclass

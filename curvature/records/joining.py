@@ -40,8 +40,10 @@ def combine(
     if not calls:
         samples = sum(entry.samples for entry in sums)
         return LayerStatistics(layer, samples, 1, sampled_parameter_gradients=mean_of_sums(sums)) if sums else None
-    passes = _by_pass(calls) if len(calls) > 1 else [[[calls[0]]]]
-    samples = calls[0].samples if len(calls) == 1 else sum(entry[0][0].samples for entry in passes)
+    if len(calls) == 1:
+        return _of_one_call(layer, calls[0], sums, loss_reduction)
+    passes = _by_pass(calls)
+    samples = sum(entry[0][0].samples for entry in passes)
     if samples == 0:
         raise ArgumentError(f"layer {layer.name!r} saw a batch of 0 samples; {EMPTY}")
     scale = float(samples) if loss_reduction == "mean" else 1.0
@@ -61,6 +63,29 @@ def combine(
     return _with_tensors(record, passes, rows)
 
 
+def _of_one_call(layer: Layer, call: Call, sums: Sequence[ParameterSum], loss_reduction: str) -> LayerStatistics:
+    """Nothing to be joined: nearly every layer of nearly every step."""
+    samples = call.samples
+    if samples == 0:
+        raise ArgumentError(f"layer {layer.name!r} saw a batch of 0 samples; {EMPTY}")
+    scale, rows = float(samples) if loss_reduction == "mean" else 1.0, samples * call.positions
+    return LayerStatistics(
+        layer,
+        samples,
+        call.positions,
+        scale,
+        mean_scale=scale / samples,
+        inputs=call.input,
+        output_gradient=call.gradient,
+        sampled_gradient=call.sampled,
+        curvature_roots=call.roots,
+        mean_preactivation=None if call.output_sum is None else call.output_sum / rows,
+        mean_gradient=None if call.gradient_sum is None else call.gradient_sum * (scale / rows),
+        sampled_parameter_gradients=mean_of_sums(sums) if sums else None,
+        calls=(call.positions,),
+    )
+
+
 def mean_of_sums(sums: Sequence[ParameterSum]) -> Tensors:
     """Mean over all samples of all passes, per parameter."""
     samples = sum(entry.samples for entry in sums)
@@ -71,16 +96,6 @@ def mean_of_sums(sums: Sequence[ParameterSum]) -> Tensors:
 def _with_tensors(record: LayerStatistics, passes: Sequence[Pass], rows: int) -> LayerStatistics:
     """The record with inputs and gradients of all calls."""
     adapter = record.layer.adapter
-    if len(passes) == 1 and len(passes[0]) == 1 and len(passes[0][0]) == 1:  # one call: nothing to be joined
-        (call,) = passes[0][0]
-        return replace(
-            record,
-            calls=(call.positions,),
-            inputs=call.input,
-            output_gradient=call.gradient,
-            sampled_gradient=call.sampled,
-            curvature_roots=call.roots,
-        )
     sizes = [tuple(sum(part.positions for part in parts) for parts in entry) for entry in passes]
     common = all(call.samples == entry[0][0].samples for entry in passes for parts in entry for call in parts)
     if adapter is None or (common and _alike(passes)):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...curvature.backends.table import Backend
+from ...curvature.backends.backend import Backend
 from ...curvature.estimators import Estimator
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError

@@ -374,7 +374,7 @@ class SecondOrder(Session):
                     f"the model moved from {block.storage[0].device} to {block.parameters[0].device} after "
                     "osculate.build, which made states where the parameters were; build after model.to(...)"
                 )
-        if self.capture.pauses:
+        if self.capture.pauses.depth:
             raise ArgumentError("step() inside optimizer.paused() would see no statistics; leave the context before it")
 
     def snapshot(self) -> Snapshot:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.backends.table import Backend
+from ...curvature.backends.backend import Backend
 from ...curvature.declarations import DampingDeclarations, declared
 from ...curvature.layers.layer import Layer
 from ...curvature.records.statistics import LayerStatistics

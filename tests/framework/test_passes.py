@@ -11,7 +11,8 @@ import torch
 from backend_nets import EVERYTHING
 from measuring import half_squares
 from osculate.curvature import Gaussian, LayerStatistics, Record, discover_layers
-from osculate.curvature.backends.table import Backend, make_backend
+from osculate.curvature.backends.backend import Backend
+from osculate.curvature.backends.table import make_backend
 from osculate.curvature.products import GraphKeepingBackward
 from small_nets import build, closure_of, cross_entropy, data, differences, everything, flat, make
 from torch import Tensor, nn

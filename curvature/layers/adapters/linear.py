@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,7 +28,7 @@ class LinearAdapter(MatrixAdapter):
 
     def positions(self, module: nn.Module, output: Tensor) -> int:
         """Product of the middle axes."""
-        return output[0, ..., 0].numel()
+        return math.prod(output.shape[1:-1])
 
     def of_positions(self) -> LayerAdapter:
         """The expanded input is an input too."""

@@ -1,0 +1,111 @@
+"""What a backend is to the optimizer, and what all of them share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+from ..layers.layer import Layer
+from ..likelihoods import Likelihood
+from ..records.needs import PassKind, Record
+from ..records.statistics import LayerStatistics
+from .passes import Pauses
+
+__all__ = ["Backend"]
+
+
+class Backend(ABC):
+    """Hooks on a model, and what they recorded since the last :meth:`collect`.
+
+    Args:
+        model: the model; only forward passes through the model itself count as passes.
+        layers: its layers.
+        likelihood: the model's predictive distribution, for sampled labels; ``None`` if no part needs it.
+        loss_reduction: ``"mean"`` or ``"sum"``: how the user's loss combines the samples.
+        seed: of the sampled labels. The labels of a pass depend on (seed, step, pass) only: no random state is kept.
+
+    Attributes:
+        cannot: records that it refuses, with the reason.
+        step: number of the step, from which labels are drawn.
+        stream: of the sampled labels: one per process that shares a mini-batch.
+        pauses: while they last nothing is recorded.
+    """
+
+    name: ClassVar[str]
+    cannot: ClassVar[Mapping[Record, str]] = {}
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood | None, loss_reduction: str, seed: int
+    ):
+        self.model, self.layers, self.likelihood = model, list(layers), likelihood
+        self.loss_reduction, self.seed = loss_reduction, seed
+        self.step = self.stream = 0
+        self.pauses = Pauses()
+        self._armed: Mapping[str, Record] = {}
+        self._wanted: Mapping[str, Record] = {}
+        self._kind: PassKind = "gradient"
+        self._forget()
+        self._handles = self._attach()
+
+    @abstractmethod
+    def collect(self) -> dict[str, LayerStatistics]:
+        """The record of each layer from all complete passes since the last time; forgets every pass."""
+
+    @abstractmethod
+    def discard_complete(self) -> None:
+        """Forget passes whose gradient has arrived: the user threw that gradient away (``zero_grad``)."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Fresh containers of records: of a new backend, or of a copy."""
+
+    @abstractmethod
+    def _attach(self) -> list[Any]:
+        """Place the hooks; returns their handles."""
+
+    def clear(self) -> None:
+        """Forget every pass."""
+        self._forget()
+
+    def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
+        """Choose what the following forward passes record, per layer name.
+
+        Args:
+            wanted: layers that are missing record nothing. Not to be changed afterwards.
+            kind: ``"gradient"``: a pass counts when a backward that fills ``.grad`` has arrived; ``"look back"``:
+                parameters are frozen, an output that needs no gradient gets an artificial leaf so that the gradients at
+                the pre-activations exist all the same; ``"forward"``: a pass counts without any gradient.
+        """
+        self._kind = kind
+        if wanted is not self._armed:  # steps on which the same is due share one mapping
+            self._armed = wanted
+            self._wanted = {name: record for name, record in wanted.items() if record}
+
+    def extended(self, layers: Sequence[Layer]) -> Self:
+        """A backend for more layers in place of this one, whose hooks are removed and whose records are dropped."""
+        self.close()
+        result = type(self)(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
+        result.step, result.pauses = self.step, self.pauses
+        return result
+
+    def close(self) -> None:
+        """Remove all hooks from the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: hooks belong to the original."""
+        return {name: value for name, value in self.__dict__.items() if name not in self._original}
+
+    _original: ClassVar[tuple[str, ...]] = ("_handles", "pauses")
+    """Attributes that a copy does not take along."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has recorded nothing, and places hooks on its own model."""
+        self.__dict__.update(state)
+        self.pauses = Pauses()
+        self._forget()
+        self._handles = self._attach()
