@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -51,34 +52,34 @@ class Layer:
     batch_axis: int = 0
     note: str = ""
 
-    @property
+    @cached_property
     def modules(self) -> tuple[nn.Module, ...]:
         """Every module whose calls are calls of this layer."""
         return (self.module, *self.others)
 
-    @property
+    @cached_property
     def is_matrix(self) -> bool:
         """Whether the layer has a trainable weight that can be read as a matrix (d_out, d_in)."""
         return self.adapter is not None and "weight" in self.parameters and self.adapter.has_matrix(self.module)
 
-    @property
+    @cached_property
     def has_bias(self) -> bool:
         """Whether a trainable bias is the last column of the layer matrix."""
         return "bias" in self.parameters
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Number G of groups: row o of the matrix sees the inputs of its own group."""
         return 1 if self.adapter is None else self.adapter.groups(self.module)
 
-    @property
+    @cached_property
     def weight_shape(self) -> tuple[int, int]:
         """Shape (d_out, d_in) of the weight as a matrix, without the bias column."""
         shape = self.parameters["weight"].shape
         rows, columns = self._reader().weight_as_matrix(self.module, torch.empty(shape, device="meta")).shape
         return rows, columns
 
-    @property
+    @cached_property
     def matrix_shape(self) -> tuple[int, int]:
         """Shape (d_out, d_in + 1 if there is a bias) of the layer matrix ``[W | b]``."""
         rows, columns = self.weight_shape
@@ -91,9 +92,10 @@ class Layer:
 
     def parameter_views(self, matrix: Tensor) -> tuple[Tensor, ...]:
         """A joint matrix (..., d_out, d_in [+ 1]) in the shapes of (weight, bias), without a copy."""
-        weight = matrix[..., :-1] if self.has_bias else matrix
-        reshaped = self._reader().matrix_as_weight(self.module, weight)
-        return (reshaped, matrix[..., -1]) if self.has_bias else (reshaped,)
+        reader = self.adapter or self._reader()
+        if not self.has_bias:
+            return (reader.matrix_as_weight(self.module, matrix),)
+        return reader.matrix_as_weight(self.module, matrix[..., :-1]), matrix[..., -1]
 
     def entries(self) -> Tensor:
         """(d,) For every entry of weight and bias, in the parameters' own order, its place in the joint matrix.

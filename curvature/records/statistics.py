@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import ArgumentError, CompatibilityError
 from ..layers.layer import Layer, LayerAdapter
 
-__all__ = ["LayerStatistics", "SampleGradients", "Tensors"]
+__all__ = ["NOTHING_MEASURED", "LayerStatistics", "SampleGradients", "Tensors"]
 
 Tensors = tuple[Tensor, ...]
 _T = TypeVar("_T")
@@ -37,6 +37,9 @@ class SampleGradients:
     loss: Tensors | None = None
     sampled: Tensors | None = None
     roots: Tensors | None = None
+
+
+NOTHING_MEASURED = SampleGradients()
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class LayerStatistics:
     mean_scale: float = 1.0
     sampled_parameter_gradients: Tensors | None = None
     curvature_roots: Tensor | None = None
-    sample_gradients: SampleGradients = SampleGradients()
+    sample_gradients: SampleGradients = NOTHING_MEASURED
     extensions: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     hessian: Callable[[], Tensor] | None = None
     roots: tuple[Tensor, float] | None = None

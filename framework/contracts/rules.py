@@ -13,7 +13,8 @@ from ...curvature.declarations import AverageDeclarations, MomentumDeclarations,
 from ...curvature.layers.discovery import discover_layers
 from ...errors import ArgumentError
 from ...preconditioners.structures.identity import Identity
-from ..optimizer.blocks import Block, accumulate, directions_of, make_blocks
+from ..optimizer.blocks import Block, make_blocks
+from ..optimizer.team import Team
 from .cases import Case
 from .contract import Contract, contract, require, require_close
 
@@ -38,10 +39,10 @@ def _flat(values: Sequence[Tensor]) -> Tensor:
 
 def _directions(rule: Any, case: Case, sequence: list[tuple[Tensor, ...]]) -> list[Tensor]:
     """What is preconditioned after each gradient, as vectors."""
-    block, found = _block(case), []
+    team, found = Team([_block(case)]), []
     for gradients in sequence:
-        accumulate([block], rule, [gradients], [(0.0,) * len(gradients)])
-        found.append(_flat(directions_of([block], rule)[block.key]).clone())
+        team.accumulate(rule, list(gradients), None)
+        found.append(_flat(team.directions(rule)[0]).clone())
     return found
 
 
@@ -53,14 +54,14 @@ def _directions(rule: Any, case: Case, sequence: list[tuple[Tensor, ...]]) -> li
 def momentum_closed_form(rule: Any, case: Case) -> None:
     """With the coefficients, blend and corrections that it states; the same ones at every step."""
     block, (keep, add), (a, b) = _block(case), rule.coefficients(), rule.blend()
-    sequence = [_gradients(block, case, key) for key in range(6)]
+    team, sequence = Team([block]), [_gradients(block, case, key) for key in range(6)]
     for step, gradients in enumerate(sequence):
-        accumulate([block], rule, [gradients], [(0.0,) * len(gradients)])
+        team.accumulate(rule, list(gradients), None)
         terms = [add * keep ** (step - index) * _flat(entry) for index, entry in enumerate(sequence[: step + 1])]
         momentum = torch.stack(terms).sum(0)
         require_close("momentum", _flat(block.views), momentum)
         followed = rule.correction(step + 1) * (a * momentum + b * _flat(gradients))
-        require_close("the vector that is preconditioned", _flat(directions_of([block], rule)[block.key]), followed)
+        require_close("the vector that is preconditioned", _flat(team.directions(rule)[0]), followed)
 
 
 @contract("momentum-stable", "momentum", "0 <= keep < 1, add > 0, and corrections are finite and positive")

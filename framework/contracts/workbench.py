@@ -207,7 +207,7 @@ class Workbench:
             block.positions = entry.positions
             given.append(self.observation(block, entry, scale))
             block.part.update(block.state, given[-1])
-        refresh(self.blocks, lambda block: self.sides(block, damped), 0)
+        refresh(self.blocks, lambda block: self.sides(block, damped))
         for block, observation in zip(self.blocks, given, strict=True):
             if (part := refining(block.part)) is not None:
                 part.refine(block.state, observation)

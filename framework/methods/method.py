@@ -113,9 +113,14 @@ class Method:
         """The damping rule, if it also changes lambda."""
         return cast(AdaptiveDamping, self.damping) if declared(self.damping, DampingDeclarations).adapts else None
 
+    @cached_property
+    def schedules_damping(self) -> bool:
+        """Whether the damping rule has a schedule of its own."""
+        return declared(self.damping, DampingDeclarations).scheduled
+
     def damping_at(self, value: float, step: int) -> float:
         """lambda of step ``step``: ``value``, that of the parameter group, unless the damping rule has a schedule."""
-        if not declared(self.damping, DampingDeclarations).scheduled:
+        if not self.schedules_damping:
             return value
         return cast(ScheduledDamping, self.damping).at(value, step)
 

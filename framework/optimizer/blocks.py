@@ -3,33 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...curvature.declarations import StructureDeclarations, declared
 from ...curvature.layers.layer import Layer
+from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...curvature.records.statistics import Tensors
 from ...errors import ArgumentError, CompatibilityError
+from ...preconditioners.damping.split import SideDamping
 from ...preconditioners.protocol import Preconditioner
 from ...preconditioners.state import State
 from ...preconditioners.structures.by_layer import ByLayer, select
 from ...preconditioners.structures.kronecker import Kronecker
-from ..methods.momentum import Momentum
 from .report import LayerRow
 
 __all__ = [
     "Block",
-    "accumulate",
     "batched",
-    "directions_of",
     "full_precision",
-    "grouped_by_part",
     "make_blocks",
     "present_gradients",
 ]
+
+
+class Asked(NamedTuple):
+    """What a part asks of a record, read once: flags are slow to take apart at every step."""
+
+    anything: bool
+    inputs: bool
+    roots: bool
+    vectors: bool
+    matrix: bool
+    pairs: bool
+    looks_back: bool
+
+    @classmethod
+    def of(cls, needs: Needs) -> Asked:
+        """Of the part's ``needs``."""
+        return cls(
+            bool(needs),
+            Needs.INPUTS in needs,
+            Needs.ROOTS in needs,
+            Needs.VECTORS in needs,
+            Needs.MATRIX in needs,
+            Needs.PAIRS in needs,
+            bool(needs & LOOKING_BACK),
+        )
 
 
 @dataclass
@@ -38,6 +61,8 @@ class Block:
 
     The momentum lives in the structure's own layout, ``storage``: one matrix ``[W | b]`` or one tensor per parameter.
     ``views`` shows the same memory in the shapes of the parameters, so nothing is packed or unpacked in a step.
+    ``needs`` and ``asked`` say what its part asks for, ``whole`` whether it has all parameters of its layer.
+    ``damped`` keeps the damping of its sides with the numbers that it follows from.
     ``born`` is the step before which the block was added: its schedule counts from there.
     ``vector`` is what is preconditioned: the storage itself, unless the momentum blends in the gradient.
     """
@@ -55,15 +80,23 @@ class Block:
     parameters: Tensors = field(init=False)
     views: Tensors = field(init=False)
     vector: Tensors = field(init=False)
+    needs: Needs = field(init=False)
+    asked: Asked = field(init=False)
+    whole: bool = field(init=False)
+    damped: tuple[tuple[float, int], SideDamping] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = tuple(self.layer.parameters[name] for name in self.names)
         self.views = self.parameter_views(self.storage)
         self.vector = self.storage
+        self.needs, self.asked = self.part.needs, Asked.of(self.part.needs)
+        self.damped = None
+        self.whole = self.names == tuple(self.layer.parameters)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views: a pickle would not keep their shared memory."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("parameters", "views", "vector")}
+        derived = {entry.name for entry in fields(self) if not entry.init}
+        return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy: views of its own storage."""
@@ -133,84 +166,6 @@ class Block:
         self.born = int(values["born"])
 
 
-def accumulate(
-    blocks: Sequence[Block], momentum: Momentum, gradients: Sequence[Tensors], decays: Sequence[tuple[float, ...]]
-) -> None:
-    """One recurrence of the momentum on g + decay * theta, all blocks in a few operations.
-
-    Args:
-        blocks: those that have a gradient.
-        momentum: the recurrence.
-        gradients: of every block, one per parameter; they stay as they are.
-        decays: coupled weight decay, the same.
-    """
-    flat = [value for values in gradients for value in values]
-    parameters = [parameter for block in blocks for parameter in block.parameters]
-    tau = [value for values in decays for value in values]
-    keep, add = momentum.coefficients()
-    _combine_([view for block in blocks for view in block.views], keep, add, flat, parameters, tau)
-    on_momentum, on_gradient = momentum.blend()
-    ahead = (on_momentum, on_gradient) != (1.0, 0.0)
-    for block in blocks:
-        block.vector = tuple(value.clone() for value in block.storage) if ahead else block.storage
-        block.updates += 1
-    if ahead:
-        views = [view for block in blocks for view in block.parameter_views(block.vector)]
-        _combine_(views, on_momentum, on_gradient, flat, parameters, tau)
-
-
-def _combine_(
-    views: list[Tensor],
-    keep: float,
-    add: float,
-    gradients: list[Tensor],
-    parameters: Sequence[Tensor],
-    decays: Sequence[float],
-) -> None:
-    """View <- keep * view + add * (g + decay * theta)."""
-    torch._foreach_mul_(views, keep)
-    torch._foreach_add_(views, gradients, alpha=add)
-    for decay in dict.fromkeys(decays):
-        if decay:
-            chosen = [index for index, value in enumerate(decays) if value == decay]
-            shown = [parameters[index].detach() for index in chosen]
-            torch._foreach_add_([views[index] for index in chosen], shown, alpha=add * decay)
-
-
-def directions_of(blocks: Sequence[Block], momentum: Momentum) -> dict[str, Tensors]:
-    """Preconditioned momentum by block, in the shapes of the parameters. May share memory with the momentum.
-
-    Blocks that one part serves are given to it together, where it has a verb for many.
-    """
-    result: dict[str, Tensors] = {}
-    late: dict[float, list[Block]] = {}
-    for part, group in grouped_by_part(blocks):
-        linear = declared(part, StructureDeclarations).linear
-        vectors = [block.vector for block in group]
-        factors = [momentum.correction(block.updates) for block in group]
-        if not linear:
-            vectors = [
-                vector if factor == 1.0 else tuple(factor * value for value in vector)
-                for factor, vector in zip(factors, vectors, strict=True)
-            ]
-        states = [block.state for block in group]
-        many = batched(part, "precondition", "precondition_many")
-        if many is None:
-            found = [part.precondition(state, vector) for state, vector in zip(states, vectors, strict=True)]
-        else:
-            found = many(states, vectors)
-        for block, vector, factor, values in zip(group, vectors, factors, found, strict=True):
-            result[block.key] = block.checked(values, vector)
-            if linear and factor != 1.0:
-                late.setdefault(factor, []).append(block)
-    for factor, chosen in late.items():
-        # Not in place: what a structure returns may be its argument, or memory of its own.
-        scaled = iter(torch._foreach_mul([value for block in chosen for value in result[block.key]], factor))
-        for block in chosen:
-            result[block.key] = tuple(next(scaled) for _ in result[block.key])
-    return {block.key: block.parameter_views(result[block.key]) for block in blocks}
-
-
 def batched(part: Any, single: str, many: str) -> Any:
     """The verb of a part for the blocks of many layers, or ``None`` if it has none of its own.
 
@@ -222,14 +177,6 @@ def batched(part: Any, single: str, many: str) -> Any:
         if single in vars(cls):
             return None
     return None
-
-
-def grouped_by_part(blocks: Sequence[Block]) -> list[tuple[Any, list[Block]]]:
-    """Blocks by the object that serves them, in the order of their first block."""
-    groups: dict[int, list[Block]] = {}
-    for block in blocks:
-        groups.setdefault(id(block.part), []).append(block)
-    return [(group[0].part, group) for group in groups.values()]
 
 
 def _layout(value: Any) -> str:

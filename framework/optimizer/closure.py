@@ -1,8 +1,8 @@
-"""Evaluating the user's closure: once before the step, and again on the same mini-batch after it."""
+"""Evaluating the user's closure, and leaving everything else as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError
 
-__all__ = ["Closure", "Snapshot", "frozen", "preserved", "run_closure"]
+__all__ = ["Closure", "Snapshot", "preserved", "run_closure"]
 
 Closure = Callable[[], Any]
 
@@ -26,51 +26,49 @@ class Snapshot:
 
     cpu: Tensor
     devices: tuple[tuple[int, Tensor], ...]
-    buffers: tuple[Tensor, ...]
+    buffers: tuple[tuple[Mapping[str, Tensor | None], str, Tensor], ...]
 
     @classmethod
     def take(cls, model: nn.Module) -> Snapshot:
         """The present state. Costs a copy of the buffers and of the generators' states (a few kilobytes)."""
-        indices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-        states = tuple((index, torch.cuda.get_rng_state(index)) for index in indices)
-        return cls(torch.get_rng_state(), states, tuple(buffer.detach().clone() for buffer in model.buffers()))
+        indices: set[int] = set()
+        buffers: list[tuple[Mapping[str, Tensor | None], str, Tensor]] = []
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.device.type == "cuda":
+                    indices.add(parameter.device.index)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    buffers.append((module._buffers, name, buffer.detach().clone()))
+        states = tuple((index, torch.cuda.get_rng_state(index)) for index in sorted(indices)) if indices else ()
+        return cls(torch.default_generator.get_state(), states, tuple(buffers))
 
-    def restore(self, model: nn.Module) -> None:
+    def restore(self) -> None:
         """Put everything back."""
-        torch.set_rng_state(self.cpu)
+        torch.default_generator.set_state(self.cpu)
         for index, state in self.devices:
             torch.cuda.set_rng_state(state, index)
-        for buffer, saved in zip(model.buffers(), self.buffers, strict=True):
-            buffer.copy_(saved)
+        for owner, name, saved in self.buffers:
+            buffer = owner[name]  # by name: the pass in between may have put another tensor in its place
+            if buffer is not None:
+                buffer.copy_(saved)
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Random state, buffers and gradients are the same after the block as before."""
     snapshot = Snapshot.take(model)
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    parameters = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    gradients = [(parameter, parameter.grad) for parameter in parameters]
     for parameter, _ in gradients:
         parameter.grad = None  # detached, so that a closure's zero_grad cannot overwrite the tensors we keep
     try:
         yield
     finally:
         with torch.no_grad():
-            snapshot.restore(model)
+            snapshot.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
-
-
-@contextmanager
-def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Parameters need no gradient inside: the second pass then computes gradients of pre-activations only."""
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def run_closure(closure: Closure, device: torch.device) -> Tensor:

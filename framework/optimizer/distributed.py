@@ -68,7 +68,9 @@ class Ranks:
     @property
     def rank(self) -> int:
         """Which one this process is."""
-        return 0 if self.count == 1 else distributed.get_rank(self._group)
+        if self.group is None or not (distributed.is_available() and distributed.is_initialized()):
+            return 0
+        return distributed.get_rank(self._group)
 
     @property
     def _group(self) -> Any:

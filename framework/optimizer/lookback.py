@@ -10,27 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.estimators import records_for_pairs
 from ...curvature.layers.layer import Layer
-from ...curvature.records.needs import LOOKING_BACK, Needs, Record
+from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError
 from ...preconditioners.looking_back import observe_steps
 from ...preconditioners.protocol import Events
 from ...stepsize.guard import Trial
-from .blocks import Block, full_precision
-from .closure import Closure, Snapshot, frozen, preserved, run_closure
+from .blocks import full_precision
+from .closure import Closure, Snapshot, preserved, run_closure
 from .distributed import Ranks
+from .report import StepReport
 from .session import Session
 from .stepping import Proposal
+from .team import MiniBatch
 
 __all__ = ["LookBack", "Outcome"]
-
-
-def changing_layers(blocks: Sequence[Block]) -> list[Layer]:
-    """Layers with a structure that pairs the parameters themselves."""
-    found = {block.layer.name: block.layer for block in blocks if Needs.CHANGES in block.part.needs}
-    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -77,10 +72,12 @@ class Points:
         }
         return cls(parameters, found)
 
-    def into(self, records: Mapping[str, LayerStatistics]) -> dict[str, LayerStatistics]:
+    def into(self, records: Mapping[str, LayerStatistics]) -> Mapping[str, LayerStatistics]:
         """Records with the parameters and gradients of their layers; those of other layers as they are."""
+        if not self.parameters:
+            return records
         return {
-            name: replace(entry, parameters=self.parameters[name], gradients=self.gradients[name])
+            name: entry.with_fields(parameters=self.parameters[name], gradients=self.gradients[name])
             if name in self.parameters
             else entry
             for name, entry in records.items()
@@ -95,6 +92,9 @@ def _gradients(layer: Layer) -> Tensors:
     )
 
 
+_NOWHERE = Points({}, {})
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What looking back found, and the fraction of the proposed step that stays."""
@@ -104,49 +104,54 @@ class Outcome:
     shortened: int
     fraction: float = 1.0
 
-    def scaled(self, step_sizes: Mapping[str, float | Tensor]) -> Mapping[str, float | Tensor]:
-        """Step sizes as they were applied in the end."""
-        return step_sizes if not self.shortened else {name: self.fraction * size for name, size in step_sizes.items()}
+    def into(self, report: StepReport) -> StepReport:
+        """The report of the step as it was proposed, with what became of it."""
+        sizes = report.step_sizes
+        if self.shortened:
+            sizes = {name: self.fraction * size for name, size in sizes.items()}
+        events = {**report.events, **self.events} if self.events else report.events
+        return replace(report, loss_after=self.loss, step_sizes=sizes, events=events, shortened=self.shortened)
 
 
 class LookBack:
-    """The look-back phase of one optimizer. Does nothing at steps that do not need it."""
+    """The look-back phase of one optimizer, at the steps that have one."""
 
-    def __init__(self, optimizer: Session):
-        self.optimizer = optimizer
+    def __init__(self, session: Session):
+        self.session = session
         self._before: Snapshot | None = None
         self._differentiates = False
-        self._parameters: list[tuple[Tensor, Tensor]] = []
-        self._points = Points({}, {})
+        self._parameters: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._points = _NOWHERE
         self._slope: Tensor | None = None
         self._penalty: Tensor | float = 0.0
 
     def prepare(self) -> None:
         """Remember random state and buffers before the first evaluation."""
-        active = self.optimizer.method.looks_back_at(self.optimizer._step)
-        self._before = Snapshot.take(self.optimizer.model) if active else None
+        self._before = Snapshot.take(self.session.model)
 
     def remember(self, proposal: Proposal) -> None:
         """What a guard and structures compare with; and the parameters: to subtract a huge step is not exact."""
-        guard = self.optimizer.method.guard
-        moved = [parameter for move in proposal.moves for parameter in move.parameters] if guard.attempts > 0 else []
-        copies = [torch.empty_like(parameter.detach()) for parameter in moved]
-        if moved:
-            torch._foreach_copy_(copies, moved)
-        self._parameters = list(zip(moved, copies, strict=True))
-        layers = changing_layers(self.optimizer.blocks) if self._before is not None else []
-        self._points = Points.before(layers, {id(parameter): saved for parameter, saved in self._parameters})
-        sloped = guard.attempts > 0 and Needs.SLOPES in guard.needs
-        self._slope = proposal.slope(self.optimizer.method.weight_decay) if sloped else None
-        self._penalty = self.optimizer.penalty() if sloped else 0.0
+        method, changing = self.session.method, self.session.plan.second_look.changing
+        if method.guard.attempts > 0:
+            self._parameters = [parameter for move in proposal.moves for parameter in move.parameters]
+            self._copies = [torch.empty_like(parameter.detach()) for parameter in self._parameters]
+            torch._foreach_copy_(self._copies, self._parameters)
+            if Needs.SLOPES in method.guard.needs:
+                self._slope, self._penalty = proposal.slope(method.weight_decay), self.session.penalty()
+        if changing:
+            saved = dict(zip(map(id, self._parameters), self._copies, strict=True))
+            self._points = Points.before(changing, saved)
 
-    def run(
-        self, closure: Closure, loss: Tensor | None, before: Mapping[str, LayerStatistics], proposal: Proposal
-    ) -> Outcome | None:
+    def forget(self) -> None:
+        """Let go of what was remembered: the step is over."""
+        self._before, self._points, self._slope = None, _NOWHERE, None
+        self._parameters, self._copies = [], []
+
+    def run(self, closure: Closure, batch: MiniBatch, proposal: Proposal) -> Outcome:
         """Evaluate again, shorten the step while the guard refuses it, and let the structures observe it."""
-        if self._before is None or loss is None:
-            return None
-        guard, fraction, shortened = self.optimizer.method.guard, 1.0, 0
+        guard, loss, fraction, shortened = self.session.method.guard, batch.loss, 1.0, 0
+        assert loss is not None
         whole: Tensor | None = None
         while True:
             loss_after, after = self._evaluate(closure)
@@ -154,84 +159,82 @@ class LookBack:
             if guard.attempts == 0 or self._accepts(loss, loss_after, fraction):
                 break
             shortened += 1
-            torch._foreach_copy_([entry for entry, _ in self._parameters], [saved for _, saved in self._parameters])
+            torch._foreach_copy_(self._parameters, self._copies)
             if shortened == guard.attempts:
-                self._parameters, self._points = [], Points({}, {})
                 self._adapt_damping(loss, whole, proposal)
                 return Outcome(loss, {}, shortened, 0.0)
             fraction *= guard.shrink
-            self.optimizer.take(proposal, fraction)
-        events = self._observe(self._points.into(before), after)
-        self._parameters, self._points = [], Points({}, {})
+            self.session.take(proposal, fraction)
+        events = self._observe(self._points.into(batch.statistics), after)
         self._adapt_damping(loss, whole, proposal)
         return Outcome(loss_after, events, shortened, fraction)
 
     def _accepts(self, loss: Tensor, loss_after: Tensor, fraction: float) -> bool:
         """Ask the guard, and let it take in a step that stays. One synchronisation."""
-        guard = self.optimizer.method.guard
+        guard, slope = self.session.method.guard, None
         if self._slope is None:
             before, after = torch.stack([loss.double(), loss_after.double()]).tolist()
-            trial = Trial(before, after, None, fraction)
         else:
-            numbers = (loss + self._penalty, loss_after + self.optimizer.penalty(), self._slope)
-            values = torch.stack([number.double() for number in numbers]).tolist()
-            trial = Trial(values[0], values[1], values[2], fraction)
-        accepted = guard.accepts(self.optimizer.guard_state, trial)
+            numbers = (loss + self._penalty, loss_after + self.session.penalty(), self._slope)
+            before, after, slope = torch.stack([number.double() for number in numbers]).tolist()
+        trial = Trial(before, after, slope, fraction)
+        accepted = guard.accepts(self.session.guard_state, trial)
         if accepted:
-            guard.record(self.optimizer.guard_state, trial)
+            guard.record(self.session.guard_state, trial)
         return accepted
 
     def _adapt_damping(self, loss: Tensor, loss_after: Tensor, proposal: Proposal) -> None:
         """Let an adaptive damping rule judge the whole proposed step. One synchronisation where it is due."""
-        rule = self.optimizer.method.adaptive_damping
+        rule = self.session.method.adaptive_damping
         if rule is None or proposal.predicted is None:
             return
         numbers = torch.stack([(loss - loss_after).double(), proposal.predicted.double()]).tolist()
-        if self.optimizer.method.guard.attempts == 0 and not math.isfinite(numbers[0]):
+        if self.session.method.guard.attempts == 0 and not math.isfinite(numbers[0]):
             return  # nobody shortens this step: it will be undone, and lambda with it
-        for group in self.optimizer.param_groups:
+        for group in self.session.param_groups:
             group["damping"] = rule.adapted(float(group["damping"]), *numbers)
 
-    def _evaluate(self, closure: Closure) -> tuple[Tensor, dict[str, LayerStatistics]]:
+    def _evaluate(self, closure: Closure) -> tuple[Tensor, Mapping[str, LayerStatistics]]:
         """One lean pass: parameter gradients only where they are paired; gradients and buffers end up as they were."""
-        optimizer = self.optimizer
-        needs: dict[str, Needs] = {}
-        for block in optimizer.blocks:
-            if block.part.needs & LOOKING_BACK:
-                needs[block.layer.name] = needs.get(block.layer.name, Needs.NOTHING) | block.part.needs
-        # Frozen are only layers whose outputs the capture lets need a gradient: a loss without any has no backward.
-        lean = [layer for layer in optimizer.layers if Needs.CHANGES not in needs.get(layer.name, Needs.CHANGES)]
-        parameters = [p for layer in lean for p in layer.parameters.values()]
-        wanted = {name: records_for_pairs(need) for name, need in needs.items()}
+        session = self.session
+        constants = () if self._differentiates else session.plan.second_look.constants
         try:
-            loss, points = self._closure_again(closure, wanted, [] if self._differentiates else parameters)
+            loss, points = self._closure_again(closure, constants)
         except RuntimeError as error:
             if self._differentiates or "does not require grad" not in str(error):
                 raise
             self._differentiates = True  # torch.autograd.grad in the closure, by parameters, beside its backward
-            loss, points = self._closure_again(closure, wanted, [])
-        return optimizer.ranks.mean(loss), points.into(optimizer.collect())
+            loss, points = self._closure_again(closure, ())
+        return session.ranks.mean(loss), points.into(session.collect())
 
-    def _closure_again(
-        self, closure: Closure, wanted: Mapping[str, Record], constants: Sequence[nn.Parameter]
-    ) -> tuple[Tensor, Points]:
+    def _closure_again(self, closure: Closure, constants: Sequence[nn.Parameter]) -> tuple[Tensor, Points]:
         """The closure from the state before the step, with these parameters held constant."""
-        optimizer = self.optimizer
+        session, look = self.session, self.session.plan.second_look
         assert self._before is not None
-        optimizer.capture.clear()
-        optimizer.capture.arm(wanted, "look back")
-        optimizer.gradient_evaluations += 1
-        with preserved(optimizer.model), frozen(constants):
-            self._before.restore(optimizer.model)
-            with optimizer.ranks.silent():
-                loss = run_closure(closure, optimizer.device)
-            return loss, Points.after(changing_layers(optimizer.blocks), optimizer._inverse_scale, optimizer.ranks)
+        session.capture.clear()
+        session.capture.arm(look.records, "look back")
+        session.gradient_evaluations += 1
+        # The second pass then computes gradients of pre-activations only.
+        frozen = [parameter for parameter in constants if parameter.requires_grad]
+        with preserved(session.model):
+            try:
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
+                self._before.restore()
+                with session.ranks.silent():
+                    loss = run_closure(closure, session.device)
+            finally:
+                for parameter in frozen:
+                    parameter.requires_grad_(True)
+            if not look.changing:
+                return loss, _NOWHERE
+            return loss, Points.after(look.changing, session._inverse_scale, session.ranks)
 
     def _observe(self, before: Mapping[str, LayerStatistics], after: Mapping[str, LayerStatistics]) -> Events:
         observed: list[tuple[Any, ...]] = []
-        for block in self.optimizer.blocks:
+        for block in self.session.blocks:
             record = before.get(block.layer.name)
-            if record is None or not block.part.needs & LOOKING_BACK:
+            if record is None or not block.asked.looks_back:
                 continue
             later = after.get(block.layer.name)
             if later is None or later.samples != record.samples:
@@ -240,5 +243,5 @@ class LookBack:
                     f"layer {block.layer.name!r} saw {record.samples} samples before the step and {found} after it: "
                     "the closure must evaluate the same mini-batch each time it is called (take the batch outside it)"
                 )
-            observed.append((block.part, block.state, record, later, self.optimizer.sides(block)))
+            observed.append((block.part, block.state, record, later, self.session.sides(block)))
         return observe_steps(*zip(*observed, strict=True)) if observed else {}

@@ -8,61 +8,59 @@ late for that: methods that could end there start from copies (:class:`Undo`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...curvature.records.needs import LOOKING_BACK
-from ...curvature.records.statistics import LayerStatistics, Tensors
-from ...errors import ArgumentError, NumericalError
-from ...preconditioners.linalg import inner_product
-from ...stepsize.constant import ConstantStep
-from ..methods.method import Method
+from ...curvature.records.statistics import LayerStatistics
+from ...errors import NumericalError
 from .blocks import Block
 from .stepping import StepRule
+from .team import Team
 
-__all__ = ["Undo", "find_trouble", "is_risky", "require_finite_loss", "spoiled_parameters"]
+__all__ = ["Undo", "describe_trouble", "find_trouble", "require_finite_loss", "spoiled_parameters"]
+
+Statistics = Mapping[str, LayerStatistics]
 
 
-def find_trouble(
-    loss: Tensor | None, gradients: Mapping[str, Tensors | None], statistics: Mapping[str, LayerStatistics]
-) -> str | None:
-    """What is not finite before a step: loss, gradients, records, or their squares, which enter second moments.
+def find_trouble(loss: Tensor | None, gradients: Sequence[Tensor], statistics: Iterable[LayerStatistics]) -> bool:
+    """Whether something is not finite before a step: loss, gradients, records, or the squares that second moments take.
 
     One synchronisation; one pass over gradients and records.
 
     Args:
         loss: of the closure, if there was one.
-        gradients: per block, ``None`` for blocks that sit the step out.
-        statistics: per layer.
-
-    Returns:
-        The reason for the step report, or ``None``.
-
-    Raises:
-        ArgumentError: if there is no gradient at all.
+        gradients: of all parameters that take part.
+        statistics: of all layers.
     """
-    present = [value for values in gradients.values() if values is not None for value in values]
-    if not present:
-        raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
-    records = [value for entry in statistics.values() for value, _ in _records(entry)]
-    total = _sum_of_squares([*present, *records])
-    number = total if loss is None else total + loss
-    if math.isfinite(number.item()):
-        return None
+    values = list(gradients)
+    for entry in statistics:
+        for value in vars(entry).values():
+            if isinstance(value, Tensor):
+                if value.is_floating_point():
+                    values.append(value)
+            elif type(value) is tuple:
+                values += [part for part in value if isinstance(part, Tensor) and part.is_floating_point()]
+    total = _sum_of_squares(values)
+    return not math.isfinite((total if loss is None else total + loss).item())
+
+
+def describe_trouble(loss: Tensor | None, team: Team, gradients: Sequence[Tensor], statistics: Statistics) -> str:
+    """What is not finite, in words for the step report."""
     if loss is not None and not bool(torch.isfinite(loss)):
         return f"the loss is {float(loss)}"
+    owners = [block.key for block in team.blocks for _ in block.names]
     for words, finite in (("is not finite", _finite), ("has a square that is not finite", _finite_square)):
-        bad = [key for key, values in gradients.items() if values and not all(finite(value) for value in values)]
+        bad = dict.fromkeys(key for key, value in zip(owners, gradients, strict=True) if not finite(value))
         if bad:
             return f"the gradient {words} in layers {', '.join(bad)}"
     for name, entry in statistics.items():
-        for value, label in _records(entry):
-            if not _finite_square(value):
-                return f"the statistics of layer {name} overflow: {label} has a square that is not finite"
+        for label, value in vars(entry).items():
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Tensor) and part.is_floating_point() and not _finite_square(part):
+                    return f"the statistics of layer {name} overflow: {label} has a square that is not finite"
     return "the sum of all squared gradients and statistics is not finite"
 
 
@@ -78,12 +76,6 @@ def spoiled_parameters(blocks: Iterable[Block]) -> str | None:
                 f"step of {type(block.part).__name__} left the range of their dtype"
             )
     return None
-
-
-def is_risky(method: Method, step: int) -> bool:
-    """Whether a step can break down after its states have been written."""
-    unguarded = method.looks_back_at(step) and method.guard.attempts == 0
-    return unguarded or not isinstance(method.step_size, ConstantStep)
 
 
 def require_finite_loss(loss: Tensor | None) -> None:
@@ -115,8 +107,7 @@ class Undo:
         self._parameters = [(parameter, _copied(parameter, pairs)) for parameter in parameters]
         self._blocks: list[tuple[Block, dict[str, Any]]] = []
         for block in blocks:
-            looks_back = bool(block.part.needs & LOOKING_BACK)
-            written = block.statistics_due(step, warm) or block.inverses_due(step) or looks_back
+            written = block.statistics_due(step, warm) or block.inverses_due(step) or block.asked.looks_back
             values = block.to_dict()
             self._blocks.append((block, _copied(values if written else {**values, "state": None}, pairs)))
         if pairs:
@@ -144,26 +135,20 @@ def _copied(value: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
     return value
 
 
-def _records(entry: LayerStatistics) -> Iterator[tuple[Tensor, str]]:
-    """Every floating-point tensor that was recorded of a layer, with its name."""
-    for item in fields(entry):
-        value = getattr(entry, item.name)
-        for tensor in value if isinstance(value, tuple) else (value,):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                yield tensor, item.name
-
-
 def _sum_of_squares(values: Sequence[Tensor]) -> Tensor:
     """Of all entries; half precision is squared in float32."""
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for value in values:
-        groups.setdefault((value.dtype, value.device), []).append(value.detach())
-    device = values[0].device
-    sums: list[Tensor] = []
+        groups.setdefault((value.dtype, value.device), []).append(value)
+    device, sums = values[0].device, []
     for (dtype, place), entries in groups.items():
         half = dtype in (torch.float16, torch.bfloat16)
         if place.type == "cpu" and not half:  # half the time of norms
-            sums.append(torch.stack([inner_product(value, value) for value in entries]).sum().to(device))
+            squares = []
+            for value in entries:
+                flat = value.view(-1) if value.is_contiguous() else value.reshape(-1)
+                squares.append(torch.dot(flat, flat))
+            sums.append(torch.stack(squares).sum().to(device))
             continue
         norms = torch._foreach_norm(entries, 2, torch.float32) if half else torch._foreach_norm(entries)
         sums.append(torch.stack(list(norms)).square().sum().to(device))

@@ -5,118 +5,110 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...curvature.backends.backend import Backend
 from ...curvature.estimators import Estimator
-from ...curvature.records.statistics import LayerStatistics, Tensors
+from ...curvature.records.statistics import LayerStatistics
 from ...errors import ArgumentError
 from ...preconditioners.averages import PlainAverage
 from ...preconditioners.damping.split import SideDamping
-from ...preconditioners.operations import compute_many
-from ...preconditioners.protocol import Observation, refining
+from ...preconditioners.operations import Request, compute_many
+from ...preconditioners.protocol import Observation
+from ..methods.momentum import WeightDecay
 from .arguments import require_callable
-from .blocks import Block, accumulate, batched, grouped_by_part
+from .blocks import Block
 from .closure import Closure, preserved
 from .recording import fill, records_for_forward, require_filled, require_pairs
 from .session import Session
+from .team import BlockStep, MiniBatch
 
 __all__ = ["observe", "refine", "refresh", "warm_up"]
 
 
-def observe(
-    session: Session,
-    statistics: Mapping[str, LayerStatistics],
-    gradients: Mapping[str, Tensors | None],
-    decays: Mapping[str, tuple[float, ...]],
-) -> list[tuple[Block, Observation]]:
+def observe(session: Session, batch: MiniBatch) -> None:
     """Momentum and, where they are due, statistics of every block that has a gradient.
-
-    Args:
-        session: whose blocks.
-        statistics: of this mini-batch, by layer.
-        gradients: by block; ``None`` for one that sits the step out.
-        decays: by block, weight decay of each parameter.
-
-    Returns:
-        The blocks that were updated, with what they were given: :func:`refine` goes on from there.
 
     Raises:
         ArgumentError: if a structure does not find what it declared; no block has been changed.
     """
-    method, blocks, due = session.method, session.blocks, session.plan.at(session._step, session._warm).due
-    looks_back = method.looks_back_at(session._step)
-    active: list[tuple[Block, bool, Tensors, LayerStatistics | None]] = []
-    for block, is_due in zip(blocks, due, strict=True):
-        values = gradients[block.key]
-        if values is None:
-            continue
-        measured = statistics.get(block.layer.name)
-        # Who needs nothing of the estimator is shown the gradients alone, which it is given in any case.
-        record = fill(method.curvature, block.layer, measured) if block.part.needs else measured
-        if is_due and record is not None:
+    method, looks_back, team = session.method, session.due.looks_back, batch.team
+    for step in batch.steps:
+        block = step.block
+        measured = step.record = batch.statistics.get(block.layer.name)
+        if not block.asked.anything:
+            continue  # who needs nothing of the estimator is shown the gradients alone, which it is given in any case
+        known = step.gradients if block.whole and not team.half else None
+        record = step.record = fill(method.curvature, block.layer, measured, known)
+        if record is None:
+            step.due = False
+        elif step.due:
             require_filled(block, record)
-        if looks_back:
+        if looks_back and block.asked.looks_back:
             require_pairs(block, measured)
-        if record is not None and measured is not None:
-            block.positions = record.positions
-        active.append((block, is_due and (record is not None or not block.part.needs), values, record))
-    # What of a group's decay enters the gradient: all of it where it is coupled, nothing where it is decoupled.
-    distinct = set().union(*decays.values())
-    factors = {value: method.weight_decay.gradient_factor(value) for value in distinct}
-    coupled = {block.key: tuple(factors[value] for value in decays[block.key]) for block, *_ in active}
-    accumulate(
-        [block for block, *_ in active],
-        method.momentum,
-        [values for _, _, values, _ in active],
-        [coupled[block.key] for block, *_ in active],
-    )
-    updated = [
-        (block, Observation(record, values, block.vector, coupled[block.key], block.parameters))
-        for block, is_due, values, record in active
-        if is_due
-    ]
-    seen = {id(block): observation for block, observation in updated}
-    for part, group in grouped_by_part([block for block, _ in updated]):
-        many = batched(part, "update", "update_many")
-        if many is not None:
-            many([block.state for block in group], [seen[id(block)] for block in group])
+    coupled = _coupled(method.weight_decay, batch.steps)
+    for step in batch.steps:
+        if step.record is not None:
+            step.block.positions = step.record.positions
+    flat = None if coupled is None else [value for values in coupled for value in values]
+    team.accumulate(method.momentum, batch.gradients, flat)
+    coupled = coupled or team.none
+    for crew in team.crews:
+        chosen: list[BlockStep] = []
+        for member in crew.members if crew.learns else ():
+            step = batch.steps[member]
+            if step.due:
+                block = step.block
+                step.observation = Observation(
+                    step.record, step.gradients, block.vector, coupled[member], block.parameters
+                )
+                chosen.append(step)
+        if crew.update_many is not None and chosen:
+            crew.update_many([step.block.state for step in chosen], [step.observation for step in chosen])
             continue
-        for block in group:
-            part.update(block.state, seen[id(block)])
-    return updated
+        for step in chosen:
+            crew.part.update(step.block.state, step.observation)
 
 
-def refine(updated: Sequence[tuple[Block, Observation]]) -> None:
+def _coupled(decay: WeightDecay, steps: Sequence[BlockStep]) -> list[tuple[float, ...]] | None:
+    """What of the groups' decay enters the gradient: all of it where it is coupled, nothing where it is decoupled."""
+    factors: dict[float, float] = {}
+    for step in steps:
+        for value in step.decays:
+            if value not in factors:
+                factors[value] = decay.gradient_factor(value)
+    if not any(factors.values()):
+        return None
+    return [tuple(factors[value] for value in step.decays) for step in steps]
+
+
+def refine(batch: MiniBatch) -> None:
     """Statistics that are measured in what the refresh of this step has installed."""
-    for block, observation in updated:
-        if (part := refining(block.part)) is not None:
-            part.refine(block.state, observation)
+    for crew in batch.team.crews:
+        for member in crew.members if crew.refining is not None else ():
+            step = batch.steps[member]
+            if step.observation is not None and crew.refining is not None:
+                crew.refining.refine(step.block.state, step.observation)
 
 
-def refresh(blocks: Sequence[Block], sides: Callable[[Block], SideDamping], step: int) -> tuple[int, int]:
-    """Compute what is due, all layers in one batched request. Returns (matrices, rescues)."""
-    due = [block for block in blocks if block.inverses_due(step)]
-    requests = [(block, block.part.matrices(block.state, sides(block))) for block in due]
-    flat = [request for _, entries in requests for request in entries]
+def refresh(blocks: Sequence[Block], sides: Callable[[Block], SideDamping]) -> tuple[int, int]:
+    """Compute the inverses of these blocks, all in one batched request. Returns (matrices, rescues)."""
+    requests: list[tuple[Block, int]] = []
+    flat: list[Request] = []
+    for block in blocks:
+        asked = block.part.matrices(block.state, sides(block))
+        requests.append((block, len(asked)))
+        flat.extend(asked)
     if not flat:
         return 0, 0
     results = compute_many(flat)
     position = 0
-    for block, entries in requests:
-        block.part.install(block.state, results[position : position + len(entries)])
-        position += len(entries)
+    for block, count in requests:
+        block.part.install(block.state, results[position : position + count])
+        position += count
     return len(flat), sum(result.rescues for result in results)
 
 
-def warm_up(
-    model: nn.Module,
-    capture: Backend,
-    collect: Callable[[], Mapping[str, LayerStatistics]],
-    blocks: Sequence[Block],
-    estimator: Estimator,
-    closures: Iterable[Closure],
-) -> bool:
+def warm_up(session: Session, estimator: Estimator, closures: Iterable[Closure]) -> bool:
     """Plain averages of the estimator's statistics over the closures' mini-batches. Returns whether there were any.
 
     No parameter, buffer, gradient or global random state is changed.
@@ -129,17 +121,17 @@ def warm_up(
             f"warm_start takes one function per mini-batch, e.g. (lambda x=x: model(x) for x, _ in loader), got "
             f"{type(closures).__name__}"
         )
-    warm, count = False, 0
+    warm, count, capture, blocks = False, 0, session.capture, session.blocks
     capture.clear()
     capture.arm(records_for_forward(blocks, estimator), "forward")
-    with preserved(model), torch.no_grad():
+    with preserved(session.model), torch.no_grad():
         for count, closure in enumerate(closures, 1):
             require_callable(f"entry {count - 1} of the closures of warm_start", closure)
             capture.step = 2**31 + count - 1
             with torch.enable_grad():
                 closure()
-            warm |= _average_in(blocks, estimator, collect())
-    if not warm and any(block.part.needs for block in blocks):
+            warm |= _average_in(blocks, estimator, session.collect())
+    if not warm and any(block.asked.anything for block in blocks):
         found = "is empty (a generator that was used before?)" if not count else f"ran {count} times without effect"
         raise ArgumentError(
             f"nothing was recorded: what was given to warm_start {found}; give one function per mini-batch that runs "
@@ -153,7 +145,7 @@ def _average_in(blocks: Sequence[Block], estimator: Estimator, statistics: Mappi
     found = False
     for block in blocks:
         record = fill(estimator, block.layer, statistics.get(block.layer.name))
-        if record is not None and block.part.needs:
+        if record is not None and block.asked.anything:
             require_filled(block, record)
             block.part.update(block.state, Observation(record, (), block.storage), PlainAverage())
             found = True

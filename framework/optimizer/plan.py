@@ -10,13 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from ...curvature.declarations import DampingDeclarations, declared
+from ...curvature.estimators import records_for_pairs
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs, Record
+from ...preconditioners.structures.identity import Stateless
+from ...stepsize.constant import ConstantStep
 from ..methods.method import Method
 from .blocks import Block
 from .recording import records_for_step
+from .team import Team
 
-__all__ = ["Plan", "StepPlan"]
+__all__ = ["Plan", "SecondLook", "StepPlan"]
 
 
 @dataclass(frozen=True)
@@ -26,16 +33,39 @@ class StepPlan:
     Attributes:
         records: by layer, what the backend records.
         due: of every block, whether its statistics are updated.
+        inverses: blocks whose inverses are recomputed.
         samples_labels: whether some layer needs a backward for sampled labels.
+        measures_scores: whether the step-size or damping rule measures curvature with sampled labels.
         records_gradients: whether some record holds gradients of the user's loss.
         products: whether Hessian products are needed.
+        looks_back: whether the mini-batch is evaluated again after the step.
+        risky: whether the step can break down after its states have been written.
     """
 
     records: Mapping[str, Record]
     due: tuple[bool, ...]
+    inverses: tuple[Block, ...]
     samples_labels: bool
+    measures_scores: bool
     records_gradients: bool
     products: bool
+    looks_back: bool
+    risky: bool
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """What the evaluation after a step is for.
+
+    Attributes:
+        records: by layer, what the backend records of it.
+        constants: parameters that need no gradient then.
+        changing: layers with a structure that pairs the parameters themselves.
+    """
+
+    records: Mapping[str, Record]
+    constants: Sequence[nn.Parameter]
+    changing: Sequence[Layer]
 
 
 class Plan:
@@ -49,30 +79,99 @@ class Plan:
 
     def __init__(self, method: Method, blocks: Sequence[Block], layers: Sequence[Layer]):
         self.method, self.blocks, self.layers = method, blocks, layers
-        self.needs = [block.part.needs for block in blocks]
+        self.needs_closure = method.needs_closure
+        self.balances = declared(method.damping, DampingDeclarations).uses_eigenvalues
+        clocks = dict.fromkeys((block.part.schedule, block.born) for block in blocks)
+        self._clocks = list(clocks)
+        places = {clock: index for index, clock in enumerate(clocks)}
+        self._clock_of = [places[block.part.schedule, block.born] for block in blocks]
+        self.second_look = self._second_look()
+        self._all = (True,) * len(blocks)
+        self._forget()
+
+    def _forget(self) -> None:
         self._last: tuple[Any, Any] = (None, None)
-        self._known: dict[tuple[tuple[bool, ...], Needs], StepPlan] = {}
+        self._known: dict[Any, StepPlan] = {}
+        self._teams: dict[tuple[bool, ...], Team] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the answers: teams hold views of the blocks' memory, which a copy would not share."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_last", "_known", "_teams")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy."""
+        self.__dict__.update(state)
+        self._forget()
 
     def at(self, step: int, warm: bool) -> StepPlan:
         """What step ``step`` does; steps on which the same is due share one answer."""
         if self._last[0] == (step, warm):
             last: StepPlan = self._last[1]
             return last
-        due = tuple([block.statistics_due(step, warm) for block in self.blocks])
-        measures = self.method.measures_at(step)
-        found = self._known.get((due, measures))
+        times = []
+        for schedule, born in self._clocks:
+            age = step - born
+            times.append((schedule.statistics_due(age, warm and not born), schedule.inverses_due(age)))
+        key = (tuple(times), self.method.measures_at(step), self.method.looks_back_at(step))
+        found = self._known.get(key)
         if found is None:
-            records = records_for_step(self.blocks, self.layers, self.method, step, warm)
-            products = Needs.PRODUCTS in measures or (
-                Needs.PRODUCTS in self.method.asks
-                and any(is_due and Needs.MATRIX in need for is_due, need in zip(due, self.needs, strict=True))
-            )
-            found = self._known[due, measures] = StepPlan(
-                records,
-                due,
-                any(record & (Record.SAMPLED | Record.SAMPLED_PARAMETERS) for record in records.values()),
-                any(record & (Record.GRADIENTS | Record.MEANS) for record in records.values()),
-                products,
-            )
+            found = self._known[key] = self._worked_out(step, warm, [times[clock] for clock in self._clock_of])
         self._last = ((step, warm), found)
         return found
+
+    def _worked_out(self, step: int, warm: bool, times: Sequence[tuple[bool, bool]]) -> StepPlan:
+        method, measures = self.method, self.method.measures_at(step)
+        due = tuple(statistics for statistics, _ in times)
+        records = records_for_step(self.blocks, self.layers, method, step, warm)
+        matrices = any(is_due and block.asked.matrix for is_due, block in zip(due, self.blocks, strict=True))
+        looks_back = method.looks_back_at(step)
+        return StepPlan(
+            records,
+            due,
+            tuple(
+                block for block, (_, inverses) in zip(self.blocks, times, strict=True) if inverses and _inverts(block)
+            ),
+            any(record & (Record.SAMPLED | Record.SAMPLED_PARAMETERS) for record in records.values()),
+            bool(measures & (Needs.SCORES | Needs.BATCH_SCORES)),
+            any(record & (Record.GRADIENTS | Record.MEANS) for record in records.values()),
+            Needs.PRODUCTS in measures or (Needs.PRODUCTS in method.asks and matrices),
+            looks_back,
+            (looks_back and method.guard.attempts == 0) or not isinstance(method.step_size, ConstantStep),
+        )
+
+    def team(self, present: tuple[bool, ...]) -> Team:
+        """The blocks that take part in a step.
+
+        Args:
+            present: of every block, whether it does.
+        """
+        found = self._teams.get(present)
+        if found is None:
+            chosen = [block for block, is_present in zip(self.blocks, present, strict=True) if is_present]
+            places = [place for place, is_present in enumerate(present) if is_present]
+            found = self._teams[present] = Team(chosen, places)
+        return found
+
+    @property
+    def everyone(self) -> Team:
+        """All blocks."""
+        return self.team(self._all)
+
+    def _second_look(self) -> SecondLook:
+        needs: dict[str, Needs] = {}
+        for block in self.blocks:
+            if block.asked.looks_back:
+                needs[block.layer.name] = needs.get(block.layer.name, Needs.NOTHING) | block.needs
+        # Frozen are only layers whose outputs the capture lets need a gradient: a loss without any has no backward.
+        lean = [layer for layer in self.layers if Needs.CHANGES not in needs.get(layer.name, Needs.CHANGES)]
+        return SecondLook(
+            {name: records_for_pairs(need) for name, need in needs.items()},
+            [parameter for layer in lean for parameter in layer.parameters.values()],
+            [layer for layer in self.layers if Needs.CHANGES in needs.get(layer.name, Needs.NOTHING)],
+        )
+
+
+def _inverts(block: Block) -> bool:
+    """Whether a block may ask for a matrix at all."""
+    asks: Any = type(block.part).matrices
+    return asks is not Stateless.matrices

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.records.statistics import LayerStatistics, SampleGradients
+from ...curvature.records.statistics import NOTHING_MEASURED, LayerStatistics, SampleGradients
 from ...errors import ArgumentError
 
 __all__ = ["Scaling", "require_plain_loss", "widened"]
@@ -32,10 +32,9 @@ def widened(statistics: Mapping[str, LayerStatistics], inverse_scale: Tensor | N
         statistics: per layer, as measured.
         inverse_scale: 0-dimensional, 1 / scale of the loss; ``None``: the loss was not scaled.
     """
-    return {
-        name: entry if inverse_scale is None and not _holds_half(entry) else _widened(entry, inverse_scale)
-        for name, entry in statistics.items()
-    }
+    if inverse_scale is None and not any(map(_holds_half, statistics.values())):
+        return dict(statistics)
+    return {name: _widened(entry, inverse_scale) for name, entry in statistics.items()}
 
 
 def _holds_half(entry: LayerStatistics) -> bool:
@@ -45,9 +44,9 @@ def _holds_half(entry: LayerStatistics) -> bool:
             if value.dtype in _HALF:
                 return True
         elif isinstance(value, SampleGradients):
-            if value.loss is not None or value.sampled is not None or value.roots is not None:
+            if value is not NOTHING_MEASURED:
                 return True  # rare: let the slow way look at each
-        elif isinstance(value, tuple):
+        elif type(value) is tuple:
             for item in value:
                 if isinstance(item, Tensor) and item.dtype in _HALF:
                     return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from ...curvature.estimators import Estimator
 from ...curvature.layers.layer import Layer
 from ...curvature.products import GraphKeepingBackward, hessian_block
 from ...curvature.records.needs import LOOKING_BACK, Needs, Record
-from ...curvature.records.statistics import LayerStatistics
+from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError
 from ..methods.method import Method
 from .blocks import Block, present_gradients
@@ -35,7 +34,7 @@ def records_for_step(
     """What each layer must record for step ``step``."""
     wanted: dict[str, Record] = {}
     for block in blocks:
-        needs = block.part.needs
+        needs = block.needs
         if not block.statistics_due(step, warm):
             # Parts that look back use the mean input of every step; the rest sits this step out.
             needs = needs & (LOOKING_BACK | Needs.INPUTS) if needs & LOOKING_BACK else Needs.NOTHING
@@ -58,7 +57,7 @@ def records_for_forward(blocks: Sequence[Block], estimator: Estimator) -> dict[s
     """What each layer must record in a warm-start pass."""
     wanted: dict[str, Record] = {}
     for block in blocks:
-        _add(wanted, block.layer.name, estimator.records(block.part.needs))
+        _add(wanted, block.layer.name, estimator.records(block.needs))
     return wanted
 
 
@@ -66,7 +65,7 @@ def all_records(blocks: Sequence[Block], layers: Sequence[Layer], method: Method
     """What each layer may have to record at any step, in the warm start, or when looking back."""
     wanted = records_for_forward(blocks, method.warm_start) if method.warm_start is not None else {}
     for block in blocks:
-        _add(wanted, block.layer.name, method.curvature.records(block.part.needs))
+        _add(wanted, block.layer.name, method.curvature.records(block.needs))
     for layer in layers:
         _add(wanted, layer.name, _records_for_scores(layer, method.measures_at(None)))
     return wanted
@@ -104,22 +103,31 @@ def with_hessians(
         record = LayerStatistics(layer, 1, 1) if record is None else record
         scale: float | Tensor = record.gradient_scale / record.samples
         scale = scale if inverse_scale is None else scale * inverse_scale
-        result[layer.name] = replace(record, hessian=partial(hessian_block, products, layer, scale))
+        result[layer.name] = record.with_fields(hessian=partial(hessian_block, products, layer, scale))
     return result
 
 
-def fill(estimator: Estimator, layer: Layer, record: LayerStatistics | None) -> LayerStatistics | None:
+def fill(
+    estimator: Estimator, layer: Layer, record: LayerStatistics | None, gradients: Tensors | None = None
+) -> LayerStatistics | None:
     """A layer's statistics with gradients and the estimator's choice of curvature filled in.
 
     A layer that no hook recorded still has its gradients, which is all that ``BatchMean`` uses.
+
+    Args:
+        estimator: the estimator.
+        layer: the layer.
+        record: as measured.
+        gradients: of all its parameters, in their own precision, if somebody has gathered them already.
     """
-    gradients = present_gradients(tuple(layer.parameters.values()))
+    if gradients is None:
+        gradients = present_gradients(tuple(layer.parameters.values()))
     if record is None:
         if gradients is None:
             return None
         record = LayerStatistics(layer, 1, 1)
     if gradients is not None:
-        record = replace(record, gradients=gradients)
+        record = record.with_fields(gradients=gradients)
     return estimator.fill(record)
 
 
@@ -129,11 +137,13 @@ def require_filled(block: Block, record: LayerStatistics) -> None:
     Raises:
         ArgumentError: naming the layer and the ways to run the model that leave its record empty.
     """
-    empty = (Needs.ROOTS in block.part.needs and record.roots is None) or (
-        Needs.VECTORS in block.part.needs and record.vectors is None
-    )
-    empty = empty or (Needs.MATRIX in block.part.needs and record.matrix is None)
-    if empty or (Needs.INPUTS in block.part.needs and record.inputs is None):
+    asked = block.asked
+    if (
+        (asked.roots and record.roots is None)
+        or (asked.vectors and record.vectors is None)
+        or (asked.matrix and record.matrix is None)
+        or (asked.inputs and record.inputs is None)
+    ):
         raise _nothing_recorded(block)
 
 
@@ -143,10 +153,7 @@ def require_pairs(block: Block, record: LayerStatistics | None) -> None:
     Raises:
         ArgumentError: as :func:`require_filled`.
     """
-    needs = block.part.needs
-    if (needs & LOOKING_BACK and record is None) or (
-        Needs.PAIRS in needs and record is not None and record.mean_gradient is None
-    ):
+    if record is None or (block.asked.pairs and record.mean_gradient is None):
         raise _nothing_recorded(block)
 
 
@@ -160,28 +167,21 @@ def _nothing_recorded(block: Block) -> ArgumentError:
     )
 
 
-def require_sampled(
-    method: Method, step: int, statistics: Mapping[str, LayerStatistics], active: Collection[str]
-) -> None:
-    """Check that labels were sampled when a rule measures curvature along the step with them.
+def require_sampled(statistics: Mapping[str, LayerStatistics], active: Collection[str]) -> None:
+    """Check that labels were sampled, at a step whose rule measures curvature along it with them.
 
     Args:
-        method: the method.
-        step: number of the step.
         statistics: per layer.
         active: names of the layers that have a gradient: each must have been measured, or it would never move.
 
     Raises:
         ArgumentError: naming the layers that have nothing from the sampled backward.
     """
-    if not method.measures_at(step) & (Needs.SCORES | Needs.BATCH_SCORES):
-        return
-    measured = {
-        name
-        for name, entry in statistics.items()
-        if entry.sampled_gradient is not None or entry.sampled_parameter_gradients is not None
-    }
-    missing = [name for name in active if name not in measured]
+    missing = []
+    for name in active:
+        entry = statistics.get(name)
+        if entry is None or (entry.sampled_gradient is None and entry.sampled_parameter_gradients is None):
+            missing.append(name)
     if missing:
         raise ArgumentError(
             f"no labels were sampled for layers {', '.join(missing)}: run the whole model that was given to "

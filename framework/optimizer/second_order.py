@@ -7,7 +7,7 @@ error before it leaves the model as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,17 +18,16 @@ from ...curvature.layers.discovery import discover_layers
 from ...curvature.likelihoods import Likelihood, resolve_likelihood
 from ...curvature.products import GraphKeepingBackward
 from ...curvature.records.needs import Needs
-from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.structures.by_layer import ByLayer, require_matching_keys
 from ..methods.method import Method
 from .arguments import require_arguments, require_closure, require_values
-from .blocks import directions_of, make_blocks
-from .closure import Closure, Snapshot, run_closure
+from .blocks import full_precision, make_blocks
+from .closure import Closure, run_closure
 from .distributed import Ranks, unwrapped
 from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
 from .lookback import LookBack
-from .nonfinite import Undo, find_trouble, is_risky, require_finite_loss, spoiled_parameters
+from .nonfinite import Undo, describe_trouble, find_trouble, require_finite_loss, spoiled_parameters
 from .observers import Observer, StepTrace
 from .observing import observe, refine, refresh, warm_up
 from .plan import Plan
@@ -38,6 +37,7 @@ from .report import LayerRow, StepReport
 from .saving import restore_state, saved_state
 from .session import Session
 from .stepping import Proposal, StepRule
+from .team import BlockStep, MiniBatch, Team
 
 __all__ = ["SecondOrder"]
 
@@ -184,50 +184,53 @@ class SecondOrder(Session):
             NumericalError: if a loss, gradient, statistic or step size is not finite (``on_nonfinite="raise"``); no
                 parameter and no state has changed.
         """
-        self._require_open()
-        require_closure(closure, self.needs_closure)
-        self._check_values()
-        scaling = Scaling(self, self.grad_scaler)
-        self._look_back.prepare()
-        if closure is not None:
+        self._require_ready(closure)
+        due = self.due
+        scaling = None
+        if self.grad_scaler is not None or "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
+            scaling = Scaling(self, self.grad_scaler)
+        if due.looks_back:
+            self._look_back.prepare()
+        if closure is not None and scaling is not None:
             scaling.before_closure()
         loss, products = self._evaluate(closure)
-        require_nobody_left_out(self._unowned)
-        scaling.unscale_gradients()
-        if scaling.found_inf is not None and bool(scaling.found_inf):
-            return self._skip("the GradScaler found a gradient that is not finite", loss)
-        self._inverse_scale = scaling.inverse(self._due.records_gradients)
+        if self._unowned:
+            require_nobody_left_out(self._unowned)
+        if scaling is not None:
+            scaling.unscale_gradients()
+            if scaling.found_inf is not None and bool(scaling.found_inf):
+                return self._skip("the GradScaler found a gradient that is not finite", loss)
+        self._inverse_scale = None if scaling is None else scaling.inverse(due.records_gradients)
         statistics = self.collect()
         if Needs.PRODUCTS in self.method.asks:
             statistics = with_hessians(
                 statistics, self.layers, products, self.capture.loss_reduction, self._inverse_scale
             )
-        gradients = {block.key: block.gradients() for block in self.blocks}
-        trouble = find_trouble(loss, gradients, statistics)
-        if trouble is not None:
-            return self._refuse(spoiled_parameters(self.blocks) or trouble, loss)
-        active = dict.fromkeys(block.layer.name for block in self.blocks if gradients[block.key] is not None)
-        require_sampled(self.method, self._step, statistics, active)
-        undo = self._undo(gradients) if is_risky(self.method, self._step) else None
+        team, gradients = self._present()
+        if not gradients:
+            raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
+        if find_trouble(loss, gradients, statistics.values()):
+            trouble = spoiled_parameters(self.blocks) or describe_trouble(loss, team, gradients, statistics)
+            return self._refuse(trouble, loss)
+        if due.measures_scores:
+            require_sampled(statistics, team.layers)
+        batch = MiniBatch(loss, statistics, products, team, gradients, self._steps(team, gradients))
+        undo = self._undo(team) if due.risky else None
         try:
-            self.last_report = self._advance(closure, loss, statistics, gradients, products)
+            self.last_report = self._advance(closure, batch)
         except NumericalError as error:
             if undo is None:
                 raise
             undo.roll_back()
             return self._refuse(str(error), loss)
+        finally:
+            if due.looks_back:
+                self._look_back.forget()
         self._step += 1
         self._arm()
         return loss
 
-    def _advance(
-        self,
-        closure: Closure | None,
-        loss: Tensor | None,
-        statistics: Mapping[str, LayerStatistics],
-        gradients: Mapping[str, Tensors | None],
-        products: GraphKeepingBackward | None,
-    ) -> StepReport:
+    def _advance(self, closure: Closure | None, batch: MiniBatch) -> StepReport:
         """Observe, propose, apply, look back.
 
         Raises:
@@ -235,50 +238,69 @@ class SecondOrder(Session):
         """
         for observer in self.observers:
             observer.before_step(self)
-        decays = {block.key: self._decays(block) for block in self.blocks}
-        updated = observe(self, statistics, gradients, decays)
-        refreshes, rescues = refresh(self.blocks, self.sides, self._step)
-        refine(updated)
-        proposal, damping = self._propose(statistics, gradients, products, decays), self.damping
-        self._look_back.remember(proposal)
+        looks_back = self.due.looks_back and closure is not None
+        observe(self, batch)
+        refreshes, rescues = refresh(self.due.inverses, self.sides) if self.due.inverses else (0, 0)
+        refine(batch)
+        proposal = self._propose(batch)
+        damping = self.damping
+        if looks_back:
+            self._look_back.remember(proposal)
         self.take(proposal, 1.0)
         sides = {block.key: self.sides(block) for block in self.blocks} if self.observers else {}
-        outcome = self._look_back.run(closure, loss, statistics, proposal) if closure is not None else None
-        if outcome is not None and self.method.guard.attempts == 0:
-            require_finite_loss(outcome.loss)
         report = StepReport(
-            self._step,
-            loss,
-            None if outcome is None else outcome.loss,
-            proposal.step_sizes if outcome is None else outcome.scaled(proposal.step_sizes),
-            damping,
-            proposal.events if outcome is None else {**proposal.events, **outcome.events},
-            refreshes,
-            rescues,
-            0 if outcome is None else outcome.shortened,
+            self._step, batch.loss, None, proposal.step_sizes, damping, proposal.events, refreshes, rescues
         )
+        fraction = 1.0
+        if looks_back and closure is not None:
+            outcome = self._look_back.run(closure, batch, proposal)
+            if self.method.guard.attempts == 0:
+                require_finite_loss(outcome.loss)
+            report, fraction = outcome.into(report), outcome.fraction
         for observer in self.observers:
-            observer.after_step(self, StepTrace(report, statistics, proposal, sides))
-        self._rule.remember(proposal, 1.0 if outcome is None else outcome.fraction)
+            observer.after_step(self, StepTrace(report, batch.statistics, proposal, sides))
+        if self._rule.last is not None:
+            self._rule.remember(proposal, fraction)
         return report
 
-    def _undo(self, gradients: Mapping[str, Tensors | None]) -> Undo:
-        active = [block for block in self.blocks if gradients[block.key] is not None]
-        unguarded = self.method.looks_back_at(self._step) and self.method.guard.attempts == 0
-        moved = [parameter for block in active for parameter in block.parameters] if unguarded else []
-        return Undo(self.blocks, self._rule, moved, self._step, self._warm)
+    def _present(self) -> tuple[Team, list[Tensor]]:
+        """The blocks that have a gradient, and the gradients of all their parameters, half precision as float32."""
+        team = self.plan.everyone
+        gradients: list[Tensor] = []
+        for parameter in team.parameters:
+            if parameter.grad is None or not parameter.requires_grad:
+                break
+            gradients.append(parameter.grad)
+        else:
+            return team, [full_precision(value) for value in gradients] if team.half else gradients
+        found = [block.gradients() for block in self.blocks]
+        team = self.plan.team(tuple(values is not None for values in found))
+        return team, [value for values in found if values is not None for value in values]
+
+    def _steps(self, team: Team, gradients: list[Tensor]) -> list[BlockStep]:
+        steps: list[BlockStep] = []
+        position = 0
+        for block, place, decays in zip(team.blocks, team.places, self.decays(team), strict=True):
+            end = position + len(block.names)
+            steps.append(BlockStep(block, tuple(gradients[position:end]), self.due.due[place], decays))
+            position = end
+        return steps
+
+    def _undo(self, team: Team) -> Undo:
+        unguarded = self.due.looks_back and self.method.guard.attempts == 0
+        return Undo(self.blocks, self._rule, team.parameters if unguarded else [], self._step, self._warm)
 
     def _evaluate(self, closure: Closure | None) -> tuple[Tensor | None, GraphKeepingBackward | None]:
-        self.gradient_evaluations += 1 + self._due.samples_labels
+        self.gradient_evaluations += 1 + self.due.samples_labels
         if closure is None:
             return None, None
         self._arm()  # an interrupted look back or warm start may have left the hooks in another mode
-        wanted = self._due.products
-        if wanted:
+        if not self.due.products:
+            loss, products = run_closure(closure, self.device), None
+        else:
             require_plain_loss(self.ranks.count, self.grad_scaler)
-        products = GraphKeepingBackward(self.layers) if wanted else None
-        with products or nullcontext():
-            loss = run_closure(closure, self.device)
+            with GraphKeepingBackward(self.layers) as products:
+                loss = run_closure(closure, self.device)
         return self.ranks.mean(loss), products
 
     def _skip(self, trouble: str, loss: Tensor | None) -> Tensor | None:
@@ -298,22 +320,13 @@ class SecondOrder(Session):
             )
         return loss
 
-    def _propose(
-        self,
-        statistics: Mapping[str, LayerStatistics],
-        gradients: Mapping[str, Tensors | None],
-        products: GraphKeepingBackward | None,
-        decays: Mapping[str, tuple[float, ...]],
-    ) -> Proposal:
-        active = [block for block in self.blocks if gradients[block.key] is not None]
-        directions = directions_of(active, self.method.momentum)
-        like = next(iter(directions.values()))[0]
-        lr = self._values.per_layer(self.param_groups, self.layers, "lr", like)
-        proposal = self._rule.propose(
-            self._step, lr, active, directions, self.method.momentum, statistics, products, decays
-        )
-        if products is not None:
-            products.release()
+    def _propose(self, batch: MiniBatch) -> Proposal:
+        momentum = self.method.momentum
+        for step, directions in zip(batch.steps, batch.team.directions(momentum), strict=True):
+            step.directions = directions
+        proposal = self._rule.propose(self._step, self.learning_rate(), batch, momentum)
+        if batch.products is not None:
+            batch.products.release()
         return proposal
 
     def warm_start(self, closures: Iterable[Closure]) -> None:
@@ -335,7 +348,7 @@ class SecondOrder(Session):
             raise ArgumentError(f"warm_start must come before the first step, {self._step} steps have been taken")
         undo = Undo(self.blocks, self._rule, [], self._step, False)
         try:
-            self._warm = warm_up(self.model, self.capture, self.collect, self.blocks, estimator, closures)
+            self._warm = warm_up(self, estimator, closures)
         except Exception:
             undo.roll_back()
             raise
@@ -359,11 +372,13 @@ class SecondOrder(Session):
             ArgumentError: if layers or parts are missing or unknown, or a shape differs; nothing has been written.
         """
         restore_state(self, state_dict)
+        self.plan = Plan(self.method, self.blocks, self.layers)
         self._arm()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _require_open(self) -> None:
+    def _require_ready(self, closure: Closure | None) -> None:
+        """Check what a step is given, before it begins."""
         if self._closed:
             raise ArgumentError(
                 "this optimizer was closed: its hooks are gone from the model; build a new one and load state_dict()"
@@ -376,14 +391,13 @@ class SecondOrder(Session):
                 )
         if self.capture.pauses.depth:
             raise ArgumentError("step() inside optimizer.paused() would see no statistics; leave the context before it")
-
-    def snapshot(self) -> Snapshot:
-        """Random state and buffers now."""
-        return Snapshot.take(self.model)
+        if closure is None or not callable(closure):
+            require_closure(closure, self.plan.needs_closure)
+        self._check_values()
 
     def _arm(self) -> None:
         """Tell the capture what the coming forward passes must record."""
-        self.capture.step, self.capture.stream = self._step, self.ranks.rank
         self.capture.clear()
-        self._due = self.plan.at(self._step, self._warm)
-        self.capture.arm(self._due.records)
+        self.capture.step, self.capture.stream = self._step, self.ranks.rank
+        self.due = self.plan.at(self._step, self._warm)
+        self.capture.arm(self.due.records)

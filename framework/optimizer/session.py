@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.backends.backend import Backend
-from ...curvature.declarations import DampingDeclarations, declared
 from ...curvature.layers.layer import Layer
 from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.damping.split import SideDamping, TwoSided
 from ..methods.method import Method
 from .arguments import as_number
-from .blocks import Block, make_blocks
+from .blocks import Block, full_precision, make_blocks
 from .distributed import Ranks
 from .groups import GroupValues, chosen_parameters, late_layers, numbers_of, unowned_parameters
 from .plan import Plan, StepPlan
 from .precision import widened
 from .stepping import Proposal, StepRule
+from .team import Team
 
 __all__ = ["Session"]
 
@@ -52,13 +52,15 @@ class Session(torch.optim.Optimizer):
     _strict: bool
     _step: int = 0
     _warm: bool = False
-    _due: StepPlan
-    _checked: tuple[Any, ...] = ()
+    due: StepPlan
+    _given: list[Any]
+    _numbers: list[dict[str, float]]
     _rule: StepRule
     _unowned: dict[str, Tensor]
 
     def __init__(self, groups: list[dict[str, Any]], numbers: dict[str, float]):
         self._values, self._building = GroupValues(), True
+        self._given = []
         super().__init__(groups, numbers)
         self._building = False
         self._values.assign(self.layers, self.param_groups)
@@ -88,8 +90,9 @@ class Session(torch.optim.Optimizer):
         return self.method.damping_at(value, self._step)
 
     def collect(self) -> dict[str, LayerStatistics]:
-        """What the backend has recorded, without loss scale and in full precision."""
-        return self.ranks.joint(self.layers, widened(self.capture.collect(), self._inverse_scale))
+        """What all processes have recorded, without loss scale and in full precision."""
+        found = widened(self.capture.collect(), self._inverse_scale)
+        return found if self.ranks.count == 1 else self.ranks.joint(self.layers, found)
 
     def take(self, proposal: Proposal, fraction: float) -> None:
         """Take a fraction of a proposed step: the only place that writes to parameters."""
@@ -110,12 +113,17 @@ class Session(torch.optim.Optimizer):
     def sides(self, block: Block) -> SideDamping:
         """Damping of a block's matrices."""
         value = self._values.of_layer(self.param_groups, block.layer.name, "damping")
-        value = self.method.damping_at(value, self._step)
+        if self.method.schedules_damping:
+            value = self.method.damping_at(value, self._step)
         rule, part = self.method.damping, block.part
-        uses = declared(rule, DampingDeclarations).uses_eigenvalues
-        if uses and isinstance(part, TwoSided) and part.without_eigenvalues() == ():
-            return rule.sides(value, block.positions, part.mean_eigenvalues(block.state))
-        return rule.sides(value, block.positions)
+        if self.plan.balances:
+            if isinstance(part, TwoSided) and part.without_eigenvalues() == ():
+                return rule.sides(value, block.positions, part.mean_eigenvalues(block.state))
+            return rule.sides(value, block.positions)
+        key = (value, block.positions)
+        if block.damped is None or block.damped[0] != key:
+            block.damped = (key, rule.sides(value, block.positions))
+        return block.damped[1]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take over parameters of the model that were frozen when the optimizer was built (gradual unfreezing).
@@ -148,29 +156,45 @@ class Session(torch.optim.Optimizer):
         """Serve more layers than before."""
         self.layers, self.blocks = layers, blocks
         self.plan = Plan(self.method, blocks, layers)
-        self._checked = ()
+        self._given = []
         self._values.assign(layers, self.param_groups)
         self.capture = self.capture.extended(layers)
         self._rule.grow(layers)
         self._unowned = unowned_parameters(self.model, layers)
         self._arm()
 
-    def _decays(self, block: Block) -> tuple[float, ...]:
-        return self._values.of_block(self.param_groups, block, "weight_decay")
+    def decays(self, team: Team) -> list[tuple[float, ...]]:
+        """Weight decay of every parameter of a team; 0 for one that is frozen."""
+        for group in self.param_groups:
+            if group["weight_decay"]:
+                return [self._values.of_block(self.param_groups, block, "weight_decay") for block in team.blocks]
+        return team.none
+
+    def learning_rate(self) -> float | Tensor:
+        """One number where all layers agree, else (L,)."""
+        if len(self.param_groups) == 1:
+            return self._numbers[0]["lr"]
+        like = full_precision(self.blocks[0].parameters[0])
+        return self._values.per_layer(self.param_groups, self.layers, "lr", like)
 
     def _check_values(self) -> None:
         """The numbers of all groups are in range, and agree within each layer; asked again only when one changed."""
+        given: list[Any] = []
+        for group in self.param_groups:
+            given += (group.get("lr"), group.get("damping"), group.get("weight_decay"))
+        if len(given) == len(self._given) and not self.method.schedules_damping:
+            for value, last in zip(given, self._given, strict=True):
+                if value is not last or type(value) not in (float, int):  # a tensor may have changed in place
+                    break
+            else:
+                return
         found = [numbers_of(group, index) for index, group in enumerate(self.param_groups)]
         for numbers in found:
             numbers["damping"] = self.method.damping_at(numbers["damping"], self._step)
-        values = tuple(tuple(numbers.values()) for numbers in found)
-        if values == self._checked:
-            return
-        for numbers in found:
             self.method.check_values(**numbers)
         for key in ("lr", "damping") if len(self.param_groups) > 1 else ():
             self._values.common(self.param_groups, key)
-        self._checked = values
+        self._given, self._numbers = given, found
 
     def _arm(self) -> None:
         """Tell the capture what the coming forward passes must record."""

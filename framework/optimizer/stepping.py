@@ -26,11 +26,12 @@ from ..methods.momentum import Momentum, WeightDecay
 from .arguments import as_number
 from .blocks import Block, full_precision
 from .last_steps import LastSteps, name_of_last, placed, with_last_steps
+from .team import MiniBatch
 
 __all__ = ["Move", "Proposal", "StepRule"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Move:
     """One block's part of a step: theta <- theta - step_size direction - recall last, where theta is not frozen.
 
@@ -85,7 +86,7 @@ def _add(target: Tensor, direction: Tensor, size: float | Tensor, factor: float)
         target.add_(direction, alpha=factor * size)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Proposal:
     """A step that has not been taken yet.
 
@@ -111,48 +112,42 @@ class Proposal:
 
         theta <- (1 - fraction shrinkage) theta - fraction (step_size direction + recall last)
         """
-        rows = [(move, *row) for move in self.moves for row in move._rows() if row[0].requires_grad]
-        shrunk = _Batches()
-        moved, recalled = _Batches(), _Batches()
-        for move, parameter, direction, last, decay in rows:
-            shrinkage = weight_decay.shrinkage(decay, move.step_size)
+        # Tensors that one operation may take together: those that go with the same number. Numbers on a device are
+        # told apart by identity, comparing them would wait for it.
+        shrinkages: dict[Any, tuple[float | Tensor, list[Tensor]]] = {}
+        sizes: dict[Any, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
+        recalls: dict[Any, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
+        for move in self.moves:
+            size = move.step_size
+            key = id(size) if isinstance(size, Tensor) else size
+            _, moved, along = sizes.setdefault(key, (size, [], []))
+            for parameter, direction, decay in zip(move.parameters, move.directions, move.decays, strict=True):
+                if parameter.requires_grad:
+                    moved.append(parameter)
+                    along.append(direction)
+                    if (key, decay) not in shrinkages:
+                        shrinkages[key, decay] = (weight_decay.shrinkage(decay, size), [])
+                    shrinkages[key, decay][1].append(parameter)
+            if move.last:
+                key = id(move.recall) if isinstance(move.recall, Tensor) else move.recall
+                _, moved, along = recalls.setdefault(key, (move.recall, [], []))
+                for parameter, last in zip(move.parameters, move.last, strict=True):
+                    if parameter.requires_grad:
+                        moved.append(parameter)
+                        along.append(last)
+        for shrinkage, parameters in shrinkages.values():
             if isinstance(shrinkage, Tensor) or shrinkage:
-                shrunk.add(1.0 - fraction * shrinkage, parameter)
-            moved.add(move.step_size, parameter, direction)
-            if last is not None:
-                recalled.add(move.recall, parameter, last)
-        for factor, (parameters,) in shrunk:
-            torch._foreach_mul_(parameters, factor)
-        for batches in (moved, recalled):
-            sized: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-            for size, (parameters, directions) in batches:
+                torch._foreach_mul_(parameters, 1.0 - fraction * shrinkage)
+        for batches in (sizes, recalls):
+            own: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+            for size, moved, along in batches.values():
                 if isinstance(size, Tensor):  # each layer's own number, on the device
-                    for entries, more in zip(sized, (parameters, directions, [size] * len(parameters)), strict=True):
+                    for entries, more in zip(own, (moved, along, [size] * len(moved)), strict=True):
                         entries.extend(more)
-                else:
-                    torch._foreach_add_(parameters, directions, alpha=-fraction * size)
-            if sized[0]:
-                torch._foreach_addcmul_(*sized, value=-fraction)
-
-
-class _Batches:
-    """Tensors that one operation may take together: those that go with the same number."""
-
-    def __init__(self) -> None:
-        self._found: dict[Any, tuple[Any, tuple[list[Tensor], ...]]] = {}
-
-    def add(self, number: float | Tensor, *tensors: Tensor) -> None:
-        """One row; numbers on a device are told apart by identity, comparing them would wait for it."""
-        key = id(number) if isinstance(number, Tensor) else number
-        if key not in self._found:
-            self._found[key] = (number, ([], []) if len(tensors) == 2 else ([],))
-        lists = self._found[key][1]
-        for entries, tensor in zip(lists, tensors, strict=True):
-            entries.append(tensor)
-
-    def __iter__(self) -> Iterator[tuple[Any, tuple[list[Tensor], ...]]]:
-        """(number, lists) in the order in which they came."""
-        return iter(self._found.values())
+                elif moved:
+                    torch._foreach_add_(moved, along, alpha=-fraction * size)
+            if own[0]:
+                torch._foreach_addcmul_(*own, value=-fraction)
 
 
 _LAST = "last_steps"
@@ -172,12 +167,14 @@ class StepRule:
 
     def __init__(self, rule: StepSize, layers: Sequence[Layer], seed: int, judge: AdaptiveDamping | None = None):
         self.rule, self.layers, self.seed, self.judge = rule, layers, seed, judge
+        self.names = [layer.name for layer in layers]
         self.state = rule.init(len(layers), _example(layers))
         self.last = LastSteps(layers) if declared(rule, StepSizeDeclarations).recalls else None
 
     def grow(self, layers: Sequence[Layer]) -> None:
         """Make room for layers that were added behind the present ones; what was gathered stays."""
         old, before, self.layers = self.own_state(), len(self.layers), layers
+        self.names = [layer.name for layer in layers]
         self.state = self.rule.init(len(layers), _example(layers))
         fresh = self.own_state()
         for name, value in old.items():
@@ -214,34 +211,34 @@ class StepRule:
             for move in proposal.moves:
                 move.remember()
 
-    def propose(
-        self,
-        step: int,
-        lr: float | Tensor,
-        blocks: Sequence[Block],
-        directions: Mapping[str, Tensors],
-        momentum: Momentum,
-        statistics: Mapping[str, LayerStatistics],
-        products: GraphKeepingBackward | None,
-        decays: Mapping[str, tuple[float, ...]],
-    ) -> Proposal:
-        """Moves of all blocks; on the CPU step sizes become plain numbers, elsewhere they stay on the device."""
-        judged = self.judge is not None and self.judge.due(step)
-        pieces = _pieces(self.layers, blocks, directions, momentum, self.last) if self.rule.needs or judged else {}
-        evidence = self._evidence(step, lr, pieces, statistics, products)
-        sizes, by_name, events = self._checked(self.rule.propose(self.state, evidence), evidence.names)
-        moves = [self._move(block, directions[block.key], by_name, decays[block.key]) for block in blocks]
-        predicted = self._predicted(step, sizes, evidence, pieces, statistics, products) if judged else None
-        return Proposal(moves, {name: by_name[name] for name in evidence.names}, events, predicted)
+    def propose(self, step: int, lr: float | Tensor, batch: MiniBatch, momentum: Momentum) -> Proposal:
+        """Moves of all blocks; on the CPU step sizes become plain numbers, elsewhere they stay on the device.
 
-    def _move(
-        self, block: Block, directions: Tensors, sizes: Mapping[str, float | Tensor], decays: tuple[float, ...]
-    ) -> Move:
-        name = block.layer.name
-        plain = Move(block.parameters, directions, sizes[name], decays)
-        if self.last is None:
-            return plain
-        return replace(plain, last=self.last.of(name, block.names), recall=sizes[name_of_last(name)])
+        Args:
+            step: number of the step.
+            lr: one number, or (L,) where layers differ.
+            batch: with the directions of all its blocks.
+            momentum: whose bias correction the slopes contain.
+        """
+        judged = self.judge is not None and self.judge.due(step)
+        pieces: _Pieces = {}
+        if self.rule.needs or judged:
+            directions = {entry.block.key: entry.directions for entry in batch.steps}
+            pieces = _pieces(self.layers, batch.team.blocks, directions, momentum, self.last)
+        evidence = self._evidence(step, lr, pieces, batch.statistics, batch.products)
+        sizes, by_name, events = self._checked(self.rule.propose(self.state, evidence), self.names)
+        moves = []
+        for entry in batch.steps:
+            block, name = entry.block, entry.block.layer.name
+            move = Move(block.parameters, entry.directions, by_name[name], entry.decays)
+            if self.last is not None:
+                move.last, move.recall = self.last.of(name, block.names), by_name[name_of_last(name)]
+            moves.append(move)
+        predicted = None
+        if judged:
+            predicted = self._predicted(step, sizes, evidence, pieces, batch.statistics, batch.products)
+        step_sizes = by_name if self.last is None else {name: by_name[name] for name in self.names}
+        return Proposal(moves, step_sizes, events, predicted)
 
     def _checked(self, sizes: Any, layers: Sequence[str]) -> tuple[Tensor | float, dict[str, float | Tensor], Events]:
         """What the rule returned, the same by name of layer (and of its last step), and counts for the report.
@@ -251,7 +248,7 @@ class StepRule:
             NumericalError: if a step size is not finite.
         """
         rule, events = type(self.rule).__name__, Events()
-        names = [*layers, *map(name_of_last, layers)] if self.last is not None else list(layers)
+        names = [*layers, *map(name_of_last, layers)] if self.last is not None else layers
         by_name: dict[str, float | Tensor]
         if isinstance(sizes, Tensor):
             if sizes.shape != (len(names),):
@@ -272,9 +269,13 @@ class StepRule:
                 raise ArgumentError(
                     f"{rule} recalls, so its propose must return {len(names)} step sizes, got {sizes!r}"
                 )
-            sizes = as_number(f"what {rule}.propose returns", sizes)
+            if type(sizes) is not float:
+                sizes = as_number(f"what {rule}.propose returns", sizes)
             by_name = dict.fromkeys(names, sizes)
-        bad = [name for name, size in by_name.items() if isinstance(size, float) and not math.isfinite(size)]
+        bad = []
+        for name, size in by_name.items():
+            if isinstance(size, float) and not math.isfinite(size):
+                bad.append(name)
         if bad:
             raise NumericalError(
                 f"{rule} proposed a step size that is not finite for layers {', '.join(bad)} "
@@ -308,7 +309,7 @@ class StepRule:
         statistics: Mapping[str, LayerStatistics],
         products: GraphKeepingBackward | None,
     ) -> StepEvidence:
-        names = [layer.name for layer in self.layers]
+        names = self.names
         if not self.rule.needs:
             return StepEvidence(names, lr)
         form = self.rule.curvature if self.rule.due(step) else None

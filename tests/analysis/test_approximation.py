@@ -13,7 +13,7 @@ from func_products import ggn_block, hessian_dense_block
 from osculate.analysis.quality.approximation import Effort, measure_approximation
 from osculate.analysis.quality.exact_blocks import Probe, block_gradient, exact_block, flat_direction, in_double
 from osculate.curvature.likelihoods import resolve_likelihood
-from osculate.framework.optimizer.blocks import directions_of
+from osculate.framework.optimizer.team import Team
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -163,7 +163,7 @@ def test_a_flat_direction_is_what_the_block_does() -> None:
     block = twin.blocks[0]
     (storage,) = block.storage
     views = block.parameter_views((storage,))
-    expected = torch.cat([value.flatten() for value in directions_of([block], osc.NoMomentum())[block.key]])
+    expected = torch.cat([value.flatten() for value in Team([block]).directions(osc.NoMomentum())[0]])
     assert torch.allclose(flat_direction(block, torch.cat([value.flatten() for value in views])), expected)
 
 

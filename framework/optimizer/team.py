@@ -1,0 +1,178 @@
+"""The blocks that take part in a step together, and the one object per block and step that the phases fill in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...curvature.declarations import StructureDeclarations, declared
+from ...curvature.products import GraphKeepingBackward
+from ...curvature.records.statistics import LayerStatistics, Tensors
+from ...preconditioners.protocol import Observation, Refining, refining
+from ...preconditioners.structures.identity import Identity
+from ..methods.momentum import Momentum
+from .blocks import Block, batched
+
+__all__ = ["BlockStep", "MiniBatch", "Team"]
+
+
+@dataclass(slots=True)
+class BlockStep:
+    """One block in one step.
+
+    Attributes:
+        block: the block.
+        gradients: of the user's loss, one per parameter, half precision as float32; zeros for one that is frozen.
+        due: whether its statistics are updated.
+        decays: weight decay of each parameter; 0 for one that is frozen.
+        record: what was measured of its layer, with the estimator's choice of curvature; ``None``: nothing.
+        observation: what its structure was given, if it was updated.
+        directions: preconditioned momentum, in the shapes of the parameters. May share memory with the momentum.
+    """
+
+    block: Block
+    gradients: Tensors
+    due: bool
+    decays: tuple[float, ...]
+    record: LayerStatistics | None = None
+    observation: Observation | None = None
+    directions: Tensors = ()
+
+
+class Crew:
+    """Blocks of a team that one part serves: they are given to it together where it has a verb for many.
+
+    Attributes:
+        part: the part.
+        blocks: its blocks.
+        members: their places in the team.
+        learns: whether statistics mean anything to the part.
+        linear: whether the part's directions are linear in the momentum.
+        update_many, precondition_many: its verbs for many blocks, or ``None``.
+        refining: the part, if it refines.
+    """
+
+    def __init__(self, part: Any, blocks: list[Block], members: list[int]):
+        self.part, self.blocks, self.members = part, blocks, members
+        self.states = [block.state for block in blocks]
+        self.learns = type(part).update is not Identity.update
+        self.linear = declared(part, StructureDeclarations).linear
+        self.update_many = batched(part, "update", "update_many")
+        self.precondition_many = batched(part, "precondition", "precondition_many")
+        self.refining: Refining | None = refining(part)
+
+
+class Team:
+    """What is the same at every step in which the same blocks take part: flat lists for operations on all of them.
+
+    Args:
+        blocks: the blocks, in order.
+        places: their places among all blocks of the optimizer.
+    """
+
+    def __init__(self, blocks: Sequence[Block], places: Sequence[int] = ()):
+        self.blocks, self.places = list(blocks), places
+        self.layers = list(dict.fromkeys(block.layer.name for block in blocks))
+        self.parameters = [parameter for block in blocks for parameter in block.parameters]
+        self.views = [view for block in blocks for view in block.views]
+        self.half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.parameters)
+        self.none = [(0.0,) * len(block.names) for block in blocks]
+        found: dict[int, list[int]] = {}
+        for index, block in enumerate(blocks):
+            found.setdefault(id(block.part), []).append(index)
+        self.crews = [Crew(blocks[m[0]].part, [blocks[index] for index in m], m) for m in found.values()]
+
+    def accumulate(self, momentum: Momentum, gradients: list[Tensor], decays: Sequence[float] | None) -> None:
+        """One recurrence of the momentum on g + decay * theta, all blocks in a few operations.
+
+        Args:
+            momentum: the recurrence.
+            gradients: of all parameters; they stay as they are.
+            decays: coupled weight decay of all parameters; ``None``: of none.
+        """
+        keep, add = momentum.coefficients()
+        self._combine_(self.views, (keep, add), gradients, decays)
+        on_momentum, on_gradient = momentum.blend()
+        ahead = (on_momentum, on_gradient) != (1.0, 0.0)
+        for block in self.blocks:
+            block.vector = tuple(value.clone() for value in block.storage) if ahead else block.storage
+            block.updates += 1
+        if ahead:
+            views = [view for block in self.blocks for view in block.parameter_views(block.vector)]
+            self._combine_(views, (on_momentum, on_gradient), gradients, decays)
+
+    def _combine_(
+        self,
+        views: list[Tensor],
+        factors: tuple[float, float],
+        gradients: list[Tensor],
+        decays: Sequence[float] | None,
+    ) -> None:
+        """View <- keep * view + add * (g + decay * theta)."""
+        keep, add = factors
+        torch._foreach_mul_(views, keep)
+        torch._foreach_add_(views, gradients, alpha=add)
+        for decay in dict.fromkeys(decays or ()):
+            if decay:
+                assert decays is not None
+                chosen = [index for index, value in enumerate(decays) if value == decay]
+                shown = [self.parameters[index].detach() for index in chosen]
+                torch._foreach_add_([views[index] for index in chosen], shown, alpha=add * decay)
+
+    def directions(self, momentum: Momentum) -> list[Tensors]:
+        """Preconditioned momentum of every block, shaped as its parameters; may share memory with the momentum."""
+        found: list[Tensors] = list(self.none)  # type: ignore[arg-type]
+        corrections: dict[int, float] = {}
+        late: dict[float, list[int]] = {}
+        for crew in self.crews:
+            vectors = []
+            for member, block in zip(crew.members, crew.blocks, strict=True):
+                factor = corrections.get(block.updates)
+                if factor is None:
+                    factor = corrections[block.updates] = momentum.correction(block.updates)
+                vector = block.vector
+                if factor != 1.0 and crew.linear:
+                    late.setdefault(factor, []).append(member)
+                elif factor != 1.0:
+                    vector = tuple(factor * value for value in vector)
+                vectors.append(vector)
+            if crew.precondition_many is not None:
+                made = crew.precondition_many(crew.states, vectors)
+            else:
+                made = [crew.part.precondition(*entry) for entry in zip(crew.states, vectors, strict=True)]
+            for member, block, vector, values in zip(crew.members, crew.blocks, vectors, made, strict=True):
+                found[member] = values if values is vector else block.checked(values, vector)
+        for factor, members in late.items():
+            # Not in place: what a structure returns may be its argument, or memory of its own.
+            scaled = iter(torch._foreach_mul([value for member in members for value in found[member]], factor))
+            for member in members:
+                found[member] = tuple(next(scaled) for _ in found[member])
+        for member, block in enumerate(self.blocks):
+            if block.part.joint:
+                found[member] = block.layer.parameter_views(found[member][0])
+        return found
+
+
+@dataclass(slots=True)
+class MiniBatch:
+    """What the evaluation of one mini-batch left, and the steps of all blocks that it lets move.
+
+    Attributes:
+        loss: mean over all processes; ``None`` without a closure.
+        statistics: by layer.
+        products: Hessian products, if they were asked for.
+        team: the blocks that have a gradient.
+        gradients: of the team's parameters, one after another.
+        steps: of the team's blocks.
+    """
+
+    loss: Tensor | None
+    statistics: Mapping[str, LayerStatistics]
+    products: GraphKeepingBackward | None
+    team: Team
+    gradients: list[Tensor]
+    steps: list[BlockStep]
