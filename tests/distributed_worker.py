@@ -1,6 +1,6 @@
 """One rank of a data-parallel run: trains every method on its half of each batch and saves what came out.
 
-``python distributed_worker.py RANK WORLD INIT_FILE OUT_FILE``; run by ``framework/test_distributed.py``.
+``python distributed_worker.py RANK WORLD INIT_FILE OUT_FILE``; run by ``framework/optimizer/test_distributed.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lightning's and Accelerate's loops against a plain loop; run by ``framework/test_loop_recipes.py``.
+"""Lightning's and Accelerate's loops against a plain loop; run by ``framework/optimizer/test_loop_recipes.py``.
 
 ``python foreign_loops.py lightning|accelerate FOLDER`` prints ``equal`` if all methods end at the same parameters.
 """

@@ -13,7 +13,7 @@ from osculate.experiments.runs.runs import Resume, run_in_folder
 from rich.console import Console
 from torch import Tensor
 
-from .conftest import TinyProblem
+from ..conftest import TinyProblem
 
 IMAGES = torch.randint(0, 256, (40, 3, 8, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 JITTER = ColourJitter((0.5, 1.5), (0.2, 1.8), (0.5, 1.5))

@@ -16,7 +16,7 @@ from reference import kbfgs, kfac, mbf, record, trajectories
 from reference.network import BERNOULLI, CATEGORICAL, GAUSSIAN
 from rich.console import Console
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 FILES = sorted(DATA.glob("*.npz"))
 INPUTS = {"data", "labels", "batches", "warm_batches", "warm_targets", "fisher_targets", "warm_fisher_targets"}
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-GUIDE = Path(__file__).resolve().parent.parent.parent / "docs" / "loops.md"
+GUIDE = Path(__file__).resolve().parents[3] / "docs" / "loops.md"
 BLOCKS = re.findall(r"^## ([^\n]+)$(?:(?!^## ).)*?```python\n(.*?)```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
-FOREIGN = Path(__file__).resolve().parent.parent / "foreign_loops.py"
+FOREIGN = Path(__file__).resolve().parents[2] / "foreign_loops.py"
 
 
 def fits(package: str) -> bool:
@@ -31,7 +31,8 @@ def run(words: list[str], hide_torchvision: bool = False) -> str:
     """A fresh interpreter: the loops of others change global state."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if hide_torchvision and not fits("torchvision"):
-        environment["PYTHONPATH"] = str(FOREIGN.parent / "without_torchvision")
+        folders = [str(FOREIGN.parent / "without_torchvision"), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if folder)
     result = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout

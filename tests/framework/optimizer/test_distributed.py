@@ -14,7 +14,7 @@ import torch
 from distributed_worker import cases, run
 from small_nets import build, differences, leaves, make
 
-WORKER = Path(__file__).resolve().parent.parent / "distributed_worker.py"
+WORKER = Path(__file__).resolve().parents[2] / "distributed_worker.py"
 CASES = cases()
 
 

@@ -6,7 +6,7 @@ import pytest
 from backend_table import LAYERS, QUANTITIES, TRAINING, serves, table
 from osculate.curvature.backends.table import BACKENDS
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "backends.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "backends.md"
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

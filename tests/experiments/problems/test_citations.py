@@ -27,7 +27,7 @@ from osculate.experiments.problems import get_problem
 from osculate.experiments.problems.citations import made_citations
 from torch import Tensor
 
-DATA = Path(os.environ.get("OSCULATE_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
+DATA = Path(os.environ.get("OSCULATE_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
 TINY = GraphFiles("tiny", 8, 3, 2, None)
 
 

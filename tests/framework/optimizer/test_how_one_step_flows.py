@@ -10,7 +10,7 @@ import osculate as osc
 import torch
 from torch import nn
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "how_one_step_flows.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "how_one_step_flows.md"
 
 
 def entered(method: str) -> list[str]:
