@@ -44,7 +44,6 @@ class Backend(ABC):
         self.loss_reduction, self.seed = loss_reduction, seed
         self.step = self.stream = 0
         self.pauses = Pauses()
-        self._armed: Mapping[str, Record] = {}
         self._wanted: Mapping[str, Record] = {}
         self._kind: PassKind = "gradient"
         self._forget()
@@ -79,10 +78,7 @@ class Backend(ABC):
                 parameters are frozen, an output that needs no gradient gets an artificial leaf so that the gradients at
                 the pre-activations exist all the same; ``"forward"``: a pass counts without any gradient.
         """
-        self._kind = kind
-        if wanted is not self._armed:  # steps on which the same is due share one mapping
-            self._armed = wanted
-            self._wanted = {name: record for name, record in wanted.items() if record}
+        self._wanted, self._kind = wanted, kind
 
     def extended(self, layers: Sequence[Layer]) -> Self:
         """A backend for more layers in place of this one, whose hooks are removed and whose records are dropped."""

@@ -61,18 +61,22 @@ class Capture(Backend):
     """See :class:`~.backend.Backend`."""
 
     name: ClassVar[str] = "hooks"
-    _original: ClassVar[tuple[str, ...]] = (*Backend._original, "_calls", "_parameter_sums", "_leaves")
+    _original: ClassVar[tuple[str, ...]] = (*Backend._original, "_calls", "_arms", "_parameter_sums", "_leaves")
 
     _asked: Mapping[str, _Asked] = MappingProxyType({})
     _extra = False  # whether some layer asks for a backward of our own
 
     def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
         """Choose what the following forward passes record; see the base class."""
-        changed = wanted is not self._armed
-        super().arm(wanted, kind)
-        if changed:
-            self._asked = {name: _Asked.of(record) for name, record in self._wanted.items()}
-            self._extra = any(asked.sampled or asked.roots or asked.whole for asked in self._asked.values())
+        self._wanted, self._kind = wanted, kind
+        known = self._arms.get(id(wanted))
+        if known is None or known[0] is not wanted:  # steps on which the same is due share one mapping
+            asked = {name: _Asked.of(record) for name, record in wanted.items() if record}
+            extra = any(entry.sampled or entry.roots or entry.whole for entry in asked.values())
+            if len(self._arms) > 64:
+                self._arms.clear()
+            known = self._arms[id(wanted)] = (wanted, asked, extra)
+        _, self._asked, self._extra = known
 
     def discard_complete(self) -> None:
         """Forget calls that already have a gradient: the user threw that gradient away (``zero_grad``)."""
@@ -107,6 +111,7 @@ class Capture(Backend):
 
     def _forget(self) -> None:
         self._calls = Calls()
+        self._arms: dict[int, tuple[Mapping[str, Record], dict[str, _Asked], bool]] = {}
         self._parameter_sums: dict[str, list[ParameterSum]] = {}
         self._pass, self._inside = 0, False
         self._leaves: dict[int, list[Tensor]] = {}  # artificial ones of each pass

@@ -106,6 +106,20 @@ class LayerStatistics:
     row_count: int | None = None
     matrix: Callable[[], Tensor] | None = None
 
+    def recorded(self) -> list[Tensor]:
+        """Every tensor that was measured in passes; not what was filled in afterwards."""
+        found: list[Tensor | None] = [
+            self.inputs,
+            self.output_gradient,
+            self.sampled_gradient,
+            self.mean_preactivation,
+            self.mean_gradient,
+            self.curvature_roots,
+        ]
+        if self.sampled_parameter_gradients is not None:
+            found += self.sampled_parameter_gradients
+        return [value for value in found if value is not None]
+
     def with_fields(self, **changes: Any) -> LayerStatistics:
         """A copy with some attributes set: ``dataclasses.replace`` without its cost, which every layer's step pays."""
         result = object.__new__(type(self))

@@ -147,10 +147,10 @@ class Block:
         layer = self.layer
         return LayerRow(layer.name, layer.kind, self.names, shape, describe(self.part), self.fallback, size, layer.note)
 
-    def to_dict(self) -> dict[str, Any]:
-        """State, momentum and counters."""
+    def to_dict(self, state: bool = True) -> dict[str, Any]:
+        """State (on request without that of the structure), momentum and counters."""
         return {
-            "state": self.state.to_dict(),
+            **({"state": self.state.to_dict()} if state else {}),
             "momentum": list(self.storage),
             "updates": self.updates,
             "positions": self.positions,
@@ -159,7 +159,8 @@ class Block:
 
     def load_dict(self, values: dict[str, Any]) -> None:
         """Copy saved values into place."""
-        self.state.load_dict(values["state"])
+        if "state" in values:
+            self.state.load_dict(values["state"])
         for own, saved in zip(self.storage, values["momentum"], strict=True):
             own.copy_(saved)
         self.updates, self.positions = int(values["updates"]), int(values["positions"])

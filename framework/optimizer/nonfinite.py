@@ -37,12 +37,7 @@ def find_trouble(loss: Tensor | None, gradients: Sequence[Tensor], statistics: I
     """
     values = list(gradients)
     for entry in statistics:
-        for value in vars(entry).values():
-            if isinstance(value, Tensor):
-                if value.is_floating_point():
-                    values.append(value)
-            elif type(value) is tuple:
-                values += [part for part in value if isinstance(part, Tensor) and part.is_floating_point()]
+        values += [value for value in entry.recorded() if value.is_floating_point()]
     total = _sum_of_squares(values)
     return not math.isfinite((total if loss is None else total + loss).item())
 
@@ -102,36 +97,45 @@ class Undo:
     """
 
     def __init__(self, blocks: Iterable[Block], rule: StepRule, parameters: Sequence[Tensor], step: int, warm: bool):
-        pairs: list[tuple[Tensor, Tensor]] = []
-        self._rule, self._rule_state = rule, _copied(rule.own_state(), pairs)  # last steps change when all is over
-        self._parameters = [(parameter, _copied(parameter, pairs)) for parameter in parameters]
+        # Numbers are values in these dictionaries, tensors are the originals: the copies stand beside them.
+        self._rule, self._rule_state = rule, dict(rule.own_state())  # last steps change when all is over
+        self._parameters = list(parameters)
         self._blocks: list[tuple[Block, dict[str, Any]]] = []
         for block in blocks:
             written = block.statistics_due(step, warm) or block.inverses_due(step) or block.asked.looks_back
-            values = block.to_dict()
-            self._blocks.append((block, _copied(values if written else {**values, "state": None}, pairs)))
-        if pairs:
-            torch._foreach_copy_([copy for copy, _ in pairs], [value for _, value in pairs])
+            self._blocks.append((block, block.to_dict(state=written)))
+        self._originals: list[Tensor] = [parameter.detach() for parameter in parameters]
+        left: list[Any] = [self._rule_state, *(values for _, values in self._blocks)]
+        while left:
+            value = left.pop()
+            if isinstance(value, Tensor):
+                self._originals.append(value)
+            elif isinstance(value, Mapping):
+                left.extend(value.values())
+            elif isinstance(value, list | tuple):
+                left.extend(value)
+        self._copies = [torch.empty_like(value) for value in self._originals]
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._originals)
 
     def roll_back(self) -> None:
         """Everything as it was, bit for bit."""
-        for parameter, value in self._parameters:
+        copies = {id(own): copy for own, copy in zip(self._originals, self._copies, strict=True)}
+        for parameter, value in zip(self._parameters, self._copies, strict=False):
             parameter.detach().copy_(value)
         for block, values in self._blocks:
-            block.load_dict(values if values["state"] is not None else {**values, "state": block.state.to_dict()})
-        self._rule.load_own_state(self._rule_state)
+            block.load_dict(_with_copies(values, copies))
+        self._rule.load_own_state(_with_copies(self._rule_state, copies))
 
 
-def _copied(value: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
-    """A nested state with memory for a copy of every tensor in its place; ``pairs`` collects (copy, original)."""
+def _with_copies(value: Any, copies: Mapping[int, Tensor]) -> Any:
+    """A nested state with the copy of every tensor in its place."""
     if isinstance(value, Tensor):
-        own = value.detach()
-        pairs.append((torch.empty_like(own), own))
-        return pairs[-1][0]
+        return copies[id(value)]
     if isinstance(value, Mapping):
-        return {key: _copied(entry, pairs) for key, entry in value.items()}
+        return {key: _with_copies(entry, copies) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copied(entry, pairs) for entry in value)
+        return type(value)(_with_copies(entry, copies) for entry in value)
     return value
 
 

@@ -32,25 +32,16 @@ def widened(statistics: Mapping[str, LayerStatistics], inverse_scale: Tensor | N
         statistics: per layer, as measured.
         inverse_scale: 0-dimensional, 1 / scale of the loss; ``None``: the loss was not scaled.
     """
-    if inverse_scale is None and not any(map(_holds_half, statistics.values())):
-        return dict(statistics)
-    return {name: _widened(entry, inverse_scale) for name, entry in statistics.items()}
-
-
-def _holds_half(entry: LayerStatistics) -> bool:
-    """Whether some tensor of a record is in half precision; most steps end here."""
-    for value in vars(entry).values():
-        if isinstance(value, Tensor):
-            if value.dtype in _HALF:
-                return True
-        elif isinstance(value, SampleGradients):
-            if value is not NOTHING_MEASURED:
-                return True  # rare: let the slow way look at each
-        elif type(value) is tuple:
-            for item in value:
-                if isinstance(item, Tensor) and item.dtype in _HALF:
-                    return True
-    return False
+    if inverse_scale is not None:
+        return {name: _widened(entry, inverse_scale) for name, entry in statistics.items()}
+    result = dict(statistics)
+    for name, entry in statistics.items():
+        half = entry.sample_gradients is not NOTHING_MEASURED  # rare: let the slow way look at each
+        for value in entry.recorded():
+            half = half or value.dtype in _HALF
+        if half:
+            result[name] = _widened(entry, None)
+    return result
 
 
 def require_plain_loss(processes: int, scaler: torch.amp.GradScaler | None) -> None:
