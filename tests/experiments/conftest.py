@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from osculate.experiments.commands import show as catalogue
 from osculate.experiments.commands import train as commands
 from osculate.experiments.data.augmentation import Augmentation
 from osculate.experiments.problems import Data
-from osculate.experiments.runs import comparison, reopen, runs
+from osculate.experiments.runs import comparison, reopen, runs, training, training_run
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -64,3 +65,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyProblem:
     for module in (runs, comparison, catalogue, commands, bounded, compare_structures, reopen):
         monkeypatch.setattr(module, "get_problem", get_problem)
     return problem
+
+
+@pytest.fixture
+def second_per_evaluation(tiny: TinyProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock for runs that goes on by one second with every gradient of ``tiny``, and never else."""
+    clock = SimpleNamespace(perf_counter=lambda: float(tiny.calls))
+    for module in (training, training_run):
+        monkeypatch.setattr(module, "time", clock)

@@ -97,7 +97,7 @@ with exclusive(Path(sys.argv[1])):
             with pytest.raises(ArgumentError, match="another process is writing to folder"), exclusive(folder):
                 pass
             other.kill()  # a process that dies lets go
-            other.wait(timeout=30)
+            other.wait()
         with exclusive(folder):
             assert list(folder.iterdir()) == []
         with exclusive(folder):

@@ -2,14 +2,15 @@
 
 import json
 import signal
-import time
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from osculate.errors import ArgumentError, NumericalError
+from osculate.experiments.runs import training_run
 from osculate.experiments.runs.batches import BatchOrder
 from osculate.experiments.runs.config import Budget, RunConfig, WarmStart, differences, parse_options
 from osculate.experiments.runs.progress import Display
@@ -323,11 +324,12 @@ class TestMeasure:
         assert list(measure(run, Budget(2), EveryEpoch(), stopping=lambda: run.warm_start_batches == 2)) == []
         assert (run.warm_start_batches, run.iterations) == (2, 0)
 
+    @pytest.mark.usefixtures("second_per_evaluation")
     def test_seconds_bound_the_training(self, tiny: Any) -> None:
         run = prepare(RunConfig("tiny", "sgdm"), tiny, tiny.load(None))
-        last = list(measure(run, Budget(seconds=0.05), BoundedShare(0.25, 0.02)))[-1]
-        assert 0.05 <= last.seconds < 1
-        assert last.iterations == run.iterations
+        lines = list(measure(run, Budget(seconds=12), BoundedShare(0.25, 2)))
+        assert lines[-1].seconds == lines[-1].iterations == run.iterations == 12
+        assert [line.iterations for line in lines] == [0, 2, 4, 6, 8, 10, 12]
 
     def test_evaluation_stays_a_share_of_training(self, tiny: Any) -> None:
         run = prepare(RunConfig("tiny", "sgdm"), tiny, tiny.load(None))
@@ -345,16 +347,20 @@ class TestMeasure:
             next(measure(prepare(RunConfig("tiny", "sgdm"), tiny, tiny.load(None)), Budget(1), EveryEpoch()))
 
 
-def test_stopwatch_counts_only_between_start_and_pause() -> None:
+def test_stopwatch_counts_only_between_start_and_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(training_run, "time", SimpleNamespace(perf_counter=lambda: now))
     clock = Stopwatch(torch.device("cpu"))
     clock.start()
+    now += 2
+    assert clock.seconds == 2
     clock.pause()
-    counted = clock.seconds
-    time.sleep(0.02)
-    assert clock.seconds == counted < 0.02
+    now += 30
+    assert clock.seconds == 2
     clock.start()
-    time.sleep(0.02)
-    assert clock.seconds >= 0.02
+    now += 4
+    clock.start()  # it goes on
+    assert clock.seconds == 6
 
 
 class TestConfig:

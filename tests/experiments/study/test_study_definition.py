@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from osculate.errors import ArgumentError, UnknownNameError
@@ -13,6 +13,7 @@ from osculate.experiments.commands.cli import execute
 from osculate.experiments.commands.study import scaled
 from osculate.experiments.report.study_records import read_study as read_record
 from osculate.experiments.runs.config import Budget
+from osculate.experiments.study import presence
 from osculate.experiments.study.checking import checked
 from osculate.experiments.study.conductor import Place, _Crew
 from osculate.experiments.study.definition import Arm, Study, StudyProblem, Tuning
@@ -293,13 +294,16 @@ def test_another_definition_under_the_same_name_is_refused(ledger: Ledger, tmp_p
     assert len(book.entries()) == 3 + 3 + 3
 
 
-def test_presence_ends_with_its_holder(tmp_path: Path) -> None:
+def test_presence_ends_with_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1e6
+    monkeypatch.setattr(presence, "time", SimpleNamespace(time=lambda: now))
     with Presence(tmp_path / "w", "me"):
         assert is_alive(tmp_path / "w", "me", None)
     assert not is_alive(tmp_path / "w", "me", None)
-    assert is_alive(tmp_path / "w", "far", time.time()) and not is_alive(tmp_path / "w", "far", time.time() - 1e4)
+    stale = now - presence.STALE_SECONDS
+    assert is_alive(tmp_path / "w", "far", stale + 1) and not is_alive(tmp_path / "w", "far", stale)
     (tmp_path / "w" / "dead").write_text("")
-    assert not is_alive(tmp_path / "w", "dead", time.time())
+    assert not is_alive(tmp_path / "w", "dead", now)
     clear(tmp_path / "w")
     assert not (tmp_path / "w").exists()
 

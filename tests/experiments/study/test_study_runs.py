@@ -92,11 +92,11 @@ def test_killed_in_the_middle_the_same_command_finishes_and_repeats_nothing(file
     first = start(file, out, "--workers", "2")
     wait_for(first, "]", 1)  # one run is done, others are under way
     first.send_signal(signal.SIGKILL)
-    first.communicate(timeout=60)  # the workers hold the other end of its output: they have noticed
+    first.communicate(timeout=600)  # the workers hold the other end of its output: they have noticed
     finished = {path: written(path) for path, status in statuses(out).items() if status["status"] == "finished"}
     assert finished
     second = start(file, out, "--workers", "2")
-    said, _ = second.communicate(timeout=120)
+    said, _ = second.communicate(timeout=600)
     assert second.returncode == 0, said
     assert "runs are done already" in said and "all runs are done" in said
     assert {path: written(path) for path in finished} == finished
@@ -115,7 +115,7 @@ def test_a_pruner_ends_bad_tuning_runs_early_and_spares_the_best(tmp_path: Path)
         text.replace("epochs = 2", 'epochs = 3\npruner = "median"').replace("seeds = [1, 2]", "seeds = [1]")
     )
     out = tmp_path / "pruned"
-    said, _ = start(file, out, "--arms", "sgdm").communicate(timeout=120)
+    said, _ = start(file, out, "--arms", "sgdm").communicate(timeout=600)
     assert "all runs are done" in said
     ended = {}
     for number in range(8):
@@ -144,9 +144,9 @@ def test_two_commands_share_one_database_and_ctrl_c_gives_back(file: Path, tmp_p
     wait_for(first, "started", 1)
     wait_for(second, "started", 1)
     first.send_signal(signal.SIGINT)
-    said, _ = first.communicate(timeout=120)
+    said, _ = first.communicate(timeout=600)
     assert first.returncode in (0, 130), said
-    said, _ = second.communicate(timeout=120)
+    said, _ = second.communicate(timeout=600)
     assert second.returncode == 0, said
     check_complete(tmp_path / "two", scaled(read_study(file), epochs=20), url)
     done = [s for out in ("one", "two") for s in statuses(tmp_path / out).values() if s["status"] != "interrupted"]

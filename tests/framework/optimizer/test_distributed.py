@@ -28,7 +28,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ]
     started = [subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) for line in words]
     for process in started:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     return [torch.load(folder / str(rank), weights_only=True) for rank in (0, 1)]
 

@@ -33,7 +33,7 @@ def run(words: list[str], hide_torchvision: bool = False) -> str:
     if hide_torchvision and not fits("torchvision"):
         folders = [str(FOREIGN.parent / "without_torchvision"), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if folder)
-    result = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
