@@ -29,9 +29,12 @@ __all__ = [
     "inverse_of_many",
     "newton_schulz",
     "newton_schulz_of_many",
+    "pack",
     "stack",
     "stackable",
     "triangular_inverse",
+    "unpack",
+    "whole_matrix",
 ]
 
 _STACK_LIMIT = 64
@@ -39,6 +42,12 @@ _STACK_LIMIT = 64
 
 RETRIES = 4
 """How often a failed factorisation is tried again with ten times the damping."""
+
+_SHORT = 4096
+"""Vectors up to this length are padded to a common one; more would be wasted than launches saved."""
+
+_FEW = 4
+"""So many vectors cost no more one by one than as the rows of a matrix."""
 
 _PANEL = 256
 """Width of the column panels of a symmetric product; one triangle of panels is computed."""
@@ -56,25 +65,62 @@ def inner_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.sum(left * right)
 
 
+def pack(*columns: Sequence[Tensor]) -> Tensor:
+    """(K, L, d) from K lists of L vectors each, padded with zeros to the longest: two operations."""
+    vectors = [vector for column in columns for vector in column]
+    longest = max(vector.shape[0] for vector in vectors)
+    if any(vector.shape[0] < longest for vector in vectors):
+        zeros = vectors[0].new_zeros(longest)
+        vectors = [piece for vector in vectors for piece in (vector, zeros[: longest - vector.shape[0]])]
+    return torch.cat(vectors).view(len(columns), -1, longest)
+
+
+def unpack(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The vectors in a matrix of padded rows, as views."""
+    return [row[:size] for row, size in zip(rows.unbind(0), sizes, strict=True)]
+
+
 def inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
-    """(n,) inner products of n pairs of tensors; on a device the products are formed together."""
-    if lefts[0].is_cuda:
-        values: list[Tensor | None] = []
-        apart: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for left, right in zip(lefts, rights, strict=True):
-            whole = left.is_contiguous() and right.is_contiguous()
-            values.append(inner_product(left, right) if whole else None)
-            if not whole:
-                apart[0].append(left)
-                apart[1].append(right)
-        products = iter(torch._foreach_mul(*apart) if apart[0] else ())
-        return torch.stack([next(products).sum() if value is None else value for value in values])
-    return torch.stack([inner_product(left, right) for left, right in zip(lefts, rights, strict=True)])
+    """(n,) inner products of n pairs of tensors, rounded alike on every device; short vectors are multiplied together.
+
+    On a device the products of tensors that are not contiguous are formed together too.
+    """
+    short = [i for i, v in enumerate(lefts) if v.dim() == 1 and v.shape[0] <= _SHORT]
+    values: list[Tensor | None] = [None] * len(lefts)
+    if len(short) > _FEW:
+        left, right = pack([lefts[index] for index in short], [rights[index] for index in short]).unbind(0)
+        for index, value in zip(short, (left * right).sum(1).unbind(0), strict=True):
+            values[index] = value
+    rest = [index for index, value in enumerate(values) if value is None]
+    apart: list[int] = []
+    for index in rest:
+        left, right = lefts[index], rights[index]
+        if left.is_contiguous() and right.is_contiguous():
+            values[index] = torch.dot(left.view(-1), right.view(-1))
+        else:
+            apart.append(index)
+    if apart and lefts[0].is_cuda:
+        products = torch._foreach_mul([lefts[index] for index in apart], [rights[index] for index in apart])
+        for index, product in zip(apart, products, strict=True):
+            values[index] = product.sum()
+    else:
+        for index in apart:
+            values[index] = torch.sum(lefts[index] * rights[index])
+    return torch.stack([value for value in values if value is not None])
 
 
-def squared_norms(values: Sequence[Tensor]) -> Tensor:
-    """(n,) sums of all squared entries, rounded alike on every device; on the CPU half the time of norms."""
-    return inner_products(values, values)
+def whole_matrix(pieces: Sequence[Tensor]) -> Tensor | None:
+    """The matrix [W | b] in one piece, if weight and bias are views of one; else ``None``."""
+    if len(pieces) != 2 or pieces[0].is_contiguous() or pieces[1].dim() != 1:
+        return None
+    weight, bias = pieces
+    rows, width = bias.shape[0], bias.stride(0)
+    adjacent = bias.storage_offset() - weight.storage_offset() == width - 1
+    if not adjacent or weight.numel() != rows * (width - 1) or weight.stride(0) != width:
+        return None
+    if not weight[0].is_contiguous() or weight.untyped_storage().data_ptr() != bias.untyped_storage().data_ptr():
+        return None
+    return weight.as_strided((rows, width), (width, 1))
 
 
 def add_to_diagonal(matrix: Tensor, value: float) -> Tensor:

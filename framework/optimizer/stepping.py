@@ -19,7 +19,7 @@ from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
-from ...preconditioners.linalg import inner_products, squared_norms
+from ...preconditioners.linalg import inner_products, whole_matrix
 from ...preconditioners.protocol import Events
 from ...stepsize.protocol import StepEvidence, StepSize
 from ..methods.momentum import Momentum, WeightDecay
@@ -261,10 +261,7 @@ class StepRule:
                     f"{tuple(sizes.shape)}"
                 )
             if sizes.device.type != "cpu":  # deciding here would synchronise: such a layer stands still instead
-                finite = sizes - sizes == 0
-                if self.last is not None:
-                    finite = finite.reshape(2, -1).all(0).repeat(2)
-                sizes, events = torch.where(finite, sizes, 0.0), {"nonfinite_step_sizes": (~finite).sum()}
+                sizes, events = _finite_sizes(sizes, self.last is not None)
             values = sizes.tolist() if sizes.device.type == "cpu" else list(sizes.unbind())
             by_name = dict(zip(names, values, strict=True))
         else:
@@ -296,7 +293,8 @@ class StepRule:
         forms = evidence.forms if self.judge.curvature == self.rule.curvature else None
         if forms is None:
             forms = self._forms(self.judge.curvature, step, pieces, statistics, products)
-        slopes = _gradient_slopes(pieces)
+        slopes = evidence.gradient_slopes if evidence.gradient_slopes is not None else _along(pieces, True)[2]
+        assert slopes is not None
         alpha = _on_device(sizes, slopes)
         return torch.dot(alpha, slopes) - 0.5 * torch.dot(alpha, forms @ alpha)
 
@@ -312,16 +310,13 @@ class StepRule:
         if not self.rule.needs:
             return StepEvidence(names, lr)
         form = self.rule.curvature if self.rule.due(step) else None
-        gradient_slopes = None
-        if self.rule.needs & Needs.SLOPES:
-            gradient_slopes = _gradient_slopes(pieces)
-        squares = squared_norms([piece.direction for entry in pieces.values() for piece in entry.values()])
+        slopes, squares, gradient_slopes = _along(pieces, bool(self.rule.needs & Needs.SLOPES))
         return StepEvidence(
             names,
             lr,
-            slopes=_slopes(pieces, squares),
+            slopes=slopes,
             gradient_slopes=gradient_slopes,
-            squared_norms=_by_layer(squares, [len(entry) for entry in pieces.values()]),
+            squared_norms=squares,
             parameter_norms=self._norms() if self.rule.needs & Needs.NORMS else None,
             forms=None if form is None else self._forms(form, step, pieces, statistics, products),
         )
@@ -345,8 +340,12 @@ class StepRule:
     def _norms(self) -> Tensor:
         """(L,) norms of the layers' parameters."""
         parameters = [full_precision(p.detach()) for layer in self.layers for p in layer.parameters.values()]
-        squares = torch.stack(list(torch._foreach_norm(parameters))).square()
-        return _by_layer(squares, [len(layer.parameters) for layer in self.layers]).sqrt()
+        norms = torch.stack(list(torch._foreach_norm(parameters)))
+        counts = [len(layer.parameters) for layer in self.layers]
+        if len(set(counts)) == 1:
+            of_layers: Tensor = torch.linalg.vector_norm(norms.view(len(counts), -1), dim=1)
+            return of_layers
+        return _by_layer(norms.square(), counts).sqrt()
 
 
 def _on_device(sizes: Tensor | float, like: Tensor) -> Tensor:
@@ -354,32 +353,72 @@ def _on_device(sizes: Tensor | float, like: Tensor) -> Tensor:
     return sizes.to(like).expand_as(like) if isinstance(sizes, Tensor) else torch.full_like(like, sizes)
 
 
-def _slopes(pieces: _Pieces, squares: Tensor) -> Tensor:
-    """(K,) inner products of what was preconditioned, its bias correction included, and the direction.
+def _along(pieces: _Pieces, gradients: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(K,) sums along the directions, all of them in a few operations.
 
     Args:
         pieces: of every layer.
-        squares: squared norms of all directions, which these are where nothing preconditions.
+        gradients: whether the third is wanted.
+
+    Returns:
+        Inner products of what was preconditioned, its bias correction included, and the direction; squared norms of
+        the directions, which these are where nothing preconditions; inner products of gradient and direction.
     """
-    flat = [piece for entry in pieces.values() for piece in entry.values()]
-    same = all(piece.momentum is piece.direction for piece in flat)
-    values = squares if same else inner_products([p.momentum for p in flat], [p.direction for p in flat])
-    corrections = [piece.correction for piece in flat]
-    if any(factor != 1.0 for factor in corrections):
-        common = corrections[0] if len(set(corrections)) == 1 else None
-        values = values * (common if common is not None else values.new_tensor(corrections))
-    return _by_layer(values, [len(entry) for entry in pieces.values()])
+    entries = [list(entry.values()) for entry in pieces.values()]
+    same = all(piece.momentum is piece.direction for entry in entries for piece in entry)
+    lefts: list[Tensor] = []
+    rights: list[Tensor] = []
+    counts: list[int] = []
+    layouts: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []  # momenta and directions
+    for entry in entries:
+        directions = [piece.direction for piece in entry]
+        momenta = directions if same else [piece.momentum for piece in entry]
+        whole = whole_matrix(directions)
+        before = None if whole is None else whole if same else whole_matrix(momenta)
+        layouts.append((momenta, directions) if whole is None or before is None else ([before], [whole]))
+    columns = [[(directions, directions) for _, directions in layouts]]
+    if not same:
+        columns.append(layouts)
+    if gradients:
+        columns.append([([p.gradient for p in entry], [p.direction for p in entry]) for entry in entries])
+    for column in columns:
+        for left, right in column:
+            lefts += left
+            rights += right
+            counts.append(len(left))
+    products = inner_products(lefts, rights)
+    found = list(_by_layer(products, counts).view(len(columns), -1).unbind(0))
+    squares, slopes = found[0], found[0 if same else 1]
+    corrections = [
+        piece.correction for (left, _), entry in zip(layouts, entries, strict=True) for piece in entry[: len(left)]
+    ]
+    if len(set(corrections)) > 1:  # blocks that joined later
+        first = 0 if same else len(corrections)
+        corrected = products[first : first + len(corrections)] * products.new_tensor(corrections)
+        slopes = _by_layer(corrected, counts[: len(layouts)])
+    elif corrections[0] != 1.0:
+        slopes = slopes * corrections[0]
+    return slopes, squares, found[-1] if gradients else None
 
 
-def _gradient_slopes(pieces: _Pieces) -> Tensor:
-    """(K,) inner products of the mini-batch gradient and the direction."""
-    flat = [piece for entry in pieces.values() for piece in entry.values()]
-    values = inner_products([piece.gradient for piece in flat], [piece.direction for piece in flat])
-    return _by_layer(values, [len(entry) for entry in pieces.values()])
+def _finite_sizes(sizes: Tensor, recalls: bool) -> tuple[Tensor, Events]:
+    """Step sizes with zeros in the place of those that are not finite, and how many these are.
+
+    Args:
+        sizes: (L,), or (2L,) of a rule that recalls, where a layer stands still if one of its two is not finite.
+        recalls: whether they are.
+    """
+    finite = sizes.nan_to_num(0.0, 0.0, 0.0)
+    if not recalls:
+        return finite, {"nonfinite_step_sizes": (finite != sizes).sum()}
+    kept = (finite == sizes).reshape(2, -1).all(0).repeat(2)
+    return finite * kept, {"nonfinite_step_sizes": (~kept).sum()}
 
 
 def _by_layer(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """(K,) sums of runs of ``values``, as long as ``counts`` says: three operations at most, whatever K."""
+    """(K,) sums of runs of ``values``, as long as ``counts`` says."""
+    if len(values) == len(counts):
+        return values
     if len(set(counts)) == 1:
         return values.view(len(counts), counts[0]).sum(1)
     pieces = torch.nn.utils.rnn.pad_sequence(list(values.split(list(counts))), batch_first=True)

@@ -13,10 +13,10 @@ from ...checking import require_fields
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from ..averages import Average, MovingAverage, ZeroStartAverage
-from ..linalg import Computed, bfgs_inverse_updates_
+from ..linalg import Computed, bfgs_inverse_updates_, pack, unpack
 from ..operations import Inverse
 from ..pairs.damping import DoubleDamping, PairDamping
-from ..pairs.pipeline import AveragedPair, average_pairs_, damped_pairs, pack, unpack
+from ..pairs.pipeline import AveragedPair, average_pairs_, damped_pairs
 from ..pairs.skipping import CurvatureTest, SkipRule
 from ..protocol import Events
 from ..state import State

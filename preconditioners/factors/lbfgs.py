@@ -14,10 +14,10 @@ from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from ...errors import require_interval, require_positive_integer
 from ..averages import Average, ZeroStartAverage
-from ..linalg import Computed, triangular_inverse
+from ..linalg import Computed, pack, triangular_inverse, unpack
 from ..operations import Inverse
 from ..pairs.damping import DoubleDamping, PairDamping
-from ..pairs.pipeline import AveragedPair, average_pairs_, copy_all_, damped_pairs, pack, unpack
+from ..pairs.pipeline import AveragedPair, average_pairs_, copy_all_, damped_pairs
 from ..pairs.skipping import CurvatureTest, SkipRule
 from ..protocol import Events
 from ..state import State
