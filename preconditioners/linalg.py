@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ __all__ = [
     "newton_schulz",
     "newton_schulz_of_many",
     "pack",
+    "pack_homogeneous",
     "stack",
     "stackable",
     "triangular_inverse",
@@ -73,6 +75,18 @@ def pack(*columns: Sequence[Tensor]) -> Tensor:
         zeros = vectors[0].new_zeros(longest)
         vectors = [piece for vector in vectors for piece in (vector, zeros[: longest - vector.shape[0]])]
     return torch.cat(vectors).view(len(columns), -1, longest)
+
+
+def pack_homogeneous(vectors: Sequence[Tensor], extended: Sequence[bool]) -> Tensor:
+    """(L, d) rows from L vectors, with a 1 behind those that are to be extended, and then zeros: two operations."""
+    lengths = [vector.shape[0] + more for vector, more in zip(vectors, extended, strict=True)]
+    longest = max(lengths)
+    tail = torch.eye(1, longest + 1, dtype=vectors[0].dtype, device=vectors[0].device)[0]  # a 1 and zeros
+    pieces: list[Tensor] = []
+    for vector, more in zip(vectors, extended, strict=True):
+        first = 0 if more else 1
+        pieces += (vector, tail[first : first + longest - vector.shape[0]])
+    return torch.cat(pieces).view(-1, longest)
 
 
 def unpack(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -166,7 +180,7 @@ def accumulate_homogeneous_gram_(matrix: Tensor, rows: Tensor, keep: float, add:
     """
     size = rows.shape[1]
     if rows.is_cuda or size < _PANEL:  # launches weigh more than the copy
-        accumulate_gram_(matrix, torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1), keep, add)
+        accumulate_gram_(matrix, torch.cat([rows, _ones(rows.shape[0], rows.dtype, rows.device)], 1), keep, add)
         return
     mean, total = rows.mean(0), float(rows.shape[0])
     accumulate_gram_(matrix[:size, :size], rows, keep, add)
@@ -174,6 +188,13 @@ def accumulate_homogeneous_gram_(matrix: Tensor, rows: Tensor, keep: float, add:
     border.mul_(keep).add_(mean, alpha=add * total)
     matrix[:size, size] = border
     matrix[size, size].mul_(keep).add_(add * total)
+
+
+@lru_cache(maxsize=16)
+def _ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(count, 1), the same one for all layers and steps: read only."""
+    with torch.inference_mode(False):
+        return torch.ones(count, 1, dtype=dtype, device=device)
 
 
 def bfgs_inverse_update_(inverse: Tensor, step: Tensor, change: Tensor, product: Tensor, accept: Tensor) -> None:
