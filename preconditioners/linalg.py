@@ -94,8 +94,8 @@ def unpack(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return [row[:size] for row, size in zip(rows.unbind(0), sizes, strict=True)]
 
 
-def inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
-    """(n,) inner products of n pairs of tensors, rounded alike on every device; short vectors are multiplied together.
+def inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[Tensor]:
+    """Inner products of n pairs of tensors, rounded alike on every device; short vectors are multiplied together.
 
     On a device the products of tensors that are not contiguous are formed together too.
     """
@@ -120,7 +120,7 @@ def inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
     else:
         for index in apart:
             values[index] = torch.sum(lefts[index] * rights[index])
-    return torch.stack([value for value in values if value is not None])
+    return [value for value in values if value is not None]
 
 
 def whole_matrix(pieces: Sequence[Tensor]) -> Tensor | None:

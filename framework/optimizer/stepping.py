@@ -50,13 +50,6 @@ class Move:
     last: Tensors = ()
     recall: float | Tensor = 0.0
 
-    def remember(self) -> None:
-        """Make this step the last one: last <- step_size direction + recall last."""
-        for parameter, direction, last, _ in self._rows():
-            if last is not None and parameter.requires_grad:
-                last.mul_(self.recall)
-                _add(last, direction, self.step_size, 1.0)
-
     def _rows(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
         """Parameter, direction, last step and weight decay."""
         recalled = self.last or (None,) * len(self.parameters)
@@ -75,14 +68,6 @@ class Move:
             if last is not None:
                 total = total - self.recall * torch.sum(gradient * last)
         return total
-
-
-def _add(target: Tensor, direction: Tensor, size: float | Tensor, factor: float) -> None:
-    """target <- target + factor size direction, in place."""
-    if isinstance(size, Tensor):
-        target.addcmul_(direction, size, value=factor)
-    else:
-        target.add_(direction, alpha=factor * size)
 
 
 @dataclass(frozen=True)
@@ -111,28 +96,35 @@ class Proposal:
 
         theta <- (1 - fraction shrinkage) theta - fraction (step_size direction + recall last)
         """
-        rows = [(move, *row) for move in self.moves for row in move._rows() if row[0].requires_grad]
-        shrunk = _Batches()
-        moved, recalled = _Batches(), _Batches()
-        for move, parameter, direction, last, decay in rows:
-            shrinkage = weight_decay.shrinkage(decay, move.step_size)
-            if isinstance(shrinkage, Tensor) or shrinkage:
-                shrunk.add(1.0 - fraction * shrinkage, parameter)
-            moved.add(move.step_size, parameter, direction)
-            if last is not None:
-                recalled.add(move.recall, parameter, last)
-        for factor, (parameters,) in shrunk:
-            torch._foreach_mul_(parameters, factor)
-        for batches in (moved, recalled):
-            sized: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-            for size, (parameters, directions) in batches:
-                if isinstance(size, Tensor):  # each layer's own number, on the device
-                    for entries, more in zip(sized, (parameters, directions, [size] * len(parameters)), strict=True):
-                        entries.extend(more)
-                else:
-                    torch._foreach_add_(parameters, directions, alpha=-fraction * size)
-            if sized[0]:
-                torch._foreach_addcmul_(*sized, value=-fraction)
+        shrunk, moved, recalled = _Batches(), _Batches(), _Batches()
+        for move in self.moves:
+            factors = {
+                decay: 1.0 - fraction * weight_decay.shrinkage(decay, move.step_size)
+                for decay in {*move.decays} - {0.0}
+            }
+            for parameter, direction, last, decay in move._rows():
+                if not parameter.requires_grad:
+                    continue
+                factor = factors.get(decay, 1.0)
+                if isinstance(factor, Tensor) or factor != 1.0:
+                    shrunk.add(factor, parameter)
+                moved.add(move.step_size, parameter, direction)
+                if last is not None:
+                    recalled.add(move.recall, parameter, last)
+        shrunk.multiply()
+        moved.add_to_first(-fraction)
+        recalled.add_to_first(-fraction)
+
+    def remember(self) -> None:
+        """Make this step the last one: last <- step_size direction + recall last."""
+        faded, moved = _Batches(), _Batches()
+        for move in self.moves:
+            for parameter, direction, last, _ in move._rows():
+                if last is not None and parameter.requires_grad:
+                    faded.add(move.recall, last)
+                    moved.add(move.step_size, last, direction)
+        faded.multiply()
+        moved.add_to_first(1.0)
 
 
 class _Batches:
@@ -153,6 +145,30 @@ class _Batches:
     def __iter__(self) -> Iterator[tuple[Any, tuple[list[Tensor], ...]]]:
         """(number, lists) in the order in which they came."""
         return iter(self._found.values())
+
+    def multiply(self) -> None:
+        """The only tensor of each row <- number times it, in place."""
+        sized: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for number, (tensors,) in self:
+            if isinstance(number, Tensor):  # each layer's own number, on the device
+                sized[0].extend(tensors)
+                sized[1].extend([number] * len(tensors))
+            else:
+                torch._foreach_mul_(tensors, number)
+        if sized[0]:
+            torch._foreach_mul_(*sized)
+
+    def add_to_first(self, factor: float) -> None:
+        """The first tensor of each row <- it + factor number times the second, in place."""
+        sized: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        for number, (firsts, seconds) in self:
+            if isinstance(number, Tensor):  # each layer's own number, on the device
+                for entries, more in zip(sized, (firsts, seconds, [number] * len(firsts)), strict=True):
+                    entries.extend(more)
+            else:
+                torch._foreach_add_(firsts, seconds, alpha=factor * number)
+        if sized[0]:
+            torch._foreach_addcmul_(*sized, value=factor)
 
 
 _LAST = "last_steps"
@@ -211,8 +227,7 @@ class StepRule:
     def remember(self, proposal: Proposal, fraction: float) -> None:
         """For rules that recall: the step that was taken is the last one now, unless a guard left nothing of it."""
         if self.last is not None and fraction:
-            for move in proposal.moves:
-                move.remember()
+            proposal.remember()
 
     def propose(
         self,
@@ -340,12 +355,9 @@ class StepRule:
     def _norms(self) -> Tensor:
         """(L,) norms of the layers' parameters."""
         parameters = [full_precision(p.detach()) for layer in self.layers for p in layer.parameters.values()]
-        norms = torch.stack(list(torch._foreach_norm(parameters)))
-        counts = [len(layer.parameters) for layer in self.layers]
-        if len(set(counts)) == 1:
-            of_layers: Tensor = torch.linalg.vector_norm(norms.view(len(counts), -1), dim=1)
-            return of_layers
-        return _by_layer(norms.square(), counts).sqrt()
+        norms = _by_layer(torch._foreach_norm(parameters), [len(layer.parameters) for layer in self.layers])
+        of_layers: Tensor = torch.linalg.vector_norm(norms, dim=1)
+        return of_layers
 
 
 def _on_device(sizes: Tensor | float, like: Tensor) -> Tensor:
@@ -387,15 +399,17 @@ def _along(pieces: _Pieces, gradients: bool) -> tuple[Tensor, Tensor, Tensor | N
             rights += right
             counts.append(len(left))
     products = inner_products(lefts, rights)
-    found = list(_by_layer(products, counts).view(len(columns), -1).unbind(0))
+    table = _by_layer(products, counts)
+    sums = table.sum(1) if table.shape[1] > 1 else table
+    found = list(sums.view(len(columns), -1).unbind(0))
     squares, slopes = found[0], found[0 if same else 1]
     corrections = [
         piece.correction for (left, _), entry in zip(layouts, entries, strict=True) for piece in entry[: len(left)]
     ]
     if len(set(corrections)) > 1:  # blocks that joined later
         first = 0 if same else len(corrections)
-        corrected = products[first : first + len(corrections)] * products.new_tensor(corrections)
-        slopes = _by_layer(corrected, counts[: len(layouts)])
+        corrected = [factor * value for factor, value in zip(corrections, products[first:], strict=False)]
+        slopes = _by_layer(corrected, counts[: len(layouts)]).sum(1)
     elif corrections[0] != 1.0:
         slopes = slopes * corrections[0]
     return slopes, squares, found[-1] if gradients else None
@@ -415,14 +429,13 @@ def _finite_sizes(sizes: Tensor, recalls: bool) -> tuple[Tensor, Events]:
     return finite * kept, {"nonfinite_step_sizes": (~kept).sum()}
 
 
-def _by_layer(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """(K,) sums of runs of ``values``, as long as ``counts`` says."""
-    if len(values) == len(counts):
-        return values
-    if len(set(counts)) == 1:
-        return values.view(len(counts), counts[0]).sum(1)
-    pieces = torch.nn.utils.rnn.pad_sequence(list(values.split(list(counts))), batch_first=True)
-    return pieces.sum(1)
+def _by_layer(values: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """(K, n) 0-dimensional values of K runs, as long as ``counts`` says, zeros behind shorter ones: two operations."""
+    most = max(counts)
+    if min(counts) == most:
+        return torch.stack(list(values)).view(len(counts), most)
+    zero, rest = values[0].new_zeros(()), iter(values)
+    return torch.stack([next(rest) if n < count else zero for count in counts for n in range(most)]).view(-1, most)
 
 
 @dataclass(frozen=True)
