@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -69,11 +70,15 @@ def inner_product(left: Tensor, right: Tensor) -> Tensor:
 
 def pack(*columns: Sequence[Tensor]) -> Tensor:
     """(K, L, d) from K lists of L vectors each, padded with zeros to the longest: two operations."""
-    vectors = [vector for column in columns for vector in column]
-    longest = max(vector.shape[0] for vector in vectors)
-    if any(vector.shape[0] < longest for vector in vectors):
+    vectors = list(chain(*columns))
+    lengths = [vector.shape[0] for vector in vectors]
+    longest = max(lengths)
+    if min(lengths) < longest:
         zeros = vectors[0].new_zeros(longest)
-        vectors = [piece for vector in vectors for piece in (vector, zeros[: longest - vector.shape[0]])]
+        pieces: list[Tensor] = []
+        for vector, length in zip(vectors, lengths, strict=True):
+            pieces += (vector, zeros[: longest - length])
+        vectors = pieces
     return torch.cat(vectors).view(len(columns), -1, longest)
 
 

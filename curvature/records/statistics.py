@@ -256,11 +256,15 @@ def scores_of_many(records: Sequence[LayerStatistics], directions: Sequence[Tens
     moved: list[Tensor] = []
     gradients: list[Tensor] = []
     for record, values in zip(records, directions, strict=True):
-        record._require_samples()
-        named = dict(zip(record.layer.parameters, values, strict=True))
-        inputs = record._require(record.inputs, "inputs")
-        moved.append(record._adapter().directional(record.layer.module, inputs, named.get("weight"), named.get("bias")))
-        gradient = record._require(record.sampled_gradient, "sampled_gradient")
+        layer, inputs, gradient = record.layer, record.inputs, record.sampled_gradient
+        if record.ragged or layer.adapter is None or inputs is None or gradient is None:
+            record._require_samples()
+            record._adapter()
+            inputs = record._require(inputs, "inputs")
+            gradient = record._require(gradient, "sampled_gradient")
+        assert layer.adapter is not None
+        named = dict(zip(layer.parameters, values, strict=True))
+        moved.append(layer.adapter.directional(layer.module, inputs, named.get("weight"), named.get("bias")))
         gradients.append(gradient.reshape(moved[-1].shape))
     if moved:
         torch._foreach_mul_(moved, gradients)

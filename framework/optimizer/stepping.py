@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -188,6 +189,7 @@ class StepRule:
 
     def __init__(self, rule: StepSize, layers: Sequence[Layer], seed: int, judge: AdaptiveDamping | None = None):
         self.rule, self.layers, self.seed, self.judge = rule, layers, seed, judge
+        self.needs = rule.needs
         self.state = rule.init(len(layers), _example(layers))
         self.last = LastSteps(layers) if declared(rule, StepSizeDeclarations).recalls else None
 
@@ -242,7 +244,7 @@ class StepRule:
     ) -> Proposal:
         """Moves of all blocks; on the CPU step sizes become plain numbers, elsewhere they stay on the device."""
         judged = self.judge is not None and self.judge.due(step)
-        pieces = _pieces(self.layers, blocks, directions, momentum, self.last) if self.rule.needs or judged else {}
+        pieces = _pieces(self.layers, blocks, directions, momentum, self.last) if self.needs or judged else {}
         evidence = self._evidence(step, lr, pieces, statistics, products)
         sizes, by_name, events = self._checked(self.rule.propose(self.state, evidence), evidence.names)
         moves = [self._move(block, directions[block.key], by_name, decays[block.key]) for block in blocks]
@@ -322,17 +324,17 @@ class StepRule:
         products: GraphKeepingBackward | None,
     ) -> StepEvidence:
         names = [layer.name for layer in self.layers]
-        if not self.rule.needs:
+        if not self.needs:
             return StepEvidence(names, lr)
         form = self.rule.curvature if self.rule.due(step) else None
-        slopes, squares, gradient_slopes = _along(pieces, bool(self.rule.needs & Needs.SLOPES))
+        slopes, squares, gradient_slopes = _along(pieces, Needs.SLOPES in self.needs)
         return StepEvidence(
             names,
             lr,
             slopes=slopes,
             gradient_slopes=gradient_slopes,
             squared_norms=squares,
-            parameter_norms=self._norms() if self.rule.needs & Needs.NORMS else None,
+            parameter_norms=self._norms() if Needs.NORMS in self.needs else None,
             forms=None if form is None else self._forms(form, step, pieces, statistics, products),
         )
 
@@ -346,7 +348,7 @@ class StepRule:
     ) -> Tensor:
         """(K, K) quadratic forms along the directions, and the last steps of a rule that recalls."""
         names = [layer.name for layer in self.layers]
-        directions = {name: tuple(piece.direction for piece in entry.values()) for name, entry in pieces.items()}
+        directions = {name: piece.directions for name, piece in pieces.items()}
         generator = seeded_generator(self.seed * 1_000_003 + step, directions[names[0]][0].device)
         product = products.product if products is not None else None
         evidence = DirectionalEvidence(names, directions, statistics, product, generator)
@@ -354,7 +356,8 @@ class StepRule:
 
     def _norms(self) -> Tensor:
         """(L,) norms of the layers' parameters."""
-        parameters = [full_precision(p.detach()) for layer in self.layers for p in layer.parameters.values()]
+        own = [p.detach() for layer in self.layers for p in layer.parameters.values()]
+        parameters = [p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in own]
         norms = _by_layer(torch._foreach_norm(parameters), [len(layer.parameters) for layer in self.layers])
         of_layers: Tensor = torch.linalg.vector_norm(norms, dim=1)
         return of_layers
@@ -376,43 +379,45 @@ def _along(pieces: _Pieces, gradients: bool) -> tuple[Tensor, Tensor, Tensor | N
         Inner products of what was preconditioned, its bias correction included, and the direction; squared norms of
         the directions, which these are where nothing preconditions; inner products of gradient and direction.
     """
-    entries = [list(entry.values()) for entry in pieces.values()]
-    same = all(piece.momentum is piece.direction for entry in entries for piece in entry)
+    counts: list[int] = []
     lefts: list[Tensor] = []
     rights: list[Tensor] = []
-    counts: list[int] = []
-    layouts: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []  # momenta and directions
-    for entry in entries:
-        directions = [piece.direction for piece in entry]
-        momenta = directions if same else [piece.momentum for piece in entry]
+    merged: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []
+    corrections: list[float] = []
+    same = True
+    for piece in pieces.values():
+        momenta: Sequence[Tensor] = piece.momenta
+        directions: Sequence[Tensor] = piece.directions
         whole = whole_matrix(directions)
-        before = None if whole is None else whole if same else whole_matrix(momenta)
-        layouts.append((momenta, directions) if whole is None or before is None else ([before], [whole]))
-    columns = [[(directions, directions) for _, directions in layouts]]
-    if not same:
-        columns.append(layouts)
-    if gradients:
-        columns.append([([p.gradient for p in entry], [p.direction for p in entry]) for entry in entries])
-    for column in columns:
-        for left, right in column:
-            lefts += left
-            rights += right
-            counts.append(len(left))
+        before = None if whole is None else whole_matrix(momenta)
+        if whole is not None and before is not None:
+            momenta, directions = [before], [whole]
+        same = same and all(map(is_, piece.momenta, piece.directions))
+        merged.append((momenta, directions))
+        counts.append(len(directions))
+        rights += directions
+        corrections += piece.corrections[: len(directions)]
+    lefts += rights
+    first = 0 if same else len(rights)
+    for momenta, directions in () if same else merged:
+        counts.append(len(directions))
+        lefts += momenta
+        rights += directions
+    for piece in pieces.values() if gradients else ():
+        counts.append(len(piece.gradients))
+        lefts += piece.gradients
+        rights += piece.directions
     products = inner_products(lefts, rights)
     table = _by_layer(products, counts)
     sums = table.sum(1) if table.shape[1] > 1 else table
-    found = list(sums.view(len(columns), -1).unbind(0))
-    squares, slopes = found[0], found[0 if same else 1]
-    corrections = [
-        piece.correction for (left, _), entry in zip(layouts, entries, strict=True) for piece in entry[: len(left)]
-    ]
+    columns = sums.view(-1, len(merged)).unbind(0)
+    slopes = columns[0 if same else 1]
     if len(set(corrections)) > 1:  # blocks that joined later
-        first = 0 if same else len(corrections)
         corrected = [factor * value for factor, value in zip(corrections, products[first:], strict=False)]
-        slopes = _by_layer(corrected, counts[: len(layouts)]).sum(1)
+        slopes = _by_layer(corrected, counts[: len(merged)]).sum(1)
     elif corrections[0] != 1.0:
         slopes = slopes * corrections[0]
-    return slopes, squares, found[-1] if gradients else None
+    return slopes, columns[0], columns[-1] if gradients else None
 
 
 def _finite_sizes(sizes: Tensor, recalls: bool) -> tuple[Tensor, Events]:
@@ -440,15 +445,18 @@ def _by_layer(values: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One parameter's direction, the vector it was made from with its bias correction, and gradient."""
+    """One layer's directions, the vectors they were made from with their bias corrections, and gradients.
 
-    direction: Tensor
-    momentum: Tensor
-    correction: float
-    gradient: Tensor
+    Every field has one entry per parameter, in the layer's order.
+    """
+
+    directions: Tensors
+    momenta: Tensors
+    gradients: Tensors
+    corrections: tuple[float, ...]
 
 
-_Pieces = dict[str, dict[str, _Piece]]
+_Pieces = dict[str, _Piece]
 
 
 def _pieces(
@@ -458,35 +466,34 @@ def _pieces(
     momentum: Momentum,
     last: LastSteps | None,
 ) -> _Pieces:
-    """Pieces per layer and parameter, in the layer's order; zeros where a parameter has no gradient or is frozen.
+    """Pieces per layer; zeros where a parameter has no gradient or is frozen.
 
     Behind them stand those of the layers' last steps, if there are any, with the same zeros.
     """
-    found: dict[str, dict[str, _Piece]] = {layer.name: {} for layer in layers}
+    found: dict[str, dict[str, tuple[Tensor, Tensor, Tensor, float]]] = {layer.name: {} for layer in layers}
     for block in blocks:
-        factor = momentum.correction(block.updates)
-        gradients = block.gradients()
+        own, factor, gradients = found[block.layer.name], momentum.correction(block.updates), block.gradients()
         assert gradients is not None
-        for name, direction, view, gradient in zip(
-            block.names, directions[block.key], block.parameter_views(block.vector), gradients, strict=True
-        ):
+        views = block.views if block.vector is block.storage else block.parameter_views(block.vector)
+        for name, direction, view, gradient in zip(block.names, directions[block.key], views, gradients, strict=True):
             # A parameter that is frozen beside one that is not stays where it is, whatever the structure says.
             moved = direction if block.layer.parameters[name].requires_grad else torch.zeros_like(direction)
-            found[block.layer.name][name] = _Piece(moved, view, factor, gradient)
+            own[name] = (moved, view, gradient, factor)
     result: _Pieces = {}
+    lasts: _Pieces = {}
     for layer in layers:
-        zeros = {
-            name: torch.zeros_like(full_precision(p))
-            for name, p in layer.parameters.items()
-            if name not in found[layer.name]
-        }
-        missing = {name: _Piece(zero, zero, 1.0, zero) for name, zero in zeros.items()}
-        result[layer.name] = {name: (found[layer.name] | missing)[name] for name in layer.parameters}
-    if last is None:
-        return result
-    for layer in layers:
-        result[name_of_last(layer.name)] = {
-            name: replace(piece, direction=last.along(layer, name, name in found[layer.name]))
-            for name, piece in result[layer.name].items()
-        }
-    return result
+        own = found[layer.name]
+        rows: list[tuple[Tensor, Tensor, Tensor, float]] = []
+        for name, parameter in layer.parameters.items():
+            if name not in own:
+                zero = torch.zeros_like(full_precision(parameter))
+                rows.append((zero, zero, zero, 1.0))
+            else:
+                rows.append(own[name])
+        moved_, momenta, gradients_, corrections = zip(*rows, strict=True)
+        piece = _Piece(moved_, momenta, gradients_, corrections)
+        result[layer.name] = piece
+        if last is not None:
+            along = tuple(last.along(layer, name, name in own) for name in layer.parameters)
+            lasts[name_of_last(layer.name)] = replace(piece, directions=along)
+    return result | lasts

@@ -34,7 +34,7 @@ class AveragedPair(State):
 
 def copy_all_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Overwrite many tensors in one operation; under ``torch.func.vmap``, which lacks it, one by one."""
-    if any(torch._C._functorch.is_batchedtensor(value) for value in values):
+    if any(map(torch._C._functorch.is_batchedtensor, values)):
         for target, value in zip(targets, values, strict=True):
             target.copy_(value)
     else:
