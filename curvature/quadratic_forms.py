@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import CompatibilityError
 from .declarations import FormDeclarations, declared
 from .records.needs import Needs
-from .records.statistics import LayerStatistics, Tensors
+from .records.statistics import LayerStatistics, Tensors, scores_of_many
 
 __all__ = [
     "DirectionalEvidence",
@@ -97,20 +97,23 @@ class SampledScores:
 
     def measure(self, evidence: DirectionalEvidence) -> Tensor:
         """One product of the (L, N) score matrix with itself."""
-        scores: list[Tensor] = []
+        rows: dict[int, Tensor] = {}
+        known: dict[int, LayerStatistics] = {}
         extra: dict[int, list[tuple[int, int, Tensor]]] = {}
         measured = [evidence.statistics[name] for name in evidence.names if name in evidence.statistics]
         samples = next((entry.samples for entry in measured if entry.sampled_gradient is not None), 1)
         for index, name in enumerate(evidence.names):
             statistics, direction = evidence.statistics.get(name), evidence.directions[name]
             if statistics is not None and statistics.sampled_gradient is not None:
-                scores.append(statistics.scores(direction))
+                known[index] = statistics
                 continue
-            scores.append(direction[0].new_zeros(samples))
+            rows[index] = direction[0].new_zeros(samples)
             if statistics is not None and statistics.sampled_parameter_gradients is not None:
                 slope = _inner(statistics.sampled_parameter_gradients, direction)
                 extra.setdefault(id(statistics), []).append((index, statistics.samples, slope))
-        stacked = torch.stack(scores)
+        found = scores_of_many(list(known.values()), [evidence.directions[evidence.names[index]] for index in known])
+        rows.update(zip(known, found, strict=True))
+        stacked = torch.stack([rows[index] for index in range(len(evidence.names))])
         result = stacked @ stacked.T / samples
         for of_layer in extra.values():
             for row, count, slope in of_layer:

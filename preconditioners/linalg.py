@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -29,9 +31,13 @@ __all__ = [
     "inverse_of_many",
     "newton_schulz",
     "newton_schulz_of_many",
+    "pack",
+    "pack_homogeneous",
     "stack",
     "stackable",
     "triangular_inverse",
+    "unpack",
+    "whole_matrix",
 ]
 
 _STACK_LIMIT = 64
@@ -39,6 +45,12 @@ _STACK_LIMIT = 64
 
 RETRIES = 4
 """How often a failed factorisation is tried again with ten times the damping."""
+
+_SHORT = 4096
+"""Vectors up to this length are padded to a common one; more would be wasted than launches saved."""
+
+_FEW = 4
+"""So many vectors cost no more one by one than as the rows of a matrix."""
 
 _PANEL = 256
 """Width of the column panels of a symmetric product; one triangle of panels is computed."""
@@ -56,25 +68,78 @@ def inner_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.sum(left * right)
 
 
-def inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
-    """(n,) inner products of n pairs of tensors; on a device the products are formed together."""
-    if lefts[0].is_cuda:
-        values: list[Tensor | None] = []
-        apart: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for left, right in zip(lefts, rights, strict=True):
-            whole = left.is_contiguous() and right.is_contiguous()
-            values.append(inner_product(left, right) if whole else None)
-            if not whole:
-                apart[0].append(left)
-                apart[1].append(right)
-        products = iter(torch._foreach_mul(*apart) if apart[0] else ())
-        return torch.stack([next(products).sum() if value is None else value for value in values])
-    return torch.stack([inner_product(left, right) for left, right in zip(lefts, rights, strict=True)])
+def pack(*columns: Sequence[Tensor]) -> Tensor:
+    """(K, L, d) from K lists of L vectors each, padded with zeros to the longest: two operations."""
+    vectors = list(chain(*columns))
+    lengths = [vector.shape[0] for vector in vectors]
+    longest = max(lengths)
+    if min(lengths) < longest:
+        zeros = vectors[0].new_zeros(longest)
+        pieces: list[Tensor] = []
+        for vector, length in zip(vectors, lengths, strict=True):
+            pieces += (vector, zeros[: longest - length])
+        vectors = pieces
+    return torch.cat(vectors).view(len(columns), -1, longest)
 
 
-def squared_norms(values: Sequence[Tensor]) -> Tensor:
-    """(n,) sums of all squared entries, rounded alike on every device; on the CPU half the time of norms."""
-    return inner_products(values, values)
+def pack_homogeneous(vectors: Sequence[Tensor], extended: Sequence[bool]) -> Tensor:
+    """(L, d) rows from L vectors, with a 1 behind those that are to be extended, and then zeros: two operations."""
+    lengths = [vector.shape[0] + more for vector, more in zip(vectors, extended, strict=True)]
+    longest = max(lengths)
+    tail = torch.eye(1, longest + 1, dtype=vectors[0].dtype, device=vectors[0].device)[0]  # a 1 and zeros
+    pieces: list[Tensor] = []
+    for vector, more in zip(vectors, extended, strict=True):
+        first = 0 if more else 1
+        pieces += (vector, tail[first : first + longest - vector.shape[0]])
+    return torch.cat(pieces).view(-1, longest)
+
+
+def unpack(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The vectors in a matrix of padded rows, as views."""
+    return [row[:size] for row, size in zip(rows.unbind(0), sizes, strict=True)]
+
+
+def inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[Tensor]:
+    """Inner products of n pairs of tensors, rounded alike on every device; short vectors are multiplied together.
+
+    On a device the products of tensors that are not contiguous are formed together too.
+    """
+    short = [i for i, v in enumerate(lefts) if v.dim() == 1 and v.shape[0] <= _SHORT]
+    values: list[Tensor | None] = [None] * len(lefts)
+    if len(short) > _FEW:
+        left, right = pack([lefts[index] for index in short], [rights[index] for index in short]).unbind(0)
+        for index, value in zip(short, (left * right).sum(1).unbind(0), strict=True):
+            values[index] = value
+    rest = [index for index, value in enumerate(values) if value is None]
+    apart: list[int] = []
+    for index in rest:
+        left, right = lefts[index], rights[index]
+        if left.is_contiguous() and right.is_contiguous():
+            values[index] = torch.dot(left.view(-1), right.view(-1))
+        else:
+            apart.append(index)
+    if apart and lefts[0].is_cuda:
+        products = torch._foreach_mul([lefts[index] for index in apart], [rights[index] for index in apart])
+        for index, product in zip(apart, products, strict=True):
+            values[index] = product.sum()
+    else:
+        for index in apart:
+            values[index] = torch.sum(lefts[index] * rights[index])
+    return [value for value in values if value is not None]
+
+
+def whole_matrix(pieces: Sequence[Tensor]) -> Tensor | None:
+    """The matrix [W | b] in one piece, if weight and bias are views of one; else ``None``."""
+    if len(pieces) != 2 or pieces[0].is_contiguous() or pieces[1].dim() != 1:
+        return None
+    weight, bias = pieces
+    rows, width = bias.shape[0], bias.stride(0)
+    adjacent = bias.storage_offset() - weight.storage_offset() == width - 1
+    if not adjacent or weight.numel() != rows * (width - 1) or weight.stride(0) != width:
+        return None
+    if not weight[0].is_contiguous() or weight.untyped_storage().data_ptr() != bias.untyped_storage().data_ptr():
+        return None
+    return weight.as_strided((rows, width), (width, 1))
 
 
 def add_to_diagonal(matrix: Tensor, value: float) -> Tensor:
@@ -120,7 +185,7 @@ def accumulate_homogeneous_gram_(matrix: Tensor, rows: Tensor, keep: float, add:
     """
     size = rows.shape[1]
     if rows.is_cuda or size < _PANEL:  # launches weigh more than the copy
-        accumulate_gram_(matrix, torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1), keep, add)
+        accumulate_gram_(matrix, torch.cat([rows, _ones(rows.shape[0], rows.dtype, rows.device)], 1), keep, add)
         return
     mean, total = rows.mean(0), float(rows.shape[0])
     accumulate_gram_(matrix[:size, :size], rows, keep, add)
@@ -128,6 +193,13 @@ def accumulate_homogeneous_gram_(matrix: Tensor, rows: Tensor, keep: float, add:
     border.mul_(keep).add_(mean, alpha=add * total)
     matrix[:size, size] = border
     matrix[size, size].mul_(keep).add_(add * total)
+
+
+@lru_cache(maxsize=16)
+def _ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(count, 1), the same one for all layers and steps: read only."""
+    with torch.inference_mode(False):
+        return torch.ones(count, 1, dtype=dtype, device=device)
 
 
 def bfgs_inverse_update_(inverse: Tensor, step: Tensor, change: Tensor, product: Tensor, accept: Tensor) -> None:

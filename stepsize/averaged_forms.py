@@ -69,8 +69,8 @@ class AveragedForms:
 
 def _average_(average: Tensor, new: Tensor, weight: Tensor, decay: float) -> None:
     """The weight is a tensor, so that a value that does not enter is not counted either; no synchronisation."""
-    total = decay * weight + (1.0 - decay)
+    total = torch.rsub(weight, 1.0 - decay, alpha=-decay)  # decay * weight + (1 - decay), in one operation
     mixed = torch.lerp(average, new, (1.0 - decay) / total)
     finite = (mixed - mixed == 0).all()  # finite numbers alone: half the operations of isfinite
-    average.copy_(torch.where(finite, mixed, average))
-    weight.copy_(torch.where(finite, total, weight))
+    torch.where(finite, mixed, average, out=average)
+    torch.where(finite, total, weight, out=weight)

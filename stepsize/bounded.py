@@ -64,8 +64,8 @@ class RelativeBound(StepSizeDeclarations, forwards="rule"):
         if self.recalls:
             return self._both(torch.as_tensor(proposed), evidence.squared_norms, evidence.parameter_norms)
         cap = self.limit * evidence.parameter_norms / evidence.squared_norms.sqrt()
-        # A quotient that is no number compares as false: such a layer has no bound.
-        cap = torch.where((cap >= 0) & (evidence.parameter_norms > 0), cap, torch.full_like(cap, torch.inf))
+        # A layer whose parameters are zero, or whose quotient is no number, has no bound.
+        cap.masked_fill_(evidence.parameter_norms <= 0, torch.inf).nan_to_num_(torch.inf, torch.inf)
         return torch.minimum(torch.as_tensor(proposed, dtype=cap.dtype, device=cap.device).expand_as(cap), cap)
 
     def _both(self, proposed: Tensor, squared_norms: Tensor, parameter_norms: Tensor) -> Tensor:

@@ -81,10 +81,19 @@ class JointLayerwise:
         norms = evidence.squared_norms.clamp(min=tiny).sqrt()
         if evidence.forms is not None:
             state.take_forms(evidence.forms / torch.outer(norms, norms), self.decay)
-        matrix = state.forms + torch.diag(self.relative_ridge * state.forms.diagonal() + self.ridge)
+        matrix = ridged(state.forms, self.relative_ridge, self.ridge)
         slopes = evidence.slopes / norms
         chosen = self.sign.choose(solve_semidefinite(matrix, slopes), matrix, slopes)
         return evidence.lr * chosen / norms
+
+
+def ridged(forms: Tensor, relative: float, absolute: float) -> Tensor:
+    """M + lambda I + rho diag(M), a copy."""
+    matrix = forms.clone()
+    diagonal = matrix.diagonal().add_(forms.diagonal(), alpha=relative)
+    if absolute:
+        diagonal.add_(absolute)
+    return matrix
 
 
 def solve_semidefinite(matrix: Tensor, right: Tensor) -> Tensor:
@@ -98,12 +107,12 @@ def solve_semidefinite(matrix: Tensor, right: Tensor) -> Tensor:
         matrix: (L, L).
         right: (L,), or (L, K) for K systems at once.
     """
-    diagonal = matrix.diagonal().double()
-    scale = torch.where(diagonal > 0, diagonal.clamp(min=1e-300).rsqrt(), torch.zeros_like(diagonal))
-    scaled = matrix.double() * torch.outer(scale, scale)
-    scaled.diagonal().copy_(torch.ones_like(diagonal) * (1.0 + 1e-10))
+    wide = matrix.double()
+    scale = wide.diagonal().clamp(min=0.0).rsqrt().nan_to_num_(0.0, 0.0, 0.0)
+    scaled = wide * torch.outer(scale, scale)
+    scaled.diagonal().fill_(1.0 + 1e-10)
     factor, info = torch.linalg.cholesky_ex(scaled)
     columns = scale.unsqueeze(1) * right.double().reshape(len(scale), -1)
     solution = torch.cholesky_solve(columns, factor)
     solution = scale.unsqueeze(1) * torch.where(info == 0, solution, columns / scaled.abs().sum(1, keepdim=True))
-    return torch.nan_to_num(solution, nan=0.0, posinf=0.0, neginf=0.0).reshape(right.shape).to(right.dtype)
+    return solution.nan_to_num_(0.0, 0.0, 0.0).reshape(right.shape).to(right.dtype)

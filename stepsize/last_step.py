@@ -13,7 +13,7 @@ from ..curvature.quadratic_forms import QuadraticForm, SampledScores, require_co
 from ..curvature.records.needs import Needs
 from ..errors import ArgumentError, require_finite_nonnegative, require_interval, require_positive_integer
 from .averaged_forms import AveragedForms
-from .joint import solve_semidefinite
+from .joint import ridged, solve_semidefinite
 from .protocol import StepEvidence
 from .signs import Clipped, SignRule
 
@@ -102,7 +102,7 @@ class JointWithLastStep:
         if evidence.forms is not None:
             known = _known_rows(moves)
             state.take_forms((evidence.forms / torch.outer(norms, norms))[known][:, known], self.decay)
-        matrix = state.forms + torch.diag(self.relative_ridge * state.forms.diagonal() + self.ridge)
+        matrix = ridged(state.forms, self.relative_ridge, self.ridge)
         slopes = torch.cat([evidence.slopes[:count], evidence.gradient_slopes[count:]]) / norms
         sizes = self._solve(matrix * torch.outer(moves, moves), slopes, count)
         lr = evidence.lr.repeat(2) if isinstance(evidence.lr, Tensor) and evidence.lr.ndim else evidence.lr

@@ -155,6 +155,8 @@ class LayerwiseQuadratic:
         if evidence.forms is not None:
             state.take_forms(evidence.forms / torch.outer(norms, norms), self.decay)
         slope = self.slope.value(state, evidence.slopes / norms, evidence.gradient_slopes / norms).clamp(min=0.0)
-        curvature = self.coupling.curvature(state.forms, norms).clamp(min=0.0) + self.damping
+        curvature = self.coupling.curvature(state.forms, norms).clamp(min=0.0)
+        if self.damping:
+            curvature = curvature + self.damping
         step = evidence.lr * self.factor * slope / (curvature * norms)
-        return torch.where(step - step == 0, step, torch.zeros_like(step))  # finite alone, cheaper than isfinite
+        return step.nan_to_num_(0.0, 0.0, 0.0)

@@ -7,7 +7,7 @@ loss is a mean over samples, 1 when it is a sum. Nothing in the record is divide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import ArgumentError, CompatibilityError
 from ..layers.layer import Layer, LayerAdapter
 
-__all__ = ["NOTHING_MEASURED", "LayerStatistics", "SampleGradients", "Tensors"]
+__all__ = ["NOTHING_MEASURED", "LayerStatistics", "SampleGradients", "Tensors", "scores_of_many"]
 
 Tensors = tuple[Tensor, ...]
 _T = TypeVar("_T")
@@ -249,12 +249,8 @@ class LayerStatistics:
         Args:
             directions: one tensor per parameter of the layer, in the layer's order.
         """
-        self._require_samples()
-        named = dict(zip(self.layer.parameters, directions, strict=True))
-        inputs = self._require(self.inputs, "inputs")
-        moved = self._adapter().directional(self.layer.module, inputs, named.get("weight"), named.get("bias"))
-        product = moved.mul_(self._require(self.sampled_gradient, "sampled_gradient").reshape(moved.shape))
-        return product.reshape(self.samples, -1).sum(1)
+        (found,) = scores_of_many([self], [directions])
+        return found
 
     def _require_samples(self) -> None:
         if self.ragged:
@@ -277,3 +273,23 @@ class LayerStatistics:
                 f"{name} of layer {self.layer.name!r} was not recorded; declare it in the part's `needs`"
             )
         return value
+
+
+def scores_of_many(records: Sequence[LayerStatistics], directions: Sequence[Tensors]) -> list[Tensor]:
+    """:meth:`LayerStatistics.scores` of many layers: all their products in one operation."""
+    moved: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for record, values in zip(records, directions, strict=True):
+        layer, inputs, gradient = record.layer, record.inputs, record.sampled_gradient
+        named = dict(zip(layer.parameters, values, strict=True))
+        if record.ragged or layer.adapter is None or inputs is None or gradient is None:
+            record._require_samples()
+            record._adapter()
+            inputs = record._require(inputs, "inputs")
+            gradient = record._require(gradient, "sampled_gradient")
+        assert layer.adapter is not None
+        moved.append(layer.adapter.directional(layer.module, inputs, named.get("weight"), named.get("bias")))
+        gradients.append(gradient.reshape(moved[-1].shape))
+    if moved:
+        torch._foreach_mul_(moved, gradients)
+    return [product.reshape(record.samples, -1).sum(1) for record, product in zip(records, moved, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
-from ...preconditioners.linalg import inner_products, squared_norms
+from ...preconditioners.linalg import inner_products, whole_matrix
 from ...preconditioners.protocol import Events
 from ...stepsize.protocol import StepEvidence, StepSize
 from ..methods.momentum import Momentum, WeightDecay
@@ -51,17 +52,17 @@ class Move:
     last: Tensors = ()
     recall: float | Tensor = 0.0
 
-    def remember(self) -> None:
-        """Make this step the last one: last <- step_size direction + recall last."""
-        for parameter, direction, last, _ in self._rows():
-            if last is not None and parameter.requires_grad:
-                last.mul_(self.recall)
-                _add(last, direction, self.step_size, 1.0)
-
     def _rows(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
         """Parameter, direction, last step and weight decay."""
         recalled = self.last or (None,) * len(self.parameters)
         return zip(self.parameters, self.directions, recalled, self.decays, strict=True)
+
+    def trainable(self) -> tuple[Tensors, Tensors, Tensors]:
+        """Parameters that are not frozen, with their directions and last steps."""
+        chosen = [index for index, parameter in enumerate(self.parameters) if parameter.requires_grad]
+        pieces = (self.parameters, self.directions, self.last)
+        parameters, directions, last = [tuple(values[index] for index in chosen) if values else () for values in pieces]
+        return parameters, directions, last
 
     def slope(self, weight_decay: WeightDecay) -> Tensor:
         """Change to first order of loss and coupled penalty along the whole move, 0-dimensional."""
@@ -76,14 +77,6 @@ class Move:
             if last is not None:
                 total = total - self.recall * torch.sum(gradient * last)
         return total
-
-
-def _add(target: Tensor, direction: Tensor, size: float | Tensor, factor: float) -> None:
-    """target <- target + factor size direction, in place."""
-    if isinstance(size, Tensor):
-        target.addcmul_(direction, size, value=factor)
-    else:
-        target.add_(direction, alpha=factor * size)
 
 
 @dataclass(slots=True)
@@ -112,42 +105,74 @@ class Proposal:
 
         theta <- (1 - fraction shrinkage) theta - fraction (step_size direction + recall last)
         """
-        # Tensors that one operation may take together: those that go with the same number. Numbers on a device are
-        # told apart by identity, comparing them would wait for it.
-        shrinkages: dict[Any, tuple[float | Tensor, list[Tensor]]] = {}
-        sizes: dict[Any, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
-        recalls: dict[Any, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
+        shrunk, moved, recalled = _Batches(), _Batches(), _Batches()
         for move in self.moves:
-            size = move.step_size
-            key = id(size) if isinstance(size, Tensor) else size
-            _, moved, along = sizes.setdefault(key, (size, [], []))
-            for parameter, direction, decay in zip(move.parameters, move.directions, move.decays, strict=True):
-                if parameter.requires_grad:
-                    moved.append(parameter)
-                    along.append(direction)
-                    if (key, decay) not in shrinkages:
-                        shrinkages[key, decay] = (weight_decay.shrinkage(decay, size), [])
-                    shrinkages[key, decay][1].append(parameter)
-            if move.last:
-                key = id(move.recall) if isinstance(move.recall, Tensor) else move.recall
-                _, moved, along = recalls.setdefault(key, (move.recall, [], []))
-                for parameter, last in zip(move.parameters, move.last, strict=True):
-                    if parameter.requires_grad:
-                        moved.append(parameter)
-                        along.append(last)
-        for shrinkage, parameters in shrinkages.values():
-            if isinstance(shrinkage, Tensor) or shrinkage:
-                torch._foreach_mul_(parameters, 1.0 - fraction * shrinkage)
-        for batches in (sizes, recalls):
-            own: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-            for size, moved, along in batches.values():
-                if isinstance(size, Tensor):  # each layer's own number, on the device
-                    for entries, more in zip(own, (moved, along, [size] * len(moved)), strict=True):
-                        entries.extend(more)
-                elif moved:
-                    torch._foreach_add_(moved, along, alpha=-fraction * size)
-            if own[0]:
-                torch._foreach_addcmul_(*own, value=-fraction)
+            parameters, directions, last = move.parameters, move.directions, move.last
+            for decay in set(move.decays):
+                shrinkage = weight_decay.shrinkage(decay, move.step_size) if decay else 0.0
+                if isinstance(shrinkage, Tensor) or shrinkage:
+                    pairs = zip(parameters, move.decays, strict=True)
+                    shrunk.add(1.0 - fraction * shrinkage, [p for p, own in pairs if own == decay and p.requires_grad])
+            for parameter in parameters:
+                if not parameter.requires_grad:
+                    parameters, directions, last = move.trainable()
+                    break
+            moved.add(move.step_size, parameters, directions)
+            if last:
+                recalled.add(move.recall, parameters, last)
+        shrunk.multiply()
+        moved.add_to_first(-fraction)
+        recalled.add_to_first(-fraction)
+
+    def remember(self) -> None:
+        """Make this step the last one: last <- step_size direction + recall last."""
+        faded, moved = _Batches(), _Batches()
+        for move in self.moves:
+            _, directions, last = move.trainable()
+            faded.add(move.recall, last)
+            moved.add(move.step_size, last, directions)
+        faded.multiply()
+        moved.add_to_first(1.0)
+
+
+class _Batches:
+    """Tensors that one operation may take together: those that go with the same number."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
+
+    def add(self, number: float | Tensor, firsts: Sequence[Tensor], seconds: Sequence[Tensor] = ()) -> None:
+        """Some rows; numbers on a device are told apart by identity, comparing them would wait for it."""
+        key = id(number) if isinstance(number, Tensor) else number
+        entry = self._found.get(key)
+        if entry is None:
+            entry = self._found[key] = (number, [], [])
+        entry[1].extend(firsts)
+        entry[2].extend(seconds)
+
+    def multiply(self) -> None:
+        """The only tensor of each row <- number times it, in place."""
+        sized: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for number, tensors, _ in self._found.values():
+            if isinstance(number, Tensor):  # each layer's own number, on the device
+                sized[0].extend(tensors)
+                sized[1].extend([number] * len(tensors))
+            elif tensors:
+                torch._foreach_mul_(tensors, number)
+        if sized[0]:
+            torch._foreach_mul_(*sized)
+
+    def add_to_first(self, factor: float) -> None:
+        """The first tensor of each row <- it + factor number times the second, in place."""
+        sized: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        for number, firsts, seconds in self._found.values():
+            if isinstance(number, Tensor):  # each layer's own number, on the device
+                for entries, more in zip(sized, (firsts, seconds, [number] * len(firsts)), strict=True):
+                    entries.extend(more)
+            elif firsts:
+                torch._foreach_add_(firsts, seconds, alpha=factor * number)
+        if sized[0]:
+            torch._foreach_addcmul_(*sized, value=factor)
 
 
 _LAST = "last_steps"
@@ -168,6 +193,7 @@ class StepRule:
     def __init__(self, rule: StepSize, layers: Sequence[Layer], seed: int, judge: AdaptiveDamping | None = None):
         self.rule, self.layers, self.seed, self.judge = rule, layers, seed, judge
         self.names = [layer.name for layer in layers]
+        self.needs = rule.needs
         self.state = rule.init(len(layers), _example(layers))
         self.last = LastSteps(layers) if declared(rule, StepSizeDeclarations).recalls else None
 
@@ -208,8 +234,7 @@ class StepRule:
     def remember(self, proposal: Proposal, fraction: float) -> None:
         """For rules that recall: the step that was taken is the last one now, unless a guard left nothing of it."""
         if self.last is not None and fraction:
-            for move in proposal.moves:
-                move.remember()
+            proposal.remember()
 
     def propose(self, step: int, lr: float | Tensor, batch: MiniBatch, momentum: Momentum) -> Proposal:
         """Moves of all blocks; on the CPU step sizes become plain numbers, elsewhere they stay on the device.
@@ -222,7 +247,7 @@ class StepRule:
         """
         judged = self.judge is not None and self.judge.due(step)
         pieces: _Pieces = {}
-        if self.rule.needs or judged:
+        if self.needs or judged:
             directions = {entry.block.key: entry.directions for entry in batch.steps}
             pieces = _pieces(self.layers, batch.team.blocks, directions, momentum, self.last)
         evidence = self._evidence(step, lr, pieces, batch.statistics, batch.products)
@@ -258,10 +283,7 @@ class StepRule:
                     f"{tuple(sizes.shape)}"
                 )
             if sizes.device.type != "cpu":  # deciding here would synchronise: such a layer stands still instead
-                finite = sizes - sizes == 0
-                if self.last is not None:
-                    finite = finite.reshape(2, -1).all(0).repeat(2)
-                sizes, events = torch.where(finite, sizes, 0.0), {"nonfinite_step_sizes": (~finite).sum()}
+                sizes, events = _finite_sizes(sizes, self.last is not None)
             values = sizes.tolist() if sizes.device.type == "cpu" else list(sizes.unbind())
             by_name = dict(zip(names, values, strict=True))
         else:
@@ -297,7 +319,8 @@ class StepRule:
         forms = evidence.forms if self.judge.curvature == self.rule.curvature else None
         if forms is None:
             forms = self._forms(self.judge.curvature, step, pieces, statistics, products)
-        slopes = _gradient_slopes(pieces)
+        slopes = evidence.gradient_slopes if evidence.gradient_slopes is not None else _along(pieces, True)[2]
+        assert slopes is not None
         alpha = _on_device(sizes, slopes)
         return torch.dot(alpha, slopes) - 0.5 * torch.dot(alpha, forms @ alpha)
 
@@ -310,20 +333,17 @@ class StepRule:
         products: GraphKeepingBackward | None,
     ) -> StepEvidence:
         names = self.names
-        if not self.rule.needs:
+        if not self.needs:
             return StepEvidence(names, lr)
         form = self.rule.curvature if self.rule.due(step) else None
-        gradient_slopes = None
-        if self.rule.needs & Needs.SLOPES:
-            gradient_slopes = _gradient_slopes(pieces)
-        squares = squared_norms([piece.direction for entry in pieces.values() for piece in entry.values()])
+        slopes, squares, gradient_slopes = _along(pieces, Needs.SLOPES in self.needs)
         return StepEvidence(
             names,
             lr,
-            slopes=_slopes(pieces, squares),
+            slopes=slopes,
             gradient_slopes=gradient_slopes,
-            squared_norms=_by_layer(squares, [len(entry) for entry in pieces.values()]),
-            parameter_norms=self._norms() if self.rule.needs & Needs.NORMS else None,
+            squared_norms=squares,
+            parameter_norms=self._norms() if Needs.NORMS in self.needs else None,
             forms=None if form is None else self._forms(form, step, pieces, statistics, products),
         )
 
@@ -337,7 +357,7 @@ class StepRule:
     ) -> Tensor:
         """(K, K) quadratic forms along the directions, and the last steps of a rule that recalls."""
         names = [layer.name for layer in self.layers]
-        directions = {name: tuple(piece.direction for piece in entry.values()) for name, entry in pieces.items()}
+        directions = {name: piece.directions for name, piece in pieces.items()}
         generator = seeded_generator(self.seed * 1_000_003 + step, directions[names[0]][0].device)
         product = products.product if products is not None else None
         evidence = DirectionalEvidence(names, directions, statistics, product, generator)
@@ -345,9 +365,11 @@ class StepRule:
 
     def _norms(self) -> Tensor:
         """(L,) norms of the layers' parameters."""
-        parameters = [full_precision(p.detach()) for layer in self.layers for p in layer.parameters.values()]
-        squares = torch.stack(list(torch._foreach_norm(parameters))).square()
-        return _by_layer(squares, [len(layer.parameters) for layer in self.layers]).sqrt()
+        own = [p.detach() for layer in self.layers for p in layer.parameters.values()]
+        parameters = [p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in own]
+        norms = _by_layer(torch._foreach_norm(parameters), [len(layer.parameters) for layer in self.layers])
+        of_layers: Tensor = torch.linalg.vector_norm(norms, dim=1)
+        return of_layers
 
 
 def _on_device(sizes: Tensor | float, like: Tensor) -> Tensor:
@@ -355,49 +377,95 @@ def _on_device(sizes: Tensor | float, like: Tensor) -> Tensor:
     return sizes.to(like).expand_as(like) if isinstance(sizes, Tensor) else torch.full_like(like, sizes)
 
 
-def _slopes(pieces: _Pieces, squares: Tensor) -> Tensor:
-    """(K,) inner products of what was preconditioned, its bias correction included, and the direction.
+def _along(pieces: _Pieces, gradients: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(K,) sums along the directions, all of them in a few operations.
 
     Args:
         pieces: of every layer.
-        squares: squared norms of all directions, which these are where nothing preconditions.
+        gradients: whether the third is wanted.
+
+    Returns:
+        Inner products of what was preconditioned, its bias correction included, and the direction; squared norms of
+        the directions, which these are where nothing preconditions; inner products of gradient and direction.
     """
-    flat = [piece for entry in pieces.values() for piece in entry.values()]
-    same = all(piece.momentum is piece.direction for piece in flat)
-    values = squares if same else inner_products([p.momentum for p in flat], [p.direction for p in flat])
-    corrections = [piece.correction for piece in flat]
-    if any(factor != 1.0 for factor in corrections):
-        common = corrections[0] if len(set(corrections)) == 1 else None
-        values = values * (common if common is not None else values.new_tensor(corrections))
-    return _by_layer(values, [len(entry) for entry in pieces.values()])
+    counts: list[int] = []
+    lefts: list[Tensor] = []
+    rights: list[Tensor] = []
+    merged: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []
+    corrections: list[float] = []
+    same = True
+    for piece in pieces.values():
+        momenta: Sequence[Tensor] = piece.momenta
+        directions: Sequence[Tensor] = piece.directions
+        whole = whole_matrix(directions)
+        before = None if whole is None else whole_matrix(momenta)
+        if whole is not None and before is not None:
+            momenta, directions = [before], [whole]
+        same = same and all(map(is_, piece.momenta, piece.directions))
+        merged.append((momenta, directions))
+        counts.append(len(directions))
+        rights += directions
+        corrections += piece.corrections[: len(directions)]
+    lefts += rights
+    first = 0 if same else len(rights)
+    for momenta, directions in () if same else merged:
+        counts.append(len(directions))
+        lefts += momenta
+        rights += directions
+    for piece in pieces.values() if gradients else ():
+        counts.append(len(piece.gradients))
+        lefts += piece.gradients
+        rights += piece.directions
+    products = inner_products(lefts, rights)
+    table = _by_layer(products, counts)
+    sums = table.sum(1) if table.shape[1] > 1 else table
+    columns = sums.view(-1, len(merged)).unbind(0)
+    slopes = columns[0 if same else 1]
+    if len(set(corrections)) > 1:  # blocks that joined later
+        corrected = [factor * value for factor, value in zip(corrections, products[first:], strict=False)]
+        slopes = _by_layer(corrected, counts[: len(merged)]).sum(1)
+    elif corrections[0] != 1.0:
+        slopes = slopes * corrections[0]
+    return slopes, columns[0], columns[-1] if gradients else None
 
 
-def _gradient_slopes(pieces: _Pieces) -> Tensor:
-    """(K,) inner products of the mini-batch gradient and the direction."""
-    flat = [piece for entry in pieces.values() for piece in entry.values()]
-    values = inner_products([piece.gradient for piece in flat], [piece.direction for piece in flat])
-    return _by_layer(values, [len(entry) for entry in pieces.values()])
+def _finite_sizes(sizes: Tensor, recalls: bool) -> tuple[Tensor, Events]:
+    """Step sizes with zeros in the place of those that are not finite, and how many these are.
+
+    Args:
+        sizes: (L,), or (2L,) of a rule that recalls, where a layer stands still if one of its two is not finite.
+        recalls: whether they are.
+    """
+    finite = sizes.nan_to_num(0.0, 0.0, 0.0)
+    if not recalls:
+        return finite, {"nonfinite_step_sizes": (finite != sizes).sum()}
+    kept = (finite == sizes).reshape(2, -1).all(0).repeat(2)
+    return finite * kept, {"nonfinite_step_sizes": (~kept).sum()}
 
 
-def _by_layer(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """(K,) sums of runs of ``values``, as long as ``counts`` says: three operations at most, whatever K."""
-    if len(set(counts)) == 1:
-        return values.view(len(counts), counts[0]).sum(1)
-    pieces = torch.nn.utils.rnn.pad_sequence(list(values.split(list(counts))), batch_first=True)
-    return pieces.sum(1)
+def _by_layer(values: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """(K, n) 0-dimensional values of K runs, as long as ``counts`` says, zeros behind shorter ones: two operations."""
+    most = max(counts)
+    if min(counts) == most:
+        return torch.stack(list(values)).view(len(counts), most)
+    zero, rest = values[0].new_zeros(()), iter(values)
+    return torch.stack([next(rest) if n < count else zero for count in counts for n in range(most)]).view(-1, most)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """One parameter's direction, the vector it was made from with its bias correction, and gradient."""
+    """One layer's directions, the vectors they were made from with their bias corrections, and gradients.
 
-    direction: Tensor
-    momentum: Tensor
-    correction: float
-    gradient: Tensor
+    Every field has one entry per parameter, in the layer's order.
+    """
+
+    directions: Tensors
+    momenta: Tensors
+    gradients: Tensors
+    corrections: tuple[float, ...]
 
 
-_Pieces = dict[str, dict[str, _Piece]]
+_Pieces = dict[str, _Piece]
 
 
 def _pieces(
@@ -407,35 +475,34 @@ def _pieces(
     momentum: Momentum,
     last: LastSteps | None,
 ) -> _Pieces:
-    """Pieces per layer and parameter, in the layer's order; zeros where a parameter has no gradient or is frozen.
+    """Pieces per layer; zeros where a parameter has no gradient or is frozen.
 
     Behind them stand those of the layers' last steps, if there are any, with the same zeros.
     """
-    found: dict[str, dict[str, _Piece]] = {layer.name: {} for layer in layers}
+    found: dict[str, dict[str, tuple[Tensor, Tensor, Tensor, float]]] = {layer.name: {} for layer in layers}
     for block in blocks:
-        factor = momentum.correction(block.updates)
-        gradients = block.gradients()
+        own, factor, gradients = found[block.layer.name], momentum.correction(block.updates), block.gradients()
         assert gradients is not None
-        for name, direction, view, gradient in zip(
-            block.names, directions[block.key], block.parameter_views(block.vector), gradients, strict=True
-        ):
+        views = block.views if block.vector is block.storage else block.parameter_views(block.vector)
+        for name, direction, view, gradient in zip(block.names, directions[block.key], views, gradients, strict=True):
             # A parameter that is frozen beside one that is not stays where it is, whatever the structure says.
             moved = direction if block.layer.parameters[name].requires_grad else torch.zeros_like(direction)
-            found[block.layer.name][name] = _Piece(moved, view, factor, gradient)
+            own[name] = (moved, view, gradient, factor)
     result: _Pieces = {}
+    lasts: _Pieces = {}
     for layer in layers:
-        zeros = {
-            name: torch.zeros_like(full_precision(p))
-            for name, p in layer.parameters.items()
-            if name not in found[layer.name]
-        }
-        missing = {name: _Piece(zero, zero, 1.0, zero) for name, zero in zeros.items()}
-        result[layer.name] = {name: (found[layer.name] | missing)[name] for name in layer.parameters}
-    if last is None:
-        return result
-    for layer in layers:
-        result[name_of_last(layer.name)] = {
-            name: replace(piece, direction=last.along(layer, name, name in found[layer.name]))
-            for name, piece in result[layer.name].items()
-        }
-    return result
+        own = found[layer.name]
+        rows: list[tuple[Tensor, Tensor, Tensor, float]] = []
+        for name, parameter in layer.parameters.items():
+            if name not in own:
+                zero = torch.zeros_like(full_precision(parameter))
+                rows.append((zero, zero, zero, 1.0))
+            else:
+                rows.append(own[name])
+        moved_, momenta, gradients_, corrections = zip(*rows, strict=True)
+        piece = _Piece(moved_, momenta, gradients_, corrections)
+        result[layer.name] = piece
+        if last is not None:
+            along = tuple(last.along(layer, name, name in own) for name in layer.parameters)
+            lasts[name_of_last(layer.name)] = replace(piece, directions=along)
+    return result | lasts

@@ -13,10 +13,10 @@ from ...checking import require_fields
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from ..averages import Average, MovingAverage, ZeroStartAverage
-from ..linalg import Computed, bfgs_inverse_updates_
+from ..linalg import Computed, bfgs_inverse_updates_, pack, pack_homogeneous, unpack
 from ..operations import Inverse
 from ..pairs.damping import DoubleDamping, PairDamping
-from ..pairs.pipeline import AveragedPair, average_pairs_, damped_pairs, pack, unpack
+from ..pairs.pipeline import AveragedPair, average_pairs_, damped_pairs
 from ..pairs.skipping import CurvatureTest, SkipRule
 from ..protocol import Events
 from ..state import State
@@ -228,9 +228,10 @@ class HessianActionBFGS(_DenseInverse):
     ) -> Events:
         """One update per state; states of one :meth:`kind`."""
         inverses = [state.inverse for state in states]
-        means = pack(
-            [before.mean_input().to(state.inverse.dtype) for state, before in zip(states, befores, strict=True)]
-        )[0]
+        found = [
+            before.input_rows().mean(0).to(state.inverse.dtype) for state, before in zip(states, befores, strict=True)
+        ]
+        means = pack_homogeneous(found, [before.layer.has_bias for before in befores])
         steps = products(inverses, means)
         changes = damping * steps + products([state.second_moment for state in states], steps)
         accepted = self.skip.accepts(steps, changes, means)

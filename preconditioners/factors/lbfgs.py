@@ -14,10 +14,10 @@ from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from ...errors import require_interval, require_positive_integer
 from ..averages import Average, ZeroStartAverage
-from ..linalg import Computed, triangular_inverse
+from ..linalg import Computed, pack, triangular_inverse, unpack
 from ..operations import Inverse
 from ..pairs.damping import DoubleDamping, PairDamping
-from ..pairs.pipeline import AveragedPair, average_pairs_, copy_all_, damped_pairs, pack, unpack
+from ..pairs.pipeline import AveragedPair, average_pairs_, copy_all_, damped_pairs
 from ..pairs.skipping import CurvatureTest, SkipRule
 from ..protocol import Events
 from ..state import State
@@ -46,6 +46,32 @@ class LBFGSState(State):
     solver: Tensor
     pair: AveragedPair
 
+    def __post_init__(self) -> None:
+        """Steps and changes become views of one memory, and so do the small matrices: one operation serves all."""
+        self._pairs = torch.stack([self.steps, self.changes])
+        self._small = torch.stack([self.cross, self.gram, self.solver])
+        self.steps, self.changes = self._pairs.unbind(0)
+        self.cross, self.gram, self.solver = self._small.unbind(0)
+
+    @property
+    def both(self) -> Tensor:
+        """(2 p, d) steps above changes."""
+        return self._pairs.flatten(0, 1)
+
+    @property
+    def small(self) -> Tensor:
+        """(3, p, p) cross, gram and solver."""
+        return self._small
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: a pickle would not keep the shared memory."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_pairs", "_small")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy: views of its own memory."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
 
 def append_pair_(state: LBFGSState, step: Tensor, change: Tensor, accept: Tensor) -> None:
     """Drop the oldest pair and append a new one where ``accept`` is true; borders the small matrices.
@@ -58,27 +84,37 @@ def append_pair_(state: LBFGSState, step: Tensor, change: Tensor, accept: Tensor
 def append_pairs_(states: Sequence[LBFGSState], steps: Tensor, changes: Tensor, accept: Tensor) -> None:
     """:func:`append_pair_` for L states of one memory, with padded rows (L, d)."""
     memory, sizes = states[0].steps.shape[0], [state.steps.shape[1] for state in states]
-    chosen = torch.arange(memory, device=steps.device) + accept.unsqueeze(-1)
-    crosses: list[Tensor] = []
-    rows = zip(states, unpack(steps, sizes), unpack(changes, sizes), chosen.unbind(0), strict=True)
-    for state, step, change, kept in rows:
-        for store, vector in ((state.steps, step), (state.changes, change)):
-            store.copy_(torch.cat([store, vector.unsqueeze(0)]).index_select(0, kept))
-        crosses += [state.changes @ step, state.steps @ change, state.changes @ change]
-    row, column, square = torch.stack(crosses).view(-1, 3, memory).unbind(1)
-    small = torch.stack([matrix for state in states for matrix in (state.cross, state.gram)])
-    small = small.view(-1, 2, memory, memory)
-    new = torch.zeros_like(small)
-    new[..., :-1, :-1] = small[..., 1:, 1:]
-    new[:, 0, -1, :], new[:, 0, :, -1] = row, column
-    new[:, 1, -1, :] = new[:, 1, :, -1] = square
-    small = torch.where(accept.view(-1, 1, 1, 1), new, small)
-    upper = small[:, 0].triu()
+    vectors = [row[:, :size] for row, size in zip(torch.stack([steps, changes], 1).unbind(0), sizes, strict=True)]
+    products: list[Tensor] = []
+    chosen: list[Tensor] = []
+    for longer, pair, yes in zip(_longer(states, vectors), vectors, accept.unbind(0), strict=True):
+        chosen.append(torch.where(yes, longer[:, 1:], longer[:, :-1]))
+        products.append(chosen[-1].flatten(0, 1) @ pair.T)
+    borders = torch.stack(products).unflatten(1, (2, memory))  # of s (over steps, over changes) and y, (L, 2, p, 2)
+    small = torch.stack([state.small for state in states])
+    inner = torch.cat([small[:, :2, 1:, 1:], borders[:, :, :-1, 1:]], -1)
+    new = torch.cat([inner, borders[:, 1].mT.unsqueeze(2)], 2)
+    new = torch.where(accept.view(-1, 1, 1, 1), new, small[:, :2])
+    upper = new[:, 0].triu()
     diagonal = upper.diagonal(dim1=-2, dim2=-1)
-    diagonal.add_((diagonal == 0).to(upper.dtype))
+    diagonal.masked_fill_(diagonal == 0, 1.0)
     targets = [matrix for state in states for matrix in (state.cross, state.gram)]
-    copy_all_(targets, list(small.flatten(0, 1).unbind(0)))
-    copy_all_([state.solver for state in states], list(triangular_inverse(upper).unbind(0)))
+    targets += [state.solver for state in states] + [state._pairs for state in states]
+    values = [*new.flatten(0, 1).unbind(0), *triangular_inverse(upper).unbind(0), *chosen]
+    copy_all_(targets, values)
+
+
+def _longer(states: Sequence[LBFGSState], pairs: Sequence[Tensor]) -> list[Tensor]:
+    """The stores (2, p, d) of many states with one more pair (2, d) behind theirs, all written by one operation."""
+    memory = states[0].steps.shape[0]
+    rows = [
+        piece.reshape(-1)
+        for state, pair in zip(states, pairs, strict=True)
+        for kind, vector in enumerate(pair.unbind(0))
+        for piece in (state._pairs[kind], vector)
+    ]
+    sizes = [2 * (memory + 1) * pair.shape[1] for pair in pairs]
+    return [piece.view(2, memory + 1, -1) for piece in torch.cat(rows).split(sizes)]
 
 
 @dataclass(frozen=True)
@@ -139,11 +175,11 @@ class LBFGS:
 
     def left(self, state: LBFGSState, value: Tensor) -> Tensor:
         """H @ value with four products of p x d matrices."""
-        gamma = self.initial
-        inner = state.solver @ (state.steps @ value)
-        changed = gamma * (state.changes @ value)
-        scaled = state.cross.diagonal().unsqueeze(1) * inner + gamma * (state.gram @ inner)
-        outer = state.solver.T @ (scaled - changed)
+        gamma, memory, both = self.initial, state.steps.shape[0], state.both
+        along, changed = (both @ value).split(memory)
+        inner = state.solver @ along
+        scaled = torch.addmm(changed, state.gram, inner, beta=-gamma, alpha=gamma)
+        outer = state.solver.T @ scaled.addcmul_(state.cross.diagonal().unsqueeze(1), inner)
         result = torch.addmm(value, state.steps.T, outer, beta=gamma)
         return result.addmm_(state.changes.T, inner, alpha=-gamma)
 
@@ -182,17 +218,17 @@ class LBFGS:
     def _products(self, states: Sequence[LBFGSState], rows: Tensor) -> Tensor:
         """:meth:`left` of one vector per state, padded rows (L, d); the p x p work of all states is done together."""
         gamma, vectors = self.initial, unpack(rows, [state.steps.shape[1] for state in states])
-        both = [store @ v for state, v in zip(states, vectors, strict=True) for store in (state.steps, state.changes)]
-        along, changed = torch.stack(both).view(len(states), 2, -1, 1).unbind(1)
-        solver = torch.stack([state.solver for state in states])
+        products = torch.stack([state.both @ v for state, v in zip(states, vectors, strict=True)])
+        along, changed = products.unflatten(1, (2, -1)).unsqueeze(-1).unbind(1)
+        cross, gram, solver = torch.stack([state.small for state in states]).unbind(1)
         inner = solver @ along
-        cross = torch.stack([state.cross.diagonal() for state in states]).unsqueeze(-1)
-        gram = torch.stack([state.gram for state in states])
-        outer = solver.mT @ (cross * inner + gamma * (gram @ inner) - gamma * changed)
-        found = []
-        for state, v, left, right in zip(states, vectors, outer.squeeze(-1), inner.squeeze(-1), strict=True):
-            result = torch.addmv(v, state.steps.T, left, beta=gamma)
-            found.append(result.addmv_(state.changes.T, right, alpha=-gamma))
+        scaled = torch.baddbmm(changed, gram, inner, beta=-gamma, alpha=gamma)
+        outer = solver.mT @ torch.addcmul(scaled, cross.diagonal(dim1=1, dim2=2).unsqueeze(-1), inner)
+        weights = torch.cat([outer, -gamma * inner], 1).squeeze(-1).unbind(0)
+        found = [
+            torch.addmv(v, state.both.T, weight, beta=gamma)
+            for state, v, weight in zip(states, vectors, weights, strict=True)
+        ]
         return pack(found)[0]
 
     def to_dense(self, state: LBFGSState, damping: float) -> Tensor:

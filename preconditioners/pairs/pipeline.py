@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ...curvature.records.statistics import LayerStatistics
 from ..averages import Average
+from ..linalg import pack, unpack
 from ..protocol import Events
 from ..state import State
 from .damping import DampedPair, PairDamping
 from .skipping import SkipRule
 
-__all__ = ["AveragedPair", "average_pairs_", "copy_all_", "damped_pairs", "finite_rows", "pack", "unpack"]
+__all__ = ["AveragedPair", "average_pairs_", "copy_all_", "damped_pairs", "finite_rows"]
 
 
 @dataclass
@@ -31,24 +32,9 @@ class AveragedPair(State):
     weight: float
 
 
-def pack(*columns: Sequence[Tensor]) -> Tensor:
-    """(K, L, d) from K lists of L vectors each, padded with zeros to the longest: two operations."""
-    vectors = [vector for column in columns for vector in column]
-    longest = max(vector.shape[0] for vector in vectors)
-    if any(vector.shape[0] < longest for vector in vectors):
-        zeros = vectors[0].new_zeros(longest)
-        vectors = [piece for vector in vectors for piece in (vector, zeros[: longest - vector.shape[0]])]
-    return torch.cat(vectors).view(len(columns), -1, longest)
-
-
-def unpack(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The vectors in a matrix of padded rows, as views."""
-    return [row[:size] for row, size in zip(rows.unbind(0), sizes, strict=True)]
-
-
 def copy_all_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Overwrite many tensors in one operation; under ``torch.func.vmap``, which lacks it, one by one."""
-    if any(torch._C._functorch.is_batchedtensor(value) for value in values):
+    if any(map(torch._C._functorch.is_batchedtensor, values)):
         for target, value in zip(targets, values, strict=True):
             target.copy_(value)
     else:
