@@ -31,12 +31,7 @@ __all__ = [
 
 
 class Estimator(Protocol):
-    """Which curvature matrix is measured, and from what.
-
-    Optional: ``per_sample = False`` if the matrix is in the units of the user's loss (N times the gradient for a summed
-    loss), ``estimates = "fisher"`` if its mean is the Fisher information,
-    ``exact = True`` if it needs a likelihood but draws no labels.
-    """
+    """Which curvature matrix is measured, and from what. May declare more: :class:`.EstimatorDeclarations`."""
 
     provides: Needs
     needs_likelihood: bool
@@ -64,7 +59,7 @@ def records_for_pairs(needs: Needs) -> Record:
 
 
 @dataclass(frozen=True)
-class InputsOnly:
+class InputsOnly(EstimatorDeclarations):
     """Nothing but layer inputs: methods without curvature at the output side, forward-only warm starts."""
 
     provides = Needs.INPUTS
@@ -100,7 +95,7 @@ class BatchMean(InputsOnly):
 
 
 @dataclass(frozen=True)
-class SampledBatchMean:
+class SampledBatchMean(EstimatorDeclarations):
     """Outer product of the mini-batch mean gradient with labels sampled from the model: unbiased for F/m.
 
     One extra backward. MBF's warm start (PAPERS 2.3).
@@ -123,7 +118,7 @@ class SampledBatchMean:
 
 
 @dataclass(frozen=True)
-class EmpiricalFisher:
+class EmpiricalFisher(EstimatorDeclarations):
     """Per-sample gradients with the true labels: the textbook empirical Fisher, mean_i g_i g_i'.
 
     No extra pass: the user's own backward provides the rows.
@@ -153,7 +148,7 @@ class EmpiricalFisher:
 
 
 @dataclass(frozen=True)
-class SampledFisher:
+class SampledFisher(EstimatorDeclarations):
     """Per-sample gradients with one label per sample drawn from the model: unbiased for the Fisher (= GGN).
 
     One extra backward to the pre-activations only, about 0.27 of a gradient on the MNIST autoencoder.
@@ -185,7 +180,7 @@ class SampledFisher:
 
 
 @dataclass(frozen=True)
-class SecantPairs:
+class SecantPairs(EstimatorDeclarations):
     """Pairs s = mean(h+ - h), y = mean(g+ - g) from a second evaluation of the same mini-batch after the step.
 
     K-BFGS, PAPERS 1.2 items 6 and 7. The second pass goes down to pre-activations only: about 0.63 of a gradient. For
@@ -206,7 +201,7 @@ class SecantPairs:
 
 
 @dataclass(frozen=True)
-class ExactGGN:
+class ExactGGN(EstimatorDeclarations):
     """The exact generalised Gauss-Newton matrix, mean_n sum_v (J_n' r_v)(J_n' r_v)', r_v the likelihood's roots.
 
     For the likelihoods that ship it equals the type-2 Fisher matrix E_y[g g'] with labels from the model
@@ -246,7 +241,7 @@ class ExactGGN:
 
 
 @dataclass(frozen=True)
-class ExactHessianBlock:
+class ExactHessianBlock(EstimatorDeclarations):
     """The Hessian of the mini-batch mean loss over one layer's parameters: symmetric, perhaps indefinite.
 
     Differentiates the gradient of the user's own loss once per parameter (batched), so a step takes a closure, and no

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..curvature.declarations import FactorDeclarations
 from ..curvature.records.statistics import LayerStatistics
 from .damping.split import SideDamping
 from .factors.factor import Side
@@ -43,16 +44,19 @@ def observe_steps(
     events: Events = {}
     groups: list[_Group] = []
     for part, state, before, after, damping in zip(parts, states, befores, afters, dampings, strict=True):
-        if getattr(type(part), "observe_step", None) is not Kronecker.observe_step:
+        if not isinstance(part, Kronecker) or type(part).observe_step is not Kronecker.observe_step:
             _count(events, part.observe_step(state, before, after, damping))
             continue
-        sides: tuple[Side, Side] = ("outputs", "inputs")
-        for side in sides:
-            factor, own, value = getattr(part, side), getattr(state, side), getattr(damping, side)
-            if not _sees_many(factor):
+        inner, outer = part.factors
+        sides: tuple[tuple[Side, Any, FactorDeclarations, Any, float], ...] = (
+            ("outputs", part.outputs, outer, state.outputs, damping.outputs),
+            ("inputs", part.inputs, inner, state.inputs, damping.inputs),
+        )
+        for side, factor, full, own, value in sides:
+            if "observe_many" not in full.together or full.kind is None:
                 _count(events, factor.observe_step(own, before, after, side, value))
                 continue
-            key = (type(factor), side, value, *factor.kind(own, before))
+            key = (type(factor), side, value, *full.kind(own, before))
             group = next((known for known in groups if known.key == key and known.factor == factor), None)
             if group is None:
                 group = _Group(key, factor, side, value)
@@ -63,12 +67,6 @@ def observe_steps(
     for group in groups:
         _count(events, group.factor.observe_many(group.states, group.befores, group.afters, group.side, group.damping))
     return events
-
-
-def _sees_many(factor: Any) -> bool:
-    """Whether the class has the verb; a subclass that only replaces ``observe_step`` means that one to be called."""
-    owner = next((kind for kind in type(factor).__mro__ if "observe_step" in vars(kind)), None)
-    return owner is not None and "observe_many" in vars(owner)
 
 
 def _count(events: Events, found: Events) -> None:

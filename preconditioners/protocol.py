@@ -127,19 +127,9 @@ class Preconditioner(Protocol):
     ``joint`` says in which layout it wants momentum and returns directions: ``True`` for one matrix ``[W | b]``,
     ``False`` for one tensor per parameter.
 
-    A part may declare more, from which the contract suite reads what to check and what not:
-
-    - ``linear = False``: directions are no linear function of the momentum; else the direction is a matrix times the
-      momentum, and ``to_dense`` is its inverse;
-    - ``takes_indefinite = True``: it can take curvature with negative eigenvalues;
-    - ``definite = False``: ``to_dense`` may have negative eigenvalues;
-    - ``numbers(layer)``: how many numbers its state holds; ``bounds(state, layer, damping)``: (lowest, highest)
-      eigenvalue of ``to_dense``;
-    - ``scaling``: its :class:`ScalingLaw`, or ``None``;
-    - ``additive = False``: its matrices are no means over samples;
-    - ``dtypes``: precisions beyond float32 and float64, e.g. ``(torch.bfloat16,)``.
-
-    A structure that measures in what was just computed also has the verb of :class:`Refining`.
+    A part may declare more, from which the contract suite reads what to check and what not
+    (:class:`.StructureDeclarations` with the defaults), and have verbs for the blocks of many layers at once. One that
+    measures in what was just computed also has the verb of :class:`Refining`.
     """
 
     @property

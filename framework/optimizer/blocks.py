@@ -23,7 +23,6 @@ from .report import LayerRow
 __all__ = [
     "Block",
     "accumulate",
-    "batched",
     "directions_of",
     "full_precision",
     "grouped_by_part",
@@ -40,6 +39,7 @@ class Block:
     ``views`` shows the same memory in the shapes of the parameters, so nothing is packed or unpacked in a step.
     ``born`` is the step before which the block was added: its schedule counts from there.
     ``vector`` is what is preconditioned: the storage itself, unless the momentum blends in the gradient.
+    ``structure`` is the part with all that a structure may declare: itself, or a third party's taken in.
     """
 
     key: str
@@ -52,18 +52,21 @@ class Block:
     updates: int = 0
     positions: int = 1
     born: int = 0
+    structure: StructureDeclarations = field(init=False)
     parameters: Tensors = field(init=False)
     views: Tensors = field(init=False)
     vector: Tensors = field(init=False)
 
     def __post_init__(self) -> None:
+        self.structure = declared(self.part, StructureDeclarations)
         self.parameters = tuple(self.layer.parameters[name] for name in self.names)
         self.views = self.parameter_views(self.storage)
         self.vector = self.storage
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views: a pickle would not keep their shared memory."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("parameters", "views", "vector")}
+        made = ("structure", "parameters", "views", "vector")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy: views of its own storage."""
@@ -184,8 +187,8 @@ def directions_of(blocks: Sequence[Block], momentum: Momentum) -> dict[str, Tens
     """
     result: dict[str, Tensors] = {}
     late: dict[float, list[Block]] = {}
-    for part, group in grouped_by_part(blocks):
-        linear = declared(part, StructureDeclarations).linear
+    for structure, group in grouped_by_part(blocks):
+        linear = structure.linear
         vectors = [block.vector for block in group]
         factors = [momentum.correction(block.updates) for block in group]
         if not linear:
@@ -193,12 +196,7 @@ def directions_of(blocks: Sequence[Block], momentum: Momentum) -> dict[str, Tens
                 vector if factor == 1.0 else tuple(factor * value for value in vector)
                 for factor, vector in zip(factors, vectors, strict=True)
             ]
-        states = [block.state for block in group]
-        many = batched(part, "precondition", "precondition_many")
-        if many is None:
-            found = [part.precondition(state, vector) for state, vector in zip(states, vectors, strict=True)]
-        else:
-            found = many(states, vectors)
+        found = structure.precondition_blocks([block.state for block in group], vectors)
         for block, vector, factor, values in zip(group, vectors, factors, found, strict=True):
             result[block.key] = block.checked(values, vector)
             if linear and factor != 1.0:
@@ -211,25 +209,12 @@ def directions_of(blocks: Sequence[Block], momentum: Momentum) -> dict[str, Tens
     return {block.key: block.parameter_views(result[block.key]) for block in blocks}
 
 
-def batched(part: Any, single: str, many: str) -> Any:
-    """The verb of a part for the blocks of many layers, or ``None`` if it has none of its own.
-
-    A class that overrides the verb for one block, and inherits the one for many, is asked block by block.
-    """
-    for cls in type(part).__mro__:
-        if many in vars(cls):
-            return getattr(part, many)
-        if single in vars(cls):
-            return None
-    return None
-
-
-def grouped_by_part(blocks: Sequence[Block]) -> list[tuple[Any, list[Block]]]:
-    """Blocks by the object that serves them, in the order of their first block."""
+def grouped_by_part(blocks: Sequence[Block]) -> list[tuple[StructureDeclarations, list[Block]]]:
+    """Blocks by the object that serves them, with all it declares, in the order of their first block."""
     groups: dict[int, list[Block]] = {}
     for block in blocks:
         groups.setdefault(id(block.part), []).append(block)
-    return [(group[0].part, group) for group in groups.values()]
+    return [(group[0].structure, group) for group in groups.values()]
 
 
 def _layout(value: Any) -> str:

@@ -16,7 +16,7 @@ from ...preconditioners.damping.split import SideDamping
 from ...preconditioners.operations import compute_many
 from ...preconditioners.protocol import Observation, refining
 from .arguments import require_callable
-from .blocks import Block, accumulate, batched, grouped_by_part
+from .blocks import Block, accumulate, grouped_by_part
 from .closure import Closure, preserved
 from .recording import fill, records_for_forward, require_filled, require_pairs
 from .session import Session
@@ -77,13 +77,8 @@ def observe(
         if is_due
     ]
     seen = {id(block): observation for block, observation in updated}
-    for part, group in grouped_by_part([block for block, _ in updated]):
-        many = batched(part, "update", "update_many")
-        if many is not None:
-            many([block.state for block in group], [seen[id(block)] for block in group])
-            continue
-        for block in group:
-            part.update(block.state, seen[id(block)])
+    for structure, group in grouped_by_part([block for block, _ in updated]):
+        structure.update_blocks([block.state for block in group], [seen[id(block)] for block in group])
     return updated
 
 

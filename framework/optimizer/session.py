@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.backends.table import Backend
-from ...curvature.declarations import DampingDeclarations, declared
 from ...curvature.layers.layer import Layer
 from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.damping.split import SideDamping, TwoSided
@@ -112,8 +111,7 @@ class Session(torch.optim.Optimizer):
         value = self._values.of_layer(self.param_groups, block.layer.name, "damping")
         value = self.method.damping_at(value, self._step)
         rule, part = self.method.damping, block.part
-        uses = declared(rule, DampingDeclarations).uses_eigenvalues
-        if uses and isinstance(part, TwoSided) and part.without_eigenvalues() == ():
+        if self.method.balances_eigenvalues and isinstance(part, TwoSided) and part.without_eigenvalues() == ():
             return rule.sides(value, block.positions, part.mean_eigenvalues(block.state))
         return rule.sides(value, block.positions)
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
+from ...curvature.declarations import DampingDeclarations
 from ...errors import require_finite_nonnegative
 
 __all__ = ["ConstantDamping", "Damping", "Factored", "MeanEigenvalues", "SideDamping", "Split", "TwoSided"]
@@ -50,9 +51,9 @@ class TwoSided(Protocol):
 class Damping(Protocol):
     """A rule from lambda >= 0 and what is known of a layer to the damping of each matrix.
 
-    A rule that wants the mean eigenvalues says so with a class attribute ``uses_eigenvalues = True``; to others they
-    are not given. They cost one synchronisation per layer whenever inverses are due, or secant pairs are damped.
-    Optional too: ``splits = True`` promises that the dampings of the two sides multiply to that of the whole.
+    A rule that wants the mean eigenvalues declares ``uses_eigenvalues = True``; to others they are not given. They cost
+    one synchronisation per layer whenever inverses are due, or secant pairs are damped. It may declare more:
+    :class:`.DampingDeclarations`.
     """
 
     def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:
@@ -66,7 +67,7 @@ class Damping(Protocol):
 
 
 @dataclass(frozen=True)
-class ConstantDamping:
+class ConstantDamping(DampingDeclarations):
     """lambda on every matrix that is inverted."""
 
     def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:
@@ -76,7 +77,7 @@ class ConstantDamping:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(DampingDeclarations):
     """sqrt(lambda) per Kronecker side, sqrt(lambda S) and sqrt(lambda / S) for S positions (PAPERS 1.2 and 1.6).
 
     The product of the sides is lambda in both cases; for a convolution A sums over positions, so its damping does too.
@@ -91,7 +92,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Factored:
+class Factored(DampingDeclarations):
     """pi sqrt(lambda) and sqrt(lambda) / pi, pi^2 = (tr A / d_a) / (tr G / d_g): K-FAC's factored Tikhonov damping.
 
     Implements: arXiv:1503.05671v7, section 6.3, with the trace norm. Of all splits with the same product it makes the

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import FactorDeclarations
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from ..averages import Average, MovingAverage, ZeroStartAverage
@@ -32,7 +33,7 @@ def products(inverses: Sequence[Tensor], rows: Tensor) -> Tensor:
     return pack(found)[0]
 
 
-class _DenseInverse:
+class _DenseInverse(FactorDeclarations):
     """Products with a dense H."""
 
     def left(self, state: Any, value: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import FactorDeclarations
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from ..averages import Average, MovingAverage
@@ -41,9 +42,8 @@ _EXPAND = Expand()
 class Factor(Protocol):
     """One side of a Kronecker product.
 
-    ``sides`` says on which sides it makes sense, ``operation`` what is computed of its matrices. Optional, as for
-    structures: ``numbers(size)``; ``scaling(side)``, powers of c by which the inverse of H and its damping grow when
-    every gradient grows by c; ``additive``, ``linear``, ``definite``, ``dtypes``.
+    ``sides`` says on which sides it makes sense, ``operation`` what is computed of its matrices. What it may declare
+    besides: :class:`.FactorDeclarations`.
     """
 
     @property
@@ -128,7 +128,7 @@ class CovarianceState(State):
     weight: float
 
 
-class AveragedMatrix:
+class AveragedMatrix(FactorDeclarations):
     """Verbs of a factor that averages a matrix and multiplies by what was computed of it, kept as ``inverse``."""
 
     sides = frozenset[Side](("inputs", "outputs"))
@@ -208,7 +208,7 @@ class Covariance(AveragedMatrix):
 
 
 @dataclass(frozen=True)
-class IdentityFactor:
+class IdentityFactor(FactorDeclarations):
     """No curvature on this side: H = I. Memory: none."""
 
     sides = frozenset[Side](("inputs", "outputs"))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import FactorDeclarations
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from ...errors import require_interval, require_positive_integer
@@ -82,7 +83,7 @@ def append_pairs_(states: Sequence[LBFGSState], steps: Tensor, changes: Tensor, 
 
 
 @dataclass(frozen=True)
-class LBFGS:
+class LBFGS(FactorDeclarations):
     """L-BFGS(p) on damped, averaged secant pairs (arXiv:2006.08877; PAPERS 1.2, compact form).
 
     ``H = gamma I + Q'[(D + gamma Y Y')Q - gamma Y] - gamma Y'Q`` with rows s_i of S, y_i of Y, R_ij = s_i'y_j for

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import StructureDeclarations, derived
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
@@ -75,7 +76,7 @@ class DenseState(State):
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(StructureDeclarations):
     """direction = (F + lambda I)^{-1} M with F the whole matrix of one layer: weight row-major, then bias.
 
     With a Fisher this is the natural gradient layer by layer, with an exact Hessian and ``Absolute`` saddle-free
@@ -104,7 +105,7 @@ class Dense:
         require_fields(self)
         require_positive_integer("limit", self.limit)
 
-    @property
+    @derived
     def takes_indefinite(self) -> bool:
         """As the spectrum rule says."""
         return self.spectrum.takes_indefinite

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import StructureDeclarations
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
@@ -35,7 +36,7 @@ class MiniBlockState(State):
 
 
 @dataclass(frozen=True)
-class MiniBlock:
+class MiniBlock(StructureDeclarations):
     """direction = (F_b + lambda I)^{-1} M_b for every block b of a partition.
 
     Implements: arXiv:2202.04124, blocks and schedule as in the authors' code (PAPERS 2.2, 2.3). Inverses of all blocks
