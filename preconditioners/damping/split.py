@@ -6,10 +6,19 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
-from ...curvature.declarations import DampingDeclarations
-from ...errors import require_finite_nonnegative
+from ...curvature.declarations import DampingDeclarations, declared
+from ...errors import ArgumentError, require_finite_nonnegative
 
-__all__ = ["ConstantDamping", "Damping", "Factored", "MeanEigenvalues", "SideDamping", "Split", "TwoSided"]
+__all__ = [
+    "ChangesLambda",
+    "ConstantDamping",
+    "Damping",
+    "Factored",
+    "MeanEigenvalues",
+    "SideDamping",
+    "Split",
+    "TwoSided",
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,27 @@ class Damping(Protocol):
             positions: S >= 1 shared positions.
             eigenvalues: of the layer's Kronecker factors, or ``None`` where the structure has none.
         """
+
+
+class ChangesLambda(DampingDeclarations, forwards="inner"):
+    """A rule that changes lambda, and leaves it to another one, in its field ``inner``, to split it."""
+
+    inner: Damping
+
+    def _require_splitting(self, verb: str) -> None:
+        """Check that the inner rule does not change lambda too."""
+        inner = declared(self.inner, DampingDeclarations)
+        if inner.adapts or inner.scheduled:
+            raise ArgumentError(
+                f"{type(self).__name__}(inner={type(self.inner).__name__}(...)) would {verb} lambda twice; inner only "
+                "splits it: ConstantDamping(), Split() or Factored()"
+            )
+
+    def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:
+        """As the inner rule, from the lambda of the step."""
+        if eigenvalues is None:
+            return self.inner.sides(value, positions)
+        return self.inner.sides(value, positions, eigenvalues)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ __all__ = [
     "Factor",
     "IdentityFactor",
     "Side",
+    "WithoutMatrices",
     "accumulate_gradient_products",
     "accumulate_second_moment",
 ]
@@ -117,6 +118,22 @@ def accumulate_gradient_products(
     matrices = statistics.layer.joint_matrix(statistics.vectors()).to(moment.dtype)
     rows = (matrices if side == "inputs" else matrices.mT).reshape(-1, moment.shape[0])
     accumulate_gram_(moment, rows, keep, add / matrices.shape[0])
+
+
+class WithoutMatrices(FactorDeclarations):
+    """Verbs of a factor that learns nothing before the step and never inverts."""
+
+    operation: Operation = Inverse()
+
+    def update(self, state: Any, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
+        """Nothing before the step."""
+
+    def matrices(self, state: Any) -> Sequence[Tensor]:
+        """Never inverts."""
+        return ()
+
+    def install(self, state: Any, results: Sequence[Computed]) -> None:
+        """Nothing."""
 
 
 @dataclass
@@ -208,11 +225,10 @@ class Covariance(AveragedMatrix):
 
 
 @dataclass(frozen=True)
-class IdentityFactor(FactorDeclarations):
+class IdentityFactor(WithoutMatrices):
     """No curvature on this side: H = I. Memory: none."""
 
     sides = frozenset[Side](("inputs", "outputs"))
-    operation = Inverse()
 
     def needs(self, side: Side) -> Needs:
         """Nothing."""
@@ -229,16 +245,6 @@ class IdentityFactor(FactorDeclarations):
     def init(self, size: int, like: Tensor) -> NoState:
         """Nothing."""
         return NoState()
-
-    def update(self, state: NoState, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
-        """Nothing."""
-
-    def matrices(self, state: NoState) -> Sequence[Tensor]:
-        """None."""
-        return ()
-
-    def install(self, state: NoState, results: Sequence[Computed]) -> None:
-        """Nothing."""
 
     def left(self, state: NoState, value: Tensor) -> Tensor:
         """The value itself."""
