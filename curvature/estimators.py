@@ -7,6 +7,7 @@ An estimator says what it provides, what the backend must record for that, and f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -58,6 +59,18 @@ def records_for_pairs(needs: Needs) -> Record:
     return means | (Record.COUNT if Needs.CHANGES in needs else Record.NOTHING)
 
 
+def _with_one_vector(statistics: LayerStatistics, gradients: Tensors) -> LayerStatistics:
+    """The record with one gradient as its only vector."""
+    return statistics.with_vectors(lambda: tuple(value.unsqueeze(0) for value in gradients))
+
+
+def _with_whole(
+    statistics: LayerStatistics, measured: Tensors | None, vectors: Callable[[], Tensors]
+) -> LayerStatistics:
+    """The record of a layer without rows: its vectors, where the backend has measured whole gradients."""
+    return statistics if measured is None else statistics.with_vectors(vectors)
+
+
 @dataclass(frozen=True)
 class InputsOnly(EstimatorDeclarations):
     """Nothing but layer inputs: methods without curvature at the output side, forward-only warm starts."""
@@ -89,9 +102,8 @@ class BatchMean(InputsOnly):
 
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """One vector: the mean gradient itself."""
-        gradients = statistics.gradients
-        assert gradients is not None
-        return statistics.with_vectors(lambda: tuple(value.unsqueeze(0) for value in gradients))
+        assert statistics.gradients is not None
+        return _with_one_vector(statistics, statistics.gradients)
 
 
 @dataclass(frozen=True)
@@ -112,9 +124,7 @@ class SampledBatchMean(EstimatorDeclarations):
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """One vector: the mean gradient for the sampled labels."""
         gradients = statistics.sampled_parameter_gradients
-        if gradients is None:
-            return statistics
-        return statistics.with_vectors(lambda: tuple(value.unsqueeze(0) for value in gradients))
+        return statistics if gradients is None else _with_one_vector(statistics, gradients)
 
 
 @dataclass(frozen=True)
@@ -140,11 +150,9 @@ class EmpiricalFisher(EstimatorDeclarations):
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """Rows of the user's backward with the factor that makes them per-sample."""
         if statistics.output_gradient is None:
-            whole = statistics.sample_gradients.loss is not None
-            return statistics.with_vectors(statistics.loss_vectors) if whole else statistics
-        scale = statistics.gradient_scale
-
-        return replace(statistics.with_vectors(statistics.loss_vectors), roots=(statistics.gradient_rows(), scale))
+            return _with_whole(statistics, statistics.sample_gradients.loss, statistics.loss_vectors)
+        roots = statistics.gradient_rows(), statistics.gradient_scale
+        return replace(statistics.with_vectors(statistics.loss_vectors), roots=roots)
 
 
 @dataclass(frozen=True)
@@ -173,10 +181,8 @@ class SampledFisher(EstimatorDeclarations):
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """Rows of the sampled backward; they are per-sample already."""
         if statistics.sampled_gradient is None:
-            whole = statistics.sample_gradients.sampled is not None
-            return statistics.with_vectors(statistics.sampled_vectors) if whole else statistics
-        filled = statistics.with_vectors(statistics.sampled_vectors)
-        return replace(filled, roots=(statistics.sampled_rows(), 1.0))
+            return _with_whole(statistics, statistics.sample_gradients.sampled, statistics.sampled_vectors)
+        return replace(statistics.with_vectors(statistics.sampled_vectors), roots=(statistics.sampled_rows(), 1.0))
 
 
 @dataclass(frozen=True)
@@ -235,8 +241,7 @@ class ExactGGN(EstimatorDeclarations):
             return tuple(value * factor for value in found)
 
         if statistics.curvature_roots is None:
-            whole = statistics.sample_gradients.roots is not None
-            return statistics.with_vectors(vectors) if whole else statistics
+            return _with_whole(statistics, statistics.sample_gradients.roots, vectors)
         return replace(statistics.with_vectors(vectors), roots=(statistics.root_rows(), 1.0))
 
 

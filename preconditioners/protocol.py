@@ -26,10 +26,27 @@ from .linalg import Computed
 from .operations import Request
 from .state import State
 
-__all__ = ["Events", "Observation", "Preconditioner", "Refining", "Request", "ScalingLaw", "Schedule", "refining"]
+__all__ = [
+    "Events",
+    "Observation",
+    "Preconditioner",
+    "Refining",
+    "Request",
+    "ScalingLaw",
+    "Schedule",
+    "count_events",
+    "refining",
+]
 
 Events = dict[str, Tensor]
 """Counts of one call, as 0-dimensional tensors (no synchronisation): e.g. ``{"rejected_outputs": 0 or 1}``."""
+
+
+def count_events(events: Events, found: Events) -> None:
+    """Add what was found to events, in place; counts of the same event are summed."""
+    for name, count in found.items():
+        value = count.long()
+        events[name] = events[name] + value if name in events else value
 
 
 @dataclass(frozen=True)

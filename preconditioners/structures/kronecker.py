@@ -20,7 +20,7 @@ from ..averages import Average
 from ..damping.split import MeanEigenvalues, SideDamping
 from ..factors.factor import Factor, IdentityFactor
 from ..linalg import Computed
-from ..protocol import Events, Observation, Request, ScalingLaw, Schedule
+from ..protocol import Events, Observation, Request, ScalingLaw, Schedule, count_events
 from ..state import State
 
 __all__ = ["Kronecker", "KroneckerState", "in_layer_order"]
@@ -169,10 +169,9 @@ class Kronecker(StructureDeclarations):
         self, state: KroneckerState, before: LayerStatistics, after: LayerStatistics | None, damping: SideDamping
     ) -> Events:
         """Both sides; counts of the same event are summed."""
-        events: Events = dict(self.outputs.observe_step(state.outputs, before, after, "outputs", damping.outputs))
-        inner = self.inputs.observe_step(state.inputs, before, after, "inputs", damping.inputs)
-        for name, count in inner.items():
-            events[name] = events[name].long() + count.long() if name in events else count
+        events: Events = {}
+        count_events(events, self.outputs.observe_step(state.outputs, before, after, "outputs", damping.outputs))
+        count_events(events, self.inputs.observe_step(state.inputs, before, after, "inputs", damping.inputs))
         return events
 
     def to_dense(self, state: KroneckerState, layer: Layer, damping: SideDamping) -> Tensor:
