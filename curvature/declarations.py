@@ -1,9 +1,11 @@
 """What parts may declare about themselves, with the value that stands where a part says nothing.
 
-Each kind of part has one base class here. A part that inherits from it has every declaration of its kind as a typed
-attribute, and overrides what it wants to promise, as a class attribute or as a property. A part that only has the verbs
-of its kind stays a part: whoever reads a declaration reads it through :func:`declared`, which falls back on the base
-class. So a default is written once, and nobody who reads it has to know it.
+Each kind of part has one base class here, and every part of this library inherits that of its kind: each declaration is
+a typed attribute with a default, which the part overrides by a class attribute, a field or a method, or by a function
+under :func:`derived` where it follows from the part's own parts. Parts are frozen, so an answer never changes.
+
+A part that only has the verbs of its kind stays a part: :func:`declared` takes it in, once, where it enters; who asks
+more than once keeps the answer (a method, a block, a Kronecker structure of its factors).
 
 A part around another part names the field that holds it, ``class Bound(StepSizeDeclarations, forwards="rule")``, and
 then declares what the inner part declares, except for what its own class states. A declaration that is added to a base
@@ -12,10 +14,15 @@ class is so forwarded by every wrapper from the start.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar, cast
 
+from torch import Tensor
+
 from .records.needs import Needs
+from .records.statistics import Tensors
 
 __all__ = [
     "AverageDeclarations",
@@ -31,317 +38,317 @@ __all__ = [
     "StepSizeDeclarations",
     "StructureDeclarations",
     "declared",
+    "derived",
 ]
 
-_UNSAID = object()
+Value = TypeVar("Value")
+
+
+def derived(read: Callable[[Any], Value]) -> Value:
+    """A declaration that is worked out from the part itself: once, then it is kept. To type checkers an attribute."""
+    return cast(Value, cached_property(read))
 
 
 class Declarations:
-    """Base of the bases: makes wrappers forward."""
+    """Base of every kind.
 
-    _names: ClassVar[tuple[str, ...]] = ()
+    Attributes:
+        together: which of the optional verbs for many blocks hold for this part: those that it has, unless a subclass
+            replaced the verb for one block and inherits the one for many, which then says nothing of it.
+    """
 
-    def __init_subclass__(cls, *, kind: bool = False, forwards: str | None = None, **arguments: Any) -> None:
+    together: ClassVar[frozenset[str]] = frozenset()
+    _kind: ClassVar[type[Declarations]]
+    _names: ClassVar[tuple[str, ...]]
+    _many: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Optional verbs for many blocks, each with the verb for one."""
+
+    def __init_subclass__(cls, *, forwards: str | None = None, **arguments: Any) -> None:
         """Collect what a kind declares, or forward it to the part in the field ``forwards``."""
         super().__init_subclass__(**arguments)
-        if kind:
-            own = (name for name, value in vars(cls).items() if isinstance(value, property))
-            cls._names = (*cls._names, *own)
+        if Declarations in cls.__bases__:
+            stated = {name: value for name, value in vars(cls).items() if name[0] != "_"}
             cls._kind = cls
+            cls._names = tuple(name for name, value in stated.items() if not inspect.isfunction(value))
+            for name in cls._names:
+                if not isinstance(stated[name], cached_property):
+                    setattr(cls, name, _Default(name, stated[name]))
+            return
+        cls.together = _together(cls, cls._many)
         if forwards is not None:
             for name in cls._names:
-                if name not in vars(cls):
-                    setattr(cls, name, _forwarded(cls._kind, forwards, name))
-
-    _kind: ClassVar[type[Declarations]]
+                if name not in vars(cls) and name not in inspect.get_annotations(cls):
+                    _forward(cls, forwards, name)
 
 
-def _forwarded(kind: type[Declarations], field: str, name: str) -> property:
-    def read(self: Any) -> Any:
-        return getattr(declared(getattr(self, field), kind), name)
+class _Default:
+    """A declaration where a part says nothing.
+
+    The class itself does not show it: a dataclass would take it for the default of a field of the same name.
+    """
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
+
+    def __get__(self, part: Any, owner: type) -> Any:
+        if part is None:
+            raise AttributeError(self.name)
+        return self.value
+
+
+def _together(cls: type, many: Iterable[tuple[str, str]]) -> frozenset[str]:
+    """Verbs for many blocks that were written with the class's own verb for one, or after it."""
+
+    def holds(verb: str, single: str) -> bool:
+        owner = next((entry for entry in cls.__mro__ if verb in vars(entry) or single in vars(entry)), None)
+        return owner is not None and verb in vars(owner)
+
+    return frozenset(verb for verb, single in many if holds(verb, single))
+
+
+def _forward(cls: type[Declarations], field: str, name: str) -> None:
+    """Let a wrapper declare what the part in ``field`` declares."""
+
+    def read(part: Any) -> Any:
+        return getattr(declared(getattr(part, field), cls._kind), name)
 
     read.__doc__ = f"As the part in ``{field}``."
-    return property(read)
-
-
-class _Resolved:
-    """The declarations of a part that does not inherit them: its own attributes before the defaults of its kind."""
-
-    def __init__(self, part: Any, kind: type[Declarations]) -> None:
-        self._part, self._base = part, kind
-
-    def __getattr__(self, name: str) -> Any:
-        said = getattr(self._part, name, _UNSAID)
-        if said is not _UNSAID:
-            return said
-        default = getattr(self._base, name)
-        # A default may follow from the verbs, so it is asked of the part itself.
-        return default.__get__(self._part) if isinstance(default, property) else default
+    found = cached_property(read)
+    found.__set_name__(cls, name)
+    setattr(cls, name, found)
 
 
 Kind = TypeVar("Kind", bound=Declarations)
 
 
 def declared(part: Any, kind: type[Kind]) -> Kind:
-    """What ``part``, a part of the kind ``kind``, declares: itself if it inherits, else its attributes and defaults."""
-    return part if isinstance(part, kind) else cast(Kind, _Resolved(part, kind))
+    """What ``part``, a part of the kind ``kind``, declares: itself if it inherits, else the part as taken in."""
+    return part if isinstance(part, kind) else _taken_in(part, kind)
 
 
-class StructureDeclarations(Declarations, kind=True):
+def _taken_in(part: Any, kind: type[Kind]) -> Kind:
+    """A part that does not inherit, as one that does: what it has of its kind, before the defaults."""
+    found, known = kind(), vars(kind)
+    together = _together(type(part), kind._many)
+    verbs = (*(single for _, single in kind._many), *together)
+    for name in (*kind._names, *verbs):
+        if hasattr(part, name):
+            vars(found)[name] = getattr(part, name)
+        elif isinstance(default := known.get(name), cached_property):
+            # It follows from the verbs, so it is asked of the part itself.
+            vars(found)[name] = default.func(part)
+    vars(found)["together"] = together
+    return found
+
+
+class StructureDeclarations(Declarations):
     """Of a structure (``Preconditioner``)."""
 
-    @property
-    def linear(self) -> bool:
-        """Whether the direction is a matrix times the momentum, and ``to_dense`` the inverse of that matrix."""
-        return True
+    linear: bool = True
+    """Whether the direction is a matrix times the momentum, and ``to_dense`` the inverse of that matrix."""
 
-    @property
-    def takes_indefinite(self) -> bool:
-        """Whether it can take curvature with negative eigenvalues."""
-        return False
+    takes_indefinite: bool = False
+    """Whether it can take curvature with negative eigenvalues."""
 
-    @property
-    def definite(self) -> bool:
-        """Whether ``to_dense`` has no negative eigenvalue."""
-        return True
+    definite: bool = True
+    """Whether ``to_dense`` has no negative eigenvalue."""
 
-    @property
-    def additive(self) -> bool:
-        """Whether its matrices are means over samples."""
-        return True
+    additive: bool = True
+    """Whether its matrices are means over samples."""
 
-    @property
-    def dtypes(self) -> tuple[Any, ...]:
-        """Precisions beyond float32 and float64."""
-        return ()
+    dtypes: tuple[Any, ...] = ()
+    """Precisions beyond float32 and float64."""
 
-    @property
-    def scaling(self) -> Any:
-        """Its ``ScalingLaw``; ``None``: it states none."""
-        return None
+    scaling: Any = None
+    """Its ``ScalingLaw``; ``None``: it states none."""
 
-    @property
-    def numbers(self) -> Callable[..., int | None] | None:
-        """``numbers(layer)``: how many numbers its state holds; ``None``: not stated."""
-        return None
+    numbers: Callable[..., int | None] | None = None
+    """``numbers(layer)``: how many numbers its state holds; ``None``: not stated."""
 
-    @property
-    def bounds(self) -> Callable[..., Any] | None:
-        """``bounds(state, layer, damping)``: lowest and highest eigenvalue of ``to_dense``; ``None``: not stated."""
-        return None
+    bounds: Callable[..., Any] | None = None
+    """``bounds(state, layer, damping)``: lowest and highest eigenvalue of ``to_dense``; ``None``: not stated."""
 
-    @property
-    def reference(self) -> Callable[[], Any] | None:
-        """``reference()``: a structure with the same directions, computed plainly; ``None``: made from ``to_dense``."""
-        return None
+    reference: Callable[[], Any] | None = None
+    """``reference()``: a structure with the same directions, computed plainly; ``None``: made from ``to_dense``."""
 
-    @property
+    partition: Any = None
+    """The rule by which it cuts its layers into blocks, where it does."""
+
+    pairs: Any = None
+    """The rule that damps its secant pairs, where it has one."""
+
+    _many = (("update_many", "update"), ("precondition_many", "precondition"))
+    update: Callable[..., None]
+    update_many: Callable[..., None]
+    precondition: Callable[..., Tensors]
+    precondition_many: Callable[..., list[Tensors]]
+
+    @derived
     def refines(self) -> bool:
         """Whether it has the verb of ``Refining``."""
         return hasattr(self, "refine")
 
-    @property
-    def partition(self) -> Any:
-        """How it cuts its layers into blocks, where it does."""
-        return None
+    def update_blocks(self, states: Sequence[Any], observations: Sequence[Any]) -> None:
+        """``update`` of several blocks: at once by ``update_many(states, observations)``, if it has that verb."""
+        if "update_many" in self.together:
+            self.update_many(states, observations)
+            return
+        for state, observation in zip(states, observations, strict=True):
+            self.update(state, observation)
 
-    @property
-    def pairs(self) -> Any:
-        """The rule that damps its secant pairs, where it has one."""
-        return None
-
-
-class FactorDeclarations(Declarations, kind=True):
-    """Of a factor of a Kronecker structure."""
-
-    @property
-    def linear(self) -> bool:
-        """As for structures."""
-        return True
-
-    @property
-    def definite(self) -> bool:
-        """As for structures."""
-        return True
-
-    @property
-    def additive(self) -> bool:
-        """As for structures."""
-        return True
-
-    @property
-    def dtypes(self) -> tuple[Any, ...]:
-        """As for structures."""
-        return ()
-
-    @property
-    def scaling(self) -> Callable[..., Any] | None:
-        """``scaling(side)``: powers of c by which its inverse and its damping grow; ``None``: not stated."""
-        return None
-
-    @property
-    def numbers(self) -> Callable[[int], int] | None:
-        """``numbers(size)``: how many numbers its state holds; ``None``: not stated."""
-        return None
-
-    @property
-    def pairs(self) -> Any:
-        """The rule that damps its secant pairs, where it has one."""
-        return None
+    def precondition_blocks(self, states: Sequence[Any], momenta: Sequence[Tensors]) -> list[Tensors]:
+        """``precondition`` of several blocks: at once by ``precondition_many(states, momenta)``, if it has it."""
+        if "precondition_many" in self.together:
+            return self.precondition_many(states, momenta)
+        return [self.precondition(state, momentum) for state, momentum in zip(states, momenta, strict=True)]
 
 
-class PairDampingDeclarations(Declarations, kind=True):
+class FactorDeclarations(Declarations):
+    """Of a factor of a Kronecker structure.
+
+    A factor with the verbs ``kind(state, before)`` and ``observe_many(states, befores, afters, side, damping)`` looks
+    back at all blocks whose states are of one kind at once; else each is asked by ``observe_step``.
+    """
+
+    linear: bool = True
+    """As for structures."""
+
+    definite: bool = True
+    """As for structures."""
+
+    additive: bool = True
+    """As for structures."""
+
+    dtypes: tuple[Any, ...] = ()
+    """As for structures."""
+
+    scaling: Callable[..., Any] | None = None
+    """``scaling(side)``: powers of c by which the inverse of H and its damping grow when every gradient grows by c."""
+
+    numbers: Callable[[int], int] | None = None
+    """``numbers(size)``: how many numbers its state holds; ``None``: not stated."""
+
+    mean_eigenvalue: Callable[[Any], Tensor] | None = None
+    """``mean_eigenvalue(state)`` of the undamped matrix that is inverted, 0-dimensional; ``None``: it has none."""
+
+    pairs: Any = None
+    """The rule that damps its secant pairs, where it has one."""
+
+    kind: Callable[..., tuple[Any, ...]] | None = None
+    """``kind(state, before)``: what states must share to be looked back at together."""
+
+    _many = (("observe_many", "observe_step"),)
+
+
+class PairDampingDeclarations(Declarations):
     """Of a rule that damps secant pairs."""
 
-    @property
-    def keeps_positive(self) -> bool:
-        """Whether s'y > 0 afterwards for every pair with s or y not zero."""
-        return False
+    keeps_positive: bool = False
+    """Whether s'y > 0 afterwards for every pair with s or y not zero."""
 
-    @property
-    def curvature_floor(self) -> Callable[[float], float] | None:
-        """``curvature_floor(damping)``: c with s'y >= c s's; ``None``: no promise."""
-        return None
+    curvature_floor: Callable[[float], float] | None = None
+    """``curvature_floor(damping)``: c with s'y >= c s's; ``None``: no promise."""
 
 
-class AverageDeclarations(Declarations, kind=True):
+class AverageDeclarations(Declarations):
     """Of an average over steps."""
 
-    @property
-    def normalised(self) -> bool:
-        """Whether the coefficients sum to one."""
-        return True
+    normalised: bool = True
+    """Whether the coefficients sum to one."""
 
-    @property
-    def unbiased(self) -> bool:
-        """Whether the average of a constant is that constant from the first value on."""
-        return True
+    unbiased: bool = True
+    """Whether the average of a constant is that constant from the first value on."""
 
 
-class MomentumDeclarations(Declarations, kind=True):
+class MomentumDeclarations(Declarations):
     """Of a momentum."""
 
-    @property
-    def unbiased(self) -> bool:
-        """Whether the vector of a constant gradient is that gradient at every step."""
-        return False
+    unbiased: bool = False
+    """Whether the vector of a constant gradient is that gradient at every step."""
 
 
-class DampingDeclarations(Declarations, kind=True):
+class DampingDeclarations(Declarations):
     """Of a damping rule."""
 
-    @property
-    def uses_eigenvalues(self) -> bool:
-        """Whether it wants the mean eigenvalues of Kronecker factors."""
-        return False
+    uses_eigenvalues: bool = False
+    """Whether it wants the mean eigenvalues of Kronecker factors."""
 
-    @property
-    def splits(self) -> bool:
-        """Whether the dampings of the two sides multiply to that of the whole."""
-        return False
+    splits: bool = False
+    """Whether the dampings of the two sides multiply to that of the whole."""
 
-    @property
+    @derived
     def adapts(self) -> bool:
         """Whether it also changes lambda, as ``AdaptiveDamping``."""
         verbs = ("minimum", "maximum", "sides", "curvature", "needs", "due", "adapted")
         return all(hasattr(self, verb) for verb in verbs)
 
-    @property
+    @derived
     def scheduled(self) -> bool:
         """Whether lambda follows the number of the step, as ``ScheduledDamping``."""
         return hasattr(self, "at") and hasattr(self, "sides")
 
 
-class EstimatorDeclarations(Declarations, kind=True):
+class EstimatorDeclarations(Declarations):
     """Of a curvature estimator."""
 
-    @property
-    def per_sample(self) -> bool:
-        """Whether a summed loss gives the same matrix as its mean; if not, it is in the units of the user's loss."""
-        return True
+    per_sample: bool = True
+    """Whether a summed loss gives the same matrix as its mean; if not, it is in the units of the user's loss (N times
+    the gradient for a summed one)."""
 
-    @property
-    def estimates(self) -> str | None:
-        """``"fisher"`` if its mean is the Fisher information."""
-        return None
+    estimates: str | None = None
+    """``"fisher"`` if its mean is the Fisher information."""
 
-    @property
-    def exact(self) -> bool:
-        """Whether it needs a likelihood but draws no labels."""
-        return False
+    exact: bool = False
+    """Whether it needs a likelihood but draws no labels."""
 
-    @property
-    def asks(self) -> Needs:
-        """What it asks of the backend beside its records."""
-        return Needs.NOTHING
+    asks: Needs = Needs.NOTHING
+    """What it asks of the backend beside its records."""
 
 
-class FormDeclarations(Declarations, kind=True):
+class FormDeclarations(Declarations):
     """Of a quadratic form."""
 
-    @property
-    def definite(self) -> bool:
-        """Whether M never has a negative eigenvalue."""
-        return False
+    definite: bool = False
+    """Whether M never has a negative eigenvalue."""
 
-    @property
-    def estimates(self) -> str | None:
-        """``"fisher"`` or ``"hessian"`` if the mean of its diagonal is that of this matrix."""
-        return None
+    estimates: str | None = None
+    """``"fisher"`` or ``"hessian"`` if the mean of its diagonal is that of this matrix."""
 
-    @property
-    def couples(self) -> bool:
-        """Whether it measures curvature between layers."""
-        return True
+    couples: bool = True
+    """Whether it measures curvature between layers."""
 
-    @property
-    def random(self) -> bool:
-        """Whether it draws directions or labels of its own."""
-        return False
+    random: bool = False
+    """Whether it draws directions or labels of its own."""
 
 
-class StepSizeDeclarations(Declarations, kind=True):
+class StepSizeDeclarations(Declarations):
     """Of a step-size rule."""
 
-    @property
-    def signed(self) -> bool:
-        """Whether steps may go against their direction."""
-        return False
+    signed: bool = False
+    """Whether steps may go against their direction."""
 
-    @property
-    def length_free(self) -> bool:
-        """Whether directions c times as long get steps 1/c times as long."""
-        return False
+    length_free: bool = False
+    """Whether directions c times as long get steps 1/c times as long."""
 
-    @property
-    def proportional(self) -> bool:
-        """Whether the step is lr and depends on nothing else."""
-        return False
+    proportional: bool = False
+    """Whether the step is lr and depends on nothing else."""
 
-    @property
-    def recalls(self) -> bool:
-        """Whether steps go along the layers' last steps too."""
-        return False
+    recalls: bool = False
+    """Whether steps go along the layers' last steps too."""
 
 
-class SignDeclarations(Declarations, kind=True):
+class SignDeclarations(Declarations):
     """Of a sign rule."""
 
-    @property
-    def signed(self) -> bool:
-        """Whether some steps may be < 0."""
-        return False
+    signed: bool = False
+    """Whether some steps may be < 0."""
 
-    @property
-    def descends(self) -> bool:
-        """Whether the model falls at least as far as with the steps r_l / (L M_ll), for M semi-definite and r >= 0."""
-        return False
+    descends: bool = False
+    """Whether the model falls at least as far as with the steps r_l / (L M_ll), for M semi-definite and r >= 0."""
 
 
-class CouplingDeclarations(Declarations, kind=True):
+class CouplingDeclarations(Declarations):
     """Of a coupling between layers."""
 
-    @property
-    def majorises(self) -> bool:
-        """Whether along the common step its curvature is no less than that of all layers together."""
-        return False
+    majorises: bool = False
+    """Whether along the common step its curvature is no less than that of all layers together."""

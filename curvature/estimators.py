@@ -7,6 +7,7 @@ An estimator says what it provides, what the backend must record for that, and f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,12 +32,7 @@ __all__ = [
 
 
 class Estimator(Protocol):
-    """Which curvature matrix is measured, and from what.
-
-    Optional: ``per_sample = False`` if the matrix is in the units of the user's loss (N times the gradient for a summed
-    loss), ``estimates = "fisher"`` if its mean is the Fisher information,
-    ``exact = True`` if it needs a likelihood but draws no labels.
-    """
+    """Which curvature matrix is measured, and from what. May declare more: :class:`.EstimatorDeclarations`."""
 
     provides: Needs
     needs_likelihood: bool
@@ -63,8 +59,20 @@ def records_for_pairs(needs: Needs) -> Record:
     return means | (Record.COUNT if Needs.CHANGES in needs else Record.NOTHING)
 
 
+def _with_one_vector(statistics: LayerStatistics, gradients: Tensors) -> LayerStatistics:
+    """The record with one gradient as its only vector."""
+    return statistics.with_vectors(lambda: tuple(value.unsqueeze(0) for value in gradients))
+
+
+def _with_whole(
+    statistics: LayerStatistics, measured: Tensors | None, vectors: Callable[[], Tensors]
+) -> LayerStatistics:
+    """The record of a layer without rows: its vectors, where the backend has measured whole gradients."""
+    return statistics if measured is None else statistics.with_vectors(vectors)
+
+
 @dataclass(frozen=True)
-class InputsOnly:
+class InputsOnly(EstimatorDeclarations):
     """Nothing but layer inputs: methods without curvature at the output side, forward-only warm starts."""
 
     provides = Needs.INPUTS
@@ -94,13 +102,12 @@ class BatchMean(InputsOnly):
 
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """One vector: the mean gradient itself."""
-        gradients = statistics.gradients
-        assert gradients is not None
-        return statistics.with_vectors(lambda: tuple(value.unsqueeze(0) for value in gradients))
+        assert statistics.gradients is not None
+        return _with_one_vector(statistics, statistics.gradients)
 
 
 @dataclass(frozen=True)
-class SampledBatchMean:
+class SampledBatchMean(EstimatorDeclarations):
     """Outer product of the mini-batch mean gradient with labels sampled from the model: unbiased for F/m.
 
     One extra backward. MBF's warm start (PAPERS 2.3).
@@ -117,13 +124,11 @@ class SampledBatchMean:
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """One vector: the mean gradient for the sampled labels."""
         gradients = statistics.sampled_parameter_gradients
-        if gradients is None:
-            return statistics
-        return statistics.with_vectors(lambda: tuple(value.unsqueeze(0) for value in gradients))
+        return statistics if gradients is None else _with_one_vector(statistics, gradients)
 
 
 @dataclass(frozen=True)
-class EmpiricalFisher:
+class EmpiricalFisher(EstimatorDeclarations):
     """Per-sample gradients with the true labels: the textbook empirical Fisher, mean_i g_i g_i'.
 
     No extra pass: the user's own backward provides the rows.
@@ -145,14 +150,13 @@ class EmpiricalFisher:
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """Rows of the user's backward with the factor that makes them per-sample."""
         if statistics.output_gradient is None:
-            whole = statistics.sample_gradients.loss is not None
-            return statistics.with_vectors(statistics.loss_vectors) if whole else statistics
-        scale = statistics.gradient_scale
-        return statistics.with_vectors(statistics.loss_vectors, roots=(statistics.gradient_rows(), scale))
+            return _with_whole(statistics, statistics.sample_gradients.loss, statistics.loss_vectors)
+        roots = statistics.gradient_rows(), statistics.gradient_scale
+        return statistics.with_vectors(statistics.loss_vectors, roots=roots)
 
 
 @dataclass(frozen=True)
-class SampledFisher:
+class SampledFisher(EstimatorDeclarations):
     """Per-sample gradients with one label per sample drawn from the model: unbiased for the Fisher (= GGN).
 
     One extra backward to the pre-activations only, about 0.27 of a gradient on the MNIST autoencoder.
@@ -177,13 +181,12 @@ class SampledFisher:
     def fill(self, statistics: LayerStatistics) -> LayerStatistics:
         """Rows of the sampled backward; they are per-sample already."""
         if statistics.sampled_gradient is None:
-            whole = statistics.sample_gradients.sampled is not None
-            return statistics.with_vectors(statistics.sampled_vectors) if whole else statistics
+            return _with_whole(statistics, statistics.sample_gradients.sampled, statistics.sampled_vectors)
         return statistics.with_vectors(statistics.sampled_vectors, roots=(statistics.sampled_rows(), 1.0))
 
 
 @dataclass(frozen=True)
-class SecantPairs:
+class SecantPairs(EstimatorDeclarations):
     """Pairs s = mean(h+ - h), y = mean(g+ - g) from a second evaluation of the same mini-batch after the step.
 
     K-BFGS, PAPERS 1.2 items 6 and 7. The second pass goes down to pre-activations only: about 0.63 of a gradient. For
@@ -204,7 +207,7 @@ class SecantPairs:
 
 
 @dataclass(frozen=True)
-class ExactGGN:
+class ExactGGN(EstimatorDeclarations):
     """The exact generalised Gauss-Newton matrix, mean_n sum_v (J_n' r_v)(J_n' r_v)', r_v the likelihood's roots.
 
     For the likelihoods that ship it equals the type-2 Fisher matrix E_y[g g'] with labels from the model
@@ -238,13 +241,12 @@ class ExactGGN:
             return tuple(value * factor for value in found)
 
         if statistics.curvature_roots is None:
-            whole = statistics.sample_gradients.roots is not None
-            return statistics.with_vectors(vectors) if whole else statistics
+            return _with_whole(statistics, statistics.sample_gradients.roots, vectors)
         return statistics.with_vectors(vectors, roots=(statistics.root_rows(), 1.0))
 
 
 @dataclass(frozen=True)
-class ExactHessianBlock:
+class ExactHessianBlock(EstimatorDeclarations):
     """The Hessian of the mini-batch mean loss over one layer's parameters: symmetric, perhaps indefinite.
 
     Differentiates the gradient of the user's own loss once per parameter (batched), so a step takes a closure, and no

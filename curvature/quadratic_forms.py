@@ -54,9 +54,7 @@ class QuadraticForm(Protocol):
     """A way to measure M.
 
     A form that knows the blocks between layers may be summed to the form of the common direction; one that does not
-    says so with a class attribute ``couples = False``.
-    Optional: ``definite = True`` if M never has a negative eigenvalue; ``estimates = "fisher"`` or ``"hessian"`` if the
-    mean of its diagonal is that of this matrix.
+    declares ``couples = False``. It may declare more: :class:`.FormDeclarations`.
     """
 
     needs: Needs
@@ -84,7 +82,7 @@ def _inner(left: Tensors, right: Tensors) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SampledScores:
+class SampledScores(FormDeclarations):
     """(a) Sampled Fisher: M = mean_i s(i) s(i)' from per-sample scores s_l(i); one backward, one product per layer.
 
     Unbiased for d' F d including the blocks between layers. A layer without an adapter has no scores: its diagonal
@@ -123,7 +121,7 @@ class SampledScores:
 
 
 @dataclass(frozen=True)
-class SampledBatchScores:
+class SampledBatchScores(FormDeclarations):
     """(a') Sampled Fisher from the batch mean: M_kl = m (g_k'd_k)(g_l'd_l), g the mean gradient for sampled labels.
 
     Unbiased, works for every module, costs one gradient; a single number per layer, hence a relative standard
@@ -149,7 +147,7 @@ class SampledBatchScores:
         return samples * torch.outer(stacked, stacked)
 
 
-class _HessianForm:
+class _HessianForm(FormDeclarations):
     needs = Needs.PRODUCTS
 
     @staticmethod

@@ -10,24 +10,21 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..checking import require_fields
+from ..curvature.declarations import AverageDeclarations
 from ..errors import require_interval
 
 __all__ = ["Average", "MovingAverage", "PlainAverage", "RunningSum", "ZeroStartAverage"]
 
 
 class Average(Protocol):
-    """A rule for combining an average with a new value.
-
-    Optional: ``normalised = False`` if the coefficients do not sum to one, ``unbiased = False`` if the average of a
-    constant is not that constant from the first value on.
-    """
+    """A rule for combining an average with a new value. May declare more: :class:`.AverageDeclarations`."""
 
     def coefficients(self, weight: float) -> tuple[float, float, float]:
         """(keep, add, new weight) for an average that has gathered ``weight`` so far (0: nothing yet)."""
 
 
 @dataclass(frozen=True)
-class MovingAverage:
+class MovingAverage(AverageDeclarations):
     """Exponential moving average without start-up bias: the first value enters whole.
 
     Equal to the bias-corrected average of Adam; after a warm start (weight 1) equal to the plain 0.9 / 0.1 rule.
@@ -50,7 +47,7 @@ class MovingAverage:
 
 
 @dataclass(frozen=True)
-class ZeroStartAverage:
+class ZeroStartAverage(AverageDeclarations):
     """Exponential moving average from zero, no bias correction: ``x <- decay x + (1 - decay) new``.
 
     Args:
@@ -70,7 +67,7 @@ class ZeroStartAverage:
 
 
 @dataclass(frozen=True)
-class PlainAverage:
+class PlainAverage(AverageDeclarations):
     """Mean of all values so far; the weight counts them. Used by warm starts."""
 
     def coefficients(self, weight: float) -> tuple[float, float, float]:
@@ -79,7 +76,7 @@ class PlainAverage:
 
 
 @dataclass(frozen=True)
-class RunningSum:
+class RunningSum(AverageDeclarations):
     """Sum of all values so far (AdaGrad)."""
 
     normalised = False

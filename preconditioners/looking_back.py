@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+from ..curvature.declarations import FactorDeclarations
 from ..curvature.records.statistics import LayerStatistics
 from .damping.split import SideDamping
 from .factors.factor import Side
-from .protocol import Events
+from .protocol import Events, count_events
 from .structures.kronecker import Kronecker
 
 __all__ = ["observe_steps"]
@@ -19,7 +21,6 @@ __all__ = ["observe_steps"]
 class _Group:
     """Sides of several blocks that one call of a factor serves."""
 
-    key: tuple[Any, ...]
     factor: Any
     side: Side
     damping: float
@@ -41,37 +42,32 @@ def observe_steps(
     other parts are asked one by one through ``observe_step``.
     """
     events: Events = {}
-    groups: list[_Group] = []
+    groups: dict[tuple[Any, ...], list[_Group]] = {}
     for part, state, before, after, damping in zip(parts, states, befores, afters, dampings, strict=True):
-        if getattr(type(part), "observe_step", None) is not Kronecker.observe_step:
-            _count(events, part.observe_step(state, before, after, damping))
+        if not isinstance(part, Kronecker) or type(part).observe_step is not Kronecker.observe_step:
+            count_events(events, part.observe_step(state, before, after, damping))
             continue
-        sides: tuple[Side, Side] = ("outputs", "inputs")
-        for side in sides:
-            factor, own, value = getattr(part, side), getattr(state, side), getattr(damping, side)
-            if not _sees_many(factor):
-                _count(events, factor.observe_step(own, before, after, side, value))
+        inner, outer = part.factors
+        sides: tuple[tuple[Side, Any, FactorDeclarations, Any, float], ...] = (
+            ("outputs", part.outputs, outer, state.outputs, damping.outputs),
+            ("inputs", part.inputs, inner, state.inputs, damping.inputs),
+        )
+        for side, factor, full, own, value in sides:
+            if "observe_many" not in full.together or full.kind is None:
+                count_events(events, factor.observe_step(own, before, after, side, value))
                 continue
-            key = (type(factor), side, value, *factor.kind(own, before))
-            group = next((known for known in groups if known.key == key and known.factor == factor), None)
+            key = (type(factor), side, value, *full.kind(own, before))
+            alike = groups.setdefault(key, [])
+            # Compared, not looked up: a factor may have no hash.
+            group = next((known for known in alike if known.factor == factor), None)
             if group is None:
-                group = _Group(key, factor, side, value)
-                groups.append(group)
+                group = _Group(factor, side, value)
+                alike.append(group)
             group.states.append(own)
             group.befores.append(before)
             group.afters.append(after)
-    for group in groups:
-        _count(events, group.factor.observe_many(group.states, group.befores, group.afters, group.side, group.damping))
+    for group in chain.from_iterable(groups.values()):
+        count_events(
+            events, group.factor.observe_many(group.states, group.befores, group.afters, group.side, group.damping)
+        )
     return events
-
-
-def _sees_many(factor: Any) -> bool:
-    """Whether the class has the verb; a subclass that only replaces ``observe_step`` means that one to be called."""
-    owner = next((kind for kind in type(factor).__mro__ if "observe_step" in vars(kind)), None)
-    return owner is not None and "observe_many" in vars(owner)
-
-
-def _count(events: Events, found: Events) -> None:
-    for name, count in found.items():
-        value = count.long()
-        events[name] = events[name] + value if name in events else value

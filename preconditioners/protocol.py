@@ -26,10 +26,27 @@ from .linalg import Computed
 from .operations import Request
 from .state import State
 
-__all__ = ["Events", "Observation", "Preconditioner", "Refining", "Request", "ScalingLaw", "Schedule", "refining"]
+__all__ = [
+    "Events",
+    "Observation",
+    "Preconditioner",
+    "Refining",
+    "Request",
+    "ScalingLaw",
+    "Schedule",
+    "count_events",
+    "refining",
+]
 
 Events = dict[str, Tensor]
 """Counts of one call, as 0-dimensional tensors (no synchronisation): e.g. ``{"rejected_outputs": 0 or 1}``."""
+
+
+def count_events(events: Events, found: Events) -> None:
+    """Add what was found to events, in place; counts of the same event are summed."""
+    for name, count in found.items():
+        value = count.long()
+        events[name] = events[name] + value if name in events else value
 
 
 @dataclass(frozen=True)
@@ -127,19 +144,9 @@ class Preconditioner(Protocol):
     ``joint`` says in which layout it wants momentum and returns directions: ``True`` for one matrix ``[W | b]``,
     ``False`` for one tensor per parameter.
 
-    A part may declare more, from which the contract suite reads what to check and what not:
-
-    - ``linear = False``: directions are no linear function of the momentum; else the direction is a matrix times the
-      momentum, and ``to_dense`` is its inverse;
-    - ``takes_indefinite = True``: it can take curvature with negative eigenvalues;
-    - ``definite = False``: ``to_dense`` may have negative eigenvalues;
-    - ``numbers(layer)``: how many numbers its state holds; ``bounds(state, layer, damping)``: (lowest, highest)
-      eigenvalue of ``to_dense``;
-    - ``scaling``: its :class:`ScalingLaw`, or ``None``;
-    - ``additive = False``: its matrices are no means over samples;
-    - ``dtypes``: precisions beyond float32 and float64, e.g. ``(torch.bfloat16,)``.
-
-    A structure that measures in what was just computed also has the verb of :class:`Refining`.
+    A part may declare more, from which the contract suite reads what to check and what not
+    (:class:`.StructureDeclarations` with the defaults), and have verbs for the blocks of many layers at once. One that
+    measures in what was just computed also has the verb of :class:`Refining`.
     """
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..curvature.declarations import StepSizeDeclarations
 from ..curvature.records.needs import Needs
 from .protocol import StepEvidence
 
@@ -13,7 +14,7 @@ __all__ = ["ConstantStep"]
 
 
 @dataclass(frozen=True)
-class ConstantStep:
+class ConstantStep(StepSizeDeclarations):
     """alpha_l = lr of the layer's parameter group; schedulers act on it."""
 
     needs = Needs.NOTHING

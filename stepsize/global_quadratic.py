@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
+from ..curvature.declarations import StepSizeDeclarations
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
 from ..curvature.records.needs import Needs
 from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
@@ -18,7 +19,7 @@ __all__ = ["GlobalQuadratic"]
 
 
 @dataclass(frozen=True)
-class GlobalQuadratic:
+class GlobalQuadratic(StepSizeDeclarations):
     """alpha = sum_l r_l / (sum_kl M_kl + lambda sum_l |d_l|^2), the same for every layer.
 
     K-FAC's rescaling of its direction with the exact Fisher (section 6.4, equation for alpha), without the momentum

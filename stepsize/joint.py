@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
-from ..curvature.declarations import SignDeclarations, declared
+from ..curvature.declarations import SignDeclarations, StepSizeDeclarations, declared, derived
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores
 from ..curvature.records.needs import Needs
 from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
@@ -20,7 +20,7 @@ __all__ = ["JointLayerwise"]
 
 
 @dataclass(frozen=True)
-class JointLayerwise:
+class JointLayerwise(StepSizeDeclarations):
     """Newton's method in the L-dimensional space spanned by the layers' directions.
 
     With directions normalised, u_l = d_l / |d_l|, and M the averaged curvature between layers along them,
@@ -56,7 +56,7 @@ class JointLayerwise:
         require_finite_nonnegative("ridge", self.ridge)
         require_finite_nonnegative("relative_ridge", self.relative_ridge)
 
-    @property
+    @derived
     def signed(self) -> bool:
         """Whether a layer may go against its direction."""
         return declared(self.sign, SignDeclarations).signed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
-from ..curvature.declarations import SignDeclarations, declared
+from ..curvature.declarations import SignDeclarations, StepSizeDeclarations, declared, derived
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
 from ..curvature.records.needs import Needs
 from ..errors import ArgumentError, require_finite_nonnegative, require_interval, require_positive_integer
@@ -21,7 +21,7 @@ __all__ = ["JointWithLastStep"]
 
 
 @dataclass(frozen=True)
-class JointWithLastStep:
+class JointWithLastStep(StepSizeDeclarations):
     """Newton's method in the space of 2L dimensions that the layers' directions and their last steps span.
 
     theta_l <- theta_l - alpha_l d_l - beta_l p_l with p_l the layer's last alpha d + beta p (before weight decay; only
@@ -69,7 +69,7 @@ class JointWithLastStep:
         require_finite_nonnegative("ridge", self.ridge)
         require_finite_nonnegative("relative_ridge", self.relative_ridge)
 
-    @property
+    @derived
     def signed(self) -> bool:
         """Whether a layer may go against its new direction."""
         return declared(self.sign, SignDeclarations).signed

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
+from ..curvature.declarations import CouplingDeclarations, StepSizeDeclarations
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores
 from ..curvature.records.needs import Needs
 from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
@@ -25,10 +26,7 @@ __all__ = ["Coupling", "LayerwiseQuadratic", "LeadingSlope", "MomentumSlope", "R
 
 
 class Coupling(Protocol):
-    """How much curvature a layer meets along the common step.
-
-    Optional: ``majorises = True`` promises that along the common step it is no less than that of all layers together.
-    """
+    """How much curvature a layer meets along the common step. May promise more: :class:`.CouplingDeclarations`."""
 
     def curvature(self, forms: Tensor, norms: Tensor) -> Tensor:
         """(L,) curvature per layer along normalised directions.
@@ -40,7 +38,7 @@ class Coupling(Protocol):
 
 
 @dataclass(frozen=True)
-class Separate:
+class Separate(CouplingDeclarations):
     """Each layer alone: M_ll, the formula of PAPERS 3.2. Safe only with a factor 1/L on the step (PAPERS 3.5)."""
 
     def curvature(self, forms: Tensor, norms: Tensor) -> Tensor:
@@ -49,7 +47,7 @@ class Separate:
 
 
 @dataclass(frozen=True)
-class RowSums:
+class RowSums(CouplingDeclarations):
     """Gershgorin: sum_k |M_lk| |d_k| / |d_l|.
 
     For a common scaling of all steps the model's curvature is at most that of the diagonal matrix of these row sums, so
@@ -103,7 +101,7 @@ class LeadingSlope:
 
 
 @dataclass(frozen=True)
-class LayerwiseQuadratic:
+class LayerwiseQuadratic(StepSizeDeclarations):
     """alpha_l = lr * factor * slope_l / ((curvature_l + lambda) |d_l|): each layer's own quadratic model.
 
     With ``Separate()``, ``MomentumSlope()`` and factor 1 this is the formula of PAPERS 3.2.

@@ -50,10 +50,8 @@ class StepEvidence:
 class StepSize(Protocol):
     """A step-size rule for all layers together.
 
-    Optional: ``signed = True`` if steps may go against their direction; ``length_free = True`` if directions c times as
-    long get steps 1/c times as long; ``proportional = True`` if the step is lr and depends on nothing else;
-    ``recalls = True`` if steps go along the layers' last steps too (``signed`` speaks of alpha alone, beta may always
-    be negative). Last steps cost as much memory as the parameters. A rule around such a rule passes ``recalls`` on.
+    It may declare more: :class:`.StepSizeDeclarations`. ``recalls = True``: steps go along the layers' last steps too
+    (``signed`` speaks of alpha alone, beta may always be negative). Last steps cost as much memory as the parameters.
     """
 
     @property

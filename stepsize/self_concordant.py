@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
+from ..curvature.declarations import StepSizeDeclarations
 from ..curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
 from ..curvature.records.needs import Needs
 from ..errors import require_finite_nonnegative, require_interval, require_positive_integer
@@ -18,7 +19,7 @@ __all__ = ["SelfConcordant"]
 
 
 @dataclass(frozen=True)
-class SelfConcordant:
+class SelfConcordant(StepSizeDeclarations):
     """One step for all layers: t = rho / (delta (c rho + delta)), rho = <g, d>, delta = sqrt(d' C d).
 
     The minimiser, along the step -t d, of the upper bound that self-concordance puts on the loss (Gao and Goldfarb

@@ -8,15 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..curvature.declarations import SignDeclarations
+
 __all__ = ["Clipped", "Safeguarded", "SignRule", "Unrestricted"]
 
 
 class SignRule(Protocol):
-    """From the solution of M beta = r to the steps that are taken.
-
-    Optional: ``signed = True`` if some may be < 0; ``descends = True`` if the quadratic model always falls at least as
-    far as with the steps r_l / (L M_ll), wherever M is positive semi-definite and r >= 0.
-    """
+    """From the solution of M beta = r to the steps that are taken. May promise more: :class:`.SignDeclarations`."""
 
     def choose(self, solution: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
         """(L,) steps along normalised directions.
@@ -29,7 +27,7 @@ class SignRule(Protocol):
 
 
 @dataclass(frozen=True)
-class Clipped:
+class Clipped(SignDeclarations):
     """max(0, beta), as measured in PAPERS 7.2.
 
     No theorem covers it: once an entry is clipped the others are no longer a minimum, and where layers are strongly
@@ -42,7 +40,7 @@ class Clipped:
 
 
 @dataclass(frozen=True)
-class Unrestricted:
+class Unrestricted(SignDeclarations):
     """beta itself: the minimum of the quadratic model, in which a layer may go against its direction."""
 
     signed = True
@@ -54,7 +52,7 @@ class Unrestricted:
 
 
 @dataclass(frozen=True)
-class Safeguarded:
+class Safeguarded(SignDeclarations):
     """The better of max(0, beta) and r_l / (L M_ll), each scaled to its own minimum along itself; never negative.
 
     The second one alone lowers the model by at least sum_l r_l^2 / (2 L M_ll) (PAPERS 3.5), so the guarantees of T18

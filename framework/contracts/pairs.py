@@ -112,7 +112,9 @@ def pair_positive(rule: Any, case: Case) -> None:
     "pair-floor",
     _KIND,
     "a damped pair keeps the stated floor: s'y >= curvature_floor(mu2) s's",
-    unless=lambda rule: None if hasattr(rule, "curvature_floor") else "states no curvature_floor(damping)",
+    unless=lambda rule: (
+        None if declared(rule, PairDampingDeclarations).curvature_floor else "states no curvature_floor(damping)"
+    ),
 )
 def pair_floor(rule: Any, case: Case) -> None:
     """To rounding."""

@@ -44,7 +44,7 @@ def _indefinite(part: Any) -> str | None:
 
 
 def _no_bounds(part: Any) -> str | None:
-    return None if hasattr(part, "bounds") else "states no bounds(state, layer, damping)"
+    return "states no bounds(state, layer, damping)" if declared(part, StructureDeclarations).bounds is None else None
 
 
 @contract("dense-solve", _KINDS, "precondition equals a solve with to_dense, right after a refresh", unless=_nonlinear)
@@ -217,7 +217,8 @@ def memory(part: Any, case: Case) -> None:
         counts = [sum(tensor.numel() for tensor in block.state.tensors()) for block in (one, other)]
         where = f"size of the state of layer {one.layer.name!r}"
         require(counts[0] == counts[1], f"{where} after use", value=counts[1], bound=counts[0], relation="exactly")
-        stated = one.part.numbers(one.layer) if hasattr(one.part, "numbers") else None
+        numbers = one.structure.numbers
+        stated = None if numbers is None else numbers(one.layer)
         if stated is not None:
             what = f"{where}, of which numbers(layer) tells,"
             require(counts[0] == stated, what, value=counts[0], bound=stated, relation="exactly")

@@ -12,7 +12,6 @@ from ...checking import require_fields
 from ...curvature.declarations import (
     DampingDeclarations,
     EstimatorDeclarations,
-    FactorDeclarations,
     StructureDeclarations,
     declared,
 )
@@ -113,16 +112,21 @@ class Method:
         """The damping rule, if it also changes lambda."""
         return cast(AdaptiveDamping, self.damping) if declared(self.damping, DampingDeclarations).adapts else None
 
-    @cached_property
-    def schedules_damping(self) -> bool:
-        """Whether the damping rule has a schedule of its own."""
-        return declared(self.damping, DampingDeclarations).scheduled
-
     def damping_at(self, value: float, step: int) -> float:
         """lambda of step ``step``: ``value``, that of the parameter group, unless the damping rule has a schedule."""
-        if not self.schedules_damping:
-            return value
-        return cast(ScheduledDamping, self.damping).at(value, step)
+        rule = self.scheduled_damping
+        return value if rule is None else rule.at(value, step)
+
+    @cached_property
+    def scheduled_damping(self) -> ScheduledDamping | None:
+        """The damping rule, if it has a schedule of its own."""
+        found = declared(self.damping, DampingDeclarations).scheduled
+        return cast(ScheduledDamping, self.damping) if found else None
+
+    @cached_property
+    def balances_eigenvalues(self) -> bool:
+        """Whether the damping rule wants the mean eigenvalues of Kronecker factors."""
+        return declared(self.damping, DampingDeclarations).uses_eigenvalues
 
     @property
     def looks_back(self) -> bool:
@@ -158,8 +162,7 @@ class Method:
     @cached_property
     def asks(self) -> Needs:
         """What the estimator asks of the optimizer itself: ``PRODUCTS``, or nothing."""
-        asks: Needs = declared(self.curvature, EstimatorDeclarations).asks
-        return asks
+        return declared(self.curvature, EstimatorDeclarations).asks
 
     @property
     def needs_likelihood(self) -> bool:
@@ -200,7 +203,7 @@ class Method:
         for part in leaves(self.preconditioner):
             if part.needs & (Needs.VECTORS | Needs.ROOTS | Needs.MATRIX):
                 _require_positive_damping(part, damping)
-            pairs: PairDamping | None = declared(_with_pairs(part), FactorDeclarations).pairs
+            pairs: PairDamping | None = declared(part, StructureDeclarations).pairs
             if pairs is not None:
                 pairs.validate(self._pair_damping(part, damping))
                 self._check_bounds(part, pairs)
@@ -241,7 +244,7 @@ class Method:
 
     def _check_eigenvalues(self) -> None:
         """A damping rule that balances Kronecker factors finds two in every Kronecker structure, and one structure."""
-        if not declared(self.damping, DampingDeclarations).uses_eigenvalues:
+        if not self.balances_eigenvalues:
             return
         name = type(self.damping).__name__
         missing = {
@@ -294,11 +297,6 @@ def _require_positive_damping(part: Preconditioner, damping: float) -> None:
             f"damping must be > 0 for {type(part).__name__}, whose averaged curvature is only semi-definite, "
             f"got {damping!r}; a composed Method names its own with defaults={{'damping': 0.1}}"
         )
-
-
-def _with_pairs(part: Preconditioner) -> Any:
-    """What of a structure damps secant pairs: the output side of a Kronecker product, or the structure itself."""
-    return part.outputs if isinstance(part, Kronecker) else part
 
 
 def _describe(part: Preconditioner) -> str:

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import MomentumDeclarations
 from ...errors import require_finite_nonnegative, require_interval
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
 class Momentum(Protocol):
     """A linear recurrence M <- keep M + add g, and the vector a M + b g that is preconditioned, up to a factor.
 
-    Optional: ``unbiased = True`` promises that the vector of a constant gradient is that gradient at every step.
+    It may declare more: :class:`.MomentumDeclarations`.
     """
 
     def coefficients(self) -> tuple[float, float]:
@@ -39,7 +40,7 @@ class Momentum(Protocol):
         """Factor on that vector after ``updates`` >= 1 recurrences."""
 
 
-class _Plain:
+class _Plain(MomentumDeclarations):
     """What is preconditioned is M itself."""
 
     def blend(self) -> tuple[float, float]:
@@ -120,7 +121,7 @@ class NoMomentum(_Plain):
 
 
 @dataclass(frozen=True)
-class Nesterov:
+class Nesterov(MomentumDeclarations):
     """One recurrence ahead: the vector keep M + add g, with M <- keep M + add g as another momentum has it.
 
     ``Nesterov(HeavyBall(mu))`` is ``torch.optim.SGD(nesterov=True)``; ``Nesterov(EMA(mu))`` is what

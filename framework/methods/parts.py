@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 from ... import curvature, preconditioners, stepsize
+from ...curvature.declarations import FactorDeclarations, declared
 from ...errors import ArgumentError, CompatibilityError, UnknownNameError
 from ...preconditioners import Kronecker, MiniBlock, Schedule, SecantBlocks
 from . import momentum
@@ -253,7 +254,7 @@ def structure_examples(
         found.extend(_kronecker(inner, outer, schedule))
     hessian_action = preconditioners.HessianActionBFGS()
     for outer, pairs in product(sides, pair_dampings):
-        if hasattr(outer, "pairs") and outer.pairs != pairs:
+        if declared(outer, FactorDeclarations).pairs not in (None, pairs):
             found.extend(_kronecker(hessian_action, dataclasses.replace(outer, pairs=pairs), schedule))
     return tuple(found)
 

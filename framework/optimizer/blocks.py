@@ -23,7 +23,6 @@ from .report import LayerRow
 
 __all__ = [
     "Block",
-    "batched",
     "full_precision",
     "make_blocks",
     "present_gradients",
@@ -65,6 +64,7 @@ class Block:
     ``damped`` keeps the damping of its sides with the numbers that it follows from.
     ``born`` is the step before which the block was added: its schedule counts from there.
     ``vector`` is what is preconditioned: the storage itself, unless the momentum blends in the gradient.
+    ``structure`` is the part with all that a structure may declare: itself, or a third party's taken in.
     """
 
     key: str
@@ -77,6 +77,7 @@ class Block:
     updates: int = 0
     positions: int = 1
     born: int = 0
+    structure: StructureDeclarations = field(init=False)
     parameters: Tensors = field(init=False)
     views: Tensors = field(init=False)
     vector: Tensors = field(init=False)
@@ -86,6 +87,7 @@ class Block:
     damped: tuple[tuple[float, int], SideDamping] | None = field(init=False)
 
     def __post_init__(self) -> None:
+        self.structure = declared(self.part, StructureDeclarations)
         self.parameters = tuple(self.layer.parameters[name] for name in self.names)
         self.views = self.parameter_views(self.storage)
         self.vector = self.storage
@@ -165,19 +167,6 @@ class Block:
             own.copy_(saved)
         self.updates, self.positions = int(values["updates"]), int(values["positions"])
         self.born = int(values["born"])
-
-
-def batched(part: Any, single: str, many: str) -> Any:
-    """The verb of a part for the blocks of many layers, or ``None`` if it has none of its own.
-
-    A class that overrides the verb for one block, and inherits the one for many, is asked block by block.
-    """
-    for cls in type(part).__mro__:
-        if many in vars(cls):
-            return getattr(part, many)
-        if single in vars(cls):
-            return None
-    return None
 
 
 def _layout(value: Any) -> str:

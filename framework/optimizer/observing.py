@@ -62,11 +62,9 @@ def observe(session: Session, batch: MiniBatch) -> None:
                     step.record, step.gradients, block.vector, coupled[member], block.parameters
                 )
                 chosen.append(step)
-        if crew.update_many is not None and chosen:
-            crew.update_many([step.block.state for step in chosen], [step.observation for step in chosen])
-            continue
-        for step in chosen:
-            crew.part.update(step.block.state, step.observation)
+        if chosen:
+            states, seen = [step.block.state for step in chosen], [step.observation for step in chosen]
+            crew.structure.update_blocks(states, seen)
 
 
 def _coupled(decay: WeightDecay, steps: Sequence[BlockStep]) -> list[tuple[float, ...]] | None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from ...curvature.declarations import DampingDeclarations, declared
 from ...curvature.estimators import records_for_pairs
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs, Record
@@ -80,7 +79,6 @@ class Plan:
     def __init__(self, method: Method, blocks: Sequence[Block], layers: Sequence[Layer]):
         self.method, self.blocks, self.layers = method, blocks, layers
         self.needs_closure = method.needs_closure
-        self.balances = declared(method.damping, DampingDeclarations).uses_eigenvalues
         clocks = dict.fromkeys((block.part.schedule, block.born) for block in blocks)
         self._clocks = list(clocks)
         places = {clock: index for index, clock in enumerate(clocks)}

@@ -113,13 +113,11 @@ class Session(torch.optim.Optimizer):
     def sides(self, block: Block) -> SideDamping:
         """Damping of a block's matrices."""
         value = self._values.of_layer(self.param_groups, block.layer.name, "damping")
-        if self.method.schedules_damping:
-            value = self.method.damping_at(value, self._step)
-        rule, part = self.method.damping, block.part
-        if self.plan.balances:
-            if isinstance(part, TwoSided) and part.without_eigenvalues() == ():
-                return rule.sides(value, block.positions, part.mean_eigenvalues(block.state))
-            return rule.sides(value, block.positions)
+        rule, part, scheduled = self.method.damping, block.part, self.method.scheduled_damping
+        if scheduled is not None:
+            value = scheduled.at(value, self._step)
+        if self.method.balances_eigenvalues and isinstance(part, TwoSided) and part.without_eigenvalues() == ():
+            return rule.sides(value, block.positions, part.mean_eigenvalues(block.state))
         key = (value, block.positions)
         if block.damped is None or block.damped[0] != key:
             block.damped = (key, rule.sides(value, block.positions))
@@ -182,7 +180,7 @@ class Session(torch.optim.Optimizer):
         given: list[Any] = []
         for group in self.param_groups:
             given += (group.get("lr"), group.get("damping"), group.get("weight_decay"))
-        if len(given) == len(self._given) and not self.method.schedules_damping:
+        if len(given) == len(self._given) and self.method.scheduled_damping is None:
             for value, last in zip(given, self._given, strict=True):
                 if value is not last or type(value) not in (float, int):  # a tensor may have changed in place
                     break

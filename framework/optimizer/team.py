@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.declarations import StructureDeclarations, declared
 from ...curvature.products import GraphKeepingBackward
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...preconditioners.protocol import Observation, Refining, refining
 from ...preconditioners.structures.identity import Identity
 from ..methods.momentum import Momentum
-from .blocks import Block, batched
+from .blocks import Block
 
 __all__ = ["BlockStep", "MiniBatch", "Team"]
 
@@ -44,26 +43,22 @@ class BlockStep:
 
 
 class Crew:
-    """Blocks of a team that one part serves: they are given to it together where it has a verb for many.
+    """Blocks of a team that one part serves: they are given to it together.
 
     Attributes:
-        part: the part.
+        structure: the part, with all that a structure may declare.
         blocks: its blocks.
         members: their places in the team.
         learns: whether statistics mean anything to the part.
-        linear: whether the part's directions are linear in the momentum.
-        update_many, precondition_many: its verbs for many blocks, or ``None``.
         refining: the part, if it refines.
     """
 
-    def __init__(self, part: Any, blocks: list[Block], members: list[int]):
-        self.part, self.blocks, self.members = part, blocks, members
+    def __init__(self, blocks: list[Block], members: list[int]):
+        self.structure, self.blocks, self.members = blocks[0].structure, blocks, members
         self.states = [block.state for block in blocks]
-        self.learns = type(part).update is not Identity.update
-        self.linear = declared(part, StructureDeclarations).linear
-        self.update_many = batched(part, "update", "update_many")
-        self.precondition_many = batched(part, "precondition", "precondition_many")
-        self.refining: Refining | None = refining(part)
+        update: Any = type(blocks[0].part).update
+        self.learns = update is not Identity.update
+        self.refining: Refining | None = refining(blocks[0].part)
 
 
 class Team:
@@ -84,7 +79,7 @@ class Team:
         found: dict[int, list[int]] = {}
         for index, block in enumerate(blocks):
             found.setdefault(id(block.part), []).append(index)
-        self.crews = [Crew(blocks[m[0]].part, [blocks[index] for index in m], m) for m in found.values()]
+        self.crews = [Crew([blocks[index] for index in m], m) for m in found.values()]
 
     def accumulate(self, momentum: Momentum, gradients: list[Tensor], decays: Sequence[float] | None) -> None:
         """One recurrence of the momentum on g + decay * theta, all blocks in a few operations.
@@ -135,15 +130,12 @@ class Team:
                 if factor is None:
                     factor = corrections[block.updates] = momentum.correction(block.updates)
                 vector = block.vector
-                if factor != 1.0 and crew.linear:
+                if factor != 1.0 and crew.structure.linear:
                     late.setdefault(factor, []).append(member)
                 elif factor != 1.0:
                     vector = tuple(factor * value for value in vector)
                 vectors.append(vector)
-            if crew.precondition_many is not None:
-                made = crew.precondition_many(crew.states, vectors)
-            else:
-                made = [crew.part.precondition(*entry) for entry in zip(crew.states, vectors, strict=True)]
+            made = crew.structure.precondition_blocks(crew.states, vectors)
             for member, block, vector, values in zip(crew.members, crew.blocks, vectors, made, strict=True):
                 found[member] = values if values is vector else block.checked(values, vector)
         for factor, members in late.items():

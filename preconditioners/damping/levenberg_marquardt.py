@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from ...checking import require_fields
-from ...curvature.declarations import DampingDeclarations, declared
 from ...curvature.quadratic_forms import QuadraticForm, SampledScores, require_coupled
 from ...curvature.records.needs import Needs
-from ...errors import ArgumentError, require_interval, require_positive_integer
-from .split import Damping, MeanEigenvalues, SideDamping, Split
+from ...errors import require_interval, require_positive_integer
+from .split import ChangesLambda, Damping, MeanEigenvalues, SideDamping, Split
 
 __all__ = ["AdaptiveDamping", "LevenbergMarquardt"]
 
@@ -51,7 +50,7 @@ class AdaptiveDamping(Protocol):
 
 
 @dataclass(frozen=True)
-class LevenbergMarquardt(DampingDeclarations, forwards="inner"):
+class LevenbergMarquardt(ChangesLambda):
     """lambda <- omega^T lambda if rho > 3/4, lambda / omega^T if rho < 1/4, rho = actual / predicted reduction.
 
     Implements: Martens 2010, section 4.1; arXiv:1503.05671v7, section 6.5 (T = 5, omega = 19/20). With delta the step
@@ -91,12 +90,7 @@ class LevenbergMarquardt(DampingDeclarations, forwards="inner"):
 
     def __post_init__(self) -> None:
         require_fields(self)
-        inner = declared(self.inner, DampingDeclarations)
-        if inner.adapts or inner.scheduled:
-            raise ArgumentError(
-                f"LevenbergMarquardt(inner={type(self.inner).__name__}(...)) would adapt lambda twice; inner only "
-                "splits it: ConstantDamping(), Split() or Factored()"
-            )
+        self._require_splitting("adapt")
         require_coupled("LevenbergMarquardt", self.curvature)
         require_positive_integer("every", self.every)
         require_interval("omega", self.omega, 0.0, 1.0, closed="()")
@@ -109,12 +103,6 @@ class LevenbergMarquardt(DampingDeclarations, forwards="inner"):
     def needs(self) -> Needs:
         """What its curvature needs, and slopes."""
         return self.curvature.needs | Needs.SLOPES
-
-    def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:
-        """As the inner rule."""
-        if eigenvalues is None:
-            return self.inner.sides(value, positions)
-        return self.inner.sides(value, positions, eigenvalues)
 
     def due(self, step: int) -> bool:
         """After T steps, counted from the first."""

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from ...checking import require_fields
-from ...curvature.declarations import DampingDeclarations, declared
 from ...errors import ArgumentError, require_interval
-from .split import ConstantDamping, Damping, MeanEigenvalues, SideDamping
+from .split import ChangesLambda, ConstantDamping, Damping, MeanEigenvalues, SideDamping
 
 __all__ = ["Geometric", "Scheduled", "ScheduledDamping"]
 
@@ -49,7 +48,7 @@ class Geometric:
 
 
 @dataclass(frozen=True)
-class Scheduled(DampingDeclarations, forwards="inner"):
+class Scheduled(ChangesLambda):
     """lambda_k = factor(k) lambda, split over the matrices by another rule. Ours.
 
     lambda itself stays in the parameter groups, where users and torch's schedulers write; ``optimizer.damping`` and the
@@ -72,18 +71,7 @@ class Scheduled(DampingDeclarations, forwards="inner"):
 
     def __post_init__(self) -> None:
         require_fields(self)
-        inner = declared(self.inner, DampingDeclarations)
-        if inner.adapts or inner.scheduled:
-            raise ArgumentError(
-                f"Scheduled(inner={type(self.inner).__name__}(...)) would change lambda twice; inner only splits it: "
-                "ConstantDamping(), Split() or Factored()"
-            )
-
-    def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:
-        """As the inner rule, from lambda_k."""
-        if eigenvalues is None:
-            return self.inner.sides(value, positions)
-        return self.inner.sides(value, positions, eigenvalues)
+        self._require_splitting("change")
 
     def at(self, value: float, step: int) -> float:
         """factor(k) lambda.

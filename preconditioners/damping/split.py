@@ -6,9 +6,19 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
-from ...errors import require_finite_nonnegative
+from ...curvature.declarations import DampingDeclarations, declared
+from ...errors import ArgumentError, require_finite_nonnegative
 
-__all__ = ["ConstantDamping", "Damping", "Factored", "MeanEigenvalues", "SideDamping", "Split", "TwoSided"]
+__all__ = [
+    "ChangesLambda",
+    "ConstantDamping",
+    "Damping",
+    "Factored",
+    "MeanEigenvalues",
+    "SideDamping",
+    "Split",
+    "TwoSided",
+]
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,9 @@ class TwoSided(Protocol):
 class Damping(Protocol):
     """A rule from lambda >= 0 and what is known of a layer to the damping of each matrix.
 
-    A rule that wants the mean eigenvalues says so with a class attribute ``uses_eigenvalues = True``; to others they
-    are not given. They cost one synchronisation per layer whenever inverses are due, or secant pairs are damped.
-    Optional too: ``splits = True`` promises that the dampings of the two sides multiply to that of the whole.
+    A rule that wants the mean eigenvalues declares ``uses_eigenvalues = True``; to others they are not given. They cost
+    one synchronisation per layer whenever inverses are due, or secant pairs are damped. It may declare more:
+    :class:`.DampingDeclarations`.
     """
 
     def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:
@@ -65,8 +75,29 @@ class Damping(Protocol):
         """
 
 
+class ChangesLambda(DampingDeclarations, forwards="inner"):
+    """A rule that changes lambda, and leaves it to another one, in its field ``inner``, to split it."""
+
+    inner: Damping
+
+    def _require_splitting(self, verb: str) -> None:
+        """Check that the inner rule does not change lambda too."""
+        inner = declared(self.inner, DampingDeclarations)
+        if inner.adapts or inner.scheduled:
+            raise ArgumentError(
+                f"{type(self).__name__}(inner={type(self.inner).__name__}(...)) would {verb} lambda twice; inner only "
+                "splits it: ConstantDamping(), Split() or Factored()"
+            )
+
+    def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:
+        """As the inner rule, from the lambda of the step."""
+        if eigenvalues is None:
+            return self.inner.sides(value, positions)
+        return self.inner.sides(value, positions, eigenvalues)
+
+
 @dataclass(frozen=True)
-class ConstantDamping:
+class ConstantDamping(DampingDeclarations):
     """lambda on every matrix that is inverted."""
 
     def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:
@@ -76,7 +107,7 @@ class ConstantDamping:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(DampingDeclarations):
     """sqrt(lambda) per Kronecker side, sqrt(lambda S) and sqrt(lambda / S) for S positions (PAPERS 1.2 and 1.6).
 
     The product of the sides is lambda in both cases; for a convolution A sums over positions, so its damping does too.
@@ -91,7 +122,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Factored:
+class Factored(DampingDeclarations):
     """pi sqrt(lambda) and sqrt(lambda) / pi, pi^2 = (tr A / d_a) / (tr G / d_g): K-FAC's factored Tikhonov damping.
 
     Implements: arXiv:1503.05671v7, section 6.3, with the trace norm. Of all splits with the same product it makes the

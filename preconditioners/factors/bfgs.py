@@ -13,14 +13,13 @@ from ...checking import require_fields
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from ..averages import Average, MovingAverage, ZeroStartAverage
-from ..linalg import Computed, bfgs_inverse_updates_, pack, pack_homogeneous, unpack
-from ..operations import Inverse
+from ..linalg import bfgs_inverse_updates_, pack, pack_homogeneous, unpack
 from ..pairs.damping import DoubleDamping, PairDamping
 from ..pairs.pipeline import AveragedPair, average_pairs_, damped_pairs
 from ..pairs.skipping import CurvatureTest, SkipRule
 from ..protocol import Events
 from ..state import State
-from .factor import Side, accumulate_second_moment
+from .factor import AveragedMatrix, CovarianceState, Side, WithoutMatrices, accumulate_second_moment
 
 __all__ = ["BFGS", "AveragedPair", "BFGSState", "HessianActionBFGS", "HessianActionState"]
 
@@ -32,25 +31,6 @@ def products(inverses: Sequence[Tensor], rows: Tensor) -> Tensor:
     return pack(found)[0]
 
 
-class _DenseInverse:
-    """Products with a dense H."""
-
-    def left(self, state: Any, value: Tensor) -> Tensor:
-        """H @ value."""
-        result: Tensor = state.inverse @ value
-        return result
-
-    def right(self, state: Any, value: Tensor) -> Tensor:
-        """value @ H."""
-        result: Tensor = value @ state.inverse
-        return result
-
-    def to_dense(self, state: Any, damping: float) -> Tensor:
-        """H itself."""
-        inverse: Tensor = state.inverse
-        return inverse
-
-
 @dataclass
 class BFGSState(State):
     """Inverse approximation H_g and the averaged pair."""
@@ -60,7 +40,7 @@ class BFGSState(State):
 
 
 @dataclass(frozen=True)
-class BFGS(_DenseInverse):
+class BFGS(WithoutMatrices):
     """Dense BFGS on damped, averaged secant pairs at the pre-activations: the output side of K-BFGS.
 
     Implements: arXiv:2006.08877 as read in the authors' code (PAPERS 1.2 item 7); H starts as the identity.
@@ -77,7 +57,6 @@ class BFGS(_DenseInverse):
     average: Average = field(default_factory=lambda: ZeroStartAverage(0.9))
     skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("outputs",))
-    operation = Inverse()
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -95,15 +74,17 @@ class BFGS(_DenseInverse):
         pair = AveragedPair(like.new_zeros(size), like.new_zeros(size), 0.0)
         return BFGSState(torch.eye(size, dtype=like.dtype, device=like.device), pair)
 
-    def update(self, state: BFGSState, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
-        """Nothing before the step."""
+    def left(self, state: BFGSState, value: Tensor) -> Tensor:
+        """H @ value."""
+        return state.inverse @ value
 
-    def matrices(self, state: BFGSState) -> Sequence[Tensor]:
-        """Never inverts."""
-        return ()
+    def right(self, state: BFGSState, value: Tensor) -> Tensor:
+        """value @ H."""
+        return value @ state.inverse
 
-    def install(self, state: BFGSState, results: Sequence[Computed]) -> None:
-        """Nothing."""
+    def to_dense(self, state: BFGSState, damping: float) -> Tensor:
+        """H itself."""
+        return state.inverse
 
     def observe_step(
         self, state: BFGSState, before: LayerStatistics, after: LayerStatistics | None, side: Side, damping: float
@@ -136,16 +117,12 @@ class BFGS(_DenseInverse):
 
 
 @dataclass
-class HessianActionState(State):
-    """Second moment A of the inputs, undamped, and the inverse approximation H_a."""
-
-    second_moment: Tensor
-    inverse: Tensor
-    weight: float
+class HessianActionState(CovarianceState):
+    """Second moment A of the inputs, undamped, and, as ``inverse``, the inverse approximation H_a."""
 
 
 @dataclass(frozen=True)
-class HessianActionBFGS(_DenseInverse):
+class HessianActionBFGS(AveragedMatrix):
     """BFGS with the exact action of the damped second moment: the input side of K-BFGS.
 
     ``s = H_a abar``, ``y = (A + damping I) s``, abar = mean input (PAPERS 1.2 item 8). H_a starts as the exact
@@ -161,7 +138,6 @@ class HessianActionBFGS(_DenseInverse):
     average: Average = field(default_factory=lambda: MovingAverage(0.9))
     skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("inputs",))
-    operation = Inverse()
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -174,34 +150,19 @@ class HessianActionBFGS(_DenseInverse):
         """Inputs do not grow with the loss."""
         return 0.0, 0.0
 
-    def numbers(self, size: int) -> int:
-        """A and H."""
-        return 2 * size**2
-
     def init(self, size: int, like: Tensor) -> HessianActionState:
         """Nothing gathered."""
         identity = torch.eye(size, dtype=like.dtype, device=like.device)
         return HessianActionState(like.new_zeros(size, size), identity, 0.0)
 
-    def update(
-        self, state: HessianActionState, statistics: LayerStatistics, side: Side, average: Average | None
-    ) -> None:
+    def update(self, state: CovarianceState, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
         """Average A."""
         keep, add, state.weight = (average or self.average).coefficients(state.weight)
         accumulate_second_moment(state.second_moment, statistics, side, keep, add)
 
-    def matrices(self, state: HessianActionState) -> Sequence[Tensor]:
-        """A, for the exact inverse at the first step."""
-        return (state.second_moment,)
-
-    def install(self, state: HessianActionState, results: Sequence[Computed]) -> None:
-        """The exact inverse."""
-        if results[0].value is not None:
-            state.inverse = results[0].value
-
-    def mean_eigenvalue(self, state: HessianActionState) -> Tensor:
-        """Of the undamped matrix that is inverted, 0-dimensional: what ``Factored`` damping balances."""
-        return self.matrices(state)[0].diagonal().mean()
+    def to_dense(self, state: CovarianceState, damping: float) -> Tensor:
+        """H itself: A gave it the exact inverse at the first step only."""
+        return state.inverse
 
     def observe_step(
         self,

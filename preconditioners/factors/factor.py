@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import FactorDeclarations
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from ..averages import Average, MovingAverage
@@ -30,6 +31,7 @@ __all__ = [
     "Factor",
     "IdentityFactor",
     "Side",
+    "WithoutMatrices",
     "accumulate_gradient_products",
     "accumulate_second_moment",
 ]
@@ -41,9 +43,8 @@ _EXPAND = Expand()
 class Factor(Protocol):
     """One side of a Kronecker product.
 
-    ``sides`` says on which sides it makes sense, ``operation`` what is computed of its matrices. Optional, as for
-    structures: ``numbers(size)``; ``scaling(side)``, powers of c by which the inverse of H and its damping grow when
-    every gradient grows by c; ``additive``, ``linear``, ``definite``, ``dtypes``.
+    ``sides`` says on which sides it makes sense, ``operation`` what is computed of its matrices. What it may declare
+    besides: :class:`.FactorDeclarations`.
     """
 
     @property
@@ -119,6 +120,22 @@ def accumulate_gradient_products(
     accumulate_gram_(moment, rows, keep, add / matrices.shape[0])
 
 
+class WithoutMatrices(FactorDeclarations):
+    """Verbs of a factor that learns nothing before the step and never inverts."""
+
+    operation: Operation = Inverse()
+
+    def update(self, state: Any, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
+        """Nothing before the step."""
+
+    def matrices(self, state: Any) -> Sequence[Tensor]:
+        """Never inverts."""
+        return ()
+
+    def install(self, state: Any, results: Sequence[Computed]) -> None:
+        """Nothing."""
+
+
 @dataclass
 class CovarianceState(State):
     """Averaged second moment, undamped, and the last good inverse of its damped version."""
@@ -128,7 +145,7 @@ class CovarianceState(State):
     weight: float
 
 
-class AveragedMatrix:
+class AveragedMatrix(FactorDeclarations):
     """Verbs of a factor that averages a matrix and multiplies by what was computed of it, kept as ``inverse``."""
 
     sides = frozenset[Side](("inputs", "outputs"))
@@ -208,11 +225,10 @@ class Covariance(AveragedMatrix):
 
 
 @dataclass(frozen=True)
-class IdentityFactor:
+class IdentityFactor(WithoutMatrices):
     """No curvature on this side: H = I. Memory: none."""
 
     sides = frozenset[Side](("inputs", "outputs"))
-    operation = Inverse()
 
     def needs(self, side: Side) -> Needs:
         """Nothing."""
@@ -229,16 +245,6 @@ class IdentityFactor:
     def init(self, size: int, like: Tensor) -> NoState:
         """Nothing."""
         return NoState()
-
-    def update(self, state: NoState, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
-        """Nothing."""
-
-    def matrices(self, state: NoState) -> Sequence[Tensor]:
-        """None."""
-        return ()
-
-    def install(self, state: NoState, results: Sequence[Computed]) -> None:
-        """Nothing."""
 
     def left(self, state: NoState, value: Tensor) -> Tensor:
         """The value itself."""

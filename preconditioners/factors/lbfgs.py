@@ -14,14 +14,13 @@ from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from ...errors import require_interval, require_positive_integer
 from ..averages import Average, ZeroStartAverage
-from ..linalg import Computed, pack, triangular_inverse, unpack
-from ..operations import Inverse
+from ..linalg import pack, triangular_inverse, unpack
 from ..pairs.damping import DoubleDamping, PairDamping
 from ..pairs.pipeline import AveragedPair, average_pairs_, copy_all_, damped_pairs
 from ..pairs.skipping import CurvatureTest, SkipRule
 from ..protocol import Events
 from ..state import State
-from .factor import Side
+from .factor import Side, WithoutMatrices
 
 __all__ = ["LBFGS", "LBFGSState", "append_pair_"]
 
@@ -118,7 +117,7 @@ def _longer(states: Sequence[LBFGSState], pairs: Sequence[Tensor]) -> list[Tenso
 
 
 @dataclass(frozen=True)
-class LBFGS:
+class LBFGS(WithoutMatrices):
     """L-BFGS(p) on damped, averaged secant pairs (arXiv:2006.08877; PAPERS 1.2, compact form).
 
     ``H = gamma I + Q'[(D + gamma Y Y')Q - gamma Y] - gamma Y'Q`` with rows s_i of S, y_i of Y, R_ij = s_i'y_j for
@@ -141,7 +140,6 @@ class LBFGS:
     initial: float = 1.0
     skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("outputs",))
-    operation = Inverse()
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -162,16 +160,6 @@ class LBFGS:
         pair = AveragedPair(like.new_zeros(size), like.new_zeros(size), 0.0)
         stores = (like.new_zeros(p, size), like.new_zeros(p, size), like.new_zeros(p, p), like.new_zeros(p, p))
         return LBFGSState(*stores, torch.eye(p, dtype=like.dtype, device=like.device), pair)
-
-    def update(self, state: LBFGSState, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
-        """Nothing before the step."""
-
-    def matrices(self, state: LBFGSState) -> Sequence[Tensor]:
-        """Never inverts."""
-        return ()
-
-    def install(self, state: LBFGSState, results: Sequence[Computed]) -> None:
-        """Nothing."""
 
     def left(self, state: LBFGSState, value: Tensor) -> Tensor:
         """H @ value with four products of p x d matrices."""

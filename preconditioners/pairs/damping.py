@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import PairDampingDeclarations
 from ...errors import ArgumentError, require_interval
 
 __all__ = [
@@ -43,9 +44,7 @@ class PairDamping(Protocol):
     """A rule that modifies a secant pair before it updates H.
 
     It takes one pair or many, with batch axes in front, and must not look at the values of tensors in Python. Vectors
-    may end in zeros that only pad them.
-    Optional: ``keeps_positive = True`` promises s'y > 0 afterwards for every pair with s or y not zero;
-    ``curvature_floor(damping)`` states c with s'y >= c s's.
+    may end in zeros that only pad them. What it may promise besides: :class:`.PairDampingDeclarations`.
     """
 
     def validate(self, damping: float) -> None:
@@ -87,7 +86,7 @@ def _weight(curvature: Tensor, target: Tensor, mu: float, changed: Tensor) -> Te
 
 
 @dataclass(frozen=True)
-class NoDamping:
+class NoDamping(PairDampingDeclarations):
     """The pair as it is."""
 
     def validate(self, damping: float) -> None:
@@ -100,7 +99,7 @@ class NoDamping:
 
 
 @dataclass(frozen=True)
-class DoubleDamping:
+class DoubleDamping(PairDampingDeclarations):
     """Powell on H, then Powell with B = I (K-BFGS, PAPERS 1.3): s'y >= mu2 s's afterwards.
 
     Args:
@@ -138,7 +137,7 @@ class DoubleDamping:
 
 
 @dataclass(frozen=True)
-class PowellThenLM:
+class PowellThenLM(PairDampingDeclarations):
     """Powell on H, then y + mu2 s (A', PAPERS 1.3 "DDv2"): any mu2 > 0.
 
     Args:
@@ -169,7 +168,7 @@ class PowellThenLM:
 
 
 @dataclass(frozen=True)
-class PowellH:
+class PowellH(PairDampingDeclarations):
     """Powell on H alone (PAPERS 1.3, "Powell-H only"): s'y >= mu1 y'Hy afterwards, y as it is.
 
     Keeps H positive definite, H+ >= mu1 H / (1 + mu1), but puts no bound on |H+| (PAPERS 1.4, U4): a small y that
@@ -196,7 +195,7 @@ class PowellH:
 
 
 @dataclass(frozen=True)
-class MergedDoubleDamping:
+class MergedDoubleDamping(PairDampingDeclarations):
     """One of the two stages, whichever has the larger target (PAPERS 1.3, "merged DD").
 
     With sigma = max(y'Hy, s's) and s'y > mu1 sigma the pair stays. Otherwise s is damped with H where y'Hy >= s's, else
@@ -234,7 +233,7 @@ class MergedDoubleDamping:
 
 
 @dataclass(frozen=True)
-class PowellB0:
+class PowellB0(PairDampingDeclarations):
     """Powell's damping of y with a multiple of the identity, B0 = gamma I, gamma = max(y'y / s'y, floor).
 
     The damping of SdLBFGS (Wang, Ma, Goldfarb, Liu, SIAM J. Opt. 27 (2017), section 3, with H0 = I / gamma). PAPERS 1.3

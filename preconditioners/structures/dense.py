@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import derived
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs
-from ...curvature.records.statistics import LayerStatistics, Tensors
+from ...curvature.records.statistics import Tensors
 from ...errors import require_positive_integer
 from ..averages import Average, MovingAverage
 from ..damping.split import SideDamping
 from ..linalg import Computed, add_to_diagonal
 from ..operations import AbsoluteInverse, Eigenvectors, Inverse, Operation
-from ..protocol import Events, Observation, Request, ScalingLaw, Schedule
+from ..protocol import Observation, Request, ScalingLaw, Schedule
 from ..state import State
+from .identity import Stateless
 
 __all__ = ["Absolute", "Dense", "DenseState", "Semidefinite", "Spectrum"]
 
@@ -75,7 +77,7 @@ class DenseState(State):
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Stateless):
     """direction = (F + lambda I)^{-1} M with F the whole matrix of one layer: weight row-major, then bias.
 
     With a Fisher this is the natural gradient layer by layer, with an exact Hessian and ``Absolute`` saddle-free
@@ -104,7 +106,7 @@ class Dense:
         require_fields(self)
         require_positive_integer("limit", self.limit)
 
-    @property
+    @derived
     def takes_indefinite(self) -> bool:
         """As the spectrum rule says."""
         return self.spectrum.takes_indefinite
@@ -147,12 +149,6 @@ class Dense:
         product = state.inverse @ torch.cat([value.flatten() for value in momentum])
         pieces = product.split([value.numel() for value in momentum])
         return tuple(piece.reshape(value.shape) for piece, value in zip(pieces, momentum, strict=True))
-
-    def observe_step(
-        self, state: DenseState, before: LayerStatistics, after: LayerStatistics | None, damping: SideDamping
-    ) -> Events:
-        """Nothing to learn from the step."""
-        return {}
 
     def to_dense(self, state: DenseState, layer: Layer, damping: SideDamping) -> Tensor:
         """The matrix that is inverted."""

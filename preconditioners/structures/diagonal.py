@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import derived
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import Tensors
@@ -66,7 +67,7 @@ class Diagonal(Stateless):
             raise ArgumentError(f"power must be 0.5 or 1, got {self.power!r}")
         require_finite_nonnegative("epsilon", self.epsilon)
 
-    @property
+    @derived
     def scaling(self) -> ScalingLaw:
         """v^power; the damping does not enter."""
         return ScalingLaw(2.0 * self.power, offset=self.epsilon)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import derived
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import Tensors
@@ -88,7 +89,7 @@ class Eigenbasis(Stateless):
         """As the moments say."""
         return self.moments.needs
 
-    @property
+    @derived
     def scaling(self) -> ScalingLaw:
         """Squares to the power, damped like them."""
         return ScalingLaw(2.0 * self.power, whole=2.0 * self.power)

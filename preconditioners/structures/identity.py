@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...curvature.declarations import StructureDeclarations
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
@@ -21,7 +22,7 @@ from ..state import NoState
 __all__ = ["Identity", "Stateless"]
 
 
-class Stateless:
+class Stateless(StructureDeclarations):
     """Verbs that do nothing; structures override what they need."""
 
     def matrices(self, state: Any, damping: SideDamping) -> Sequence[Request]:

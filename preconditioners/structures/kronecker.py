@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
-from ...curvature.declarations import FactorDeclarations, declared
+from ...curvature.declarations import FactorDeclarations, StructureDeclarations, declared, derived
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import CompatibilityError, require_positive_integer
 from ..averages import Average
 from ..damping.split import MeanEigenvalues, SideDamping
-from ..factors.factor import Factor, IdentityFactor, Side
+from ..factors.factor import Factor, IdentityFactor
 from ..linalg import Computed
-from ..protocol import Events, Observation, Request, ScalingLaw, Schedule
+from ..protocol import Events, Observation, Request, ScalingLaw, Schedule, count_events
 from ..state import State
 
 __all__ = ["Kronecker", "KroneckerState", "in_layer_order"]
@@ -35,7 +35,7 @@ class KroneckerState(State):
 
 
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(StructureDeclarations):
     """Preconditioned momentum ``H_g [M_W | M_b] H_a`` with the bias as last column.
 
     ``Covariance`` on both sides is K-FAC; ``HessianActionBFGS`` inside and ``BFGS`` outside is K-BFGS; ``LBFGS``
@@ -73,41 +73,51 @@ class Kronecker:
         """Union over both sides."""
         return self.inputs.needs("inputs") | self.outputs.needs("outputs")
 
-    @property
+    @cached_property
+    def factors(self) -> tuple[FactorDeclarations, FactorDeclarations]:
+        """Inputs and outputs with all that a factor may declare; a factor that only has the verbs is taken in here."""
+        return declared(self.inputs, FactorDeclarations), declared(self.outputs, FactorDeclarations)
+
+    @derived
     def scaling(self) -> ScalingLaw | None:
         """The product of both sides' laws; ``None`` if one side states none."""
-        inner, outer = _law(self.inputs, "inputs"), _law(self.outputs, "outputs")
+        inner, outer = (factor.scaling for factor in self.factors)
         if inner is None or outer is None:
             return None
-        return ScalingLaw(inner[0] + outer[0], inputs=inner[1], outputs=outer[1])
+        (first, inputs), (second, outputs) = inner("inputs"), outer("outputs")
+        return ScalingLaw(first + second, inputs=inputs, outputs=outputs)
 
-    @property
+    @derived
     def linear(self) -> bool:
         """Of both sides."""
-        return all(declared(side, FactorDeclarations).linear for side in (self.inputs, self.outputs))
+        return all(factor.linear for factor in self.factors)
 
-    @property
+    @derived
     def definite(self) -> bool:
         """Of both sides."""
-        return all(declared(side, FactorDeclarations).definite for side in (self.inputs, self.outputs))
+        return all(factor.definite for factor in self.factors)
 
-    @property
+    @derived
     def additive(self) -> bool:
         """Of both sides."""
-        return all(declared(side, FactorDeclarations).additive for side in (self.inputs, self.outputs))
+        return all(factor.additive for factor in self.factors)
 
-    @property
+    @derived
     def dtypes(self) -> tuple[Any, ...]:
         """Of the side that states more than the usual ones."""
-        sides = (self.inputs, self.outputs)
-        return next((found for side in sides if (found := declared(side, FactorDeclarations).dtypes)), ())
+        inner, outer = self.factors
+        return inner.dtypes or outer.dtypes
+
+    @derived
+    def pairs(self) -> Any:
+        """Of the outputs, whose pairs are gradients'; an input side has the exact action of its matrix."""
+        return self.factors[1].pairs
 
     def numbers(self, layer: Layer) -> int | None:
         """Both sides; ``None`` if one side states none."""
         rows, columns = layer.matrix_shape
-        found = [declared(side, FactorDeclarations).numbers for side in (self.inputs, self.outputs)]
-        counts = [int(number(size)) for number, size in zip(found, (columns, rows), strict=True) if number is not None]
-        return sum(counts) if len(counts) == 2 else None
+        inner, outer = (factor.numbers for factor in self.factors)
+        return None if inner is None or outer is None else int(inner(columns)) + int(outer(rows))
 
     def serves(self, layer: Layer) -> tuple[str, ...]:
         """Weight and bias of layers that are matrices within the limit."""
@@ -128,14 +138,14 @@ class Kronecker:
 
     def without_eigenvalues(self) -> tuple[str, ...]:
         """Names of the factors that cannot tell their mean eigenvalue, which ``Factored`` damping needs of both."""
-        factors = (self.inputs, self.outputs)
-        return tuple(type(factor).__name__ for factor in factors if not hasattr(factor, "mean_eigenvalue"))
+        sides = zip((self.inputs, self.outputs), self.factors, strict=True)
+        return tuple(type(side).__name__ for side, factor in sides if factor.mean_eigenvalue is None)
 
     def mean_eigenvalues(self, state: KroneckerState) -> MeanEigenvalues:
         """Of both undamped factors; one synchronisation."""
-        inner: Any = self.inputs
-        outer: Any = self.outputs
-        pair = torch.stack([inner.mean_eigenvalue(state.inputs), outer.mean_eigenvalue(state.outputs)])
+        inner, outer = (factor.mean_eigenvalue for factor in self.factors)
+        assert inner is not None and outer is not None
+        pair = torch.stack([inner(state.inputs), outer(state.outputs)])
         return MeanEigenvalues(*pair.tolist())
 
     def matrices(self, state: KroneckerState, damping: SideDamping) -> Sequence[Request]:
@@ -159,10 +169,9 @@ class Kronecker:
         self, state: KroneckerState, before: LayerStatistics, after: LayerStatistics | None, damping: SideDamping
     ) -> Events:
         """Both sides; counts of the same event are summed."""
-        events: Events = dict(self.outputs.observe_step(state.outputs, before, after, "outputs", damping.outputs))
-        inner = self.inputs.observe_step(state.inputs, before, after, "inputs", damping.inputs)
-        for name, count in inner.items():
-            events[name] = events[name].long() + count.long() if name in events else count
+        events: Events = {}
+        count_events(events, self.outputs.observe_step(state.outputs, before, after, "outputs", damping.outputs))
+        count_events(events, self.inputs.observe_step(state.inputs, before, after, "inputs", damping.inputs))
         return events
 
     def to_dense(self, state: KroneckerState, layer: Layer, damping: SideDamping) -> Tensor:
@@ -185,11 +194,6 @@ def _dense(factor: Factor, state: State, damping: float, size: int, like: Tensor
     if isinstance(factor, IdentityFactor):
         return torch.eye(size, dtype=like.dtype, device=like.device)
     return factor.to_dense(state, damping)
-
-
-def _law(factor: Factor, side: Side) -> tuple[float, float] | None:
-    law = declared(factor, FactorDeclarations).scaling
-    return None if law is None else law(side)
 
 
 def _wrong_side(factor: Factor, side: str) -> str:

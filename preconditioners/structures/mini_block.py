@@ -11,12 +11,13 @@ from torch import Tensor
 from ...checking import require_fields
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs
-from ...curvature.records.statistics import LayerStatistics, Tensors
+from ...curvature.records.statistics import Tensors
 from ..averages import Average, MovingAverage
 from ..damping.split import SideDamping
 from ..linalg import Computed, accumulate_gram_, add_to_diagonal
-from ..protocol import Events, Observation, Request, ScalingLaw, Schedule
+from ..protocol import Observation, Request, ScalingLaw, Schedule
 from ..state import State
+from .identity import Stateless
 from .partitions import Partition, PerOutput, block_diagonal
 
 __all__ = ["MiniBlock", "MiniBlockState"]
@@ -35,7 +36,7 @@ class MiniBlockState(State):
 
 
 @dataclass(frozen=True)
-class MiniBlock:
+class MiniBlock(Stateless):
     """direction = (F_b + lambda I)^{-1} M_b for every block b of a partition.
 
     Implements: arXiv:2202.04124, blocks and schedule as in the authors' code (PAPERS 2.2, 2.3). Inverses of all blocks
@@ -125,12 +126,6 @@ class MiniBlock:
             return self.partition.join(vectors @ state.inverse, momentum)
         product = torch.bmm(state.inverse, vectors.unsqueeze(2)).squeeze(2)
         return self.partition.join(product, momentum)
-
-    def observe_step(
-        self, state: MiniBlockState, before: LayerStatistics, after: LayerStatistics | None, damping: SideDamping
-    ) -> Events:
-        """Nothing to learn from the step."""
-        return {}
 
     def to_dense(self, state: MiniBlockState, layer: Layer, damping: SideDamping) -> Tensor:
         """Block-diagonal matrix over the served parameters (weight row-major, then bias)."""

@@ -75,7 +75,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class DenseReference:
+class DenseReference(StructureDeclarations, forwards="part"):
     """A structure whose ``precondition`` solves with the dense matrix of another one.
 
     Args:
@@ -85,16 +85,12 @@ class DenseReference:
     """
 
     part: Preconditioner
+    numbers = bounds = reference = partition = None
 
     @property
     def needs(self) -> Needs:
         """As the structure."""
         return self.part.needs
-
-    @property
-    def takes_indefinite(self) -> bool:
-        """As the structure."""
-        return declared(self.part, StructureDeclarations).takes_indefinite
 
     @property
     def schedule(self) -> Schedule:
@@ -139,6 +135,8 @@ class DenseReference:
         """Remember what this refresh saw."""
         self.part.install(state.live, results)
         state.frozen.load_dict(deepcopy(state.live.to_dict()))
+
+    refines = True
 
     def refine(self, state: ReferenceState, observation: Observation) -> None:
         """The structure's own rule, if it has one."""

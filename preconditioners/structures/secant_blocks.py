@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...checking import require_fields
+from ...curvature.declarations import StructureDeclarations
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
@@ -77,7 +78,7 @@ def two_loop(state: SecantBlocksState, vectors: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SecantBlocks:
+class SecantBlocks(StructureDeclarations):
     """direction = H_b M_b for every block b of a partition, H_b the L-BFGS inverse of the block's own secant pairs.
 
     Ours, unpublished. s = change of the block's parameters by the step that stayed, y = change of the gradient of the

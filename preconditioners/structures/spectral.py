@@ -29,7 +29,6 @@ __all__ = [
     "Spectral",
     "SpectralState",
     "UpdateScale",
-    "precondition_many",
 ]
 
 
@@ -164,7 +163,17 @@ class Spectral(Stateless):
 
     def precondition_many(self, states: Sequence[SpectralState], momenta: Sequence[Tensors]) -> list[Tensors]:
         """The same for many layers, the iterations of matrices of one shape in one batch."""
-        return precondition_many(self, states, momenta)
+        matrices = [state.matrix(momentum[0]) for state, momentum in zip(states, momenta, strict=True)]
+        results = list(matrices)
+        for dtype in {state.dtype for state in states}:
+            chosen = [index for index, state in enumerate(states) if state.dtype == dtype]
+            found = newton_schulz_of_many(
+                [matrices[index] for index in chosen], self.coefficients, self.iterations, self.epsilon, dtype
+            )
+            for index, value in zip(chosen, found, strict=True):
+                results[index] = value
+        scaled = [value * self.scale.factor(*value.shape) for value in results]
+        return [(state.weight(value),) for state, value in zip(states, scaled, strict=True)]
 
     def reference(self) -> SingularValues:
         """The same direction from singular values: what compositions with this part are compared with."""
@@ -197,27 +206,3 @@ class SingularValues(Spectral):
             values = a * values + b * values**3 + c * values**5
         result = self.scale.factor(*matrix.shape) * (left * values) @ right
         return (state.weight(result.to(value.dtype)),)
-
-
-def precondition_many(part: Spectral, states: Sequence[SpectralState], momenta: Sequence[Tensors]) -> list[Tensors]:
-    """What ``part.precondition`` gives for each layer, the iterations of matrices of one shape in one batch.
-
-    Args:
-        part: serves all the layers.
-        states: one per layer.
-        momenta: one per layer.
-    """
-    if isinstance(part, SingularValues):
-        return [part.precondition(state, momentum) for state, momentum in zip(states, momenta, strict=True)]
-    matrices = [state.matrix(momentum[0]) for state, momentum in zip(states, momenta, strict=True)]
-    results = list(matrices)
-    for dtype in {state.dtype for state in states}:
-        chosen = [index for index, state in enumerate(states) if state.dtype == dtype]
-        found = newton_schulz_of_many(
-            [matrices[index] for index in chosen], part.coefficients, part.iterations, part.epsilon, dtype
-        )
-        for index, value in zip(chosen, found, strict=True):
-            results[index] = value
-    return [
-        (state.weight(value * part.scale.factor(*value.shape)),) for state, value in zip(states, results, strict=True)
-    ]

@@ -69,7 +69,7 @@ class ConvolutionAdapter(_Sites):
     dimensions: int
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
+    def kind(self) -> str:
         """``"Conv1d"``, ``"Conv2d"`` or ``"Conv3d"``."""
         return f"Conv{self.dimensions}d"
 
@@ -140,7 +140,7 @@ class TransposedConvolutionAdapter(_Sites):
     dimensions: int
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
+    def kind(self) -> str:
         """``"ConvTranspose1d"``, ``"ConvTranspose2d"`` or ``"ConvTranspose3d"``."""
         return f"ConvTranspose{self.dimensions}d"
 

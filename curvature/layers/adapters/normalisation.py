@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .protocol import LayerAdapter, ScaleAdapter
+from .protocol import Expanded, LayerAdapter, ScaleAdapter
 
 __all__ = ["BatchNormAdapter", "GroupNormAdapter", "InstanceNormAdapter", "LayerNormAdapter", "RMSNormAdapter"]
 
@@ -108,16 +108,8 @@ class _Channels(ScaleAdapter):
         return moved if bias is None else moved.add_(bias.view(shape))
 
 
-class _ChannelsLast(_Trailing):
+class _ChannelsLast(Expanded, _Trailing):
     """Normalised rows (N, S, channels) of calls on images of different sizes."""
-
-    def __init__(self, inner: LayerAdapter):
-        self.inner = inner
-        self.kind = inner.kind
-
-    def matches(self, module: nn.Module) -> bool:
-        """Whatever the other adapter reads."""
-        return self.inner.matches(module)
 
     def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """As the other adapter does."""

@@ -7,7 +7,7 @@ rows per position, the group fastest.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Protocol
 
 import torch
@@ -15,94 +15,95 @@ from torch import Tensor, nn
 
 from ....errors import CompatibilityError
 
-__all__ = ["LayerAdapter", "MatrixAdapter", "PatchAdapter", "ScaleAdapter"]
+__all__ = ["Expanded", "LayerAdapter", "MatrixAdapter", "PatchAdapter", "ScaleAdapter"]
 
 
 class LayerAdapter(Protocol):
-    """How to read one kind of module as a linear map at shared positions."""
+    """How to read one kind of module as a linear map at shared positions. The adapters here inherit from it."""
 
     @property
+    @abstractmethod
     def kind(self) -> str:
         """The layer's kind in tables and in ``ByLayer``."""
 
+    @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Whether this adapter can read ``module``."""
 
+    @abstractmethod
     def has_matrix(self, module: nn.Module) -> bool:
         """Whether the weight can be read as a matrix (d_out, d_in)."""
 
+    @abstractmethod
     def groups(self, module: nn.Module) -> int:
         """Number G >= 1 of groups."""
 
+    @abstractmethod
     def batched_ndim(self, module: nn.Module) -> int:
         """Smallest number of axes of the output of a batch."""
 
+    @abstractmethod
     def positions(self, module: nn.Module, output: Tensor) -> int:
         """Number S of positions that share the map, from one output of the module."""
 
+    @abstractmethod
     def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """What is kept of an input during the forward pass, batch axis first."""
 
+    @abstractmethod
     def expand_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """A recorded input as (N, S G, d_in), without the homogeneous 1."""
 
+    @abstractmethod
     def expand_output(self, module: nn.Module, value: Tensor) -> Tensor:
         """Output of the module, or a gradient with respect to it, as (N, S, d_out)."""
 
+    @abstractmethod
     def as_positions(self, module: nn.Module, value: Tensor) -> Tensor:
         """A recorded input as (N, S G, ...): calls with different numbers of positions are then joined along axis 1."""
 
+    @abstractmethod
     def of_positions(self) -> LayerAdapter:
         """The adapter that reads inputs in that form, and outputs (N, S, d_out)."""
 
+    @abstractmethod
     def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The output's derivative along a parameter direction: ``weight``, ``bias`` applied to a recorded input."""
 
+    @abstractmethod
     def per_sample(self, module: nn.Module, value: Tensor, upstream: Tensor) -> Tensor:
         """Gradients (N, *weight.shape) of the weight from a recorded input and gradients (N, S, d_out) at the output.
 
         The first axis of ``value`` may be N times the number of calls.
         """
 
+    @abstractmethod
     def weight_as_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
         """A tensor (..., *weight.shape) as matrices (..., d_out, d_in)."""
 
+    @abstractmethod
     def matrix_as_weight(self, module: nn.Module, matrix: Tensor) -> Tensor:
         """Matrices (..., d_out, d_in), of any strides, in the shape of the weight: always a view."""
 
 
-class MatrixAdapter(ABC):
-    """What adapters share whose weight is a matrix (d_out, d_in) as it stands."""
-
-    kind: str
-
-    @abstractmethod
-    def matches(self, module: nn.Module) -> bool:
-        """Whether this adapter can read ``module``."""
-
-    @abstractmethod
-    def batched_ndim(self, module: nn.Module) -> int:
-        """Smallest number of axes of the output of a batch."""
-
-    @abstractmethod
-    def positions(self, module: nn.Module, output: Tensor) -> int:
-        """Number S of positions that share the map."""
-
-    @abstractmethod
-    def of_positions(self) -> LayerAdapter:
-        """The adapter that reads inputs as :meth:`as_positions` gives them."""
-
-    @abstractmethod
-    def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The output's derivative along a parameter direction."""
-
-    def has_matrix(self, module: nn.Module) -> bool:
-        """Always."""
-        return True
+class _Ungrouped(LayerAdapter):
+    """What adapters share that know no groups, and whose recorded inputs are joined after they are expanded."""
 
     def groups(self, module: nn.Module) -> int:
         """One."""
         return 1
+
+    def as_positions(self, module: nn.Module, value: Tensor) -> Tensor:
+        """The expanded input."""
+        return self.expand_input(module, value)
+
+
+class MatrixAdapter(_Ungrouped):
+    """What adapters share whose weight is a matrix (d_out, d_in) as it stands."""
+
+    def has_matrix(self, module: nn.Module) -> bool:
+        """Always."""
+        return True
 
     def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """The input as it is."""
@@ -115,10 +116,6 @@ class MatrixAdapter(ABC):
     def expand_output(self, module: nn.Module, value: Tensor) -> Tensor:
         """(N, ..., d_out) to (N, S, d_out)."""
         return value.reshape(value.shape[0], -1, value.shape[-1])
-
-    def as_positions(self, module: nn.Module, value: Tensor) -> Tensor:
-        """The expanded input."""
-        return self.expand_input(module, value)
 
     def weight_as_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
         """The weight."""
@@ -140,7 +137,7 @@ class MatrixAdapter(ABC):
         return self.matrix_as_weight(module, product)
 
 
-class PatchAdapter(MatrixAdapter):
+class Expanded:
     """Inputs that another adapter has expanded already: calls of one module on images of different sizes.
 
     Args:
@@ -149,11 +146,19 @@ class PatchAdapter(MatrixAdapter):
 
     def __init__(self, inner: LayerAdapter):
         self.inner = inner
-        self.kind = inner.kind
+
+    @property
+    def kind(self) -> str:
+        """As the other adapter says."""
+        return self.inner.kind
 
     def matches(self, module: nn.Module) -> bool:
         """Whatever the other adapter reads."""
         return self.inner.matches(module)
+
+
+class PatchAdapter(Expanded, MatrixAdapter):
+    """Expanded inputs of an adapter whose weight is a matrix."""
 
     def has_matrix(self, module: nn.Module) -> bool:
         """As the other adapter says."""
@@ -194,54 +199,12 @@ class PatchAdapter(MatrixAdapter):
         return self.inner.matrix_as_weight(module, matrix)
 
 
-class ScaleAdapter(ABC):
+class ScaleAdapter(_Ungrouped):
     """What normalisations share: linear in (scale, shift), entry by entry, but not a matrix."""
-
-    kind: str
-
-    @abstractmethod
-    def matches(self, module: nn.Module) -> bool:
-        """Whether this adapter can read ``module``."""
-
-    @abstractmethod
-    def batched_ndim(self, module: nn.Module) -> int:
-        """Smallest number of axes of the output of a batch."""
-
-    @abstractmethod
-    def positions(self, module: nn.Module, output: Tensor) -> int:
-        """Number S of positions that share the map."""
-
-    @abstractmethod
-    def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
-        """The normalised input."""
-
-    @abstractmethod
-    def expand_input(self, module: nn.Module, value: Tensor) -> Tensor:
-        """Normalised input as (N, S, entries)."""
-
-    @abstractmethod
-    def expand_output(self, module: nn.Module, value: Tensor) -> Tensor:
-        """Output, or a gradient with respect to it, as (N, S, entries)."""
-
-    @abstractmethod
-    def of_positions(self) -> LayerAdapter:
-        """The adapter that reads inputs as :meth:`as_positions` gives them."""
-
-    @abstractmethod
-    def directional(self, module: nn.Module, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The output's derivative along a parameter direction."""
 
     def has_matrix(self, module: nn.Module) -> bool:
         """Never."""
         return False
-
-    def groups(self, module: nn.Module) -> int:
-        """One."""
-        return 1
-
-    def as_positions(self, module: nn.Module, value: Tensor) -> Tensor:
-        """The expanded input."""
-        return self.expand_input(module, value)
 
     def per_sample(self, module: nn.Module, value: Tensor, upstream: Tensor) -> Tensor:
         """Entrywise product, summed over positions."""

@@ -10,7 +10,6 @@ from osculate.curvature import discover_layers
 from osculate.experiments.runs.launches import counting
 from osculate.preconditioners.linalg import newton_schulz, newton_schulz_of_many
 from osculate.preconditioners.structures import spectral
-from osculate.preconditioners.structures.spectral import precondition_many
 from torch import nn
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
 
@@ -116,7 +115,7 @@ def test_many_layers_at_once() -> None:
     momenta = [(torch.randn(layer.parameters["weight"].shape, dtype=torch.float64),) for layer in layers]
     for part in (osc.Spectral(osc.MatchAdam()), osc.Spectral().reference()):
         states = [part.init(layer, (layer.parameters["weight"],)) for layer in layers]
-        for state, momentum, (found,) in zip(states, momenta, precondition_many(part, states, momenta), strict=True):
+        for state, momentum, (found,) in zip(states, momenta, part.precondition_blocks(states, momenta), strict=True):
             assert found.shape == momentum[0].shape
             close(found, part.precondition(state, momentum)[0], 1e-12)
 
