@@ -80,6 +80,10 @@ class Backend(ABC):
         """
         self._wanted, self._kind = wanted, kind
 
+    def is_armed(self, wanted: Mapping[str, Record]) -> bool:
+        """Whether gradients of these records are what the next passes are for."""
+        return self._wanted is wanted and self._kind == "gradient"
+
     def extended(self, layers: Sequence[Layer]) -> Self:
         """A backend for more layers in place of this one, whose hooks are removed and whose records are dropped."""
         self.close()

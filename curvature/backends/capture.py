@@ -64,6 +64,7 @@ class Capture(Backend):
     _original: ClassVar[tuple[str, ...]] = (*Backend._original, "_calls", "_arms", "_parameter_sums", "_leaves")
 
     _asked: Mapping[str, _Asked] = MappingProxyType({})
+    _hooked: frozenset[str] = frozenset()  # names of layers with hooks
     _extra = False  # whether some layer asks for a backward of our own
 
     def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
@@ -75,6 +76,9 @@ class Capture(Backend):
             extra = any(entry.sampled or entry.roots or entry.whole for entry in asked.values())
             if len(self._arms) > 64:
                 self._arms.clear()
+            if not self._hooked.issuperset(asked):
+                before, self._hooked = self._hooked, self._hooked | frozenset(asked)
+                self._handles += self._hooks_beyond(before)
             known = self._arms[id(wanted)] = (wanted, asked, extra)
         _, self._asked, self._extra = known
 
@@ -124,17 +128,29 @@ class Capture(Backend):
         self._pass, self._inside, self._leaves = 0, False, {}
 
     def _attach(self) -> list[Any]:
+        return self._hooks_beyond(frozenset())
+
+    def _hooks_beyond(self, before: frozenset[str]) -> list[Any]:
+        """Hooks on layers of which something is recorded at some time; a method that measures nothing places none.
+
+        Args:
+            before: names of layers that have theirs already.
+        """
         handles: list[Any] = []
+        fresh = self._hooked - before
         for layer in self.layers:
-            if layer.kind != "Attention":
+            if layer.kind != "Attention" and layer.name in fresh:
                 hook = LayerHook(self, layer)
                 handles += [module.register_forward_hook(hook, with_kwargs=True) for module in layer.modules]
         for module, layers in attention_modules(self.layers).items():
-            watch = AttentionHooks(self, module, layers)
-            handles.append(module.register_forward_pre_hook(watch.enter))
-            handles.append(module.register_forward_hook(watch.leave, always_call=True))
-        handles.append(self.model.register_forward_pre_hook(BeginHook(self)))
-        handles.append(self.model.register_forward_hook(EndHook(self)))
+            names = {layer.name for layer in layers}
+            if names & fresh and not names & before:
+                watch = AttentionHooks(self, module, layers)
+                handles.append(module.register_forward_pre_hook(watch.enter))
+                handles.append(module.register_forward_hook(watch.leave, always_call=True))
+        if fresh and not before:
+            handles.append(self.model.register_forward_pre_hook(BeginHook(self)))
+            handles.append(self.model.register_forward_hook(EndHook(self)))
         return handles
 
     # -- what the hooks tell -----------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def observe(session: Session, batch: MiniBatch) -> None:
             require_filled(block, record)
         if looks_back and block.asked.looks_back:
             require_pairs(block, measured)
-    coupled = _coupled(method.weight_decay, batch.steps)
+    coupled = _coupled(method.weight_decay, batch.steps) if batch.decays else None
     for step in batch.steps:
         if step.record is not None:
             step.block.positions = step.record.positions

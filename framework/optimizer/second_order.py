@@ -117,7 +117,9 @@ class SecondOrder(Session):
         super().__init__(split_into_groups(model, layers, groups), values)
         self._check_values()
         self.capture = make_backend(backend, model, layers, resolved, loss_reduction, seed)
-        require_supported(self.capture, all_records(self.blocks, layers, method))
+        wanted = all_records(self.blocks, layers, method)
+        require_supported(self.capture, wanted)
+        self.capture.arm(wanted)  # places the hooks that any step will need
         self.last_report = StepReport(-1)
         self.gradient_evaluations = self.skipped_steps = 0
         self._step, self._warm = 0, False
@@ -214,7 +216,9 @@ class SecondOrder(Session):
             return self._refuse(trouble, loss)
         if due.measures_scores:
             require_sampled(statistics, team.layers)
-        batch = MiniBatch(loss, statistics, products, team, gradients, self._steps(team, gradients))
+        decays = self.decays(team)
+        steps = self._steps(team, gradients, decays)
+        batch = MiniBatch(loss, statistics, products, team, gradients, steps, decays is not team.none)
         undo = self._undo(team) if due.risky else None
         try:
             self.last_report = self._advance(closure, batch)
@@ -241,9 +245,10 @@ class SecondOrder(Session):
         looks_back = self.due.looks_back and closure is not None
         observe(self, batch)
         refreshes, rescues = refresh(self.due.inverses, self.sides) if self.due.inverses else (0, 0)
-        refine(batch)
+        if batch.team.refines:
+            refine(batch)
         proposal = self._propose(batch)
-        damping = self.damping
+        damping = self._numbers[0]["damping"] if len(self.param_groups) == 1 else self.damping
         if looks_back:
             self._look_back.remember(proposal)
         self.take(proposal, 1.0)
@@ -277,12 +282,12 @@ class SecondOrder(Session):
         team = self.plan.team(tuple(values is not None for values in found))
         return team, [value for values in found if values is not None for value in values]
 
-    def _steps(self, team: Team, gradients: list[Tensor]) -> list[BlockStep]:
+    def _steps(self, team: Team, gradients: list[Tensor], decays: list[tuple[float, ...]]) -> list[BlockStep]:
         steps: list[BlockStep] = []
         position = 0
-        for block, place, decays in zip(team.blocks, team.places, self.decays(team), strict=True):
+        for block, place, own in zip(team.blocks, team.places, decays, strict=True):
             end = position + len(block.names)
-            steps.append(BlockStep(block, tuple(gradients[position:end]), self.due.due[place], decays))
+            steps.append(BlockStep(block, tuple(gradients[position:end]), self.due.due[place], own))
             position = end
         return steps
 
@@ -294,14 +299,16 @@ class SecondOrder(Session):
         self.gradient_evaluations += 1 + self.due.samples_labels
         if closure is None:
             return None, None
-        self._arm()  # an interrupted look back or warm start may have left the hooks in another mode
+        if not self.capture.is_armed(self.due.records):
+            self._arm()  # an interrupted look back or warm start has left the hooks in another mode
+        self.capture.clear()
         if not self.due.products:
             loss, products = run_closure(closure, self.device), None
         else:
             require_plain_loss(self.ranks.count, self.grad_scaler)
             with GraphKeepingBackward(self.layers) as products:
                 loss = run_closure(closure, self.device)
-        return self.ranks.mean(loss), products
+        return self.ranks.mean(loss) if self.ranks.count > 1 else loss, products
 
     def _skip(self, trouble: str, loss: Tensor | None) -> Tensor | None:
         """Count and report a step that is not taken."""

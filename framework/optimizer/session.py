@@ -91,7 +91,9 @@ class Session(torch.optim.Optimizer):
 
     def collect(self) -> dict[str, LayerStatistics]:
         """What all processes have recorded, without loss scale and in full precision."""
-        found = widened(self.capture.collect(), self._inverse_scale)
+        found = self.capture.collect()
+        if found:
+            found = widened(found, self._inverse_scale)
         return found if self.ranks.count == 1 else self.ranks.joint(self.layers, found)
 
     def take(self, proposal: Proposal, fraction: float) -> None:

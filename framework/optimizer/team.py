@@ -80,6 +80,7 @@ class Team:
         for index, block in enumerate(blocks):
             found.setdefault(id(block.part), []).append(index)
         self.crews = [Crew([blocks[index] for index in m], m) for m in found.values()]
+        self.refines = any(crew.refining is not None for crew in self.crews)
 
     def accumulate(self, momentum: Momentum, gradients: list[Tensor], decays: Sequence[float] | None) -> None:
         """One recurrence of the momentum on g + decay * theta, all blocks in a few operations.
@@ -160,6 +161,7 @@ class MiniBatch:
         team: the blocks that have a gradient.
         gradients: of the team's parameters, one after another.
         steps: of the team's blocks.
+        decays: whether some parameter has weight decay.
     """
 
     loss: Tensor | None
@@ -168,3 +170,4 @@ class MiniBatch:
     team: Team
     gradients: list[Tensor]
     steps: list[BlockStep]
+    decays: bool = False

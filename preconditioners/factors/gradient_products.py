@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ...checking import require_fields
 from ...curvature.records.needs import Needs
@@ -42,7 +43,7 @@ class Root(AveragedMatrix):
         require_fields(self)
         require_interval("p", self.p, 0.0, float("inf"), closed="()")
 
-    @property
+    @cached_property
     def operation(self) -> InverseRoot:  # type: ignore[override]
         """The inverse p-th root."""
         return InverseRoot(self.p)
