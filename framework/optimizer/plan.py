@@ -79,6 +79,7 @@ class Plan:
     def __init__(self, method: Method, blocks: Sequence[Block], layers: Sequence[Layer]):
         self.method, self.blocks, self.layers = method, blocks, layers
         self.needs_closure = method.needs_closure
+        self._varies = method.adaptive_damping is not None or bool(method.measures_at(None))
         clocks = dict.fromkeys((block.part.schedule, block.born) for block in blocks)
         self._clocks = list(clocks)
         places = {clock: index for index, clock in enumerate(clocks)}
@@ -110,7 +111,8 @@ class Plan:
         for schedule, born in self._clocks:
             age = step - born
             times.append((schedule.statistics_due(age, warm and not born), schedule.inverses_due(age)))
-        key = (tuple(times), self.method.measures_at(step), self.method.looks_back_at(step))
+        varies = (self.method.measures_at(step), self.method.looks_back_at(step)) if self._varies else None
+        key = (tuple(times), varies)
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = self._worked_out(step, warm, [times[clock] for clock in self._clock_of])

@@ -114,7 +114,10 @@ class Session(torch.optim.Optimizer):
 
     def sides(self, block: Block) -> SideDamping:
         """Damping of a block's matrices."""
-        value = self._values.of_layer(self.param_groups, block.layer.name, "damping")
+        if len(self.param_groups) == 1:
+            value = float(self.param_groups[0]["damping"])
+        else:
+            value = self._values.of_layer(self.param_groups, block.layer.name, "damping")
         rule, part, scheduled = self.method.damping, block.part, self.method.scheduled_damping
         if scheduled is not None:
             value = scheduled.at(value, self._step)
