@@ -148,7 +148,8 @@ class Compare(Common):
 
     def run(self, console: Console) -> int:
         """Race, print, draw, and return the exit status."""
-        from ..report.figures import comparison_figure, save_figure
+        from ..report.comparison_figure import comparison_figure
+        from ..report.figures import save_figure
         from ..runs.comparison import compare, comparison_table, method_configs
         from ..runs.progress import Display
 
