@@ -24,7 +24,8 @@ from ...framework.methods.momentum import Decoupled
 from ...stepsize.constant import ConstantStep
 from ..runs.config import parse_options
 from ..runs.targets import require_folder, writing
-from .flags import Options, say
+from .flags import Options
+from .screen import say
 
 __all__ = ["ExportSubmission", "search_space", "submission_source"]
 
@@ -84,7 +85,8 @@ def submission_source(name: str, options: Mapping[str, Any]) -> str:
     method = registry.method(name, **options)
     damping = "hyperparameters.damping" if method.hyperparameters({})["damping"] > 0 else "None"
     source = (Path(__file__).parent / "templates" / "submission.py.jinja").read_text(encoding="utf-8")
-    return Template(source, undefined=StrictUndefined, keep_trailing_newline=True).render(
+    template = Template(source, undefined=StrictUndefined, keep_trailing_newline=True)
+    text: str = template.render(
         name=name,
         summary=entry.summary.replace("\\", "\\\\").replace('"""', "'''"),
         paper=entry.paper,
@@ -92,6 +94,7 @@ def submission_source(name: str, options: Mapping[str, Any]) -> str:
         options=repr(dict(options)),
         damping=damping,
     )
+    return text
 
 
 @dataclass(frozen=True)
