@@ -71,9 +71,9 @@ class RunStudy(DataFlag):
     def run(self, console: Console) -> int:
         """Check, run, and return the exit status."""
         from ..study.checking import checked
-        from ..study.conductor import Place as StudyPlace
         from ..study.conductor import conduct
         from ..study.estimate import show_estimate
+        from ..study.worker import Place as StudyPlace
 
         if self.format or self.list:
             show_format(console) if self.format else list_studies(console)
