@@ -12,12 +12,13 @@ from ...analysis.monitors.monitor_plots import BoundedRun, bounded_plots, bounde
 from ...errors import ArgumentError, require_positive_integer
 from ..problems import Data, get_problem
 from ..report.tables import print_table
-from ..runs.config import RunConfig, parse_options
+from ..runs.config import parse_options
 from ..runs.environment import prepare_process
 from ..runs.records import write_json
 from ..runs.targets import require_folder
 from ..runs.training import prepare
-from .flags import DataFlags, Options, say
+from .flags import Options, ProblemFlags
+from .screen import say
 
 __all__ = ["BoundedTraining"]
 
@@ -25,7 +26,7 @@ _FILES = ("bounded.json", "bounded.png", "bounded.pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundedTraining(DataFlags):
+class BoundedTraining(ProblemFlags):
     """Train an autoencoder with every damping of secant pairs and check every bound on every H on the way.
 
     BFGS updates are checked against U1 to U4, L-BFGS(p) against its uniform bounds, the input factors for interlacing;
@@ -33,8 +34,6 @@ class BoundedTraining(DataFlags):
     Exit status: 0 if every bound held, else 1.
     """
 
-    problem: str = "curves-autoencoder"
-    """Problem; 'osculate problems' lists them."""
     methods: tuple[str, ...] = ("kbfgs", "kbfgs-l")
     """Methods with quasi-Newton factors, separated by blanks."""
     pairs: tuple[str, ...] = ("double", "powell-then-lm", "powell-h", "merged", "powell-b0", "none")
@@ -45,8 +44,6 @@ class BoundedTraining(DataFlags):
     """Steps of each run."""
     every: int = 5
     """Steps between two examinations."""
-    seed: int = 0
-    """Of the network and the order of the data."""
     out: Path = Path("runs/bounded-training")
     """Folder to write."""
 
@@ -74,14 +71,7 @@ class BoundedTraining(DataFlags):
         return int(not ok)
 
     def _train(self, method: str, pairs: str, data: Data) -> BoundedRun:
-        config = RunConfig(
-            self.problem,
-            method,
-            seed=self.seed,
-            device=self.device,
-            problem_options=parse_options(self.problem_option),
-            method_options=parse_options(self.option) | {"pairs": pairs},
-        )
+        config = self.config(method, method_options=parse_options(self.option) | {"pairs": pairs})
         run = prepare(config, get_problem(self.problem, **config.problem_options), data)
 
         def step() -> float:

@@ -9,7 +9,6 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ...framework.contracts import Certificate, Row, Subject, certify, resolve, subjects_of
@@ -17,6 +16,7 @@ from ..runs.environment import choose_device, prepare_process
 from ..runs.records import write_json
 from ..runs.targets import require_file
 from .flags import DeviceFlag, Place
+from .screen import bar, say
 
 __all__ = ["Certify"]
 
@@ -47,7 +47,7 @@ class Certify(DeviceFlag):
             sys.path.insert(0, "")  # a console script does not look into the current folder
         device = str(choose_device(self.device))
         subjects = subjects_of(resolve(self.target), self.target.partition(":")[2] or None)
-        with _progress(console) as progress:
+        with bar(console) as progress:
             task = progress.add_task("", total=len(subjects))
 
             def note(subject: Subject, done: int, total: int) -> None:
@@ -61,15 +61,10 @@ class Certify(DeviceFlag):
             console.print(text + escape(row.detail), highlight=False, soft_wrap=True)
         for silence in [] if certificate.ok else certificate.silences():
             console.print(f"[red]nothing checked[/] {escape(silence)}", highlight=False, soft_wrap=True)
-        console.print(certificate.summary(), highlight=False, soft_wrap=True)
+        say(console, certificate.summary())
         if self.json is not None:
             write_json(self.json, {"target": self.target, "device": device} | certificate.to_dict())
         return 0 if certificate.ok else 1
-
-
-def _progress(console: Console) -> Progress:
-    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _table(certificate: Certificate) -> Table:

@@ -18,14 +18,14 @@ from ...analysis.quality.quality_plots import structure_plots
 from ...errors import ArgumentError
 from ..problems import get_problem
 from ..report.tables import print_table, write_rows
-from ..runs.config import RunConfig, parse_options
 from ..runs.environment import prepare_process
 from ..runs.records import RunFolder
 from ..runs.reopen import copy_of, probes, reopen, saved_config
 from ..runs.targets import require_folder
 from ..runs.training import prepare
 from ..runs.training_run import TrainingRun
-from .flags import DataFlags, Place, say
+from .flags import Place, ProblemFlags
+from .screen import say
 
 __all__ = ["CompareStructures"]
 
@@ -41,7 +41,7 @@ _SHOWN = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareStructures(DataFlags):
+class CompareStructures(ProblemFlags):
     """Compare all registered structures with the exact curvature at one checkpoint; print a table, best angle first.
 
     All get the same mini-batches at the same parameters: those of RUN's last checkpoint, or of a problem after a few
@@ -50,8 +50,6 @@ class CompareStructures(DataFlags):
 
     folder: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
     """Folder of a run. Default: a fresh network of --problem."""
-    problem: str = "curves-autoencoder"
-    """Problem where no run is given; 'osculate problems' lists them."""
     train_steps: int = 30
     """Steps of Adam before the comparison where no run is given."""
     structures: tuple[str, ...] = ()
@@ -66,8 +64,6 @@ class CompareStructures(DataFlags):
     """Exact matrices to compare with; the table shows the first."""
     largest: int = 600
     """Layers with more parameters are left out."""
-    seed: int = 0
-    """Of the network and the order of the data."""
     out: Place = None
     """Folder to write. Default: RUN/structures, or runs/structures-PROBLEM where no run is given."""
 
@@ -89,18 +85,17 @@ class CompareStructures(DataFlags):
         probe, *history = probes(run.problem, run.data, self.samples, 1 + self.history)
         effort = Effort(dense=self.largest, largest=self.largest)
         with console.status("measuring") as status:
-            found = list(
-                compare_structures(
-                    copy_of(run),
-                    probe,
-                    history,
-                    damping=self.damping,
-                    targets=self.targets,
-                    structures=chosen,
-                    effort=effort,
-                    announce=lambda name: status.update(name),
-                )
+            measured = compare_structures(
+                copy_of(run),
+                probe,
+                history,
+                damping=self.damping,
+                targets=self.targets,
+                structures=chosen,
+                effort=effort,
+                announce=status.update,
             )
+            found = list(measured)
         self._print(found, console)
         rows = [{"structure": entry.structure} | block.as_dict() for entry in found for block in entry.blocks]
         write_rows(out / "structures.csv", rows)
@@ -119,13 +114,7 @@ class CompareStructures(DataFlags):
     def _checkpoint(self) -> TrainingRun:
         if self.folder is not None:
             return reopen(RunFolder(self.folder), self.data_dir, device=self.device)
-        config = RunConfig(
-            self.problem,
-            "adam",
-            seed=self.seed,
-            device=self.device,
-            problem_options=parse_options(self.problem_option),
-        )
+        config = self.config("adam")
         problem = get_problem(config.problem, **config.problem_options)
         run = prepare(config, problem, problem.load(self.data_dir))
         for _ in range(self.train_steps):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ...analysis.function_space.convergence_map import (
@@ -23,14 +22,24 @@ from ...analysis.function_space.convergence_map import (
     measure_cell,
 )
 from ...errors import ArgumentError, require_interval
+from ..report.tables import screen_table, write_rows
 from ..runs.environment import choose_device, describe_environment, prepare_process
 from ..runs.interrupts import interruptible
 from ..runs.records import write_json
-from .flags import DeviceFlag, say
+from .flags import DeviceFlag
+from .screen import bar, say
 
 __all__ = ["CellFile", "ConvergenceMap"]
 
 _DAMPINGS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+_SHOWN = {
+    "blocks": "blocks",
+    "width": "width",
+    "certified": "cells certified",
+    "eta": "largest certified eta",
+    "interval": "its damping interval",
+    "best": "best measured ratio",
+}
 _ETAS = (0.003, 0.01, 0.03, 0.1, 0.3, 0.7)
 
 
@@ -84,7 +93,7 @@ class ConvergenceMap(DeviceFlag):
                 "cells": [cell.to_dict() for cell in cells],
             },
         )
-        _write_csv(self.out / "map.csv", cells)
+        write_rows(self.out / "map.csv", [cell.to_dict() for cell in cells])
         save_map_figures(cells, self.out)
         broken = [cell for cell in cells if cell.certified and not cell.kept]
         for cell in broken:
@@ -98,7 +107,7 @@ class ConvergenceMap(DeviceFlag):
         """All cells that are known now, in the order of ``keys``, and whether none is missing."""
         store = CellFile(self.out / "cells.jsonl")
         known = store.read()
-        with _progress(console) as progress, interruptible() as interrupted:
+        with bar(console) as progress, interruptible() as interrupted:
             task = progress.add_task("", total=len(keys))
             for key in keys:
                 if interrupted():
@@ -128,17 +137,14 @@ class CellFile:
             ArgumentError: for lines that are JSON but no cells.
         """
         found = {}
-        for line in self._lines():
-            values = None
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             with suppress(json.JSONDecodeError):
                 values = json.loads(line)
-            if values is None:
-                continue
-            try:
-                cell = Cell.from_dict(values)
-            except (KeyError, TypeError, AttributeError):
-                raise ArgumentError(f"{self.path} holds something else than cells; name another folder") from None
-            found[cell.key] = cell
+                try:
+                    cell = Cell.from_dict(values)
+                except (KeyError, TypeError, AttributeError):
+                    raise ArgumentError(f"{self.path} holds something else than cells; name another folder") from None
+                found[cell.key] = cell
         return found
 
     def append(self, cell: Cell) -> None:
@@ -152,45 +158,20 @@ class CellFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if broken else "") + json.dumps(values, allow_nan=False) + "\n")
 
-    def _lines(self) -> Iterator[str]:
-        if self.path.exists():
-            yield from self.path.read_text(encoding="utf-8").splitlines()
-
-
-def _write_csv(path: Path, cells: Sequence[Cell]) -> None:
-    import pandas as pd
-
-    pd.DataFrame([cell.to_dict() for cell in cells]).to_csv(path, index=False)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
 
 def _table(cells: Sequence[Cell]) -> Table:
     """Per structure and width: the largest certified step size and its damping interval."""
-    table = Table("blocks", title="certified linear convergence")
-    for name in ("width", "cells certified", "largest certified eta", "its damping interval", "best measured ratio"):
-        table.add_column(name, justify="right")
+    rows = []
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.key.blocks, cell.key.width), []).append(cell)
     for (blocks, width), own in groups.items():
         certified = [cell for cell in own if cell.certified]
-        ratios = [cell.worst_ratio for cell in own if math.isfinite(cell.worst_ratio)]
-        best = f"{min(ratios):.3g}" if ratios else ""
-        if not certified:
-            table.add_row(blocks, str(width), f"0 of {len(own)}", "", "", best)
-            continue
-        eta = max(cell.key.eta for cell in certified)
-        low, high = interval_of(cell for cell in own if cell.key.eta == eta)
-        table.add_row(blocks, str(width), f"{len(certified)} of {len(own)}", f"{eta:g}", f"{low:g} to {high:g}", best)
-    return table
+        best = min((cell.worst_ratio for cell in own if math.isfinite(cell.worst_ratio)), default=math.nan)
+        row = {"blocks": blocks, "width": width, "certified": f"{len(certified)} of {len(own)}", "best": best}
+        if certified:
+            row["eta"] = max(cell.key.eta for cell in certified)
+            low, high = interval_of(cell for cell in own if cell.key.eta == row["eta"])
+            row["interval"] = f"{low:g} to {high:g}"
+        rows.append(row)
+    return screen_table("certified linear convergence", rows, _SHOWN, digits=3)

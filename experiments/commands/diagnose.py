@@ -22,7 +22,8 @@ from ..runs.environment import prepare_process
 from ..runs.records import RunFolder, write_json
 from ..runs.reopen import copy_of, probes, reopen, saved_config
 from ..runs.targets import require_folder
-from .flags import Count, Place, SavedRunFlags, say
+from .flags import Count, Place, SavedRunFlags
+from .screen import say
 
 __all__ = ["Diagnose", "Microscope"]
 

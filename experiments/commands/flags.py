@@ -1,15 +1,16 @@
-"""Flags that several commands have, and the line in which they say where their results lie."""
+"""Flags that several commands have."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
-__all__ = ["Count", "DataFlags", "DeviceFlag", "Number", "Options", "Place", "SavedRunFlags", "say"]
+from ..runs.config import RunConfig, parse_options
+
+__all__ = ["Count", "DataFlag", "DeviceFlag", "Number", "Options", "Place", "ProblemFlags", "SavedRunFlags"]
 
 # The help of these flags says in words what is taken where they are left out; "(default: None)" would contradict it.
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
@@ -28,27 +29,40 @@ class DeviceFlag:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataFlags(DeviceFlag):
-    """What a command that trains on a problem of its own takes."""
+class DataFlag:
+    """Where a command finds the data sets."""
 
     data_dir: Place = None
-    """Folder with the data sets. Default: download, or generate."""
-    problem_option: Options = ()
-    """Further keyword of the problem: --problem-option size=small."""
+    """Folder with the data sets. Default: download, or generate; see also OSCULATE_DATA."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedRunFlags:
+class ProblemFlags(DataFlag, DeviceFlag):
+    """What a command that trains on a problem of its own takes."""
+
+    problem: str = "curves-autoencoder"
+    """Problem; 'osculate problems' lists them."""
+    problem_option: Options = ()
+    """Further keyword of the problem: --problem-option size=small."""
+    seed: int = 0
+    """Seed of the parameters, the order of the data and the method's sampling."""
+
+    def config(self, method: str, **given: Any) -> RunConfig:
+        """Return the configuration of a run with these flags.
+
+        Args:
+            method: registered name.
+            **given: further fields of :class:`RunConfig`.
+        """
+        options = parse_options(self.problem_option)
+        return RunConfig(self.problem, method, seed=self.seed, device=self.device, problem_options=options, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRunFlags(DataFlag):
     """What a command that looks into a run takes."""
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
     """Folder of a run."""
     device: Saved = None
     """cpu, cuda or cuda:N. Default: the run's own."""
-    data_dir: Place = None
-    """Folder with the data sets. Default: download, or generate."""
-
-
-def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a line as it is: nothing in it is markup or coloured, and a long path is not broken."""
-    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ... import Method, registry
-from ...errors import UnknownNameError
 from ...framework.methods.parts import label
 from .docstrings import Argument, Description, describe
+from .screen import show_named
 
 __all__ = ["exported_name", "options_table", "pairs_table", "show_methods", "show_parts"]
 
@@ -35,18 +35,8 @@ def show_methods(console: Console, words: Sequence[str]) -> None:
     Raises:
         UnknownNameError: a word occurs in no name.
     """
-    table = registry.methods()
-    if words and all(word in table for word in words):
-        for word in words:
-            console.print(_method_page(table[word]))
-        return
-    chosen = set(table) if not words else set()
-    for word in words:
-        found = {name for name in table if word.lower() in name.lower()}
-        if not found:
-            raise UnknownNameError("method", word, table)
-        chosen |= found
-    console.print(_methods_table([entry for name, entry in sorted(table.items()) if name in chosen]))
+    table = dict(sorted(registry.methods().items()))
+    show_named(console, "method", words, table, _method_page, _methods_table)
 
 
 def show_parts(console: Console, words: Sequence[str]) -> None:
@@ -59,23 +49,23 @@ def show_parts(console: Console, words: Sequence[str]) -> None:
     Raises:
         UnknownNameError: a word occurs in no kind and no name.
     """
-    rows = [
-        (kind, exported_name(part), part)
+    rows = {
+        name: (kind, name, part)
         for kind, parts in registry.parts().items()
-        for part in _unique(parts.values())
-    ]
-    by_name = {name: (kind, part) for kind, name, part in rows}
-    if words and all(word in by_name for word in words):
-        for word in words:
-            console.print(_part_page(by_name[word][0], word, by_name[word][1]))
-        return
-    chosen = {(kind, name) for kind, name, _ in rows} if not words else set()
-    for word in words:
-        found = _matching(word, [(kind, name) for kind, name, _ in rows])
-        if not found:
-            raise UnknownNameError("part or kind of part", word, [*by_name, *registry.parts()])
-        chosen |= found
-    console.print(_parts_table([row for row in rows if row[:2] in chosen]))
+        for name, part in sorted({exported_name(part): part for part in parts.values()}.items(), key=_small_letters)
+    }
+
+    def matching(word: str) -> list[str]:
+        """Of the kind ``word``; where there is no such kind, parts that hold it in kind or name."""
+        wanted = word.lower().replace("-", " ").replace("_", " ")
+        exact = [name for name, (kind, _, _) in rows.items() if kind == wanted]
+        return exact or [name for name, (kind, _, _) in rows.items() if wanted in kind or wanted in name.lower()]
+
+    show_named(console, "part or kind of part", words, rows, _part_page, _parts_table, matching, registry.parts())
+
+
+def _small_letters(entry: tuple[str, type]) -> str:
+    return entry[0].lower()
 
 
 def exported_name(part: type) -> str:
@@ -85,17 +75,6 @@ def exported_name(part: type) -> str:
         if getattr(root, name) is part:
             return str(name)
     return f"{part.__module__}.{part.__qualname__}"
-
-
-def _unique(parts: Iterable[type]) -> list[type]:
-    return sorted(dict.fromkeys(parts), key=lambda part: exported_name(part).lower())
-
-
-def _matching(word: str, rows: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Rows whose kind is ``word``; where there is no such kind, rows that hold it in kind or name."""
-    wanted = word.lower().replace("-", " ").replace("_", " ")
-    exact = {(kind, name) for kind, name in rows if kind == wanted}
-    return exact or {(kind, name) for kind, name in rows if wanted in kind or wanted in name.lower()}
 
 
 def _methods_table(entries: Sequence[registry.MethodEntry]) -> Table:
@@ -149,7 +128,8 @@ def _likelihood(method: Method) -> str:
     return "only for the warm start" if start is not None and start.needs_likelihood else "not needed"
 
 
-def _part_page(kind: str, name: str, part: type) -> RenderableType:
+def _part_page(row: tuple[str, str, type]) -> RenderableType:
+    kind, name, part = row
     described = describe(part)
     required = ", ".join(f"{entry.name}=..." for entry in described.arguments if entry.default == "required")
     facts = {"kind": kind, "in Python": f"osc.{name}({required})" if "." not in name else f"{name}({required})"}

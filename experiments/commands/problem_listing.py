@@ -10,10 +10,10 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ...errors import UnknownNameError
 from ..problems import PROBLEMS, Problem, get_problem
 from .docstrings import describe
 from .listing import options_table, pairs_table
+from .screen import show_named
 
 __all__ = ["show_problems"]
 
@@ -32,25 +32,18 @@ def show_problems(console: Console, words: Sequence[str]) -> None:
     Raises:
         UnknownNameError: a word occurs in no name.
     """
-    if words and all(word in PROBLEMS for word in words):
-        for word in words:
-            console.print(_page(get_problem(word)))
-        return
-    chosen = list(PROBLEMS) if not words else []
-    for word in words:
-        found = [name for name in PROBLEMS if word.lower() in name]
-        if not found:
-            raise UnknownNameError("problem", word, PROBLEMS)
-        chosen += found
+    show_named(console, "problem", words, {name: name for name in PROBLEMS}, _page, _table)
+
+
+def _table(names: list[str]) -> Table:
     table = Table("problem", "summary", "likelihood", "batch", title="problems", caption=_CAPTION)
-    for name in PROBLEMS:
-        if name in chosen:
-            problem = get_problem(name)
-            table.add_row(f"[bold]{name}", escape(problem.summary), problem.likelihood, _batch(problem))
-    console.print(table)
+    for problem in map(get_problem, names):
+        table.add_row(f"[bold]{problem.name}", escape(problem.summary), problem.likelihood, _batch(problem))
+    return table
 
 
-def _page(problem: Problem) -> RenderableType:
+def _page(name: str) -> RenderableType:
+    problem = get_problem(name)
     facts: dict[str, Any] = {
         "data": problem.source.title,
         "licence": problem.source.licence,

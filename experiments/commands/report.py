@@ -17,7 +17,8 @@ from ...errors import ArgumentError
 from ..report.study_records import StudyRecord, read_study, side_by_side
 from ..runs.records import write_json
 from ..runs.targets import require_folder, writing
-from .flags import Place, say
+from .flags import Place
+from .screen import say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,8 +109,8 @@ def write_report(record: StudyRecord, out: Path) -> dict[str, pd.DataFrame]:
         OutputError: a file cannot be written.
     """
     from ..report.figures import save_figure
+    from ..report.pages import study_page
     from ..report.report_figures import report_figures
-    from ..report.report_page import report_page
 
     if not len(record.runs):
         raise ArgumentError(f"study {record.name!r} has no run yet; run 'osculate study' on it first")
@@ -120,7 +121,7 @@ def write_report(record: StudyRecord, out: Path) -> dict[str, pd.DataFrame]:
             name: save_figure(figure, out / "figures" / _file_name(name))[0].read_bytes()
             for name, figure in report_figures(record, values, tables).items()
         }
-        (out / "report.html").write_text(report_page(record, tables, figures), encoding="utf-8")
+        (out / "report.html").write_text(study_page(record, tables, figures), encoding="utf-8")
         for name, table in (tables | {"values": values, "curves": record.courses}).items():
             _flat(table).to_csv(out / "tables" / f"{name}.csv", index=False)
         _write_latex(record, tables, out)
@@ -153,7 +154,7 @@ def _flat(table: pd.DataFrame) -> pd.DataFrame:
     """Spreads as columns of numbers."""
     import pandas as pd
 
-    from ..report.report_tables import Spread
+    from ..report.tables import Spread
 
     flat: dict[str, Any] = {}
     for column in map(str, table.columns):
@@ -189,7 +190,7 @@ def _word(value: Any) -> Any:
 
 def _show(record: StudyRecord, tables: Mapping[str, pd.DataFrame], console: Console) -> None:
     """The overview on the terminal, and what is missing."""
-    from ..report.report_tables import Spread
+    from ..report.tables import Spread
 
     overview = tables["overview"]
     columns = [name for name in _SHOWN if name in overview]

@@ -20,7 +20,8 @@ from ..runs.targets import require_folder
 from ..study import reading
 from ..study.definition import Arm, Study
 from ..study.reading import find_study, read_study, shipped_studies
-from .flags import Count, Place, say
+from .flags import Count, DataFlag, Place
+from .screen import say
 
 __all__ = ["RunStudy", "scaled"]
 
@@ -29,7 +30,7 @@ Seeds = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...", help_behavio
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunStudy:
+class RunStudy(DataFlag):
     """Run a study: tune every arm, then run the best setting of each on the final seeds.
 
     The same command again continues where it stopped, also after a crash: no run is lost and none is done twice. More
@@ -50,8 +51,6 @@ class RunStudy:
     """Database that several machines share, sqlite:///file.db for one. Default: a file in the study's folder."""
     out: Place = None
     """Folder of the study. Default: runs/ and the study's name."""
-    data_dir: Place = None
-    """Folder with the data sets. Default: download, or generate; see also OSCULATE_DATA."""
     dry_run: bool = False
     """Only check the study and show arms, spaces, number of runs and the bound on their time."""
     estimate: bool = False
@@ -72,9 +71,9 @@ class RunStudy:
     def run(self, console: Console) -> int:
         """Check, run, and return the exit status."""
         from ..study.checking import checked
-        from ..study.conductor import Place as StudyPlace
         from ..study.conductor import conduct
         from ..study.estimate import show_estimate
+        from ..study.worker import Place as StudyPlace
 
         if self.format or self.list:
             show_format(console) if self.format else list_studies(console)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +13,15 @@ from rich.table import Table
 from ...errors import ArgumentError
 from ..data.datafiles import data_folder
 from ..problems import get_problem
+from ..report.tables import cell, screen_table
 from ..runs.config import Budget, RunConfig, WarmStart, parse_options
 from ..runs.environment import prepare_process
 from ..runs.records import RunFolder
 from ..runs.runs import Resume, default_folder, run_in_folder
 from ..runs.targets import require_folder, writing
 from ..runs.watched import Extras
-from .flags import Count, DataFlags, Number, Options, Place, say
+from .flags import Count, Number, Options, Place, ProblemFlags
+from .screen import say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,11 +35,9 @@ _STATUS = {"finished": 0, "broken down": 1, "no step taken": 1, "interrupted": 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common(DataFlags):
+class Common(ProblemFlags):
     """Flags that train and compare share."""
 
-    problem: str = "curves-autoencoder"
-    """Problem; 'osculate problems' lists them."""
     lr: Number = None
     """Learning rate. Default: the method's own."""
     damping: Number = None
@@ -47,12 +46,8 @@ class Common(DataFlags):
     """Weight decay. Default: the method's own."""
     batch_size: Count = None
     """Samples in a mini-batch. Default: the problem's own."""
-    seed: int = 0
-    """Seed of the parameters, the order of the data and the method's sampling."""
     threads: Count = None
     """Threads of one operation on the CPU. Default: torch's own choice."""
-    data_dir: Place = None
-    """Folder with the data sets. Default: download, or generate; see also OSCULATE_DATA."""
     out: Place = None
     """Folder to write. Default: a folder below runs/, named by what is run."""
     warm_start: WarmStart = WarmStart.AUTO
@@ -66,21 +61,11 @@ class Common(DataFlags):
             data_folder(self.data_dir)
         prepare_process(self.threads)
 
-    def config(self, method: str, method_options: dict[str, Any]) -> RunConfig:
+    def configured(self, method: str, method_options: dict[str, Any]) -> RunConfig:
         """Return the configuration these flags describe."""
-        return RunConfig(
-            problem=self.problem,
-            method=method,
-            lr=self.lr,
-            damping=self.damping,
-            weight_decay=self.weight_decay,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            device=self.device,
-            warm_start=self.warm_start,
-            problem_options=parse_options(self.problem_option),
-            method_options=method_options,
-        )
+        numbers = {"lr": self.lr, "damping": self.damping, "weight_decay": self.weight_decay}
+        given = {"batch_size": self.batch_size, "warm_start": self.warm_start, "method_options": method_options}
+        return self.config(method, **numbers, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +98,7 @@ class Train(Common):
         """Train, show where the run lies, and return the exit status."""
         extras = Extras(self.watch_every if self.watch else None, self.keep_checkpoints, tensorboard=self.tensorboard)
         self.prepare()
-        config = self.config(self.method, parse_options(self.option))
+        config = self.configured(self.method, parse_options(self.option))
         epochs = self.epochs
         if epochs is None and self.seconds is None:
             epochs = get_problem(config.problem, **config.problem_options).epochs
@@ -148,7 +133,8 @@ class Compare(Common):
 
     def run(self, console: Console) -> int:
         """Race, print, draw, and return the exit status."""
-        from ..report.figures import comparison_figure, save_figure
+        from ..report.comparison_figure import comparison_figure
+        from ..report.figures import save_figure
         from ..runs.comparison import compare, comparison_table, method_configs
         from ..runs.progress import Display
 
@@ -156,7 +142,7 @@ class Compare(Common):
             raise ArgumentError("--methods needs at least one name; 'osculate methods' lists them")
         self.prepare()
         budget = Budget(self.epochs, self.seconds)
-        configs = method_configs(self.config(self.methods[0], {}), self.methods, parse_options(self.option))
+        configs = method_configs(self.configured(self.methods[0], {}), self.methods, parse_options(self.option))
         out = self.out or Path("runs") / f"compare-{self.problem}-{self.seed}"
         require_folder(out, *FILES)
         file = out / "comparison.json"
@@ -166,7 +152,7 @@ class Compare(Common):
         if not comparison.curves:
             return _STATUS["interrupted"]
         table = comparison_table(comparison)
-        console.print(_rich_table(table, f"{comparison.problem}, best first"))
+        console.print(_shown(table, f"{comparison.problem}, best first"))
         with writing(out):
             table.to_csv(out / "comparison.csv", index=False)
             save_figure(comparison_figure(comparison), out / "comparison")
@@ -192,17 +178,7 @@ class Replay:
         return replay(list(self.files))
 
 
-def _rich_table(frame: pd.DataFrame, title: str) -> Table:
-    columns = [name for name in SHOWN if any(_cell(value) for value in frame[name])]
-    table = Table(title=title)
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("method", "note") else "right", no_wrap=name == "method")
-    for row in frame[columns].itertuples(index=False):
-        table.add_row(*(_cell(value) for value in row))
-    return table
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.5g}"
-    return str(value)
+def _shown(frame: pd.DataFrame, title: str) -> Table:
+    """The columns in which anything is known."""
+    columns = {name: name for name in SHOWN if any(map(cell, frame[name]))}
+    return screen_table(title, frame.to_dict("records"), columns, digits=5)

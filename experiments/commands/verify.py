@@ -9,12 +9,12 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...analysis.theorem import Setting, Theorem, Verdict, verify
 from ..runs.environment import choose_device, describe_environment, prepare_process
 from ..runs.records import write_json
-from .flags import DeviceFlag, say
+from .flags import DeviceFlag, Place
+from .screen import bar, say
 
 __all__ = ["Verify"]
 
@@ -36,7 +36,7 @@ class Verify(DeviceFlag):
     """Of every random choice, >= 0."""
     widths: tuple[int, ...] = ()
     """Hidden widths for theorems about wide networks. Default: each theorem's own."""
-    out: Path | None = None
+    out: Place = None
     """Folder for results. Default: runs/verify-DEVICE."""
 
     def run(self, console: Console) -> int:
@@ -52,30 +52,29 @@ class Verify(DeviceFlag):
 
     def _write(self, verdicts: Sequence[Verdict], setting: Setting, console: Console) -> None:
         from ..report.figures import save_figure
+        from ..report.pages import verify_page
+        from ..report.tables import write_rows
         from ..report.theorem_figures import plots_figure
-        from ..report.verify_records import passed, verdict_values, write_csv
-        from ..report.verify_report import report
+        from ..report.verify_records import inequality_rows, passed, verdict_values
 
         out = self.out or Path("runs") / f"verify-{self.device.replace(':', '-')}"
         environment = describe_environment(choose_device(self.device))
         values = [verdict_values(verdict) for verdict in verdicts]
         whole = {"ok": passed(verdicts), "setting": asdict(setting), "environment": environment, "theorems": values}
         write_json(out / "verify.json", whole)
-        write_csv(out / "verify.csv", verdicts)
+        write_rows(out / "verify.csv", [row for verdict in verdicts for row in inequality_rows(verdict)])
         for verdict in verdicts:
             if verdict.evidence.plots:
                 save_figure(plots_figure(verdict.evidence.plots), out / verdict.theorem.name)
-        page = report(verdicts, environment, asdict(setting))
+        page = verify_page(verdicts, environment, asdict(setting))
         (out / "report.html").write_text(page, encoding="utf-8")
-        text = f"report.html, verify.json, verify.csv and figures lie in {out}"
-        say(console, text)
+        say(console, f"report.html, verify.json, verify.csv and figures lie in {out}")
 
 
 def _verify_all(theorems: Sequence[Theorem], setting: Setting, console: Console) -> list[Verdict]:
     """One after the other, each printed as soon as it is known."""
-    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     verdicts: list[Verdict] = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with bar(console) as progress:
         task = progress.add_task("", total=len(theorems))
         for theorem in theorems:
             progress.update(task, description=escape(f"{theorem.name} {theorem.claim[:60]}"))

@@ -2,142 +2,114 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from ...analysis.function_space.convergence_map import Cell
-from .figures import COLOURS, save_figure
+from .figures import COLOURS, MARKERS, new_figure, plain_axes, save_figure
 
 __all__ = ["damping_eta_figure", "damping_width_figure", "rates_figure", "save_map_figures"]
 
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _RATIOS = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=2.0)
 
 
 def save_map_figures(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Write damping-eta, damping-width and rates, each as PNG and PDF."""
+    table = pd.DataFrame([cell.to_dict() for cell in cells])
     figures = {
-        "damping-eta": damping_eta_figure(cells),
-        "damping-width": damping_width_figure(cells),
-        "rates": rates_figure(cells),
+        "damping-eta": damping_eta_figure(table),
+        "damping-width": damping_width_figure(table),
+        "rates": rates_figure(table),
     }
     return [path for name, figure in figures.items() for path in save_figure(figure, folder / name)]
 
 
-def damping_eta_figure(cells: Sequence[Cell]) -> Figure:
+def damping_eta_figure(cells: pd.DataFrame) -> Figure:
     """Worst measured ratio over (damping, eta), a panel per structure and width; certified cells bear a dot.
 
     Args:
-        cells: at least one; a missing cell stays white, one whose error ran away is dark red.
+        cells: at least one row of :meth:`Cell.to_dict`; a missing cell stays white, one whose error ran away is dark
+            red.
     """
-    names = list(dict.fromkeys(cell.key.blocks for cell in cells))
-    widths = sorted({cell.key.width for cell in cells})
-    figure = _figure(3.4 * len(widths) + 1.2, 2.5 * len(names) + 0.8)
-    panels = figure.subplots(len(names), len(widths), squeeze=False, sharex=True, sharey=True)
+    names, widths = list(cells.blocks.unique()), sorted(cells.width.unique())
+    size = (3.4 * len(widths) + 1.2, 2.5 * len(names) + 0.8)
+    figure, panels = new_figure(*size, len(widths), len(names), sharex=True, sharey=True)
     image: AxesImage | None = None
-    for row, name in enumerate(names):
-        for column, width in enumerate(widths):
-            own = [cell for cell in cells if (cell.key.blocks, cell.key.width) == (name, width)]
-            axes = panels[row][column]
-            axes.set_title(f"{name}, width {width}", fontsize=9)
-            if own:
-                image = _draw_ratios(axes, own)
-            if row == len(names) - 1:
-                axes.set_xlabel("damping")
-            if column == 0:
-                axes.set_ylabel("eta")
+    for place, axes in enumerate(panels):
+        name, width = names[place // len(widths)], widths[place % len(widths)]
+        axes.set_title(f"{name}, width {width}", fontsize=9)
+        own = cells[(cells.blocks == name) & (cells.width == width)]
+        if len(own):
+            image = _draw_ratios(axes, own)
+        axes.set(xlabel="damping", ylabel="eta")
+        axes.label_outer()
     if image is not None:
         figure.colorbar(image, ax=panels, label="worst |e+|² / |e|²  (red: the error grew)", extend="max", shrink=0.6)
     figure.suptitle("dot: every step certified;  cross: rate 1 - eta missed", fontsize=10)
     return figure
 
 
-def _draw_ratios(axes: Axes, cells: Sequence[Cell]) -> AxesImage:
-    dampings = sorted({cell.key.damping for cell in cells})
-    etas = sorted({cell.key.eta for cell in cells})
-    grid = [[math.nan] * len(dampings) for _ in etas]
-    for cell in cells:
-        x, y = dampings.index(cell.key.damping), etas.index(cell.key.eta)
-        grid[y][x] = min(cell.worst_ratio, 2.0) if math.isfinite(cell.worst_ratio) else 2.0
-        if cell.certified:
-            axes.plot(x, y, "o", color="black", markersize=3.5)
-        elif not cell.kept:
-            axes.plot(x, y, "x", color="0.25", markersize=3.5)
+def _draw_ratios(axes: Axes, cells: pd.DataFrame) -> AxesImage:
+    seen = cells.assign(ratio=cells.worst_ratio.where(np.isfinite(cells.worst_ratio), 2.0).clip(upper=2.0))
+    grid = seen.pivot(index="eta", columns="damping", values="ratio")
+    for marker, colour, marked in (("o", "black", seen.certified), ("x", "0.25", ~seen.certified & ~seen.kept)):
+        x, y = grid.columns.searchsorted(seen.damping[marked]), grid.index.searchsorted(seen.eta[marked])
+        axes.plot(x, y, marker, color=colour, markersize=3.5)
     image = axes.imshow(grid, origin="lower", aspect="auto", cmap="RdBu_r", norm=_RATIOS, interpolation="nearest")
-    _ticks(axes, dampings, etas)
+    _ticks(axes, grid)
     return image
 
 
-def damping_width_figure(cells: Sequence[Cell]) -> Figure:
+def damping_width_figure(cells: pd.DataFrame) -> Figure:
     """Largest certified eta over (damping, width), a panel per structure; the number stands in the cell."""
-    names = list(dict.fromkeys(cell.key.blocks for cell in cells))
-    widths = sorted({cell.key.width for cell in cells})
+    names, widths = list(cells.blocks.unique()), sorted(cells.width.unique())
     columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure = _figure(4.0 * columns, rows * (0.45 * len(widths) + 1.7))
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    rows = -(-len(names) // columns)
+    figure, panels = new_figure(4.0 * columns, rows * (0.45 * len(widths) + 1.7), columns, rows)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     for axes, name in zip(panels, names, strict=False):
-        own = [cell for cell in cells if cell.key.blocks == name]
-        dampings = sorted({cell.key.damping for cell in own})
-        grid = [[math.nan] * len(dampings) for _ in widths]
-        for cell in own:
-            x, y = dampings.index(cell.key.damping), widths.index(cell.key.width)
-            if cell.certified and not grid[y][x] >= cell.key.eta:
-                grid[y][x] = cell.key.eta
+        own = cells[cells.blocks == name]
+        largest = own.assign(eta=own.eta.where(own.certified))
+        grid = largest.pivot_table(index="width", columns="damping", values="eta", aggfunc="max", dropna=False)
+        grid = grid.reindex(index=widths)
         axes.imshow(grid, origin="lower", aspect="auto", cmap="Greens", norm=LogNorm(1e-3, 3.0))
-        for y, line in enumerate(grid):
-            for x, value in enumerate(line):
-                if math.isfinite(value):
-                    axes.text(x, y, f"{value:g}", ha="center", va="center", fontsize=7)
-        _ticks(axes, dampings, [float(width) for width in widths])
+        for (y, x), value in np.ndenumerate(grid.to_numpy()):
+            if np.isfinite(value):
+                axes.text(x, y, f"{value:g}", ha="center", va="center", fontsize=7)
+        _ticks(axes, grid)
         axes.set(xlabel="damping", ylabel="width")
         axes.set_title(name, fontsize=10)
     figure.suptitle("largest step size eta with certified rate 1 - eta; empty: none", fontsize=10)
     return figure
 
 
-def rates_figure(cells: Sequence[Cell]) -> Figure:
+def rates_figure(cells: pd.DataFrame) -> Figure:
     """Smallest contraction 1 - |e+|^2 / |e|^2 against the certified eta; all certified cells lie above the line."""
-    figure = _figure(6.4, 4.8)
-    axes = figure.subplots()
-    names = list(dict.fromkeys(cell.key.blocks for cell in cells))
+    figure, (axes,) = new_figure(6.4, 4.8)
+    names = list(cells.blocks.unique())
     for index, name in enumerate(names):
-        own = [cell for cell in cells if cell.certified and cell.key.blocks == name]
-        shifts = [1.0 + 0.06 * (index - (len(names) - 1) / 2)] * len(own)  # so that structures do not hide each other
-        axes.plot(
-            [cell.key.eta * shift for cell, shift in zip(own, shifts, strict=True)],
-            [1.0 - cell.worst_ratio for cell in own],
-            _MARKERS[index % 7],
-            color=COLOURS[index % 7],
-            markersize=4.5,
-            alpha=0.8,
-            label=f"{name} ({len(own)})",
-        )
-    etas = sorted({cell.key.eta for cell in cells})
+        own = cells[cells.certified & (cells.blocks == name)]
+        shift = 1.0 + 0.06 * (index - (len(names) - 1) / 2)  # so that structures do not hide each other
+        (line,) = axes.plot(own.eta * shift, 1.0 - own.worst_ratio, MARKERS[index % 7], label=f"{name} ({len(own)})")
+        line.set(color=COLOURS[index % 7], markersize=4.5, alpha=0.8)
+    etas = sorted(cells.eta.unique())
     axes.plot(etas, etas, color="0.4", linewidth=1.0, linestyle="--", label="certified")
-    axes.set(
-        xlabel="certified contraction eta", ylabel="smallest measured 1 - |e+|² / |e|²", xscale="log", yscale="log"
-    )
+    axes.set(xlabel="certified contraction eta", ylabel="smallest measured 1 - |e+|² / |e|²")
+    axes.set(xscale="log", yscale="log")
     axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
     return figure
 
 
-def _ticks(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
-    axes.set_xticks(range(len(x)), [f"{value:.0e}".replace("e-0", "e-") for value in x], rotation=90, fontsize=7)
-    axes.set_yticks(range(len(y)), [f"{value:g}" for value in y], fontsize=7)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+def _ticks(axes: Axes, grid: pd.DataFrame) -> None:
+    dampings = [f"{value:.0e}".replace("e-0", "e-") for value in grid.columns]
+    axes.set_xticks(range(grid.shape[1]), dampings, rotation=90, fontsize=7)
+    axes.set_yticks(range(grid.shape[0]), [f"{value:g}" for value in grid.index], fontsize=7)

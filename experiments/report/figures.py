@@ -1,62 +1,82 @@
-"""The comparison figure: training loss against epochs and against seconds."""
+"""How figures look and where they go: one colour and dash per arm everywhere, names at the ends of lines."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
-from ..runs.comparison import Comparison, Curve
-
-__all__ = ["COLOURS", "DASHES", "comparison_figure", "logarithmic_axis", "save_figure"]
+__all__ = [
+    "COLOURS",
+    "INCHES_PER_LETTER",
+    "MARKERS",
+    "PLAIN",
+    "Styles",
+    "label_lines",
+    "new_figure",
+    "plain_axes",
+    "save_figure",
+    "scale_losses",
+]
 
 # Okabe and Ito's colour-blind-safe palette, its yellow (too light for lines) replaced by brown.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8C510A")
-DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.2, 1.2), (6, 1.5, 1.2, 1.5))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.2, 1.2), (6, 1.5, 1.2, 1.5))
 _LOG_FROM_RATIO = 4.0
+_GAP_POINTS = 11.0
+INCHES_PER_LETTER = 0.075
+"""Width of a letter of the labels, which have 8 points."""
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+"""Ticks of a logarithmic axis as plain numbers."""
 
 
-def comparison_figure(comparison: Comparison) -> Figure:
-    """Draw the curves: left against epochs, right against training seconds; the key lists the best first.
+@dataclass(frozen=True)
+class Styles:
+    """Colour and dash of every arm, by its place in the study, so that an arm looks the same in every figure.
 
     Args:
-        comparison: with at least one curve.
-
-    Returns:
-        A figure that no window shows.
+        arms: labels in order; more than there are colours repeat them with other dashes.
     """
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    by_epochs, by_seconds = figure.subplots(1, 2, sharey=True)
-    handles: dict[str, Line2D] = {}
-    for index, curve in enumerate(comparison.curves):
-        for axes, name in ((by_epochs, "epoch"), (by_seconds, "seconds")):
-            handles[curve.method] = _draw(axes, curve, name, index)
-    by_epochs.set(xlabel="epochs", ylabel="training loss")
-    by_seconds.set(xlabel="training time (s)")
-    _scale(by_epochs, comparison.curves)
-    for axes in (by_epochs, by_seconds):
-        axes.grid(visible=True, which="both", color="0.9", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(left=0)
-    ranked = comparison.ranked()
-    figure.legend(
-        [handles[curve.method] for curve in ranked],
-        [_label(curve) for curve in ranked],
-        loc="outside right center",
-        title="final training loss",
-        frameon=False,
-        handlelength=3.2,
-    )
-    figure.suptitle(_title(comparison), fontsize=11)
-    return figure
+
+    arms: Sequence[str]
+
+    def colour(self, arm: str) -> str:
+        """Of lines, bands and labels."""
+        return COLOURS[self.arms.index(arm) % len(COLOURS)]
+
+    def line(self, arm: str) -> dict[str, Any]:
+        """Keywords of ``Axes.plot``."""
+        place = self.arms.index(arm)
+        dashes = _DASHES[(place // len(COLOURS) + place) % len(_DASHES)]
+        return {"color": self.colour(arm), "linestyle": (0, dashes) if dashes else "-", "linewidth": 1.7}
+
+
+def new_figure(
+    width: float, height: float, columns: int = 1, rows: int = 1, sharex: bool = False, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure that no window shows, with its axes row by row.
+
+    Args:
+        width: of the whole, in inches.
+        height: of the whole, in inches.
+        columns: of axes.
+        rows: of axes.
+        sharex: whether all have one horizontal axis.
+        sharey: whether all have one vertical axis.
+    """
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
@@ -68,64 +88,70 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     return paths
 
 
-def _draw(axes: Axes, curve: Curve, name: str, index: int) -> Line2D:
-    finite = [point for point in curve.points if point["train_loss"] is not None]
-    (line,) = axes.plot(
-        [point[name] for point in finite],
-        [point["train_loss"] for point in finite],
-        color=COLOURS[index % len(COLOURS)],
-        linewidth=1.7,
-        marker=_MARKERS[index % len(_MARKERS)],
-        markersize=4.5,
-        markevery=max(1, len(finite) // 8),
-        markeredgecolor="white",
-        markeredgewidth=0.5,
-    )
-    dashes = DASHES[index % len(DASHES)]
-    if dashes:
-        line.set_dashes(dashes)
-    return line
+def plain_axes(axes: Axes) -> None:
+    """A light grid, no frame above and to the right."""
+    axes.grid(visible=True, which="major", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def _scale(axes: Axes, curves: Sequence[Curve]) -> None:
-    values = [point["train_loss"] for curve in curves for point in curve.points if point["train_loss"] is not None]
-    if not values:
-        return
-    ceiling = 1.5 * max((curve.points[0]["train_loss"] or 0.0 for curve in curves if curve.points), default=0.0)
-    capped = max(values) > ceiling > 0  # a method that diverges must not flatten the others
-    if capped:
-        values = [value for value in values if value <= ceiling]
-    logarithmic = min(values) > 0 and max(values) >= _LOG_FROM_RATIO * min(values)
-    if logarithmic:
-        logarithmic_axis(axes, values)
-    if capped:
-        margin = 0.05 * (max(values) - min(values))
-        axes.set_ylim(min(values) / 1.1 if logarithmic else min(values) - margin, ceiling)
-
-
-def logarithmic_axis(axes: Axes, values: Sequence[float]) -> None:
-    """Make the vertical axis logarithmic, with plain numbers where the values lie within few decades.
+def scale_losses(axes: Axes, values: NDArray[np.float64], starts: Sequence[float]) -> None:
+    """Logarithmic where losses spread over a factor of four; what diverges leaves at the top and flattens nothing.
 
     Args:
-        axes: to change.
-        values: what is drawn, > 0.
+        axes: to change; a logarithmic one gets plain numbers where the values lie within few decades.
+        values: what is drawn, finite.
+        starts: where the lines begin; the view ends at 1.5 times the largest of them.
     """
-    axes.set_yscale("log")
-    decades = math.log10(max(values) / min(values))
-    between = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0) if decades < 1 else (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
-    axes.yaxis.set_major_locator(LogLocator(subs=between))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    ceiling = 1.5 * max(starts, default=0.0)
+    shown = values[values <= ceiling] if ceiling > 0 else values
+    if not len(shown):
+        return
+    low, high = float(shown.min()), float(shown.max())
+    logarithmic = low > 0 and high >= _LOG_FROM_RATIO * low
+    if logarithmic:
+        axes.set_yscale("log")
+        decades = math.log10(high / low)
+        between = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0) if decades < 1 else (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
+        axes.yaxis.set_major_locator(LogLocator(subs=between))
+        axes.yaxis.set_major_formatter(PLAIN)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if len(shown) < len(values):
+        axes.set_ylim(low / 1.1 if logarithmic else low - 0.05 * (high - low), ceiling)
 
 
-def _label(curve: Curve) -> str:
-    return f"{curve.method}  broke down" if curve.failure else f"{curve.method}  {curve.final_loss:.4g}"
+def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> None:
+    """Write each line's name right of its end, moved apart where they would overlap; the figure grows to make room.
 
-
-def _title(comparison: Comparison) -> str:
-    config = comparison.curves[0].config
-    seconds, epochs = comparison.budget.seconds, comparison.budget.epochs
-    bounds = [f"{seconds:g} s"] if seconds is not None else []
-    bounds += [f"{epochs} epochs"] if epochs is not None else []
-    where = comparison.environment.get("device_name")
-    return f"{comparison.problem}, batch {config['batch_size']}, at most {' or '.join(bounds)} each, {where}"
+    Args:
+        axes: the last in its row, with its final limits.
+        ends: name, x and y of the end, colour; ends that are not finite are left out.
+    """
+    shown = [end for end in ends if math.isfinite(end[1]) and math.isfinite(end[2])]
+    if not shown:
+        return
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    engine = figure.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine):
+        width, room = figure.get_figwidth(), INCHES_PER_LETTER * max(len(end[0]) for end in shown)
+        figure.set_figwidth(width + room)
+        engine.set(rect=(0, 0, width / (width + room), 1))
+    figure.draw_without_rendering()  # the axes take their place
+    heights = axes.transData.transform([end[1:3] for end in shown])[:, 1] * (72 / figure.dpi)
+    order, lines = np.argsort(heights, kind="stable"), _GAP_POINTS * np.arange(len(shown))
+    # Moved as little as it takes to be a line apart: names that collide share their middle.
+    placed = isotonic_regression(heights[order] - lines).x + lines
+    for index, height in zip(order, placed, strict=True):
+        name, x, y, colour = shown[index]
+        label = axes.annotate(
+            name,
+            (x, y),
+            xytext=(7, height - heights[index]),
+            textcoords="offset points",
+            color=colour,
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+        )
+        label.set_in_layout(False)  # the room is there already

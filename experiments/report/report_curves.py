@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from .figures import logarithmic_axis
-from .report_style import Styles, label_lines, new_figure, plain_axes
+from .figures import Styles, label_lines, new_figure, plain_axes, scale_losses
 from .scoring import higher_is_better, quantile
 from .study_records import StudyRecord
 
@@ -23,7 +22,6 @@ __all__ = ["course_band", "course_figure", "generalisation_figure", "layer_step_
 _CLOCKS = {"epoch": "epochs", "seconds": "training time (s)", "gradient_evaluations": "gradient evaluations"}
 _HELD_OUT = ("valid_loss", "valid_accuracy", "test_loss", "test_accuracy", "suboptimality")
 _POINTS = 200
-_LOG_FROM_RATIO = 4.0
 
 Floats = NDArray[np.float64]
 
@@ -88,10 +86,13 @@ def _figure(
             drawn.append((panel, found))
     if not drawn:
         return None
-    figure, grid = new_figure(len(drawn))
+    figure, grid = new_figure(4.6 * len(drawn), 3.7, columns=len(drawn))
     for axes, ((_, metric, x_label, y_label), found) in zip(grid, drawn, strict=True):
         _draw_bands(axes, found, styles, target)
-        _scale(axes, [median for _, (_, median, _) in found.values()], target, metric)
+        if not higher_is_better(metric):
+            medians = [median[np.isfinite(median)] for _, (_, median, _) in found.values()]
+            drawn_values = np.concatenate([*medians, [] if target is None else [target]])
+            scale_losses(axes, drawn_values, [float(median[0]) for median in medians if len(median)])
         axes.set(xlabel=x_label, ylabel=y_label)
     line = "\n" if len(drawn) == 1 else " "
     explanation = f"median over seeds, band between quartiles;{line}a cross: half of the runs broke down"
@@ -116,22 +117,6 @@ def _draw_bands(axes: Axes, bands: dict[str, tuple[Floats, Floats]], styles: Sty
             "target", (0.01, target), xycoords=("axes fraction", "data"), fontsize=7, color="0.4", va="bottom"
         )
     plain_axes(axes)
-
-
-def _scale(axes: Axes, medians: Sequence[Floats], target: float | None, metric: str) -> None:
-    """Logarithmic where losses spread over a factor of four; what diverges leaves at the top."""
-    if higher_is_better(metric):
-        return
-    finite = [median[np.isfinite(median)] for median in medians]
-    values = np.concatenate([*finite, [] if target is None else [target]])
-    if not len(values):
-        return
-    ceiling = 1.5 * max((float(entry[0]) for entry in finite if len(entry)), default=math.inf)
-    shown = values[values <= ceiling] if ceiling > 0 else values
-    if len(shown) and shown.min() > 0 and shown.max() >= _LOG_FROM_RATIO * shown.min():
-        logarithmic_axis(axes, [float(value) for value in shown])
-    if len(shown) and shown.max() < values.max():
-        axes.set_ylim(top=ceiling)
 
 
 def _name_lines(axes: Axes, last: dict[str, tuple[Floats, Floats]], styles: Styles) -> None:
@@ -163,7 +148,7 @@ def layer_step_figures(record: StudyRecord) -> dict[str, Figure]:
 def _layer_figure(title: str, group: pd.DataFrame) -> Figure:
     layers = list(dict.fromkeys(group.layer))
     medians = group.groupby(["layer", "epoch"]).step.median().unstack("layer")[layers]
-    figure, (axes,) = new_figure(1, width=7.2, height=4.2)
+    figure, (axes,) = new_figure(7.2, 4.2)
     colours = colormaps["viridis"](np.linspace(0.0, 0.85, len(layers)))
     ends = []
     for layer, colour in zip(layers, colours, strict=True):

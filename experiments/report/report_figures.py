@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from .figures import INCHES_PER_LETTER, PLAIN, Styles, label_lines, new_figure, plain_axes
 from .report_curves import course_figure, generalisation_figure, layer_step_figures
-from .report_style import INCHES_PER_LETTER, Styles, label_lines, new_figure, plain_axes
 from .report_tables import ALL_PROBLEMS, CLOCKS, profile_times
 from .scoring import quantile
 from .scoring_profiles import LARGEST_RATIO, profile, ratios_to_best
@@ -49,7 +49,7 @@ def budget_figure(table: pd.DataFrame, problem: str, styles: Styles) -> Figure |
     mine = mine[mine.groupby("arm").trials.transform("max") > 1]
     if not len(mine):
         return None
-    figure, (axes,) = new_figure(1, width=6.4, height=4.0)
+    figure, (axes,) = new_figure(6.4, 4.0)
     ends, without = [], []
     for arm, curve in mine.groupby("arm", sort=False):
         seen = curve["median"].where(np.isfinite(curve["median"]))
@@ -64,7 +64,7 @@ def budget_figure(table: pd.DataFrame, problem: str, styles: Styles) -> Figure |
     drawn = [end[2] for end in ends]
     if drawn and min(drawn) > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter(PLAIN)
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -81,7 +81,7 @@ def profile_figure(record: StudyRecord, values: pd.DataFrame, styles: Styles) ->
     clocks = {clock: times for clock in CLOCKS if (times := profile_times(record, values, clock))}
     if not clocks:
         return None
-    figure, grid = new_figure(len(clocks), width=4.2)
+    figure, grid = new_figure(4.2 * len(clocks), 3.7, columns=len(clocks))
     factors = np.geomspace(1.0, LARGEST_RATIO, 400)
     ends: list[tuple[str, float, float, str]] = []
     for axes, (clock, times) in zip(grid, clocks.items(), strict=True):
@@ -96,7 +96,7 @@ def profile_figure(record: StudyRecord, values: pd.DataFrame, styles: Styles) ->
             ends.append((arm, LARGEST_RATIO, float(share[-1]), styles.colour(arm)))
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator([1, 1.5, 2, 3, 4]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter(PLAIN)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlim=(1, LARGEST_RATIO), ylim=(-0.04, 1.04), xlabel=f"{clock}, relative to the best")
         plain_axes(axes)
@@ -120,7 +120,7 @@ def _ablation(measure: str, table: pd.DataFrame) -> Figure:
     chosen = table[table.problem == whole].sort_values("part", kind="stable")
     names = [f"{part}: {value}" for part, value in zip(chosen.part, chosen.value, strict=True)]
     room = INCHES_PER_LETTER * max(len(name) for name in names)
-    figure, (axes,) = new_figure(1, width=5.0 + max(2.2, room), height=1.4 + 0.34 * len(chosen))
+    figure, (axes,) = new_figure(5.0 + max(2.2, room), 1.4 + 0.34 * len(chosen))
     numbers = chosen[["ratio", "low", "high"]].to_numpy(dtype=float)
     bound = min(_EDGE, 1.25 * max([1.5, *_distances(numbers)]))
     for place, (entry, words) in enumerate(zip(numbers, _words(chosen), strict=True)):
@@ -130,7 +130,7 @@ def _ablation(measure: str, table: pd.DataFrame) -> Figure:
     axes.set_xscale("log")
     axes.set_xlim(1 / bound, bound)
     axes.xaxis.set_major_locator(FixedLocator([1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.8, 1, 1.25, 2, 4, 8, 16]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(PLAIN)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(chosen)), names, fontsize=8)
     axes.set_ylim(len(chosen) - 0.4, -0.6)

@@ -6,12 +6,11 @@ pandas writes the rows (its Styler escapes text); only numbers and symbols are p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import pandas as pd
 
-from .report_tables import Spread
+from .tables import Spread, cell, numeric_columns
 
 __all__ = ["document", "escape", "latex_table"]
 
@@ -51,21 +50,15 @@ def _printable(character: str) -> bool:
     return character.isprintable() and (character.isascii() or (character <= "\xff" and character.isalpha()))
 
 
-def _number(value: float) -> str:
-    if math.isnan(value):
+def _number(text: str) -> str:
+    mantissa, mark, exponent = text.replace("inf", r"\infty").partition("e")
+    if not text:
         return "--"
-    if math.isinf(value):
-        return r"$\infty$" if value > 0 else r"$-\infty$"
-    mantissa, mark, exponent = f"{value:.4g}".partition("e")
     return f"${mantissa} \\cdot 10^{{{int(exponent)}}}$" if mark else f"${mantissa}$"
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, Spread):
-        return f"{_number(value.median)} [{_number(value.q25)}, {_number(value.q75)}]"
-    if isinstance(value, float):
-        return _number(value)
-    return escape(str(value))
+    return cell(value, written=_number) if isinstance(value, float | Spread) else escape(str(value))
 
 
 def latex_table(frame: pd.DataFrame, caption: str, label: str) -> str:
@@ -76,13 +69,13 @@ def latex_table(frame: pd.DataFrame, caption: str, label: str) -> str:
         caption: plain text.
         label: for ``\ref``; letters, digits and dashes.
     """
-    numeric = [all(isinstance(value, int | float | Spread) for value in frame[column]) for column in frame]
+    numeric = numeric_columns(frame)
     cells = frame.map(_cell)
     cells.columns = pd.Index([escape(str(column)) for column in frame.columns])
     body = cells.style.hide(axis="index").to_latex(
         environment="longtable",
         hrules=True,
-        column_format="".join("r" if right else "l" for right in numeric),
+        column_format="".join("r" if name in numeric else "l" for name in frame),
         caption=escape(caption),
         label=label,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,10 +13,10 @@ from .scoring_budget import budget_curve
 from .scoring_pairs import Values, as_costs, combined_effect, compare_pairs, paired_ratios
 from .scoring_profiles import profile_scores
 from .study_records import StudyRecord
+from .tables import Spread
 
 __all__ = [
     "CLOCKS",
-    "Spread",
     "ablation_table",
     "budget_table",
     "final_values",
@@ -37,16 +36,6 @@ CLOCKS = {"steps": "iterations", "gradient evaluations": "gradient_evaluations",
 _METRICS = ("train_loss", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy", "suboptimality")
 _KEYS = ["problem", "arm", "seed", "run", "state"]
 ALL_PROBLEMS = "all problems"
-
-
-class Spread(NamedTuple):
-    """Median over seeds, quartiles, and the interval of the median."""
-
-    median: float
-    q25: float
-    q75: float
-    low: float
-    high: float
 
 
 def final_values(record: StudyRecord) -> pd.DataFrame:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib import mathtext
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from numpy.typing import NDArray
 
 from ...analysis.theorem import Curve, Plot
-from .figures import COLOURS
+from .figures import COLOURS, new_figure, plain_axes
 
 __all__ = ["equation_pieces", "equation_svg", "plots_figure"]
 
@@ -25,6 +25,7 @@ _COLOURS = (
 )
 _DASHES = {"measured": "-", "bound": "--", "control": ":"}
 _COLUMNS = 2
+Floats = NDArray[np.float64]
 _LEGEND_LIMIT = 14
 _ROUNDING = 1e-5
 """Curves that differ by less, relative to the largest value, are drawn as one line: rounding is nothing to look at."""
@@ -46,16 +47,18 @@ def plots_figure(plots: Sequence[Plot]) -> Figure:
     """
     columns = min(_COLUMNS, len(plots))
     rows = -(-len(plots) // columns)
-    figure = Figure(figsize=(6.4 * columns, 4.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for index, axes in enumerate(grid.flat):
-        if index >= len(plots):
-            axes.set_axis_off()
-        elif plots[index].grid is None:
-            _draw_curves(axes, plots[index])
+    figure, panels = new_figure(6.4 * columns, 4.2 * rows, columns, rows)
+    for axes in panels[len(plots) :]:
+        axes.set_axis_off()
+    for axes, plot in zip(panels, plots, strict=False):
+        axes.set_xscale("log" if plot.x_log else "linear")
+        axes.set_yscale("log" if plot.y_log else "linear")
+        axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
+        axes.set_title(plot.title, fontsize=10)
+        if plot.grid is None:
+            _draw_curves(axes, plot)
         else:
-            _draw_map(axes, plots[index])
+            _draw_map(figure, axes, plot, np.array(plot.grid, dtype=float))
     return figure
 
 
@@ -69,21 +72,14 @@ def _draw_curves(axes: Axes, plot: Plot) -> None:
     shown: list[float] = []
     for curve in plot.curves:
         x, y = _drawable(plot, curve)
-        shown += [value for value in y if math.isfinite(value)]
+        shown += list(y[np.isfinite(y)])
         marker = "o" if len(x) == 1 else None
         style = _DASHES[curve.style]
         axes.plot(x, y, style, color=colours[_family(curve)], label=curve.label, linewidth=1.5, marker=marker)
-    if plot.x_log:
-        axes.set_xscale("log")
-    if plot.y_log:
-        axes.set_yscale("log")
     if shown and (largest := max(map(abs, shown))) > 0.0 and max(shown) - min(shown) < _ROUNDING * largest:
         axes.set_yscale("linear")
         axes.set_ylim(min(shown) - 0.01 * largest, max(shown) + 0.01 * largest)
-    axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
-    axes.set_title(plot.title, fontsize=10)
-    axes.grid(visible=True, which="major", color="0.9", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
     if 1 < len(plot.curves) <= _LEGEND_LIMIT:
         axes.legend(frameon=False, fontsize=7)
 
@@ -93,32 +89,20 @@ def _family(curve: Curve) -> str:
     return curve.label.removesuffix(", bound").removesuffix(", model")
 
 
-def _drawable(plot: Plot, curve: Curve) -> tuple[list[float], list[float]]:
+def _drawable(plot: Plot, curve: Curve) -> tuple[Floats, Floats]:
     """Points that the axes can show; a gap where they cannot."""
-
-    def shown(value: float, log: bool) -> bool:
-        return math.isfinite(value) and (value > 0 or not log)
-
-    pairs = [(float(x), float(y)) for x, y in zip(curve.x, curve.y, strict=True)]
-    kept = [(x, y if shown(y, plot.y_log) else math.nan) for x, y in pairs if shown(x, plot.x_log)]
-    return [x for x, _ in kept], [y for _, y in kept]
+    x, y = np.array(curve.x, dtype=float), np.array(curve.y, dtype=float)
+    kept = np.isfinite(x) & ((x > 0) | (not plot.x_log))
+    return x[kept], np.where(np.isfinite(y) & ((y > 0) | (not plot.y_log)), y, np.nan)[kept]
 
 
-def _draw_map(axes: Axes, plot: Plot) -> None:
-    assert plot.grid is not None
-    finite = [value for row in plot.grid for value in row if math.isfinite(value)]
-    wide = bool(finite) and min(finite) > 0 and max(finite) > 100 * min(finite)
-    norm = LogNorm(min(finite), max(finite)) if wide else None
-    cells = [[value if math.isfinite(value) else math.nan for value in row] for row in plot.grid]
-    mesh = axes.pcolormesh(list(plot.grid_x), list(plot.grid_y), cells, shading="nearest", cmap="viridis", norm=norm)
-    if plot.x_log:
-        axes.set_xscale("log")
-    if plot.y_log:
-        axes.set_yscale("log")
-    axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
-    axes.set_title(plot.title, fontsize=10)
-    if axes.figure is not None:
-        axes.figure.colorbar(mesh, ax=axes)
+def _draw_map(figure: Figure, axes: Axes, plot: Plot, cells: Floats) -> None:
+    finite = cells[np.isfinite(cells)]
+    wide = len(finite) > 0 and finite.min() > 0 and finite.max() > 100 * finite.min()
+    norm = LogNorm(finite.min(), finite.max()) if wide else None
+    shown = np.where(np.isfinite(cells), cells, np.nan)
+    mesh = axes.pcolormesh(plot.grid_x, plot.grid_y, shown, shading="nearest", cmap="viridis", norm=norm)
+    figure.colorbar(mesh, ax=axes)
 
 
 def equation_pieces(equation: str) -> list[str]:

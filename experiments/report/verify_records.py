@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ...analysis.theorem import Evidence, Inequality, Verdict
 
-__all__ = ["COLUMNS", "counts", "inequality_rows", "passed", "verdict_values", "write_csv"]
+__all__ = ["counts", "inequality_rows", "passed", "verdict_values"]
 
-COLUMNS = (
-    "theorem",
-    "role",
-    "status",
-    "name",
-    "measured",
-    "direction",
-    "bound",
-    "margin",
-    "tolerance",
-    "instances",
-    "holds",
-)
-"""Of the table of inequalities.
-
-``role`` is ``claim``, ``assumption`` or ``control N``; ``status`` that of the theorem, for a control ``fails`` (as it
-must) or ``passes``.
-"""
+_MEASURED = ("name", "measured", "direction", "bound", "margin", "tolerance", "instances", "holds")
 
 
 def passed(verdicts: Sequence[Verdict]) -> bool:
@@ -45,7 +25,11 @@ def counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
 
 
 def inequality_rows(verdict: Verdict) -> Iterator[dict[str, Any]]:
-    """One row per inequality of the check and of its controls; see :data:`COLUMNS`."""
+    """One row per inequality of the check and of its controls.
+
+    ``role`` is ``claim``, ``assumption`` or ``control N``; ``status`` that of the theorem, for a control ``fails`` (as
+    it must) or ``passes``.
+    """
     name, status = verdict.theorem.name, verdict.status
     for role, entries in (("claim", verdict.evidence.inequalities), ("assumption", verdict.evidence.assumptions)):
         for entry in entries:
@@ -57,7 +41,7 @@ def inequality_rows(verdict: Verdict) -> Iterator[dict[str, Any]]:
 
 
 def _inequality(entry: Inequality) -> dict[str, Any]:
-    return asdict(entry) | {"margin": entry.margin, "holds": entry.holds}
+    return {name: getattr(entry, name) for name in _MEASURED}
 
 
 def _evidence(evidence: Evidence) -> dict[str, Any]:
@@ -88,14 +72,3 @@ def verdict_values(verdict: Verdict) -> dict[str, Any]:
             {"claim": control.claim, "fails": evidence.refuted} | _evidence(evidence) for control, evidence in controls
         ],
     }
-
-
-def write_csv(path: Path, verdicts: Sequence[Verdict]) -> None:
-    """Write the table of inequalities."""
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for verdict in verdicts:
-        writer.writerows(inequality_rows(verdict))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(buffer.getvalue(), encoding="utf-8")

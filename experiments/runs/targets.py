@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import ArgumentError, OsculateError
 
-__all__ = ["HeldError", "OutputError", "exclusive", "require_file", "require_folder", "writing"]
+__all__ = ["HeldError", "OutputError", "exclusive", "hold", "require_file", "require_folder", "writing"]
 
 
 class HeldError(ArgumentError):
@@ -92,22 +92,26 @@ def exclusive(path: Path) -> Iterator[None]:
     """
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
+        holder = os.open(path, os.O_RDONLY)
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    holder = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if hold(holder) is False:
             raise HeldError(
                 f"another process is writing to folder {str(path)!r}; wait for its end, or name another one with --out"
-            ) from None
-        except OSError:
-            pass  # a file system without holds
+            )
         yield
     finally:
         with suppress(OSError):
             os.close(holder)
+
+
+def hold(holder: int) -> bool | None:
+    """Hold what is open as ``holder``; whether that succeeded, ``None`` where the system has no such holds."""
+    try:
+        import fcntl
+
+        fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True

@@ -14,16 +14,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ...errors import OsculateError, require_positive_integer
+from ...errors import OsculateError
 from ..runs.interrupts import interruptible
 from .definition import Study
 from .display import Board
 from .folders import give_up, settle, write_study
-from .ledger import Entry, Ledger, Slot, open_storage
+from .ledger import Entry, Ledger, Slot
 from .presence import clear
-from .worker import Assignment, work
+from .worker import Assignment, Place, work
 
-__all__ = ["Place", "WorkerError", "conduct"]
+__all__ = ["WorkerError", "conduct"]
 
 _LOOK_SECONDS = 0.5
 _PATIENCE_SECONDS = 60.0
@@ -31,35 +31,6 @@ _PATIENCE_SECONDS = 60.0
 
 class WorkerError(OsculateError, RuntimeError):
     """Worker processes end again and again without doing their work."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a study runs.
-
-    Args:
-        out: its folder.
-        storage: URL of a database that several machines share, or ``None`` for a journal in the folder.
-        data_dir: where the data sets lie, or ``None``.
-        workers: processes, >= 1; the processor's threads are divided among them.
-        tensorboard: whether every run leaves event files for TensorBoard too.
-    """
-
-    out: Path
-    storage: str | None = None
-    data_dir: Path | None = None
-    workers: int = 1
-    tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        require_positive_integer("workers", self.workers)
-
-    @property
-    def threads(self) -> int:
-        """Threads of one operation in every worker."""
-        return max(
-            1, (os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count() or 1) // self.workers
-        )
 
 
 @dataclass
@@ -73,8 +44,8 @@ class _Crew:
 
     def start(self) -> None:
         """Add one worker."""
-        place, name = self.place, uuid.uuid4().hex[:12]
-        told = Assignment(self.study, place.out, place.storage, place.data_dir, place.threads, name, place.tensorboard)
+        name = uuid.uuid4().hex[:12]
+        told = Assignment(self.study, self.place, name)
         process = multiprocessing.get_context("spawn").Process(target=work, args=(told,), daemon=True, name=name)
         process.start()
         self.processes[name] = process
@@ -141,7 +112,7 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
         ArgumentError: the folder holds a study of other arms or problems under the same names.
         WorkerError: workers die again and again.
     """
-    ledger = Ledger(open_storage(place.out, place.storage), study, place.out / "workers")
+    ledger = place.ledger(study)
     ledger.publish()
     ledger.recover(ledger.entries(), blamed=False)  # as long as the files of the dead tell that they are dead
     settle(place.out, ledger)

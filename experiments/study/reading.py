@@ -47,7 +47,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...errors import ArgumentError, OsculateError, UnknownNameError
 from ..runs.config import Budget
@@ -247,7 +247,7 @@ def _word(value: Any) -> str:
 
 
 def _range(name: str, value: Any) -> Range:
-    kinds = {"log": LogUniform, "uniform": Uniform, "choice": Choice, "grid": Grid}
+    kinds = {made.kind: made for made in (LogUniform, Uniform, Choice, Grid)}
     if not isinstance(value, Mapping) or len(value) != 1:
         raise ArgumentError(
             f"the range of {name} reads {{ log = [low, high] }} or uniform, choice, grid; got {value!r}"
@@ -257,11 +257,12 @@ def _range(name: str, value: Any) -> Range:
         raise UnknownNameError("kind of range", kind, kinds)
     if not isinstance(bounds, list):
         raise ArgumentError(f"{kind} takes a list, got {bounds!r}")
-    if kind in ("choice", "grid"):
-        return Choice(tuple(bounds)) if kind == "choice" else Grid(tuple(bounds))
+    made: Any = kinds[kind]
+    if issubclass(made, Choice | Grid):
+        return cast(Range, made(tuple(bounds)))
     if len(bounds) != 2:
         raise ArgumentError(f"{kind} takes [low, high], got {bounds!r}")
-    return LogUniform(*bounds) if kind == "log" else Uniform(*bounds)
+    return cast(Range, made(*bounds))
 
 
 def line_of(text: str, place: Sequence[str | int]) -> int:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import ArgumentError, UnknownNameError
 
 if TYPE_CHECKING:
-    import optuna
     from optuna.distributions import BaseDistribution
 
 __all__ = ["SAMPLERS", "Choice", "Grid", "LogUniform", "Range", "Uniform", "distributions", "grid_size", "points"]
@@ -24,84 +23,85 @@ SAMPLERS = ("quasi-random", "random")
 
 
 @dataclass(frozen=True)
-class Uniform:
+class _Interval:
+    """Numbers between ``low`` and ``high``."""
+
+    kind: ClassVar[str]
+    lowest: ClassVar[float]
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        for value in (self.low, self.high):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ArgumentError(f"{self.kind} takes two finite numbers, got {value!r}")
+        if not self.lowest < self.low < self.high:
+            rule = "low < high" if math.isinf(self.lowest) else f"{self.lowest:g} < low < high"
+            raise ArgumentError(f"{self.kind} needs {rule}, got [{self.low}, {self.high}]")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as a study file has them."""
+        return {self.kind: [self.low, self.high]}
+
+    def distribution(self) -> BaseDistribution:
+        """Return the range as Optuna has it."""
+        from optuna.distributions import FloatDistribution
+
+        return FloatDistribution(float(self.low), float(self.high), log=self.kind == "log")
+
+
+class Uniform(_Interval):
     """Numbers between ``low`` and ``high``, both finite, ``low < high``."""
 
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        _require_numbers("uniform", (self.low, self.high))
-        if not self.low < self.high:
-            raise ArgumentError(f"uniform needs low < high, got [{self.low}, {self.high}]")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as a study file has them."""
-        return {"uniform": [self.low, self.high]}
+    kind, lowest = "uniform", -math.inf
 
 
-@dataclass(frozen=True)
-class LogUniform:
+class LogUniform(_Interval):
     """Numbers between ``low`` and ``high`` whose logarithm is uniform, 0 < ``low < high``."""
 
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        _require_numbers("log", (self.low, self.high))
-        if not 0 < self.low < self.high:
-            raise ArgumentError(f"log needs 0 < low < high, got [{self.low}, {self.high}]")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as a study file has them."""
-        return {"log": [self.low, self.high]}
+    kind, lowest = "log", 0.0
 
 
 @dataclass(frozen=True)
-class Choice:
+class _Listed:
+    """One of several numbers or texts."""
+
+    kind: ClassVar[str]
+    values: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ArgumentError(f"{self.kind} needs at least one value")
+        for value in self.values:
+            if not isinstance(value, bool | int | float | str):
+                raise ArgumentError(f"{self.kind} takes numbers and texts, got {value!r}")
+        if len(set(self.values)) < len(self.values):
+            raise ArgumentError(f"{self.kind} has a value twice: {list(self.values)}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as a study file has them."""
+        return {self.kind: list(self.values)}
+
+    def distribution(self) -> BaseDistribution:
+        """Return the range as Optuna has it."""
+        from optuna.distributions import CategoricalDistribution
+
+        return CategoricalDistribution(self.values)
+
+
+class Choice(_Listed):
     """One of several numbers or texts, drawn like a number."""
 
-    values: tuple[Any, ...]
-
-    def __post_init__(self) -> None:
-        _require_values("choice", self.values)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as a study file has them."""
-        return {"choice": list(self.values)}
+    kind = "choice"
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(_Listed):
     """One of several numbers or texts; where a space has nothing but grids, their whole product is the space."""
 
-    values: tuple[Any, ...]
-
-    def __post_init__(self) -> None:
-        _require_values("grid", self.values)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as a study file has them."""
-        return {"grid": list(self.values)}
+    kind = "grid"
 
 
 Range = Uniform | LogUniform | Choice | Grid
-
-
-def _require_numbers(name: str, values: Sequence[object]) -> None:
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ArgumentError(f"{name} takes two finite numbers, got {value!r}")
-
-
-def _require_values(name: str, values: Sequence[object]) -> None:
-    if not values:
-        raise ArgumentError(f"{name} needs at least one value")
-    for value in values:
-        if not isinstance(value, bool | int | float | str):
-            raise ArgumentError(f"{name} takes numbers and texts, got {value!r}")
-    if len(set(values)) < len(values):
-        raise ArgumentError(f"{name} has a value twice: {list(values)}")
 
 
 def grid_size(space: Mapping[str, Range]) -> int | None:
@@ -113,18 +113,7 @@ def grid_size(space: Mapping[str, Range]) -> int | None:
 
 def distributions(space: Mapping[str, Range]) -> dict[str, BaseDistribution]:
     """Return the space as Optuna has it."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    found: dict[str, BaseDistribution] = {}
-    for name, entry in space.items():
-        match entry:
-            case Uniform(low, high):
-                found[name] = FloatDistribution(float(low), float(high))
-            case LogUniform(low, high):
-                found[name] = FloatDistribution(float(low), float(high), log=True)
-            case Choice(values) | Grid(values):
-                found[name] = CategoricalDistribution(values)
-    return found
+    return {name: entry.distribution() for name, entry in space.items()}
 
 
 def points(
@@ -151,42 +140,23 @@ def points(
         raise UnknownNameError("sampler", sampler, SAMPLERS)
     if not space or trials < 1:
         return []
-    found: list[dict[str, Any]] = []
+    grids = {name: list(entry.values) for name, entry in space.items() if isinstance(entry, Grid)}
+    ranges, found = distributions(space), list[dict[str, Any]]()
+    drawing: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Sobol's balance, which holds at powers of two only
-        study = optuna.create_study(sampler=_sampler(space, sampler, seed))
-
-        def draw(trial: optuna.Trial) -> float:
-            found.append(_drawn(study, trial, space))
-            return 0.0
-
-        study.optimize(draw, n_trials=min(trials, grid_size(space) or trials))
+        if len(grids) == len(space):
+            drawing = optuna.samplers.GridSampler(grids, seed)
+        elif sampler == "quasi-random":
+            drawing = optuna.samplers.QMCSampler(scramble=True, seed=seed)
+        study = optuna.create_study(sampler=drawing)
+        for _ in range(min(trials, grid_size(space) or trials)):
+            if isinstance(drawing, optuna.samplers.QMCSampler):
+                # Asked directly, else its first point is no Sobol point; it does not look at the trial.
+                found.append(drawing.sample_relative(study, optuna.trial.create_trial(value=0.0), ranges))
+            else:
+                found.append(study.ask(ranges).params)
     optuna.logging.set_verbosity(verbosity)
     return found
-
-
-def _drawn(study: optuna.Study, trial: optuna.Trial, space: Mapping[str, Range]) -> dict[str, Any]:
-    import optuna
-
-    ranges = distributions(space)
-    if isinstance(study.sampler, optuna.samplers.QMCSampler):  # asked directly, else its first point is no Sobol point
-        return study.sampler.sample_relative(study, trial, ranges)  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for name, entry in ranges.items():
-        if isinstance(entry, optuna.distributions.CategoricalDistribution):
-            values[name] = trial.suggest_categorical(name, entry.choices)
-        elif isinstance(entry, optuna.distributions.FloatDistribution):
-            values[name] = trial.suggest_float(name, entry.low, entry.high, log=entry.log)
-    return values
-
-
-def _sampler(space: Mapping[str, Range], sampler: str, seed: int) -> Any:
-    import optuna
-
-    if grid_size(space) is not None:
-        return optuna.samplers.GridSampler({k: list(v.values) for k, v in space.items() if isinstance(v, Grid)}, seed)
-    if sampler == "random":
-        return optuna.samplers.RandomSampler(seed)
-    return optuna.samplers.QMCSampler(scramble=True, seed=seed)

@@ -21,50 +21,63 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ...errors import OsculateError
+from ...errors import OsculateError, require_positive_integer
 from ..runs.environment import prepare_process
 from ..runs.evaluation import Metrics
 from ..runs.interrupts import interruptible
 from ..runs.runs import Resume, run_in_folder
-from ..runs.targets import HeldError, OutputError
+from ..runs.targets import HeldError, OutputError, exclusive
 from ..runs.training import EveryEpoch, EveryShare, Schedule
 from ..runs.watched import Extras
 from .definition import Study
 from .folders import NOT_FINISHED, recorded_value, run_folder, told, write_trial
 from .ledger import FINAL, Entry, Ledger, Slot, open_storage
-from .presence import BEAT_SECONDS, Presence
+from .presence import BEAT_SECONDS
 
-__all__ = ["Assignment", "perform", "work"]
+__all__ = ["Assignment", "Place", "perform", "work"]
 
 _POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """What a worker is told.
+class Place:
+    """Where a study runs.
 
     Args:
-        study: whose runs are done.
-        out: folder of the study.
-        storage: URL of the storage, or ``None`` for the journal in ``out``.
+        out: its folder.
+        storage: URL of a database that several machines share, or ``None`` for a journal in the folder.
         data_dir: where the data sets lie, or ``None``.
-        threads: threads of one operation, >= 1.
-        name: of the worker.
-        tensorboard: whether every run leaves event files too.
+        workers: processes, >= 1; the processor's threads are divided among them.
+        tensorboard: whether every run leaves event files for TensorBoard too.
     """
 
-    study: Study
     out: Path
-    storage: str | None
-    data_dir: Path | None
-    threads: int
-    name: str
+    storage: str | None = None
+    data_dir: Path | None = None
+    workers: int = 1
     tensorboard: bool = False
 
+    def __post_init__(self) -> None:
+        require_positive_integer("workers", self.workers)
+
     @property
-    def presence(self) -> Path:
-        """Folder of the workers' files."""
-        return self.out / "workers"
+    def threads(self) -> int:
+        """Threads of one operation in every worker."""
+        count = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
+        return max(1, (count or 1) // self.workers)
+
+    def ledger(self, study: Study) -> Ledger:
+        """The book of a study there."""
+        return Ledger(open_storage(self.out, self.storage), study, self.out / "workers")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker is told: whose runs are done, where, and its own name."""
+
+    study: Study
+    place: Place
+    name: str
 
 
 def work(assignment: Assignment) -> None:
@@ -75,9 +88,9 @@ def work(assignment: Assignment) -> None:
     """
     os.setpgrp()  # Ctrl-C reaches the parent alone, who passes it on
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    prepare_process(assignment.threads)
-    with interruptible() as stopped, Presence(assignment.presence, assignment.name):
-        ledger = Ledger(open_storage(assignment.out, assignment.storage), assignment.study, assignment.presence)
+    prepare_process(assignment.place.threads)
+    ledger = assignment.place.ledger(assignment.study)
+    with interruptible() as stopped, exclusive(ledger.presence / assignment.name):
         while not stopped():
             entries = ledger.entries()
             if all(entry.state == "done" for entry in entries.values()):
@@ -106,7 +119,7 @@ def _do(ledger: Ledger, entry: Entry, assignment: Assignment, stopped: Callable[
                 ended = None
             else:
                 metric = ledger.metric(entry.slot.problem)
-                ended = perform(assignment.study, entry.slot, point, metric, assignment, _pruner(ledger, entry, metric))
+                ended = perform(assignment, entry.slot, point, metric, _pruner(ledger, entry, metric))
     except HeldError:  # by a worker that was thought gone
         time.sleep(_POLL_SECONDS)
         ledger.give_back(entry)
@@ -123,21 +136,19 @@ def _do(ledger: Ledger, entry: Entry, assignment: Assignment, stopped: Callable[
 
 
 def perform(
-    study: Study,
+    assignment: Assignment,
     slot: Slot,
     point: dict[str, object] | None,
     metric: str,
-    assignment: Assignment,
     enough: Callable[[Metrics], bool] = lambda metrics: False,
 ) -> tuple[str, float | None] | None:
     """Do one run in its folder, or what is left of it; nothing where it is done already.
 
     Args:
-        study: to which it belongs.
+        assignment: whose study's run, and where.
         slot: the run.
         point: its searched settings; ``None``: its arm has only misses, and so is this run.
         metric: its value is the last one of.
-        assignment: where it runs.
         enough: asked after every evaluation whether the run ends there.
 
     Returns:
@@ -147,10 +158,11 @@ def perform(
         OutputError: nothing can be written.
         HeldError: another process writes to its folder.
     """
+    study, place = assignment.study, assignment.place
     problem = next(problem for problem in study.problems if problem.label == slot.problem)
     arm = next(arm for arm in study.arms if arm.label == slot.arm)
     seed, settings = told(study, slot, point)
-    folder = run_folder(assignment.out, slot)
+    folder = run_folder(place.out, slot)
     if point is None:
         reason = "every tuning run of this arm was a miss"
         write_trial(folder, slot, seed, settings, None, reason)
@@ -161,28 +173,20 @@ def perform(
         write_trial(folder, slot, seed, settings, None, NOT_FINISHED)
         config = arm.config(problem, point, seed, study.device)
         schedule: Schedule = EveryEpoch() if study.evaluations == 1 else EveryShare(study.evaluations)
+        extras = Extras(schedule=schedule, tensorboard=place.tensorboard, enough=enough)
+        budget = study.problem_budget(problem) if slot.phase == FINAL else study.tuning_budget(problem)
         silent = Console(file=io.StringIO())
         try:
-            result = run_in_folder(
-                config,
-                study.problem_budget(problem) if slot.phase == FINAL else study.tuning_budget(problem),
-                folder,
-                assignment.data_dir,
-                Resume.AUTO,
-                silent,
-                Extras(schedule=schedule, tensorboard=assignment.tensorboard, enough=enough),
-            )
+            result = run_in_folder(config, budget, folder, place.data_dir, Resume.AUTO, silent, extras)
         except (OutputError, HeldError):
             raise
         except Exception as error:  # whatever a method does wrong is its own miss, not the end of the study
-            result, reason = (
-                None,
-                f"{type(error).__name__}: {error}" if not isinstance(error, OsculateError) else str(error),
-            )
-        if result is not None and result.status == "interrupted":
-            return None
-        reason = reason or (result.reason if result is not None else "")
-        ended = ("broken down", None) if result is None else recorded_value(folder, metric) or (result.status, None)
+            reason = str(error) if isinstance(error, OsculateError) else f"{type(error).__name__}: {error}"
+            ended = "broken down", None
+        else:
+            if result.status == "interrupted":
+                return None
+            reason, ended = result.reason, recorded_value(folder, metric) or (result.status, None)
     write_trial(folder, slot, seed, settings, ended[1], reason)
     return ended
 

@@ -16,8 +16,8 @@ import pytest
 from osculate.analysis import Control, Curve, Evidence, Inequality, Plot, Setting, Theorem, verify
 from osculate.analysis.theorems import catalogue
 from osculate.experiments.commands.cli import execute
+from osculate.experiments.report.pages import verify_page
 from osculate.experiments.report.theorem_figures import equation_pieces, equation_svg, plots_figure
-from osculate.experiments.report.verify_report import report
 
 VOID = {"meta", "img", "br"}
 NAMES = ["T2", "T9", "T16"]
@@ -213,5 +213,5 @@ def test_every_curve_of_a_legend_has_a_colour_of_its_own() -> None:
 
 def test_a_report_of_nothing_but_controls_that_pass_says_so() -> None:
     verdict = verify(_theorem("T0", GOOD, GOOD), Setting())
-    page = report([verdict], {}, {})
+    page = verify_page([verdict], {}, {})
     assert "passes: the checker cannot tell" in page and "1 controls that pass" in page

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from osculate.errors import ArgumentError
-from osculate.experiments.report.figures import comparison_figure, save_figure
+from osculate.experiments.report.comparison_figure import comparison_figure
+from osculate.experiments.report.figures import save_figure
 from osculate.experiments.runs.comparison import (
     Comparison,
     Curve,

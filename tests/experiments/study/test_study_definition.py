@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from osculate.errors import ArgumentError, UnknownNameError
@@ -13,16 +12,16 @@ from osculate.experiments.commands.cli import execute
 from osculate.experiments.commands.study import scaled
 from osculate.experiments.report.study_records import read_study as read_record
 from osculate.experiments.runs.config import Budget
-from osculate.experiments.study import presence
+from osculate.experiments.runs.targets import exclusive
 from osculate.experiments.study.checking import checked
-from osculate.experiments.study.conductor import Place, _Crew
+from osculate.experiments.study.conductor import _Crew
 from osculate.experiments.study.definition import Arm, Study, StudyProblem, Tuning
 from osculate.experiments.study.folders import NOT_FINISHED, run_folder, settle, write_trial
 from osculate.experiments.study.ledger import FINAL, TUNE, Ledger, Slot, open_storage
-from osculate.experiments.study.presence import Presence, clear, is_alive
+from osculate.experiments.study.presence import clear, is_alive
 from osculate.experiments.study.reading import find_study, read_study, shipped_studies
 from osculate.experiments.study.spaces import Choice, Grid, LogUniform, Uniform, points
-from osculate.experiments.study.worker import Assignment, perform
+from osculate.experiments.study.worker import Assignment, Place, perform
 
 HEAD = """seeds = [1, 2]
 [[problems]]
@@ -253,7 +252,7 @@ def test_a_run_is_granted_to_one_worker_and_entering_twice_does_no_harm(ledger: 
 
 def test_runs_of_the_dead_are_given_back_and_crashes_end_as_a_miss(ledger: Ledger) -> None:
     slot = Slot("curves", "tuned", TUNE, 1)
-    with Presence(ledger.presence, "alive"):
+    with exclusive(ledger.presence / "alive"):
         ledger.claim(ledger.entries()[slot], "alive")
         assert ledger.recover(ledger.entries()) == []
         ledger.give_back(ledger.entries()[slot])
@@ -294,24 +293,21 @@ def test_another_definition_under_the_same_name_is_refused(ledger: Ledger, tmp_p
     assert len(book.entries()) == 3 + 3 + 3
 
 
-def test_presence_ends_with_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1e6
-    monkeypatch.setattr(presence, "time", SimpleNamespace(time=lambda: now))
-    with Presence(tmp_path / "w", "me"):
+def test_presence_ends_with_its_holder(tmp_path: Path) -> None:
+    with exclusive(tmp_path / "w" / "me"):
         assert is_alive(tmp_path / "w", "me", None)
     assert not is_alive(tmp_path / "w", "me", None)
-    stale = now - presence.STALE_SECONDS
-    assert is_alive(tmp_path / "w", "far", stale + 1) and not is_alive(tmp_path / "w", "far", stale)
-    (tmp_path / "w" / "dead").write_text("")
-    assert not is_alive(tmp_path / "w", "dead", now)
+    assert is_alive(tmp_path / "w", "far", time.time()) and not is_alive(tmp_path / "w", "far", time.time() - 1e4)
+    (tmp_path / "w" / "dead").mkdir()
+    assert not is_alive(tmp_path / "w", "dead", time.time())
     clear(tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
 
 def test_an_arm_with_misses_only_leaves_its_final_runs_as_misses(ledger: Ledger, tmp_path: Path) -> None:
-    told = Assignment(ledger.study, tmp_path, None, None, 1, str(os.getpid()))
+    told = Assignment(ledger.study, Place(tmp_path), str(os.getpid()))
     slot = Slot("curves", "tuned", FINAL, 2)
-    assert perform(ledger.study, slot, None, "train_loss", told) == ("every tuning run of this arm was a miss", None)
+    assert perform(told, slot, None, "train_loss") == ("every tuning run of this arm was a miss", None)
     assert (tmp_path / "runs" / slot.folder / "trial.json").exists()
 
 
