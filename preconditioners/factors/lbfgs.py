@@ -23,7 +23,7 @@ from ..protocol import Events
 from ..state import State
 from .factor import Side
 
-__all__ = ["LBFGS", "LBFGSState", "append_pair_"]
+__all__ = ["LBFGS", "LBFGSState", "append_pairs_"]
 
 
 @dataclass
@@ -47,16 +47,11 @@ class LBFGSState(State):
     pair: AveragedPair
 
 
-def append_pair_(state: LBFGSState, step: Tensor, change: Tensor, accept: Tensor) -> None:
-    """Drop the oldest pair and append a new one where ``accept`` is true; borders the small matrices.
-
-    No synchronisation: the decision is arithmetic.
-    """
-    append_pairs_([state], step.unsqueeze(0), change.unsqueeze(0), accept.unsqueeze(0))
-
-
 def append_pairs_(states: Sequence[LBFGSState], steps: Tensor, changes: Tensor, accept: Tensor) -> None:
-    """:func:`append_pair_` for L states of one memory, with padded rows (L, d)."""
+    """Drop the oldest pair and append a new one where ``accept`` (L,) is true; borders the small matrices.
+
+    L states of one memory, with padded rows (L, d). No synchronisation: the decision is arithmetic.
+    """
     memory, sizes = states[0].steps.shape[0], [state.steps.shape[1] for state in states]
     chosen = torch.arange(memory, device=steps.device) + accept.unsqueeze(-1)
     crosses: list[Tensor] = []
