@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,9 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ... import build
-from ...errors import ArgumentError
-from ...framework.methods import registry
+from ... import registry
+from .bench import optimizer_of
 
 __all__ = ["WIDTHS", "Launches", "MethodLaunches", "count_launches", "counting", "launches_table"]
 
@@ -77,12 +77,7 @@ class Launches:
 
     def __or__(self, other: Launches) -> Launches:
         """The larger of each count."""
-        return Launches(
-            max(self.update, other.update),
-            max(self.passes, other.passes),
-            max(self.synchronisations, other.synchronisations),
-            max(self.host_tensors, other.host_tensors),
-        )
+        return Launches(*map(max, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -200,7 +195,7 @@ def _count(method: str, device: torch.device) -> MethodLaunches:
         torch.manual_seed(0)
         model = _autoencoder().to(device)
         inputs = torch.rand(_BATCH, WIDTHS[0]).to(device)
-    optimizer = _optimizer(method, model)
+    optimizer = optimizer_of(method, model, "bernoulli")
     kinds: dict[bool, Launches] = {}
     with counting() as counter:
 
@@ -223,25 +218,10 @@ def _count(method: str, device: torch.device) -> MethodLaunches:
 
 def _autoencoder() -> nn.Sequential:
     """Sigmoids after every layer but the one of the code and the last."""
-    parts: list[nn.Module] = []
-    last = len(WIDTHS) - 2
-    for index in range(last + 1):
-        parts.append(nn.Linear(WIDTHS[index], WIDTHS[index + 1]))
-        if index not in (last // 2, last):
-            parts.append(nn.Sigmoid())
-    return nn.Sequential(*parts)
-
-
-def _optimizer(method: str, model: nn.Module) -> torch.optim.Optimizer:
-    if method == "torch-sgd":
-        return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    if method == "torch-adam":
-        return torch.optim.Adam(model.parameters(), lr=1e-4)
-    if method not in registry.methods():
-        raise ArgumentError(
-            f"no method {method!r}; 'osculate methods' lists them, and torch-sgd and torch-adam count too"
-        )
-    return build(method, model, likelihood="bernoulli", seed=0)
+    linear = [nn.Linear(inputs, outputs) for inputs, outputs in pairwise(WIDTHS)]
+    half = len(linear) // 2
+    plain = {linear[half - 1], linear[-1]}
+    return nn.Sequential(*(part for layer in linear for part in ([layer] if layer in plain else [layer, nn.Sigmoid()])))
 
 
 def _is_view(func: Any) -> bool:
