@@ -12,16 +12,15 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .datafiles import DataError, RemoteFile, data_folder, download, sha256_of, verify
+from .datafiles import DataError, LabelledImages, RemoteFile, checksum_of, data_folder, download, verify
 
-__all__ = ["FASHION", "MNIST", "ImageSet", "LabelledImages", "load_images", "read_idx"]
+__all__ = ["FASHION", "MNIST", "ImageSet", "load_images", "read_idx"]
 
 _UNSIGNED_BYTE = 0x08
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -60,16 +59,6 @@ class ImageSet:
     other_folders: tuple[str, ...]
     mirrors: tuple[str, ...]
     files: tuple[Checksums, Checksums, Checksums, Checksums]
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """Images (N, 28, 28) and labels (N,) as unsigned bytes, in the order of the published files."""
-
-    train_images: NDArray[np.uint8]
-    train_labels: NDArray[np.uint8]
-    test_images: NDArray[np.uint8]
-    test_labels: NDArray[np.uint8]
 
 
 MNIST = ImageSet(
@@ -170,25 +159,21 @@ def load_images(source: ImageSet, data_dir: Path | None = None) -> LabelledImage
 
 
 def _path(source: ImageSet, name: str, checksums: Checksums, folder: Path | None) -> Path:
-    candidates = list(_candidates(source, name, checksums, folder)) if folder is not None else []
-    for path, sha256, size in candidates:
+    packed = RemoteFile(name + ".gz", source.mirrors, checksums.packed, checksums.packed_size)
+    plain = RemoteFile(name, (), checksums.unpacked, checksums.size)
+    places = [] if folder is None else [folder / below for below in (source.folder, *source.other_folders)]
+    candidates = [(place / file.name, file) for place in places for file in (packed, plain)]
+    for path, file in candidates:
         if path.is_file() and not (path.parent == folder and _belongs_to_another(source, path)):
-            verify(path, sha256, size)
+            verify(path, file)
             return path
-    remote = RemoteFile(name + ".gz", source.mirrors, checksums.packed, checksums.packed_size)
-    return download(remote, source.folder, [path for path, _, _ in candidates])
-
-
-def _candidates(source: ImageSet, name: str, checksums: Checksums, folder: Path) -> Iterator[tuple[Path, str, int]]:
-    for below in (source.folder, *source.other_folders):
-        yield folder / below / (name + ".gz"), checksums.packed, checksums.packed_size
-        yield folder / below / name, checksums.unpacked, checksums.size
+    return download(packed, source.folder, [path for path, _ in candidates])
 
 
 def _belongs_to_another(source: ImageSet, path: Path) -> bool:
     """Tell whether a file that lies in the data folder itself is the other set's file of the same name."""
     others = [entry for known in (MNIST, FASHION) if known.title != source.title for entry in known.files]
-    return sha256_of(path) in {checksum for entry in others for checksum in (entry.packed, entry.unpacked)}
+    return checksum_of(path) in {checksum for entry in others for checksum in (entry.packed, entry.unpacked)}
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...errors import require_positive_integer
-from .datafiles import DataError, RemoteFile, data_folder, find, sha256_of
+from .datafiles import DataError, RemoteFile, checksum_of, data_folder, find
 
 __all__ = ["FacePatches", "augment", "load_face_patches", "read_olivetti"]
 
@@ -122,7 +122,8 @@ def read_olivetti(path: Path) -> NDArray[np.uint8]:
 def _damaged(path: Path, state: str) -> str:
     return (
         f"{path} {state}; expected a MATLAB file with 'faces', 4096 x 400 whole numbers in 0..255, 400 different "
-        f"images; its sha256 is {sha256_of(path)}; delete it to have it downloaded, or put an intact copy in its place"
+        f"images; its sha256 is {checksum_of(path)}; delete it to have it downloaded, or put an intact copy in its "
+        "place"
     )
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import ArgumentError, UnknownNameError
 from ..data.augmentation import Augmentation
+from ..data.datafiles import LabelledImages
 
 __all__ = [
+    "GENERATED_HERE",
     "Data",
     "Problem",
     "Source",
@@ -24,9 +29,13 @@ __all__ = [
     "gaussian_loss",
     "held_out",
     "is_small",
+    "labelled",
     "require_seed",
     "token_loss",
 ]
+
+GENERATED_HERE = "generated here, none needed"
+"""The licence of data that are."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +109,13 @@ class Problem:
         name: under which it is found.
         summary: data, network and loss in one line.
         likelihood: of which the loss is the negative logarithm.
-        batch_size: samples in a mini-batch, unless a run says otherwise; None is all of them.
         epochs: passes over the training data that show most of what there is to see.
-        classes: number of classes; None where the targets are values.
         build_model: returns the network for a seed, on the CPU; the global random state stays as it was.
         loss: of outputs and targets, a mean over samples, shape ().
         load: returns the data; its argument is a folder that may hold the files, or None.
         source: of the data.
+        batch_size: samples in a mini-batch, unless a run says otherwise; None is all of them.
+        classes: number of classes; None where the targets are values.
         target: what counts as solved; None where nothing is agreed on.
         augmentation: changes every training mini-batch at random.
         undecayed: patterns of names of parameters that weight decay leaves alone.
@@ -118,13 +127,13 @@ class Problem:
     name: str
     summary: str
     likelihood: Literal["bernoulli", "gaussian", "categorical"]
-    batch_size: int | None
     epochs: int
-    classes: int | None
     build_model: Callable[[int], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
     load: Callable[[Path | None], Data]
     source: Source
+    batch_size: int | None = None
+    classes: int | None = None
     target: Target | None = None
     augmentation: Augmentation | None = None
     undecayed: tuple[str, ...] = ()
@@ -190,13 +199,30 @@ def held_out(data: Data, validation: int) -> Data:
     if not validation:
         return data
     cut = samples - validation
+    return replace(
+        data,
+        train_inputs=data.train_inputs[:cut],
+        train_targets=data.train_targets[:cut],
+        valid_inputs=data.train_inputs[cut:],
+        valid_targets=data.train_targets[cut:],
+    )
+
+
+def labelled(
+    images: LabelledImages, train: int | None, test: int | None, convert: Callable[[NDArray[np.uint8]], Tensor]
+) -> Data:
+    """Return images as inputs and their classes as targets.
+
+    Args:
+        images: as read.
+        train: how many training images, the first ones; None is all.
+        test: how many test images.
+        convert: makes inputs of images.
+    """
     return Data(
-        data.train_inputs[:cut],
-        data.train_targets[:cut],
-        data.test_inputs,
-        data.test_targets,
-        data.train_inputs[cut:],
-        data.train_targets[cut:],
-        data.context,
-        data.test_set,
+        convert(images.train_images[:train]),
+        torch.from_numpy(images.train_labels[:train].astype(np.int64)),
+        convert(images.test_images[:test]),
+        torch.from_numpy(images.test_labels[:test].astype(np.int64)),
+        test_set=images.test_set,
     )

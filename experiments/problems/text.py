@@ -11,8 +11,7 @@ from torch import Tensor
 from ..data.grammar import ALPHABET, encode, write_text
 from ..networks.language_models import CharTransformer
 from ..networks.models import seeded
-from .problem import Data, Problem, is_small, require_seed, token_loss
-from .sources import GRAMMAR
+from .problem import GENERATED_HERE, Data, Problem, Source, is_small, require_seed, token_loss
 
 __all__ = ["char_transformer"]
 
@@ -47,7 +46,7 @@ def char_transformer(size: str = "full", data_seed: int = 0) -> Problem:
         build_model=partial(seeded, network),
         loss=token_loss,
         load=load,
-        source=GRAMMAR,
+        source=Source("sentences of a small grammar", GENERATED_HERE, "ours"),
     )
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from osculate.experiments.data import cifar
-from osculate.experiments.data.cifar import CIFAR10, CIFAR100, load_cifar
+from osculate.experiments.data import colour_images
+from osculate.experiments.data.colour_images import CIFAR10, CIFAR100, load_cifar, load_svhn
 from osculate.experiments.data.datafiles import DataError, RemoteFile
-from osculate.experiments.data.svhn import load_svhn
 from osculate.experiments.problems import get_problem, natural_images
 from scipy.io import savemat
 from torch import nn
@@ -33,7 +32,7 @@ def _no_network(monkeypatch, tmp_path):
     def refused(file, subfolder, searched=()):
         raise DataError(f"no network for {file.identity}")
 
-    monkeypatch.setattr(cifar, "download", refused)
+    monkeypatch.setattr(colour_images, "download", refused)
     monkeypatch.setattr("osculate.experiments.data.datafiles.download", refused)
     monkeypatch.delenv("OSCULATE_DATA", raising=False)
 

@@ -116,9 +116,9 @@ def test_a_truncated_file_is_named_with_both_checksums(tmp_path, tiny, contents)
 def test_a_changed_file_is_refused(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"abc")
-    verify(path, sha(b"abc"), 3)
+    verify(path, RemoteFile("file", (), sha(b"abc"), 3))
     with pytest.raises(DataError, match="damaged or another file"):
-        verify(path, sha(b"abd"), 3)
+        verify(path, RemoteFile("file", (), sha(b"abd"), 3))
 
 
 def test_a_missing_file_is_named_with_checksum_addresses_and_ways_out(tmp_path, tiny):

@@ -7,9 +7,9 @@ import torch
 from osculate import registry
 from osculate.errors import ArgumentError, UnknownNameError
 from osculate.experiments.data.curves import CurveImages, generate_curves
-from osculate.experiments.data.datasets import LabelledImages
+from osculate.experiments.data.datafiles import LabelledImages
 from osculate.experiments.data.faces import FacePatches
-from osculate.experiments.problems import PROBLEMS, Target, autoencoders, get_problem, images
+from osculate.experiments.problems import PROBLEMS, Target, get_problem, images
 from osculate.experiments.problems.problem import bernoulli_loss, gaussian_loss
 from torch import nn
 
@@ -26,10 +26,9 @@ def few_samples(monkeypatch):
     labels = drawn[:, 0, 0] % 10
     patches = torch.randn(70, 625)
     labelled = LabelledImages(drawn[:50], labels[:50], drawn[50:], labels[50:])
-    for module in (autoencoders, images):
-        monkeypatch.setattr(module, "load_images", lambda source, data_dir: labelled)
-    monkeypatch.setattr(autoencoders, "load_curves", lambda train, test, seed: CurveImages(drawn[:50], drawn[50:]))
-    monkeypatch.setattr(autoencoders, "load_face_patches", lambda *options: FacePatches(patches[:50], patches[50:]))
+    monkeypatch.setattr(images, "load_images", lambda source, data_dir: labelled)
+    monkeypatch.setattr(images, "load_curves", lambda train, test, seed: CurveImages(drawn[:50], drawn[50:]))
+    monkeypatch.setattr(images, "load_face_patches", lambda *options: FacePatches(patches[:50], patches[50:]))
 
 
 def test_the_default_problem_comes_first():
