@@ -17,7 +17,6 @@ from ..problems import get_problem
 from .batches import data_checksum
 from .config import Budget, RunConfig, differences
 from .environment import describe_environment
-from .evaluation import Metrics
 from .interrupts import interruptible
 from .progress import Display
 from .records import RunFolder
@@ -172,7 +171,9 @@ def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console
         display.begin(run.config.method)
         try:
             for metrics in measure(run, budget, extras.schedule, display.step, interrupted):
-                _record(run, metrics, folder, extras)
+                folder.append_metrics(metrics.as_dict())
+                if run.iterations:
+                    folder.save_checkpoint(run.state_dict(), run.iterations if extras.keep_checkpoints else None)
                 onlookers.measured(metrics)
                 display.measured(metrics)
                 early = budget.spent(run.epoch, run.clock.seconds) < 1 and extras.enough(metrics)
@@ -191,24 +192,16 @@ def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console
     reason = reason or ("ended before its budget was spent" if early else "")
     run.clock.pause()
     if status == "finished" and not run.iterations and budget.epochs != 0:
-        status, reason = "no step taken", _without_step(run)
+        status = "no step taken"
+        reason = (
+            f"the time was over after {run.warm_start_batches} of {run.order.batches_per_epoch} mini-batches of the "
+            f"warm start, {run.warm_start_seconds:.3g} s; raise --seconds, or leave the warm start out with "
+            "--warm-start none"
+        )
     details = {"reason": reason} if reason else {}
     folder.write_status(status, epoch=run.epoch, iterations=run.iterations, seconds=run.clock.seconds, **details)
     written = folder.read_metrics()
     return RunResult(status, written[-1] if written else None, reason, certified(onlookers.watch, folder))
-
-
-def _record(run: TrainingRun, metrics: Metrics, folder: RunFolder, extras: Extras) -> None:
-    folder.append_metrics(metrics.as_dict())
-    if run.iterations:
-        folder.save_checkpoint(run.state_dict(), run.iterations if extras.keep_checkpoints else None)
-
-
-def _without_step(run: TrainingRun) -> str:
-    return (
-        f"the time was over after {run.warm_start_batches} of {run.order.batches_per_epoch} mini-batches of the warm "
-        f"start, {run.warm_start_seconds:.3g} s; raise --seconds, or leave the warm start out with --warm-start none"
-    )
 
 
 def _written(value: Any) -> Any:

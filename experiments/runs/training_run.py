@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...framework.optimizer.report import StepReport
 from ...framework.optimizer.second_order import SecondOrder
 from ...stepsize.constant import ConstantStep
 from ..problems import Data, Problem
 from .batches import BatchOrder, augmentation_generator
 from .config import RunConfig, WarmStart
 from .environment import peak_memory_bytes, reset_peak_memory
-from .evaluation import Metrics, Score, score
+from .evaluation import Metrics, score
 
 __all__ = ["Stopwatch", "TrainingRun"]
 
@@ -145,15 +144,20 @@ class TrainingRun:
         loss = self.optimizer.step(closure)
         self.iterations += 1
         self.last_loss = None if loss is None else loss.detach()
-        self._count(self.optimizer.last_report)
+        report = self.optimizer.last_report
+        counts: dict[str, Tensor | int] = {**report.events, "rescues": report.rescues, "shortened": report.shortened}
+        for name, count in counts.items():  # tensors stay on the device until the next evaluation
+            self._events[name] = self._events.get(name, 0) + count
 
     def evaluate(self) -> Metrics:
         """Pause the clock and return the metrics at this point."""
         self.clock.pause()
         data, penalty = self.data, float(self.optimizer.penalty())
-        train = score(self.model, self.problem, data.train_inputs, data.train_targets)
-        test = score(self.model, self.problem, data.test_inputs, data.test_targets)
-        valid = self._valid_score()
+        samples = {"train": (data.train_inputs, data.train_targets), "test": (data.test_inputs, data.test_targets)}
+        if data.valid_inputs is not None and data.valid_targets is not None:
+            samples["valid"] = (data.valid_inputs, data.valid_targets)
+        scores = {name: score(self.model, self.problem, *pair) for name, pair in samples.items()}
+        train, test, valid = scores["train"], scores["test"], scores.get("valid")
         events = {name: int(count) for name, count in sorted(self._events.items()) if int(count)}
         self._events.clear()
         return Metrics(
@@ -174,10 +178,6 @@ class TrainingRun:
             layer_steps=self._layer_steps(),
         )
 
-    def _valid_score(self) -> Score | None:
-        inputs, targets = self.data.valid_inputs, self.data.valid_targets
-        return None if inputs is None or targets is None else score(self.model, self.problem, inputs, targets)
-
     def _layer_steps(self) -> dict[str, float]:
         """Step sizes of the last step, fetched at once; empty where all layers share the learning rate."""
         sizes = self.optimizer.last_report.step_sizes
@@ -187,12 +187,6 @@ class TrainingRun:
             [torch.as_tensor(size, dtype=torch.float64, device=self.device) for size in sizes.values()]
         )
         return dict(zip(sizes, joined.tolist(), strict=True))
-
-    def _count(self, report: StepReport) -> None:
-        """Add up the step's events; tensors stay on the device until the next evaluation."""
-        counts: dict[str, Tensor | int] = {**report.events, "rescues": report.rescues, "shortened": report.shortened}
-        for name, count in counts.items():
-            self._events[name] = self._events.get(name, 0) + count
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to continue bit for bit."""
