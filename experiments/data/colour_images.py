@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.io import loadmat
 
-from .datafiles import DataError, LabelledImages, RemoteFile, data_folder, download, find, first_file, verify
+from .datafiles import DataError, LabelledImages, RemoteFile, data_folder, download, find, first_file, published, verify
 
 __all__ = ["CIFAR10", "CIFAR100", "SVHN_TEST", "SVHN_TRAIN", "CifarFiles", "load_cifar", "load_svhn"]
 
@@ -65,14 +65,7 @@ CIFAR10 = CifarFiles(
     partial_test=("test_batch_first1000.bin", "first 1,000 test images"),
     label_bytes=1,
     classes=10,
-    sha256={
-        "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
-        "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
-        "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
-        "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
-        "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
-        "test_batch_first1000.bin": "8314c96d7cd65618193bab23acdd5d4c4af15bf6dd00a1781d55beedf3be1ef5",
-    },
+    sha256={name: str(file.sha256) for name, file in published("cifar10").items()},
 )
 """Ten kinds of things, 50 000 training and 10 000 test images."""
 

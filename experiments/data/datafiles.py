@@ -30,6 +30,7 @@ __all__ = [
     "download",
     "find",
     "first_file",
+    "published",
     "verify",
 ]
 
@@ -82,6 +83,22 @@ class RemoteFile:
         """Name, length and checksum in words."""
         size = f"{self.size} bytes, " if self.size is not None else ""
         return f"{self.name!r} ({size}{(self.checksum or 'sha256:unknown').replace(':', ' ')})"
+
+
+def published(subfolder: str, mirrors: tuple[str, ...] = ()) -> dict[str, RemoteFile]:
+    """Return the files of a data set whose checksums are known, by name.
+
+    Args:
+        subfolder: folder of the data set below a data folder.
+        mirrors: see ``RemoteFile``.
+    """
+    files = {}
+    for line in Path(__file__).with_name("checksums.txt").read_text(encoding="ascii").splitlines()[1:]:
+        sha256, size, place = line.split()
+        folder, _, name = place.partition("/")
+        if folder == subfolder:
+            files[name] = RemoteFile(name, mirrors, sha256, int(size))
+    return files
 
 
 def cache_folder() -> Path:

@@ -11,8 +11,16 @@ import pytest
 import requests
 from osculate.errors import ArgumentError
 from osculate.experiments.data import datafiles, datasets
-from osculate.experiments.data.datafiles import DATA_VARIABLE, DataError, RemoteFile, data_folder, download, verify
-from osculate.experiments.data.datasets import Checksums, ImageSet, load_images, read_idx
+from osculate.experiments.data.datafiles import (
+    DATA_VARIABLE,
+    DataError,
+    RemoteFile,
+    data_folder,
+    download,
+    published,
+    verify,
+)
+from osculate.experiments.data.datasets import ImageSet, load_images, read_idx
 
 NAMES = (
     "train-images-idx3-ubyte",
@@ -47,13 +55,9 @@ def contents(arrays):
 
 @pytest.fixture
 def tiny(contents):
-    files = tuple(
-        Checksums(len(contents[f"{name}.gz"]), sha(contents[f"{name}.gz"]), len(contents[name]), sha(contents[name]))
-        for name in NAMES
-    )
-    return ImageSet(
-        "MNIST", "mnist", ("MNIST/raw", "."), ("http://mirror.invalid/a/", "http://mirror.invalid/b/"), files
-    )
+    mirrors = ("http://mirror.invalid/a/", "http://mirror.invalid/b/")
+    files = {name: RemoteFile(name, mirrors, sha(content), len(content)) for name, content in contents.items()}
+    return ImageSet("MNIST", "mnist", ("MNIST/raw", "."), files)
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +132,8 @@ def test_a_missing_file_is_named_with_checksum_addresses_and_ways_out(tmp_path, 
     message = str(caught.value)
     for part in (
         str(tmp_path / "data" / "mnist" / "train-images-idx3-ubyte.gz"),
-        tiny.files[0].packed,
-        *(f"{mirror}train-images-idx3-ubyte.gz: ConnectionError" for mirror in tiny.mirrors),
+        tiny.files["train-images-idx3-ubyte.gz"].sha256,
+        *(f"http://mirror.invalid/{which}/train-images-idx3-ubyte.gz: ConnectionError" for which in "ab"),
         "--data-dir",
         DATA_VARIABLE,
         "curves-autoencoder",
@@ -159,7 +163,7 @@ def test_the_next_mirror_serves_and_wrong_bytes_do_not_pass(tmp_path, monkeypatc
 def test_the_other_set_lying_loose_in_the_folder_is_passed_over(tmp_path, monkeypatch, tiny, contents):
     put(tmp_path, contents, ".gz")
     monkeypatch.setattr(datasets, "MNIST", tiny)
-    other = ImageSet("Fashion-MNIST", "fashion-mnist", (".",), (), datasets.FASHION.files)
+    other = ImageSet("Fashion-MNIST", "fashion-mnist", (".",), datasets.FASHION.files)
     with pytest.raises(DataError, match="is missing"):
         load_images(other, tmp_path)
 
@@ -184,8 +188,10 @@ def test_bad_idx_files_are_refused(tmp_path, content, message):
 
 
 def test_the_published_checksums_are_all_different():
-    entries = [entry for source in (datasets.MNIST, datasets.FASHION) for entry in source.files]
-    checksums = [checksum for entry in entries for checksum in (entry.packed, entry.unpacked)]
-    assert len(set(checksums)) == 16
+    folders = ("mnist", "fashion-mnist", "cifar10", "planetoid")
+    files = [file for folder in folders for file in published(folder).values()]
+    checksums = [file.sha256 for file in files]
+    assert len(set(checksums)) == len(checksums) == 2 * 8 + 6 + 16
     assert all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in checksums)
-    assert [entry.size for entry in datasets.MNIST.files] == [16 + 60000 * 784, 8 + 60000, 16 + 10000 * 784, 8 + 10000]
+    sizes = [datasets.MNIST.files[name].size for name in NAMES]
+    assert sizes == [16 + 60000 * 784, 8 + 60000, 16 + 10000 * 784, 8 + 10000]
