@@ -96,27 +96,20 @@ def _block(rng: np.random.Generator, count: int) -> NDArray[np.uint8]:
 
 def _draw(points: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Return the strokes through ``points`` (N, 3, 2) as images (N, 28, 28)."""
-    positions, lengths = _strokes(points)
+    time = ((np.arange(_SAMPLES) + 0.5) / _SAMPLES)[None, :, None]
+    start, middle, end = (points[:, k : k + 1] for k in range(3))
+    slope, bend = 4 * middle - 3 * start - end, 2 * (start - 2 * middle + end)
+    positions = start + time * slope + time**2 * bend
+    lengths = np.linalg.norm(slope + 2 * time * bend, axis=2) / _SAMPLES  # of the stroke that each point stands for
     pixels = np.arange(SIDE, dtype=np.float64)
-    profile = np.exp(
-        -0.5 * ((pixels[:, None, None, None] - positions) / _HALF_WIDTH) ** 2
-    )  # pixel, image, sample, axis
+    distances = pixels[:, None, None, None] - positions  # pixel, image, sample, axis
+    profile = np.exp(-0.5 * (distances / _HALF_WIDTH) ** 2)
     rows = np.moveaxis(profile[..., 0], 0, 1) * lengths[:, None, :]
     columns = np.moveaxis(profile[..., 1], 0, 2)
     saturated = math.sqrt(2 * math.pi) * _HALF_WIDTH  # the integral on the centre line of a long straight stroke
     brightness = np.minimum(rows @ columns * (_SATURATION / saturated), 1.0)
     levels: NDArray[np.uint8] = np.rint(255 * brightness).astype(np.uint8)
     return levels
-
-
-def _strokes(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return points along each parabola, (N, samples, 2), and the length of stroke each stands for, (N, samples)."""
-    time = ((np.arange(_SAMPLES) + 0.5) / _SAMPLES)[None, :, None]
-    start, middle, end = (points[:, k : k + 1] for k in range(3))
-    slope, bend = 4 * middle - 3 * start - end, 2 * (start - 2 * middle + end)
-    positions = start + time * slope + time**2 * bend
-    velocity = slope + 2 * time * bend
-    return positions, np.linalg.norm(velocity, axis=2) / _SAMPLES
 
 
 def _read_cache(path: Path, train: int, test: int) -> CurveImages | None:

@@ -101,19 +101,15 @@ def load_images(source: ImageSet, data_dir: Path | None = None) -> LabelledImage
 
 def _path(source: ImageSet, name: str, folder: Path | None) -> Path:
     packed, plain = source.files[f"{name}.gz"], source.files[name]
+    others = {file.sha256 for known in (MNIST, FASHION) if known.title != source.title for file in known.files.values()}
     places = [] if folder is None else [folder / below for below in (source.folder, *source.other_folders)]
     candidates = [(place / file.name, file) for place in places for file in (packed, plain)]
     for path, file in candidates:
-        if path.is_file() and not (path.parent == folder and _belongs_to_another(source, path)):
+        # A file in the data folder itself may be the other set's file of the same name.
+        if path.is_file() and not (path.parent == folder and checksum_of(path) in others):
             verify(path, file)
             return path
     return download(packed, source.folder, [path for path, _ in candidates])
-
-
-def _belongs_to_another(source: ImageSet, path: Path) -> bool:
-    """Tell whether a file that lies in the data folder itself is the other set's file of the same name."""
-    others = [file for known in (MNIST, FASHION) if known.title != source.title for file in known.files.values()]
-    return checksum_of(path) in {file.sha256 for file in others}
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
@@ -128,7 +124,12 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     Raises:
         DataError: the file is not of this format, is truncated, or is longer than its header says.
     """
-    raw = _unpacked(path)
+    raw = path.read_bytes()
+    if raw.startswith(_GZIP_MAGIC):
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise DataError(f"{path} cannot be unpacked: {error}; put an intact copy in its place") from error
     if len(raw) < 4 or raw[:2] != b"\x00\x00" or raw[2] != _UNSIGNED_BYTE:
         raise DataError(f"{path} is no IDX file of unsigned bytes: it starts with {raw[:4].hex()}, expected 0000 08")
     start = 4 + 4 * raw[3]
@@ -141,13 +142,3 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
             f"but {len(raw) - start} bytes follow; put an intact copy in its place"
         )
     return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)
-
-
-def _unpacked(path: Path) -> bytes:
-    raw = path.read_bytes()
-    if not raw.startswith(_GZIP_MAGIC):
-        return raw
-    try:
-        return gzip.decompress(raw)
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} cannot be unpacked: {error}; put an intact copy in its place") from error

@@ -155,18 +155,8 @@ def _assembled(parts: list[Any], test: NDArray[np.int64], nodes: int) -> Citatio
     pattern = sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(nodes, nodes))
     pattern = pattern.maximum(pattern.T).tocsr()
     pattern.data[:] = 1.0
-    train = np.arange(len(y))
-    return Citations(
-        _row_normalised(features.tocsr()),
-        labels.argmax(1),
-        pattern,
-        train,
-        train[-1] + 1 + np.arange(_VALIDATION),
-        test,
-    )
-
-
-def _row_normalised(features: sp.csr_matrix) -> sp.csr_matrix:
     total = np.asarray(features.sum(axis=1)).ravel()
     inverse = np.divide(1.0, total, out=np.zeros_like(total), where=total != 0)
-    return sp.csr_matrix(sp.diags(inverse) @ features, dtype=np.float32)
+    normalised = sp.csr_matrix(sp.diags(inverse) @ features.tocsr(), dtype=np.float32)
+    train, valid = np.split(np.arange(len(y) + _VALIDATION), [len(y)])
+    return Citations(normalised, labels.argmax(1), pattern, train, valid, test)

@@ -59,7 +59,11 @@ def graph_network(name: str, size: str = "full", hidden: int = 16, dropout: floa
     features, classes = (_MADE_FEATURES, _MADE_CLASSES) if small else (files.features, files.classes)
 
     def load(data_dir: Path | None) -> Data:
-        return _nodes(made_citations() if small else load_citations(files, data_dir))
+        citations = made_citations() if small else load_citations(files, data_dir)
+        labels = torch.from_numpy(citations.labels)
+        train, valid, test = (torch.from_numpy(part) for part in (citations.train, citations.valid, citations.test))
+        context = (*_rows(citations.features), *_rows(citations.propagation()))
+        return Data(train, labels[train], test, labels[test], valid, labels[valid], context)
 
     network = partial(GraphConvolutions, features, hidden, classes, dropout)
     return Problem(
@@ -95,13 +99,6 @@ def made_citations() -> Citations:
     order = np.arange(_MADE_NODES)
     pattern = sp.csr_matrix(upper | upper.T, dtype=np.float32)
     return Citations(features, labels.astype(np.int64), pattern, order[:12], order[12:52], order[52:])
-
-
-def _nodes(citations: Citations) -> Data:
-    labels = torch.from_numpy(citations.labels)
-    train, valid, test = (torch.from_numpy(part) for part in (citations.train, citations.valid, citations.test))
-    context = (*_rows(citations.features), *_rows(citations.propagation()))
-    return Data(train, labels[train], test, labels[test], valid, labels[valid], context)
 
 
 def _rows(matrix: sp.csr_matrix) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -203,28 +204,22 @@ class _Run:
         rows = self.trajectory.warm_batches
         start = self.optimizer.method.warm_start
         sampled = start is not None and start.needs_likelihood
-        recorded = any(name in self.trajectory.arrays for name in _WARM_TARGETS)
-        if len(rows) and (recorded or not sampled):
-            self.optimizer.warm_start(self._forward(index) for index in range(len(rows)))
-        elif made := self._recorded_start():
+        arrays = self.trajectory.arrays
+        made = {name: torch.tensor(arrays[name]) for name in arrays if re.fullmatch(r"[AGF]_init_\d+", name)}
+
+        def forward(index: int) -> Tensor:
+            self.targets.expected = self.trajectory.sampled(_WARM_TARGETS, index)
+            output: Tensor = self.model(self.trajectory.inputs(rows[index]))
+            return output
+
+        if len(rows) and (not sampled or any(name in arrays for name in _WARM_TARGETS)):
+            self.optimizer.warm_start(partial(forward, index) for index in range(len(rows)))
+        elif any(bool(value.any()) for value in made.values()):  # else the run starts from zero anyway
             load_initial(self.observer, made, warm=not self.trajectory.full_batch)
             self.notes.append("no warm start to replay in the file: started from its arrays A_init, G_init, F_init")
         elif len(rows):
             raise ArgumentError(f"the file has warm_batches, but neither {_WARM_TARGETS[0]!r} nor what they made")
         self._keep({name: value.clone() for name, value in self.observer.initial().items()})
-
-    def _recorded_start(self) -> dict[str, Tensor]:
-        """What a warm start made, unless all of it is zero: then the run starts from zero anyway."""
-        found = {n: torch.tensor(v) for n, v in self.trajectory.arrays.items() if re.fullmatch(r"[AGF]_init_\d+", n)}
-        return found if any(bool(value.any()) for value in found.values()) else {}
-
-    def _forward(self, index: int) -> Any:
-        def closure() -> Tensor:
-            self.targets.expected = self.trajectory.sampled(_WARM_TARGETS, index)
-            output: Tensor = self.model(self.trajectory.inputs(self.trajectory.warm_batches[index]))
-            return output
-
-        return closure
 
     def _iterate(self) -> None:
         columns: dict[str, list[Tensor]] = {}

@@ -127,12 +127,13 @@ class _Counter(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        self.waits += (
-            name in _WAITING or _depends_on_data(func, name, args, kwargs or {}) or _crosses(name, given, made)
-        )
-        self.made += name in _FROM_NUMBERS or (name == "_to_copy" and _leaves_the_host(given, made))
-        if name not in _NO_KERNEL and not _is_view(func):
-            self.operations[self.place] += 1
+        waits = name in _WAITING or _depends_on_data(func, name, args, kwargs or {}) or _crosses(name, given, made)
+        copied = name == "_to_copy" and made[0].device.type != "cpu" and any(v.device.type == "cpu" for v in given)
+        returns = [value.alias_info for value in func._schema.returns]
+        view = bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
+        self.waits += waits
+        self.made += copied or name in _FROM_NUMBERS
+        self.operations[self.place] += not view and name not in _NO_KERNEL
         return result
 
 
@@ -224,12 +225,6 @@ def _autoencoder() -> nn.Sequential:
     return nn.Sequential(*(part for layer in linear for part in ([layer] if layer in plain else [layer, nn.Sigmoid()])))
 
 
-def _is_view(func: Any) -> bool:
-    """Every result shares memory with an argument that is not written."""
-    results = func._schema.returns
-    return bool(results) and all(r.alias_info is not None and not r.alias_info.is_write for r in results)
-
-
 def _depends_on_data(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
     """Boolean masks and repetitions by a tensor of counts have a size that only the device knows."""
     if name in _INDEXING:
@@ -242,7 +237,3 @@ def _crosses(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> bool
     if name == "copy_":
         return len(given) > 1 and (given[0].device.type == "cpu") != (given[1].device.type == "cpu")
     return name == "_to_copy" and any((v.device.type == "cpu") != (made[0].device.type == "cpu") for v in given)
-
-
-def _leaves_the_host(given: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
-    return made[0].device.type != "cpu" and any(value.device.type == "cpu" for value in given)
