@@ -42,7 +42,7 @@ class CifarFiles:
         partial_test: name of a file with the first test images only, and what to call them; None if there is none.
         label_bytes: bytes before each image; the last of them is the class.
         classes: number of classes.
-        sha256: checksums of unpacked files, as far as they are known.
+        known: by name, the unpacked files whose checksums are known.
     """
 
     folder: str
@@ -53,25 +53,25 @@ class CifarFiles:
     partial_test: tuple[str, str] | None
     label_bytes: int
     classes: int
-    sha256: Mapping[str, str] = field(default_factory=dict)
+    known: Mapping[str, RemoteFile] = field(default_factory=dict)
 
 
 CIFAR10 = CifarFiles(
     folder="cifar10",
-    archive=RemoteFile("cifar-10-binary.tar.gz", _MIRRORS, md5="c32a1d4ab5d03f1284b67883e8d87530"),
+    archive=RemoteFile("cifar-10-binary.tar.gz", _MIRRORS, "md5:c32a1d4ab5d03f1284b67883e8d87530"),
     inside="cifar-10-batches-bin",
     train=tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
     test="test_batch.bin",
     partial_test=("test_batch_first1000.bin", "first 1,000 test images"),
     label_bytes=1,
     classes=10,
-    sha256={name: str(file.sha256) for name, file in published("cifar10").items()},
+    known=published("cifar10"),
 )
 """Ten kinds of things, 50 000 training and 10 000 test images."""
 
 CIFAR100 = CifarFiles(
     folder="cifar100",
-    archive=RemoteFile("cifar-100-binary.tar.gz", _MIRRORS, md5="03b5dce01913d631647c71ecec9e9cb8"),
+    archive=RemoteFile("cifar-100-binary.tar.gz", _MIRRORS, "md5:03b5dce01913d631647c71ecec9e9cb8"),
     inside="cifar-100-binary",
     train=("train.bin",),
     test="test.bin",
@@ -82,9 +82,9 @@ CIFAR100 = CifarFiles(
 """A hundred kinds of things, 50 000 training and 10 000 test images; the class is the fine label."""
 
 _SVHN_MIRRORS = ("http://ufldl.stanford.edu/housenumbers/",)
-SVHN_TRAIN = RemoteFile("train_32x32.mat", _SVHN_MIRRORS, md5="e26dedcc434d2e4c54c9b2d4a06d8373")
+SVHN_TRAIN = RemoteFile("train_32x32.mat", _SVHN_MIRRORS, "md5:e26dedcc434d2e4c54c9b2d4a06d8373")
 """73 257 digits."""
-SVHN_TEST = RemoteFile("test_32x32.mat", _SVHN_MIRRORS, md5="eb5a983be6a315427106f1b164d9cef3")
+SVHN_TEST = RemoteFile("test_32x32.mat", _SVHN_MIRRORS, "md5:eb5a983be6a315427106f1b164d9cef3")
 """26 032 digits."""
 
 
@@ -140,11 +140,11 @@ def _content(files: CifarFiles, name: str, folder: Path | None) -> bytes:
         content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     except lzma.LZMAError as error:
         raise DataError(f"{path} is truncated or no xz file: {error}; put an intact copy in its place") from error
-    expected, found = files.sha256.get(name), hashlib.sha256(content).hexdigest()
-    if expected is not None and found != expected:
+    expected, found = files.known.get(name), f"sha256:{hashlib.sha256(content).hexdigest()}"
+    if expected is not None and found != expected.checksum:
         raise DataError(
-            f"{path} is damaged or another file of that name: unpacked it has {len(content)} bytes, sha256 found "
-            f"{found}, expected {expected}; put an intact copy in its place, or remove it to have the set downloaded"
+            f"{path} is damaged or another file of that name: unpacked it has {len(content)} bytes, found {found}, "
+            f"expected {expected.checksum}; put an intact copy in its place, or remove it to have the set downloaded"
         )
     return content
 

@@ -60,23 +60,15 @@ class RemoteFile:
     Args:
         name: file name.
         mirrors: web folders that hold it, ending in ``/``, tried in this order.
-        sha256: its checksum; None where the published file's is unknown, so that the reader checks the content.
+        checksum: its checksum with the name of its algorithm in front, such as ``md5:...``; None where the published
+            file's is unknown, so that the reader checks the content.
         size: its length in bytes, for messages; None if unknown.
-        md5: the checksum its publisher names, where there is no SHA-256.
     """
 
     name: str
     mirrors: tuple[str, ...]
-    sha256: str | None = None
+    checksum: str | None = None
     size: int | None = None
-    md5: str | None = None
-
-    @property
-    def checksum(self) -> str | None:
-        """The checksum with the name of its algorithm in front, such as ``md5:...``; None where none is known."""
-        if self.sha256 is not None:
-            return f"sha256:{self.sha256}"
-        return None if self.md5 is None else f"md5:{self.md5}"
 
     @property
     def identity(self) -> str:
@@ -97,7 +89,7 @@ def published(subfolder: str, mirrors: tuple[str, ...] = ()) -> dict[str, Remote
         sha256, size, place = line.split()
         folder, _, name = place.partition("/")
         if folder == subfolder:
-            files[name] = RemoteFile(name, mirrors, sha256, int(size))
+            files[name] = RemoteFile(name, mirrors, f"sha256:{sha256}", int(size))
     return files
 
 

@@ -101,12 +101,14 @@ def load_images(source: ImageSet, data_dir: Path | None = None) -> LabelledImage
 
 def _path(source: ImageSet, name: str, folder: Path | None) -> Path:
     packed, plain = source.files[f"{name}.gz"], source.files[name]
-    others = {file.sha256 for known in (MNIST, FASHION) if known.title != source.title for file in known.files.values()}
+    others = {
+        file.checksum for known in (MNIST, FASHION) if known.title != source.title for file in known.files.values()
+    }
     places = [] if folder is None else [folder / below for below in (source.folder, *source.other_folders)]
     candidates = [(place / file.name, file) for place in places for file in (packed, plain)]
     for path, file in candidates:
         # A file in the data folder itself may be the other set's file of the same name.
-        if path.is_file() and not (path.parent == folder and checksum_of(path) in others):
+        if path.is_file() and not (path.parent == folder and f"sha256:{checksum_of(path)}" in others):
             verify(path, file)
             return path
     return download(packed, source.folder, [path for path, _ in candidates])

@@ -13,7 +13,6 @@ common, and the checksum of the one published is not known to us.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from torch.nn import functional
 from ...errors import require_positive_integer
 from .datafiles import DataError, RemoteFile, checksum_of, data_folder, find
 
-__all__ = ["FacePatches", "augment", "load_face_patches", "read_olivetti"]
+__all__ = ["augment", "load_face_patches", "read_olivetti"]
 
 OLIVETTI = RemoteFile("olivettifaces.mat", ("https://cs.nyu.edu/~roweis/data/",))
 PEOPLE, TRAIN_PEOPLE, IMAGES_PER_PERSON = 40, 30, 10
@@ -38,21 +37,11 @@ _MOST_SHIFT = 3.0  # of the patch's centre from the photograph's, along each axi
 _CHUNK = 2000  # patches sampled at a time
 
 
-@dataclass(frozen=True)
-class FacePatches:
-    """Patches as rows of 625 pixels, standardised by the training patches.
+def load_face_patches(patches_per_face: int, seed: int = 0, data_dir: Path | None = None) -> tuple[Tensor, Tensor]:
+    """Return training and test patches as rows of 625 pixels; N = 300 and M = 100 times ``patches_per_face``.
 
-    Args:
-        train: (N, 625), of the first 30 people; each pixel's mean is 0, the mean of the pixels' variances 1.
-        test: (M, 625), of the last 10 people, shifted and scaled as ``train`` was.
-    """
-
-    train: Tensor
-    test: Tensor
-
-
-def load_face_patches(patches_per_face: int, seed: int = 0, data_dir: Path | None = None) -> FacePatches:
-    """Return training and test patches; N = 300 and M = 100 times ``patches_per_face``.
+    Training patches (N, 625) are of the first 30 people; each pixel's mean is 0, the mean of the pixels' variances 1.
+    Test patches (M, 625) are of the last 10 people, shifted and scaled alike.
 
     Args:
         patches_per_face: patches cut from each photograph, >= 1.
@@ -71,7 +60,7 @@ def load_face_patches(patches_per_face: int, seed: int = 0, data_dir: Path | Non
     test = augment(faces[boundary:], patches_per_face, np.random.default_rng((seed, 1)))
     mean = train.mean(dim=0)
     deviation = (train - mean).square().mean().sqrt()
-    return FacePatches((train - mean) / deviation, (test - mean) / deviation)
+    return (train - mean) / deviation, (test - mean) / deviation
 
 
 def augment(faces: Tensor, patches_per_face: int, rng: np.random.Generator) -> Tensor:

@@ -82,8 +82,8 @@ def curves_autoencoder(size: str = "full", data_seed: int = 0) -> Problem:
     widths = (784, 100, 50, 25, 6) if small else (784, 400, 200, 100, 50, 25, 6)
 
     def load(data_dir: Path | None) -> tuple[Tensor, Tensor]:
-        images = load_curves(train, test, data_seed)
-        return _pixels(images.train), _pixels(images.test)
+        drawn = load_curves(train, test, data_seed)
+        return _pixels(drawn[0]), _pixels(drawn[1])
 
     images = f"{train} generated images of curves through three points"
     return _autoencoder("curves-autoencoder", images, widths, small, load, _CURVES)
@@ -122,10 +122,7 @@ def faces_autoencoder(size: str = "full", patches_per_face: int | None = None, d
     patches = (10 if small else 100) if patches_per_face is None else patches_per_face
     widths = (625, 200, 100, 30) if small else (625, 2000, 1000, 500, 30)
 
-    def load(data_dir: Path | None) -> tuple[Tensor, Tensor]:
-        images = load_face_patches(patches, data_seed, data_dir)
-        return images.train, images.test
-
+    load = partial(load_face_patches, patches, data_seed)
     images = f"{300 * patches} FACES-like patches of the Olivetti faces"
     return _autoencoder("faces-autoencoder", images, widths, small, load, _OLIVETTI, gaussian=True)
 

@@ -11,17 +11,9 @@ from torch import Tensor, nn
 
 from ..problems import Problem
 
-__all__ = ["Metrics", "Score", "score"]
+__all__ = ["Metrics", "score"]
 
 _CHUNK = 2000
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean loss over a data set, and the share of right classes (for sequences, of all tokens) where there are any."""
-
-    loss: float
-    accuracy: float | None
 
 
 @dataclass(frozen=True)
@@ -69,8 +61,10 @@ class Metrics:
         return {name: value for name, value in plain.items() if value is not None and value != {}}
 
 
-def score(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -> Score:
-    """Return the mean loss (and accuracy) of ``model`` in evaluation mode over all samples.
+def score(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -> tuple[float, float | None]:
+    """Return the mean loss of ``model`` in evaluation mode over all samples, and the share of right classes, if any.
+
+    Of sequences it is the share of all tokens.
 
     Args:
         model: left in the mode it was in.
@@ -94,4 +88,4 @@ def score(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -
         for module, training in modes:
             module.training = training
     accuracy = float(right) / targets.numel() if problem.classes is not None else None
-    return Score(float(total) / len(inputs), accuracy)
+    return float(total) / len(inputs), accuracy

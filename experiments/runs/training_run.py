@@ -153,27 +153,27 @@ class TrainingRun:
         """Pause the clock and return the metrics at this point."""
         self.clock.pause()
         data, penalty = self.data, float(self.optimizer.penalty())
-        samples = {"train": (data.train_inputs, data.train_targets), "test": (data.test_inputs, data.test_targets)}
+        train_loss, _ = score(self.model, self.problem, data.train_inputs, data.train_targets)
+        test_loss, test_accuracy = score(self.model, self.problem, data.test_inputs, data.test_targets)
+        valid_loss, valid_accuracy = None, None
         if data.valid_inputs is not None and data.valid_targets is not None:
-            samples["valid"] = (data.valid_inputs, data.valid_targets)
-        scores = {name: score(self.model, self.problem, *pair) for name, pair in samples.items()}
-        train, test, valid = scores["train"], scores["test"], scores.get("valid")
+            valid_loss, valid_accuracy = score(self.model, self.problem, data.valid_inputs, data.valid_targets)
         events = {name: int(count) for name, count in sorted(self._events.items()) if int(count)}
         self._events.clear()
         return Metrics(
             epoch=int(self.epoch) if self.epoch.is_integer() else round(self.epoch, 6),
-            train_loss=train.loss + penalty,
-            test_loss=test.loss,
-            test_accuracy=test.accuracy,
+            train_loss=train_loss + penalty,
+            test_loss=test_loss,
+            test_accuracy=test_accuracy,
             penalty=penalty,
             seconds=self.clock.seconds,
             warm_start_seconds=self.warm_start_seconds,
             iterations=self.iterations,
             gradient_evaluations=int(self.optimizer.gradient_evaluations),
             peak_memory_bytes=peak_memory_bytes(self.device),
-            valid_loss=None if valid is None else valid.loss,
-            valid_accuracy=None if valid is None else valid.accuracy,
-            suboptimality=None if self._optimum is None else train.loss - self._optimum,
+            valid_loss=valid_loss,
+            valid_accuracy=valid_accuracy,
+            suboptimality=None if self._optimum is None else train_loss - self._optimum,
             events=events,
             layer_steps=self._layer_steps(),
         )

@@ -113,7 +113,7 @@ def test_damaged_and_other_files_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="no intact graph file"):
         load_citations(TINY, folder)
     with pytest.raises(DataError, match="sha256"):
-        load_citations(replace(TINY, known={path.name: RemoteFile(path.name, (), "0" * 64)}), folder)
+        load_citations(replace(TINY, known={path.name: RemoteFile(path.name, (), f"sha256:{0:064x}")}), folder)
     (folder / "planetoid" / "ind.tiny.x").write_bytes(published(sp.csr_matrix(np.eye(2, dtype=np.float32))))
     (folder / "planetoid" / "ind.tiny.test.index").write_text("7\n9\n")
     with pytest.raises(DataError, match="do not fit"):

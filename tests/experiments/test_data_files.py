@@ -56,7 +56,9 @@ def contents(arrays):
 @pytest.fixture
 def tiny(contents):
     mirrors = ("http://mirror.invalid/a/", "http://mirror.invalid/b/")
-    files = {name: RemoteFile(name, mirrors, sha(content), len(content)) for name, content in contents.items()}
+    files = {
+        name: RemoteFile(name, mirrors, f"sha256:{sha(content)}", len(content)) for name, content in contents.items()
+    }
     return ImageSet("MNIST", "mnist", ("MNIST/raw", "."), files)
 
 
@@ -120,9 +122,9 @@ def test_a_truncated_file_is_named_with_both_checksums(tmp_path, tiny, contents)
 def test_a_changed_file_is_refused(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"abc")
-    verify(path, RemoteFile("file", (), sha(b"abc"), 3))
+    verify(path, RemoteFile("file", (), f"sha256:{sha(b'abc')}", 3))
     with pytest.raises(DataError, match="damaged or another file"):
-        verify(path, RemoteFile("file", (), sha(b"abd"), 3))
+        verify(path, RemoteFile("file", (), f"sha256:{sha(b'abd')}", 3))
 
 
 def test_a_missing_file_is_named_with_checksum_addresses_and_ways_out(tmp_path, tiny):
@@ -132,7 +134,7 @@ def test_a_missing_file_is_named_with_checksum_addresses_and_ways_out(tmp_path, 
     message = str(caught.value)
     for part in (
         str(tmp_path / "data" / "mnist" / "train-images-idx3-ubyte.gz"),
-        tiny.files["train-images-idx3-ubyte.gz"].sha256,
+        tiny.files["train-images-idx3-ubyte.gz"].checksum.removeprefix("sha256:"),
         *(f"http://mirror.invalid/{which}/train-images-idx3-ubyte.gz: ConnectionError" for which in "ab"),
         "--data-dir",
         DATA_VARIABLE,
@@ -152,12 +154,12 @@ def test_the_next_mirror_serves_and_wrong_bytes_do_not_pass(tmp_path, monkeypatc
             Path(output_file).write_bytes(content if "/b/" in url else b"an error page")
 
     monkeypatch.setattr(datafiles.pooch, "HTTPDownloader", SecondMirror)
-    file = RemoteFile("file", ("http://mirror.invalid/a/", "http://mirror.invalid/b/"), sha(content), len(content))
+    file = RemoteFile("file", ("http://mirror.invalid/a/", "http://mirror.invalid/b/"), f"sha256:{sha(content)}", 19)
     path = download(file, "set")
     assert path.read_bytes() == content
     assert path.is_relative_to(tmp_path / "cache" / "set")
     with pytest.raises(DataError, match=re.escape("http://mirror.invalid/a/other")):
-        download(RemoteFile("other", file.mirrors[:1], sha(content)), "set")
+        download(RemoteFile("other", file.mirrors[:1], file.checksum), "set")
 
 
 def test_the_other_set_lying_loose_in_the_folder_is_passed_over(tmp_path, monkeypatch, tiny, contents):
@@ -190,8 +192,8 @@ def test_bad_idx_files_are_refused(tmp_path, content, message):
 def test_the_published_checksums_are_all_different():
     folders = ("mnist", "fashion-mnist", "cifar10", "planetoid")
     files = [file for folder in folders for file in published(folder).values()]
-    checksums = [file.sha256 for file in files]
+    checksums = [file.checksum for file in files]
     assert len(set(checksums)) == len(checksums) == 2 * 8 + 6 + 16
-    assert all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in checksums)
+    assert all(re.fullmatch("sha256:[0-9a-f]{64}", checksum) for checksum in checksums)
     sizes = [datasets.MNIST.files[name].size for name in NAMES]
     assert sizes == [16 + 60000 * 784, 8 + 60000, 16 + 10000 * 784, 8 + 10000]

@@ -6,9 +6,8 @@ import pytest
 import torch
 from osculate import registry
 from osculate.errors import ArgumentError, UnknownNameError
-from osculate.experiments.data.curves import CurveImages, generate_curves
+from osculate.experiments.data.curves import generate_curves
 from osculate.experiments.data.datafiles import LabelledImages
-from osculate.experiments.data.faces import FacePatches
 from osculate.experiments.problems import PROBLEMS, Target, get_problem, images
 from osculate.experiments.problems.problem import bernoulli_loss, gaussian_loss
 from torch import nn
@@ -27,8 +26,8 @@ def few_samples(monkeypatch):
     patches = torch.randn(70, 625)
     labelled = LabelledImages(drawn[:50], labels[:50], drawn[50:], labels[50:])
     monkeypatch.setattr(images, "load_images", lambda source, data_dir: labelled)
-    monkeypatch.setattr(images, "load_curves", lambda train, test, seed: CurveImages(drawn[:50], drawn[50:]))
-    monkeypatch.setattr(images, "load_face_patches", lambda *options: FacePatches(patches[:50], patches[50:]))
+    monkeypatch.setattr(images, "load_curves", lambda train, test, seed: (drawn[:50], drawn[50:]))
+    monkeypatch.setattr(images, "load_face_patches", lambda *options: (patches[:50], patches[50:]))
 
 
 def test_the_default_problem_comes_first():
