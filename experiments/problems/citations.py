@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data.planetoid import CITESEER, CORA, PUBMED, Citations, GraphFiles, load_citations
 from ..networks.graph_models import GraphConvolutions
 from ..networks.models import seeded
-from .problem import Data, Problem, Source, Target, categorical_loss, is_small
+from .problem import Data, Problem, Source, Target, is_small
 
 __all__ = ["GRAPH_TASKS", "graph_network", "made_citations"]
 
@@ -73,7 +73,6 @@ def graph_network(name: str, size: str = "full", hidden: int = 16, dropout: floa
         epochs=200,
         classes=classes,
         build_model=partial(seeded, network),
-        loss=categorical_loss,
         load=load,
         source=Source(f"{title} citation graph", *_SOURCE),
         target=None if small else Target("test_accuracy", accuracy),

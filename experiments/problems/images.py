@@ -30,9 +30,6 @@ from .problem import (
     Problem,
     Source,
     Target,
-    bernoulli_loss,
-    categorical_loss,
-    gaussian_loss,
     held_out,
     is_small,
     labelled,
@@ -66,7 +63,7 @@ _SOURCES: Mapping[str, Source] = MappingProxyType(
         ),
     }
 )
-_classifier = partial(Problem, likelihood="categorical", classes=10, loss=categorical_loss)
+_classifier = partial(Problem, likelihood="categorical", classes=10)
 
 
 def curves_autoencoder(size: str = "full", data_seed: int = 0) -> Problem:
@@ -193,7 +190,6 @@ def _autoencoder(
         batch_size=200 if small else 1000,
         epochs=20,
         build_model=partial(seeded, partial(autoencoder, widths)),
-        loss=gaussian_loss if gaussian else bernoulli_loss,
         load=data,
         source=source,
         target=target,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError, NumericalError
 from ..networks.models import seeded
-from .problem import GENERATED_HERE, Data, Problem, Source, bernoulli_loss, gaussian_loss, is_small, require_seed
+from .problem import GENERATED_HERE, Data, Problem, Source, is_small, require_seed
 
 __all__ = ["least_squares_optimum", "logistic", "logistic_optimum", "quadratic"]
 
@@ -48,7 +48,6 @@ def logistic(size: str = "full", data_seed: int = 0) -> Problem:
         likelihood="bernoulli",
         epochs=200,
         build_model=partial(seeded, lambda: nn.Linear(features, 1)),
-        loss=bernoulli_loss,
         load=load,
         source=_SOURCE,
         optimum=logistic_optimum,
@@ -85,7 +84,6 @@ def quadratic(size: str = "full", condition: float = 1e4, data_seed: int = 0) ->
         likelihood="gaussian",
         epochs=200,
         build_model=partial(seeded, lambda: nn.Linear(dimension, 1, bias=False)),
-        loss=gaussian_loss,
         load=load,
         source=_SOURCE,
         optimum=least_squares_optimum,

@@ -19,7 +19,7 @@ from ..data.colour_images import CifarFiles, load_cifar, load_svhn
 from ..data.datafiles import LabelledImages
 from ..networks.image_models import VGG11, VGG16, Standardise, residual_network, vgg
 from ..networks.models import seeded
-from .problem import Data, Problem, Source, Target, categorical_loss, held_out, is_small, labelled
+from .problem import Data, Problem, Source, Target, held_out, is_small, labelled
 
 __all__ = ["cifar10_resnet32", "cifar_vgg16", "svhn_vgg11"]
 
@@ -42,7 +42,7 @@ _CROP_AND_FLIP = Chain((RandomCrop(4), RandomFlip()))
 _SVHN_CHANGES = Chain((RandomCrop(2), ColourJitter((1 - 63 / 255, 1 + 63 / 255), (0.2, 1.8), (0.5, 1.5))))
 
 
-_problem = partial(Problem, likelihood="categorical", batch_size=128, epochs=200, loss=categorical_loss)
+_problem = partial(Problem, likelihood="categorical", batch_size=128, epochs=200)
 
 
 def cifar10_resnet32(size: str = "full", validation: int = 0) -> Problem:

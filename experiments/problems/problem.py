@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ...curvature.likelihoods import resolve_likelihood
 from ...errors import ArgumentError, UnknownNameError
 from ..data.augmentation import Augmentation
 from ..data.datafiles import LabelledImages
@@ -24,14 +24,10 @@ __all__ = [
     "Problem",
     "Source",
     "Target",
-    "bernoulli_loss",
-    "categorical_loss",
-    "gaussian_loss",
     "held_out",
     "is_small",
     "labelled",
     "require_seed",
-    "token_loss",
 ]
 
 GENERATED_HERE = "generated here, none needed"
@@ -108,10 +104,9 @@ class Problem:
     Args:
         name: under which it is found.
         summary: data, network and loss in one line.
-        likelihood: of which the loss is the negative logarithm.
+        likelihood: of which the loss is the negative logarithm, a mean over samples.
         epochs: passes over the training data that show most of what there is to see.
         build_model: returns the network for a seed, on the CPU; the global random state stays as it was.
-        loss: of outputs and targets, a mean over samples, shape ().
         load: returns the data; its argument is a folder that may hold the files, or None.
         source: of the data.
         batch_size: samples in a mini-batch, unless a run says otherwise; None is all of them.
@@ -129,7 +124,6 @@ class Problem:
     likelihood: Literal["bernoulli", "gaussian", "categorical"]
     epochs: int
     build_model: Callable[[int], nn.Module]
-    loss: Callable[[Tensor, Tensor], Tensor]
     load: Callable[[Path | None], Data]
     source: Source
     batch_size: int | None = None
@@ -140,26 +134,16 @@ class Problem:
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: MappingProxyType({}))
     optimum: Callable[[Data], float] | None = None
 
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Negative log-likelihood, summed over pixels or tokens, mean over samples, in nats, shape ().
 
-def bernoulli_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Return the cross entropy of pixels in [0, 1] and logits, summed over pixels, mean over samples, in nats."""
-    total = functional.binary_cross_entropy_with_logits(output, target, reduction="sum")
-    return total / len(output)
-
-
-def gaussian_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Return half the squared error, summed over pixels, mean over samples."""
-    return 0.5 * functional.mse_loss(output, target, reduction="sum") / len(output)
-
-
-def categorical_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Return the cross entropy of classes (N,) and logits (N, classes), mean over samples, in nats."""
-    return functional.cross_entropy(output, target)
-
-
-def token_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Return the cross entropy of classes (N, T) and logits (N, T, classes), sum over tokens, mean over samples."""
-    return functional.cross_entropy(output.flatten(0, -2), target.flatten(), reduction="sum") / len(output)
+        Args:
+            output: (N, ...) of the network.
+            target: see ``Data``.
+        """
+        likelihood = resolve_likelihood(self.likelihood)
+        assert likelihood is not None
+        return likelihood.negative_log_likelihood(output, target) / len(output)
 
 
 def is_small(size: str) -> bool:

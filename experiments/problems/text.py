@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data.grammar import ALPHABET, encode, write_text
 from ..networks.language_models import CharTransformer
 from ..networks.models import seeded
-from .problem import GENERATED_HERE, Data, Problem, Source, is_small, require_seed, token_loss
+from .problem import GENERATED_HERE, Data, Problem, Source, is_small, require_seed
 
 __all__ = ["char_transformer"]
 
@@ -44,7 +44,6 @@ def char_transformer(size: str = "full", data_seed: int = 0) -> Problem:
         epochs=10,
         classes=len(ALPHABET),
         build_model=partial(seeded, network),
-        loss=token_loss,
         load=load,
         source=Source("sentences of a small grammar", GENERATED_HERE, "ours"),
     )
