@@ -74,12 +74,22 @@ def augment(faces: Tensor, patches_per_face: int, rng: np.random.Generator) -> T
     Cost: about 0.05 ms per patch on one core.
     """
     index = torch.arange(len(faces)).repeat_interleave(patches_per_face)
-    grids = _grids(len(index), rng)
+    angle, scale, shift_x, shift_y = rng.uniform(
+        (-_MOST_DEGREES, _SCALES[0], -_MOST_SHIFT, -_MOST_SHIFT),
+        (_MOST_DEGREES, _SCALES[1], _MOST_SHIFT, _MOST_SHIFT),
+        size=(len(index), 4),
+    ).T[:, :, None, None]
+    steps = np.arange(PATCH) - (PATCH - 1) / 2
+    x, y = steps[None, None, :], steps[None, :, None]
+    cosine, sine = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    columns = scale * (cosine * x - sine * y) + shift_x
+    rows = scale * (sine * x + cosine * y) + shift_y
+    half = (SIDE - 1) / 2
+    # (N, 25, 25, 2): x and y in [-1, 1] from the centres of the outermost pixels
+    grids = torch.from_numpy(np.stack([columns, rows], axis=-1) / half).to(torch.float32)
     parts = [
-        functional.grid_sample(
-            faces[rows].unsqueeze(1), grid, mode="bilinear", padding_mode="border", align_corners=True
-        )
-        for rows, grid in zip(torch.split(index, _CHUNK), torch.split(grids, _CHUNK), strict=True)
+        functional.grid_sample(faces[some].unsqueeze(1), grid, padding_mode="border", align_corners=True)
+        for some, grid in zip(torch.split(index, _CHUNK), torch.split(grids, _CHUNK), strict=True)
     ]
     return torch.cat(parts).flatten(1)
 
@@ -114,19 +124,3 @@ def _damaged(path: Path, state: str) -> str:
         f"images; its sha256 is {checksum_of(path)}; delete it to have it downloaded, or put an intact copy in its "
         "place"
     )
-
-
-def _grids(count: int, rng: np.random.Generator) -> Tensor:
-    """Return where to sample, (count, 25, 25, 2): x and y in [-1, 1] from the centres of the outermost pixels."""
-    angle, scale, shift_x, shift_y = rng.uniform(
-        (-_MOST_DEGREES, _SCALES[0], -_MOST_SHIFT, -_MOST_SHIFT),
-        (_MOST_DEGREES, _SCALES[1], _MOST_SHIFT, _MOST_SHIFT),
-        size=(count, 4),
-    ).T[:, :, None, None]
-    steps = np.arange(PATCH) - (PATCH - 1) / 2
-    x, y = steps[None, None, :], steps[None, :, None]
-    cosine, sine = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
-    columns = scale * (cosine * x - sine * y) + shift_x
-    rows = scale * (sine * x + cosine * y) + shift_y
-    half = (SIDE - 1) / 2
-    return torch.from_numpy(np.stack([columns, rows], axis=-1) / half).to(torch.float32)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.grammar import ALPHABET, encode, write_text
-from ..networks.language_models import CharTransformer
-from ..networks.models import seeded
+from ..networks.models import CharTransformer, seeded
 from .problem import GENERATED_HERE, Data, Problem, Source, is_small, require_seed
 
 __all__ = ["char_transformer"]

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -150,15 +151,8 @@ def _average(trajectory: Trajectory, settings: Settings) -> Average:
     return MovingAverage(decay) if len(trajectory.warm_batches) else ZeroStartAverage(decay)
 
 
-def _kbfgs(trajectory: Trajectory, settings: Settings, log: Log) -> Method:
-    return _quasi_newton(trajectory, settings, log, registry.method("kbfgs"))
-
-
-def _kbfgs_limited(trajectory: Trajectory, settings: Settings, log: Log) -> Method:
-    return _quasi_newton(trajectory, settings, log, registry.method("kbfgs-l", memory=settings.count("memory", 100)))
-
-
-def _quasi_newton(trajectory: Trajectory, settings: Settings, log: Log, base: Method) -> Method:
+def _quasi_newton(name: str, trajectory: Trajectory, settings: Settings, log: Log) -> Method:
+    base = registry.method(name, **({"memory": settings.count("memory", 100)} if name == "kbfgs-l" else {}))
     own = CurvatureTest().tolerance
     threshold = settings.number("skip_threshold", own)
     if threshold != own:
@@ -175,10 +169,10 @@ def _quasi_newton(trajectory: Trajectory, settings: Settings, log: Log, base: Me
         raise ArgumentError(f"setting 'H_g_initial' must be 1 for K-BFGS, whose H_g starts as identity, got {initial}")
     assert isinstance(outputs, BFGS | LBFGS)
     rules: dict[str, Callable[[float], PairDamping]] = {"double": DoubleDamping, "powell-then-lm": PowellThenLM}
-    name = str(settings.get("pair_damping", "double"))
-    if name not in rules:
-        raise UnknownNameError("pair damping", name, rules)
-    pairs = WatchedDamping(rules[name](settings.number("mu1", 0.2)), log)
+    rule = str(settings.get("pair_damping", "double"))
+    if rule not in rules:
+        raise UnknownNameError("pair damping", rule, rules)
+    pairs = WatchedDamping(rules[rule](settings.number("mu1", 0.2)), log)
     outputs = replace(outputs, pairs=pairs, average=average)
     inputs: Any = replace(cast(Any, kronecker.inputs), average=_average(trajectory, settings))
     structure = replace(
@@ -234,8 +228,8 @@ def _mbf(trajectory: Trajectory, settings: Settings, log: Log) -> Method:
 
 
 _BUILDERS: dict[str, Callable[[Trajectory, Settings, Log], Method]] = {
-    "kbfgs": _kbfgs,
-    "kbfgsl": _kbfgs_limited,
+    "kbfgs": partial(_quasi_newton, "kbfgs"),
+    "kbfgsl": partial(_quasi_newton, "kbfgs-l"),
     "kfac": _kfac,
     "mbf": _mbf,
 }
