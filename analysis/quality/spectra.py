@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError, require_positive_integer
 
-__all__ = ["Density", "SymmetricOperator", "conjugate_gradients", "frobenius_norm", "lanczos", "spectral_density"]
+__all__ = ["Density", "SymmetricOperator", "conjugate_gradients", "lanczos", "spectral_density"]
 
 _DENSE = 64
 """Up to this order eigenvalues come from the dense matrix: Lanczos iterations need room."""
@@ -133,21 +133,6 @@ def _dense_eigenvalues(operator: SymmetricOperator, metric: Metric | None) -> Te
         matrix = 0.5 * (matrix + matrix.T)
     result: Tensor = torch.linalg.eigvalsh(matrix)
     return result
-
-
-def frobenius_norm(operator: SymmetricOperator, probes: int, generator: torch.Generator) -> float:
-    """Root of the mean of |M z|^2 over random signs z: unbiased for the square (Hutchinson's estimator).
-
-    Args:
-        operator: M.
-        probes: how many z, >= 1; exact from d on, where the unit vectors are taken instead.
-        generator: draws the signs, on the CPU.
-    """
-    require_positive_integer("probes", probes)
-    if probes >= operator.size:
-        return float(torch.linalg.matrix_norm(operator.dense()))
-    total = sum(float(operator.product(z).square().sum()) for z in signs(operator, probes, generator))
-    return float((total / probes) ** 0.5)
 
 
 def signs(operator: SymmetricOperator, probes: int, generator: torch.Generator) -> list[Tensor]:

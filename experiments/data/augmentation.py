@@ -9,9 +9,8 @@ order of the three colour changes per mini-batch instead of per image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,17 +22,8 @@ __all__ = ["Augmentation", "Chain", "ColourJitter", "RandomCrop", "RandomFlip"]
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, what torchvision's grey images are made with
 
-
-class Augmentation(Protocol):
-    """A random change of a mini-batch that keeps its shape and its classes."""
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return changed images.
-
-        Args:
-            images: (N, C, H, W) bytes; they stay as they are.
-            generator: of the random numbers, on the CPU.
-        """
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+"""A random change of images, (N, C, H, W) bytes that stay as they are, by a generator on the CPU; shapes are kept."""
 
 
 @dataclass(frozen=True)
@@ -96,26 +86,17 @@ class ColourJitter:
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the recoloured images (N, 3, H, W)."""
         drawn = _moved(torch.rand(3, len(images), generator=generator), images.device)
-        order = torch.randperm(3, generator=generator).tolist()
+        luma = _moved(torch.tensor(_LUMA), images.device)
         values = images.float()
-        for kind in order:
+        for kind in torch.randperm(3, generator=generator).tolist():
             low, high = (self.brightness, self.contrast, self.saturation)[kind]
             factor = (low + (high - low) * drawn[kind]).view(-1, 1, 1, 1)
-            other = self._opposite(kind, values)
+            other = torch.zeros_like(values)  # what a factor 0 makes of the images: black, mean grey, or grey
+            if kind > 0:
+                grey = torch.einsum("nchw,c->nhw", values, luma).unsqueeze(1).floor()
+                other = grey.mean((1, 2, 3), keepdim=True) if kind == 1 else grey
             values = (factor * values + (1 - factor) * other).clamp(0, 255).floor()
         return values.to(images.dtype)
-
-    @staticmethod
-    def _opposite(kind: int, values: Tensor) -> Tensor:
-        """What a factor 0 would make of the images: black, mean grey, or grey."""
-        if kind == 0:
-            return torch.zeros_like(values)
-        grey = (
-            torch.einsum("nchw,c->nhw", values, _moved(torch.tensor(_LUMA, dtype=values.dtype), values.device))
-            .unsqueeze(1)
-            .floor()
-        )
-        return grey.mean((1, 2, 3), keepdim=True) if kind == 1 else grey
 
 
 @dataclass(frozen=True)

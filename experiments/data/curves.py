@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import math
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from ...errors import require_positive_integer
 from .datafiles import cache_folder
 
-__all__ = ["CurveImages", "generate_curves", "load_curves"]
+__all__ = ["generate_curves", "load_curves"]
 
 SIDE = 28
 _VERSION = 1  # of the recipe; part of the name of cached files
@@ -39,16 +38,11 @@ _SATURATION = 1.3  # c over the value at which a straight stroke just reaches br
 _SAMPLES = 96  # points along a stroke: at most about a pixel apart
 
 
-@dataclass(frozen=True)
-class CurveImages:
-    """Generated images, (N, 28, 28) unsigned bytes each; no image is in both."""
-
-    train: NDArray[np.uint8]
-    test: NDArray[np.uint8]
+Images = NDArray[np.uint8]
 
 
-def load_curves(train: int, test: int, seed: int = 0) -> CurveImages:
-    """Return training and test images, from the cache folder if they were made before.
+def load_curves(train: int, test: int, seed: int = 0) -> tuple[Images, Images]:
+    """Return training and test images, (N, 28, 28) unsigned bytes each; from the cache folder if they were made before.
 
     A cache that cannot be read or written is passed over: the images are then generated, and are the same.
 
@@ -61,15 +55,14 @@ def load_curves(train: int, test: int, seed: int = 0) -> CurveImages:
         ArgumentError: a number is out of range.
     """
     path = cache_folder() / "curves" / f"curves-v{_VERSION}-{train}-{test}-{seed}.npz"
-    cached = _read_cache(path, train, test)
-    if cached is not None:
-        return cached
-    images = CurveImages(generate_curves(train, (seed, 0)), generate_curves(test, (seed, 1)))
-    _write_cache(path, images)
+    images = _read_cache(path, ((train, SIDE, SIDE), (test, SIDE, SIDE)))
+    if images is None:
+        images = generate_curves(train, (seed, 0)), generate_curves(test, (seed, 1))
+        _write_cache(path, images)
     return images
 
 
-def generate_curves(count: int, seed: tuple[int, ...]) -> NDArray[np.uint8]:
+def generate_curves(count: int, seed: tuple[int, ...]) -> Images:
     """Return ``count`` images, (count, 28, 28) unsigned bytes; the first n do not depend on ``count``.
 
     Args:
@@ -87,55 +80,47 @@ def generate_curves(count: int, seed: tuple[int, ...]) -> NDArray[np.uint8]:
     return np.concatenate(blocks)
 
 
-def _block(rng: np.random.Generator, count: int) -> NDArray[np.uint8]:
+def _block(rng: np.random.Generator, count: int) -> Images:
     triples = rng.uniform(_MARGIN_PIXELS, SIDE - 1 - _MARGIN_PIXELS, size=(_CANDIDATES * _BLOCK, 3, 2))
     gaps = np.linalg.norm(triples - np.roll(triples, 1, axis=1), axis=2)
     apart = triples[gaps.min(axis=1) >= _LEAST_DISTANCE]
     return _draw(apart[:count])
 
 
-def _draw(points: NDArray[np.float64]) -> NDArray[np.uint8]:
+def _draw(points: NDArray[np.float64]) -> Images:
     """Return the strokes through ``points`` (N, 3, 2) as images (N, 28, 28)."""
-    positions, lengths = _strokes(points)
-    pixels = np.arange(SIDE, dtype=np.float64)
-    profile = np.exp(
-        -0.5 * ((pixels[:, None, None, None] - positions) / _HALF_WIDTH) ** 2
-    )  # pixel, image, sample, axis
-    rows = np.moveaxis(profile[..., 0], 0, 1) * lengths[:, None, :]
-    columns = np.moveaxis(profile[..., 1], 0, 2)
-    saturated = math.sqrt(2 * math.pi) * _HALF_WIDTH  # the integral on the centre line of a long straight stroke
-    brightness = np.minimum(rows @ columns * (_SATURATION / saturated), 1.0)
-    levels: NDArray[np.uint8] = np.rint(255 * brightness).astype(np.uint8)
-    return levels
-
-
-def _strokes(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return points along each parabola, (N, samples, 2), and the length of stroke each stands for, (N, samples)."""
     time = ((np.arange(_SAMPLES) + 0.5) / _SAMPLES)[None, :, None]
     start, middle, end = (points[:, k : k + 1] for k in range(3))
     slope, bend = 4 * middle - 3 * start - end, 2 * (start - 2 * middle + end)
     positions = start + time * slope + time**2 * bend
-    velocity = slope + 2 * time * bend
-    return positions, np.linalg.norm(velocity, axis=2) / _SAMPLES
+    lengths = np.linalg.norm(slope + 2 * time * bend, axis=2) / _SAMPLES  # of the stroke that each point stands for
+    pixels = np.arange(SIDE, dtype=np.float64)
+    distances = pixels[:, None, None, None] - positions  # pixel, image, sample, axis
+    profile = np.exp(-0.5 * (distances / _HALF_WIDTH) ** 2)
+    rows = np.moveaxis(profile[..., 0], 0, 1) * lengths[:, None, :]
+    columns = np.moveaxis(profile[..., 1], 0, 2)
+    saturated = math.sqrt(2 * math.pi) * _HALF_WIDTH  # the integral on the centre line of a long straight stroke
+    brightness = np.minimum(rows @ columns * (_SATURATION / saturated), 1.0)
+    levels: Images = np.rint(255 * brightness).astype(np.uint8)
+    return levels
 
 
-def _read_cache(path: Path, train: int, test: int) -> CurveImages | None:
+def _read_cache(path: Path, shapes: tuple[tuple[int, ...], ...]) -> tuple[Images, Images] | None:
     try:
         with path.open("rb") as stream, np.load(stream) as saved:
-            images = CurveImages(saved["train"], saved["test"])
+            images = saved["train"], saved["test"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    shapes = (train, SIDE, SIDE), (test, SIDE, SIDE)
-    return images if (images.train.shape, images.test.shape) == shapes else None
+    return images if (images[0].shape, images[1].shape) == shapes else None
 
 
-def _write_cache(path: Path, images: CurveImages) -> None:
+def _write_cache(path: Path, images: tuple[Images, Images]) -> None:
     partial = path.with_suffix(f".{np.random.default_rng().integers(2**32):08x}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            np.savez(stream, train=images.train, test=images.test)
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    with contextlib.suppress(OSError):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as stream:
+                np.savez(stream, train=images[0], test=images[1])
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

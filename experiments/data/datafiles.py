@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pooch  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 
 from ...errors import ArgumentError, OsculateError
 
 __all__ = [
     "DATA_VARIABLE",
     "DataError",
+    "LabelledImages",
     "RemoteFile",
     "cache_folder",
+    "checksum_of",
     "data_folder",
     "download",
     "find",
-    "sha256_of",
+    "first_file",
+    "published",
     "verify",
 ]
 
@@ -38,35 +43,54 @@ class DataError(OsculateError):
 
 
 @dataclass(frozen=True)
+class LabelledImages:
+    """Images (N, ...) and labels (N,) as unsigned bytes, in the published order; ``test_set`` names the test's."""
+
+    train_images: NDArray[np.uint8]
+    train_labels: NDArray[np.uint8]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.uint8]
+    test_set: str = "test set"
+
+
+@dataclass(frozen=True)
 class RemoteFile:
     """One published file.
 
     Args:
         name: file name.
         mirrors: web folders that hold it, ending in ``/``, tried in this order.
-        sha256: its checksum; None where the published file's is unknown, so that the reader checks the content.
+        checksum: its checksum with the name of its algorithm in front, such as ``md5:...``; None where the published
+            file's is unknown, so that the reader checks the content.
         size: its length in bytes, for messages; None if unknown.
-        md5: the checksum its publisher names, where there is no SHA-256.
     """
 
     name: str
     mirrors: tuple[str, ...]
-    sha256: str | None = None
+    checksum: str | None = None
     size: int | None = None
-    md5: str | None = None
-
-    @property
-    def checksum(self) -> str | None:
-        """The checksum with the name of its algorithm in front, such as ``md5:...``; None where none is known."""
-        if self.sha256 is not None:
-            return f"sha256:{self.sha256}"
-        return None if self.md5 is None else f"md5:{self.md5}"
 
     @property
     def identity(self) -> str:
         """Name, length and checksum in words."""
         size = f"{self.size} bytes, " if self.size is not None else ""
         return f"{self.name!r} ({size}{(self.checksum or 'sha256:unknown').replace(':', ' ')})"
+
+
+def published(subfolder: str, mirrors: tuple[str, ...] = ()) -> dict[str, RemoteFile]:
+    """Return the files of a data set whose checksums are known, by name.
+
+    Args:
+        subfolder: folder of the data set below a data folder.
+        mirrors: see ``RemoteFile``.
+    """
+    files = {}
+    for line in Path(__file__).with_name("checksums.txt").read_text(encoding="ascii").splitlines()[1:]:
+        sha256, size, place = line.split()
+        folder, _, name = place.partition("/")
+        if folder == subfolder:
+            files[name] = RemoteFile(name, mirrors, f"sha256:{sha256}", int(size))
+    return files
 
 
 def cache_folder() -> Path:
@@ -88,32 +112,37 @@ def data_folder(data_dir: Path | None) -> Path | None:
     return folder
 
 
-def sha256_of(path: Path, algorithm: str = "sha256") -> str:
-    """Return the checksum of a file, 64 hexadecimal digits; fewer with another algorithm of ``hashlib``."""
+def first_file(folder: Path | None, names: Iterable[str]) -> Path | None:
+    """Return the first of some files, named by their paths below a folder, that is there; None without a folder."""
+    return next((folder / name for name in names if (folder / name).is_file()), None) if folder else None
+
+
+def checksum_of(path: Path, algorithm: str = "sha256") -> str:
+    """Return the checksum of a file in hexadecimal digits, by an algorithm of ``hashlib``."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
-def verify(path: Path, sha256: str, size: int | None = None, algorithm: str = "sha256") -> None:
-    """Check a file against its published checksum.
+def verify(path: Path, file: RemoteFile) -> None:
+    """Check a file against its published checksum, where that is known.
 
     Args:
         path: the file.
-        sha256: expected checksum.
-        size: expected length in bytes, which tells a truncated file from one that was changed.
-        algorithm: of the checksum, where it is another one.
+        file: what it should be; its length tells a truncated file from one that was changed.
 
     Raises:
         DataError: the checksum differs; the message names the path and both checksums.
     """
-    found = sha256_of(path, algorithm)
-    if found == sha256:
+    algorithm, _, expected = (file.checksum or "").partition(":")
+    found = checksum_of(path, algorithm) if expected else ""
+    if found == expected:
         return
     length = path.stat().st_size
-    known = f", expected {size} bytes" if size is not None else ""
-    state = "truncated" if size is not None and length < size else "damaged or another file of that name"
+    known = f", expected {file.size} bytes" if file.size is not None else ""
+    truncated = file.size is not None and length < file.size
+    state = "truncated" if truncated else "damaged or another file of that name"
     raise DataError(
-        f"{path} is {state}: it has {length} bytes{known}; {algorithm} found {found}, expected {sha256}; "
+        f"{path} is {state}: it has {length} bytes{known}; {algorithm} found {found}, expected {expected}; "
         "delete it to have it downloaded, or put an intact copy in its place"
     )
 
@@ -142,8 +171,21 @@ def download(file: RemoteFile, subfolder: str, searched: Iterable[Path] = ()) ->
             )
             return Path(fetched)
         except (OSError, ValueError) as error:  # no network, no such page, folder not writable; wrong checksum
-            failures.append(f"  {mirror + file.name}: {type(error).__name__}: {_first_line(error)}")
-    raise DataError(_missing(file, subfolder, list(searched), failures))
+            reason = (str(error).splitlines() or [""])[0][:200]
+            failures.append(f"  {mirror + file.name}: {type(error).__name__}: {reason}")
+    places = [f"  {path}" for path in searched] or [f"  (no data folder given; none in {DATA_VARIABLE})"]
+    raise DataError(
+        "\n".join(
+            [
+                f"data file {file.identity} is missing; looked for it at",
+                *places,
+                f"and failed to download it to {folder}:",
+                *failures,
+                f"put it into DIR/{subfolder}/ and pass --data-dir DIR (or set {DATA_VARIABLE}=DIR), or take the "
+                "problem 'curves-autoencoder', which generates its data",
+            ]
+        )
+    )
 
 
 def find(file: RemoteFile, subfolder: str, folder: Path | None) -> Path:
@@ -157,30 +199,9 @@ def find(file: RemoteFile, subfolder: str, folder: Path | None) -> Path:
     Raises:
         DataError: the file that is there is damaged, or there is none and no mirror delivered it.
     """
-    candidates = [folder / subfolder / file.name, folder / file.name] if folder is not None else []
-    for path in candidates:
-        if path.is_file():
-            if file.checksum is not None:
-                algorithm, _, checksum = file.checksum.partition(":")
-                verify(path, checksum, file.size, algorithm)
-            return path
-    return download(file, subfolder, candidates)
-
-
-def _missing(file: RemoteFile, subfolder: str, searched: Sequence[Path], failures: Sequence[str]) -> str:
-    places = [f"  {path}" for path in searched] or [f"  (no data folder given; none in {DATA_VARIABLE})"]
-    return "\n".join(
-        [
-            f"data file {file.identity} is missing; looked for it at",
-            *places,
-            f"and failed to download it to {cache_folder() / subfolder}:",
-            *failures,
-            f"put it into DIR/{subfolder}/ and pass --data-dir DIR (or set {DATA_VARIABLE}=DIR), or take the problem "
-            "'curves-autoencoder', which generates its data",
-        ]
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:200] if lines else ""
+    names = [f"{subfolder}/{file.name}", file.name]
+    path = first_file(folder, names)
+    if path is None:
+        return download(file, subfolder, [folder / name for name in names] if folder is not None else [])
+    verify(path, file)
+    return path

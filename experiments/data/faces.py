@@ -13,7 +13,6 @@ common, and the checksum of the one published is not known to us.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...errors import require_positive_integer
-from .datafiles import DataError, RemoteFile, data_folder, find, sha256_of
+from .datafiles import DataError, RemoteFile, checksum_of, data_folder, find
 
-__all__ = ["FacePatches", "augment", "load_face_patches", "read_olivetti"]
+__all__ = ["augment", "load_face_patches", "read_olivetti"]
 
 OLIVETTI = RemoteFile("olivettifaces.mat", ("https://cs.nyu.edu/~roweis/data/",))
 PEOPLE, TRAIN_PEOPLE, IMAGES_PER_PERSON = 40, 30, 10
@@ -38,21 +37,11 @@ _MOST_SHIFT = 3.0  # of the patch's centre from the photograph's, along each axi
 _CHUNK = 2000  # patches sampled at a time
 
 
-@dataclass(frozen=True)
-class FacePatches:
-    """Patches as rows of 625 pixels, standardised by the training patches.
+def load_face_patches(patches_per_face: int, seed: int = 0, data_dir: Path | None = None) -> tuple[Tensor, Tensor]:
+    """Return training and test patches as rows of 625 pixels; N = 300 and M = 100 times ``patches_per_face``.
 
-    Args:
-        train: (N, 625), of the first 30 people; each pixel's mean is 0, the mean of the pixels' variances 1.
-        test: (M, 625), of the last 10 people, shifted and scaled as ``train`` was.
-    """
-
-    train: Tensor
-    test: Tensor
-
-
-def load_face_patches(patches_per_face: int, seed: int = 0, data_dir: Path | None = None) -> FacePatches:
-    """Return training and test patches; N = 300 and M = 100 times ``patches_per_face``.
+    Training patches (N, 625) are of the first 30 people; each pixel's mean is 0, the mean of the pixels' variances 1.
+    Test patches (M, 625) are of the last 10 people, shifted and scaled alike.
 
     Args:
         patches_per_face: patches cut from each photograph, >= 1.
@@ -71,7 +60,7 @@ def load_face_patches(patches_per_face: int, seed: int = 0, data_dir: Path | Non
     test = augment(faces[boundary:], patches_per_face, np.random.default_rng((seed, 1)))
     mean = train.mean(dim=0)
     deviation = (train - mean).square().mean().sqrt()
-    return FacePatches((train - mean) / deviation, (test - mean) / deviation)
+    return (train - mean) / deviation, (test - mean) / deviation
 
 
 def augment(faces: Tensor, patches_per_face: int, rng: np.random.Generator) -> Tensor:
@@ -85,12 +74,22 @@ def augment(faces: Tensor, patches_per_face: int, rng: np.random.Generator) -> T
     Cost: about 0.05 ms per patch on one core.
     """
     index = torch.arange(len(faces)).repeat_interleave(patches_per_face)
-    grids = _grids(len(index), rng)
+    angle, scale, shift_x, shift_y = rng.uniform(
+        (-_MOST_DEGREES, _SCALES[0], -_MOST_SHIFT, -_MOST_SHIFT),
+        (_MOST_DEGREES, _SCALES[1], _MOST_SHIFT, _MOST_SHIFT),
+        size=(len(index), 4),
+    ).T[:, :, None, None]
+    steps = np.arange(PATCH) - (PATCH - 1) / 2
+    x, y = steps[None, None, :], steps[None, :, None]
+    cosine, sine = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    columns = scale * (cosine * x - sine * y) + shift_x
+    rows = scale * (sine * x + cosine * y) + shift_y
+    half = (SIDE - 1) / 2
+    # (N, 25, 25, 2): x and y in [-1, 1] from the centres of the outermost pixels
+    grids = torch.from_numpy(np.stack([columns, rows], axis=-1) / half).to(torch.float32)
     parts = [
-        functional.grid_sample(
-            faces[rows].unsqueeze(1), grid, mode="bilinear", padding_mode="border", align_corners=True
-        )
-        for rows, grid in zip(torch.split(index, _CHUNK), torch.split(grids, _CHUNK), strict=True)
+        functional.grid_sample(faces[some].unsqueeze(1), grid, padding_mode="border", align_corners=True)
+        for some, grid in zip(torch.split(index, _CHUNK), torch.split(grids, _CHUNK), strict=True)
     ]
     return torch.cat(parts).flatten(1)
 
@@ -122,21 +121,6 @@ def read_olivetti(path: Path) -> NDArray[np.uint8]:
 def _damaged(path: Path, state: str) -> str:
     return (
         f"{path} {state}; expected a MATLAB file with 'faces', 4096 x 400 whole numbers in 0..255, 400 different "
-        f"images; its sha256 is {sha256_of(path)}; delete it to have it downloaded, or put an intact copy in its place"
+        f"images; its sha256 is {checksum_of(path)}; delete it to have it downloaded, or put an intact copy in its "
+        "place"
     )
-
-
-def _grids(count: int, rng: np.random.Generator) -> Tensor:
-    """Return where to sample, (count, 25, 25, 2): x and y in [-1, 1] from the centres of the outermost pixels."""
-    angle, scale, shift_x, shift_y = rng.uniform(
-        (-_MOST_DEGREES, _SCALES[0], -_MOST_SHIFT, -_MOST_SHIFT),
-        (_MOST_DEGREES, _SCALES[1], _MOST_SHIFT, _MOST_SHIFT),
-        size=(count, 4),
-    ).T[:, :, None, None]
-    steps = np.arange(PATCH) - (PATCH - 1) / 2
-    x, y = steps[None, None, :], steps[None, :, None]
-    cosine, sine = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
-    columns = scale * (cosine * x - sine * y) + shift_x
-    rows = scale * (sine * x + cosine * y) + shift_y
-    half = (SIDE - 1) / 2
-    return torch.from_numpy(np.stack([columns, rows], axis=-1) / half).to(torch.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from .datafiles import DataError, RemoteFile, data_folder, find
+from .datafiles import DataError, RemoteFile, data_folder, find, published
 
 __all__ = ["CITESEER", "CORA", "PUBMED", "Citations", "GraphFiles", "load_citations"]
 
@@ -48,14 +48,14 @@ class GraphFiles:
         nodes: number of nodes.
         features: features of a node.
         classes: classes of nodes.
-        sha256: checksums of x, y, tx, ty, allx, ally, graph and test.index; None where they are not known.
+        known: by name, those of x, y, tx, ty, allx, ally, graph and test.index whose checksums are known.
     """
 
     name: str
     nodes: int
     features: int
     classes: int
-    sha256: tuple[str, ...] | None
+    known: Mapping[str, RemoteFile] = field(default_factory=lambda: published(_FOLDER, _MIRRORS))
 
 
 @dataclass(frozen=True)
@@ -86,43 +86,13 @@ class Citations:
         return sp.csr_matrix(scale @ joined @ scale, dtype=np.float32)
 
 
-CORA = GraphFiles(
-    "cora",
-    2708,
-    1433,
-    7,
-    (
-        "23cfa55d91c6f624233f5eb7b6e3f141f1bd2b2ae39608a63cf5d084bb27baab",
-        "94465c14eb53e04ca262198dcbb2521ee8af60fb3f3d546cd6ca24a511b0e7d1",
-        "b9afbaa4a400df991f6f02ef677e1e44da55ffc04801fd02f9e673987829226a",
-        "41f5ac76596a1699cc33f53084a2419e92961c42bb75f36fc38e616d348532ad",
-        "9419ba2f26f5c35243db64aba110e0f35a04851609e0dc5433450676ca6b8543",
-        "2b998f5cc7fedc86e7f97ca2498f47a1ffc1462c29e2d578b23bf3f62b6e7d71",
-        "58f13302f39dde8852dad6fe6d15b89b077b6d7f837626bce671ef80344b383d",
-        "297ce89af2b51a6a194181c7dbe1796c6a1cf9cd9349a88383b1b1e227867875",
-    ),
-)
+CORA = GraphFiles("cora", 2708, 1433, 7)
 """2708 papers on machine learning, 140 of them labelled for training."""
 
-CITESEER = GraphFiles(
-    "citeseer",
-    3327,
-    3703,
-    6,
-    (
-        "d20de19150741e555de0ed037195630fc194114ebc7fd72ced62810148aa22f6",
-        "8ba87e515d8e3ee3cf52f6d2c5b86aa73f11ecad825a808455209ec26cd54924",
-        "539a8906a2da97628d212f2fdd668c109a8b3f0d36574b59e5d3fd5b5303da21",
-        "55e5bd1ba1e733a04598753ad1a8d57957f4b8f89e74519f41f4f4938767e4ce",
-        "2ac30345d95c9ec933a817ee0bdd6a5f077f8c184a20e696910192d534414668",
-        "f704b2d986dde6c2669934de1f3ae5696a6cf9455c0f6b2646a2d135ea0a1c95",
-        "d79a4ef9d3e7169aee8946145f6b7306e35bc79bffad26346cfb94e10e9912a7",
-        "2af990671580b6b2df5d158d1038f8292e30c9cd821b5453f399659b25b723d4",
-    ),
-)
+CITESEER = GraphFiles("citeseer", 3327, 3703, 6)
 """3327 papers on computer science, 120 of them labelled for training; 15 have neither features nor a class."""
 
-PUBMED = GraphFiles("pubmed", 19717, 500, 3, None)
+PUBMED = GraphFiles("pubmed", 19717, 500, 3)
 """19717 papers on diabetes, 60 of them labelled for training. Its checksums are unknown here: counts are checked."""
 
 
@@ -137,7 +107,9 @@ def load_citations(files: GraphFiles, data_dir: Path | None = None) -> Citations
         ArgumentError: the data folder does not exist.
         DataError: a file is damaged, is not what its name says, or is missing and cannot be downloaded.
     """
-    paths = [_path(files, index, data_folder(data_dir)) for index in range(len(_PARTS))]
+    names = [f"ind.{files.name}.{part}" for part in _PARTS]
+    remote = [files.known.get(name, RemoteFile(name, _MIRRORS)) for name in names]
+    paths = [find(file, _FOLDER, data_folder(data_dir)) for file in remote]
     parts = [_unpickled(path) for path in paths[:-1]]
     try:
         test = np.array([int(line) for line in paths[-1].read_text().split()], dtype=np.int64)
@@ -171,12 +143,6 @@ def _unpickled(path: Path) -> Any:
             raise DataError(f"{path} is no intact graph file: {type(error).__name__}: {error}") from error
 
 
-def _path(files: GraphFiles, index: int, folder: Path | None) -> Path:
-    name = f"ind.{files.name}.{_PARTS[index]}"
-    checksum = None if files.sha256 is None else files.sha256[index]
-    return find(RemoteFile(name, _MIRRORS, checksum), _FOLDER, folder)
-
-
 def _assembled(parts: list[Any], test: NDArray[np.int64], nodes: int) -> Citations:
     """Put the pieces in the order of the node numbers; nodes that no file describes have zero features."""
     _, y, tx, ty, allx, ally, graph = parts
@@ -189,18 +155,8 @@ def _assembled(parts: list[Any], test: NDArray[np.int64], nodes: int) -> Citatio
     pattern = sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(nodes, nodes))
     pattern = pattern.maximum(pattern.T).tocsr()
     pattern.data[:] = 1.0
-    train = np.arange(len(y))
-    return Citations(
-        _row_normalised(features.tocsr()),
-        labels.argmax(1),
-        pattern,
-        train,
-        train[-1] + 1 + np.arange(_VALIDATION),
-        test,
-    )
-
-
-def _row_normalised(features: sp.csr_matrix) -> sp.csr_matrix:
     total = np.asarray(features.sum(axis=1)).ravel()
     inverse = np.divide(1.0, total, out=np.zeros_like(total), where=total != 0)
-    return sp.csr_matrix(sp.diags(inverse) @ features, dtype=np.float32)
+    normalised = sp.csr_matrix(sp.diags(inverse) @ features.tocsr(), dtype=np.float32)
+    train, valid = np.split(np.arange(len(y) + _VALIDATION), [len(y)])
+    return Citations(normalised, labels.argmax(1), pattern, train, valid, test)

@@ -10,9 +10,8 @@ from typing import Any
 
 from ...errors import UnknownNameError
 from ..data.datasets import FASHION, MNIST
-from .autoencoders import curves_autoencoder, faces_autoencoder, image_autoencoder
 from .citations import GRAPH_TASKS, graph_network
-from .images import fashion_mlp, image_cnn
+from .images import curves_autoencoder, faces_autoencoder, fashion_mlp, image_autoencoder, image_cnn
 from .known import logistic, quadratic
 from .natural_images import cifar10_resnet32, cifar_vgg16, svhn_vgg11
 from .problem import Data, Problem, Source, Target

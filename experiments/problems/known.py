@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError, NumericalError
 from ..networks.models import seeded
-from .problem import Data, Problem, bernoulli_loss, gaussian_loss, is_small, require_seed
-from .sources import GENERATED
+from .problem import GENERATED_HERE, Data, Problem, Source, is_small, require_seed
 
 __all__ = ["least_squares_optimum", "logistic", "logistic_optimum", "quadratic"]
 
+_SOURCE = Source("random numbers", GENERATED_HERE, "ours")
 _NEWTON_STEPS = 50
 _NEWTON_GRADIENT = 1e-12
 
@@ -46,13 +46,10 @@ def logistic(size: str = "full", data_seed: int = 0) -> Problem:
         name="logistic",
         summary=f"{samples} generated samples of two kinds, {features} features, logistic regression",
         likelihood="bernoulli",
-        batch_size=None,
         epochs=200,
-        classes=None,
         build_model=partial(seeded, lambda: nn.Linear(features, 1)),
-        loss=bernoulli_loss,
         load=load,
-        source=GENERATED,
+        source=_SOURCE,
         optimum=logistic_optimum,
     )
 
@@ -85,13 +82,10 @@ def quadratic(size: str = "full", condition: float = 1e4, data_seed: int = 0) ->
         name="quadratic",
         summary=f"least squares, {dimension} unknowns, condition {condition:g}",
         likelihood="gaussian",
-        batch_size=None,
         epochs=200,
-        classes=None,
         build_model=partial(seeded, lambda: nn.Linear(dimension, 1, bias=False)),
-        loss=gaussian_loss,
         load=load,
-        source=GENERATED,
+        source=_SOURCE,
         optimum=least_squares_optimum,
     )
 

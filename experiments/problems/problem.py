@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ...curvature.likelihoods import resolve_likelihood
 from ...errors import ArgumentError, UnknownNameError
 from ..data.augmentation import Augmentation
+from ..data.datafiles import LabelledImages
 
 __all__ = [
+    "GENERATED_HERE",
     "Data",
     "Problem",
     "Source",
     "Target",
-    "bernoulli_loss",
-    "categorical_loss",
-    "gaussian_loss",
     "held_out",
     "is_small",
+    "labelled",
     "require_seed",
-    "token_loss",
 ]
+
+GENERATED_HERE = "generated here, none needed"
+"""The licence of data that are."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,13 @@ class Problem:
     Args:
         name: under which it is found.
         summary: data, network and loss in one line.
-        likelihood: of which the loss is the negative logarithm.
-        batch_size: samples in a mini-batch, unless a run says otherwise; None is all of them.
+        likelihood: of which the loss is the negative logarithm, a mean over samples.
         epochs: passes over the training data that show most of what there is to see.
-        classes: number of classes; None where the targets are values.
         build_model: returns the network for a seed, on the CPU; the global random state stays as it was.
-        loss: of outputs and targets, a mean over samples, shape ().
         load: returns the data; its argument is a folder that may hold the files, or None.
         source: of the data.
+        batch_size: samples in a mini-batch, unless a run says otherwise; None is all of them.
+        classes: number of classes; None where the targets are values.
         target: what counts as solved; None where nothing is agreed on.
         augmentation: changes every training mini-batch at random.
         undecayed: patterns of names of parameters that weight decay leaves alone.
@@ -118,39 +122,28 @@ class Problem:
     name: str
     summary: str
     likelihood: Literal["bernoulli", "gaussian", "categorical"]
-    batch_size: int | None
     epochs: int
-    classes: int | None
     build_model: Callable[[int], nn.Module]
-    loss: Callable[[Tensor, Tensor], Tensor]
     load: Callable[[Path | None], Data]
     source: Source
+    batch_size: int | None = None
+    classes: int | None = None
     target: Target | None = None
     augmentation: Augmentation | None = None
     undecayed: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: MappingProxyType({}))
     optimum: Callable[[Data], float] | None = None
 
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Negative log-likelihood, summed over pixels or tokens, mean over samples, in nats, shape ().
 
-def bernoulli_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Return the cross entropy of pixels in [0, 1] and logits, summed over pixels, mean over samples, in nats."""
-    total = functional.binary_cross_entropy_with_logits(output, target, reduction="sum")
-    return total / len(output)
-
-
-def gaussian_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Return half the squared error, summed over pixels, mean over samples."""
-    return 0.5 * functional.mse_loss(output, target, reduction="sum") / len(output)
-
-
-def categorical_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Return the cross entropy of classes (N,) and logits (N, classes), mean over samples, in nats."""
-    return functional.cross_entropy(output, target)
-
-
-def token_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Return the cross entropy of classes (N, T) and logits (N, T, classes), sum over tokens, mean over samples."""
-    return functional.cross_entropy(output.flatten(0, -2), target.flatten(), reduction="sum") / len(output)
+        Args:
+            output: (N, ...) of the network.
+            target: see ``Data``.
+        """
+        likelihood = resolve_likelihood(self.likelihood)
+        assert likelihood is not None
+        return likelihood.negative_log_likelihood(output, target) / len(output)
 
 
 def is_small(size: str) -> bool:
@@ -190,13 +183,30 @@ def held_out(data: Data, validation: int) -> Data:
     if not validation:
         return data
     cut = samples - validation
+    return replace(
+        data,
+        train_inputs=data.train_inputs[:cut],
+        train_targets=data.train_targets[:cut],
+        valid_inputs=data.train_inputs[cut:],
+        valid_targets=data.train_targets[cut:],
+    )
+
+
+def labelled(
+    images: LabelledImages, train: int | None, test: int | None, convert: Callable[[NDArray[np.uint8]], Tensor]
+) -> Data:
+    """Return images as inputs and their classes as targets.
+
+    Args:
+        images: as read.
+        train: how many training images, the first ones; None is all.
+        test: how many test images.
+        convert: makes inputs of images.
+    """
     return Data(
-        data.train_inputs[:cut],
-        data.train_targets[:cut],
-        data.test_inputs,
-        data.test_targets,
-        data.train_inputs[cut:],
-        data.train_targets[cut:],
-        data.context,
-        data.test_set,
+        convert(images.train_images[:train]),
+        torch.from_numpy(images.train_labels[:train].astype(np.int64)),
+        convert(images.test_images[:test]),
+        torch.from_numpy(images.test_labels[:test].astype(np.int64)),
+        test_set=images.test_set,
     )

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from ..data.grammar import ALPHABET, encode, write_text
-from ..networks.language_models import CharTransformer
-from ..networks.models import seeded
-from .problem import Data, Problem, is_small, require_seed, token_loss
-from .sources import GRAMMAR
+from ..networks.models import CharTransformer, seeded
+from .problem import GENERATED_HERE, Data, Problem, Source, is_small, require_seed
 
 __all__ = ["char_transformer"]
 
@@ -45,9 +43,8 @@ def char_transformer(size: str = "full", data_seed: int = 0) -> Problem:
         epochs=10,
         classes=len(ALPHABET),
         build_model=partial(seeded, network),
-        loss=token_loss,
         load=load,
-        source=GRAMMAR,
+        source=Source("sentences of a small grammar", GENERATED_HERE, "ours"),
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from ...curvature.likelihoods import Likelihood
 from ...errors import ArgumentError, OsculateError
 from ...framework import SecondOrder, build
-from .replay_methods import Recipe, RecordedTargets, recipe_of, targets_used
+from ...stepsize.guard import NoGuard
+from .replay_methods import Recipe, RecordedTargets, recipe_of
 from .replay_observed import Observer, load_initial
 from .trajectory import Settings, Trajectory, build_network, is_input, load_trajectory, loss_of
 
@@ -116,8 +119,11 @@ def replay(files: Sequence[Path], console: Console | None = None) -> int:
             remarks.append(f"{file.name}: {kind}{error}")
             continue
         reports.append(report)
-        table.add_row(*_row(report))
-        remarks += [f"{report.name}: {remark}" for remark in (*_details(report), *report.notes)]
+        result, worst = "[green]passed" if report.passed else "[red]failed", report.worst
+        largest = worst.name + ("" if worst.iteration is None else f" at {worst.iteration}")
+        steps = str(report.iterations)
+        table.add_row(escape(file.stem), escape(report.algorithm), steps, f"{worst.error:.1e}", largest, result)
+        remarks += [f"{report.name}: {remark}" for remark in _remarks(report)]
     console.print(table)
     passed, arrays = sum(report.passed for report in reports), sum(len(report.comparisons) for report in reports)
     remarks.append(f"{passed} of {len(files)} files agree; {arrays} arrays compared")
@@ -126,21 +132,15 @@ def replay(files: Sequence[Path], console: Console | None = None) -> int:
     return 0 if passed == len(files) else 1
 
 
-def _row(report: Report) -> list[str]:
-    result = "[green]passed" if report.passed else "[red]failed"
-    worst = report.worst.name + ("" if report.worst.iteration is None else f" at {report.worst.iteration}")
-    name = Path(report.name).stem
-    return [escape(name), escape(report.algorithm), str(report.iterations), f"{report.worst.error:.1e}", worst, result]
-
-
-def _details(report: Report) -> Iterator[str]:
-    """The arrays that disagree, largest error first."""
+def _remarks(report: Report) -> Iterator[str]:
+    """The arrays that disagree, largest error first, and the notes."""
     wrong = sorted((c for c in report.comparisons if not c.error <= TOLERANCE), key=lambda c: -c.error)
     for entry in wrong[:_DETAILS]:
         where = "" if entry.iteration is None else f" at iteration {entry.iteration}"
         yield entry.problem or f"{entry.name} differs by {entry.error:.1e}{where}"
     if len(wrong) > _DETAILS:
         yield f"and {len(wrong) - _DETAILS} more arrays differ"
+    yield from report.notes
 
 
 def replay_file(file: Path) -> Report:
@@ -151,7 +151,10 @@ def replay_file(file: Path) -> Report:
         NumericalError: if the run breaks down.
     """
     trajectory = load_trajectory(file)
-    _require_weights(trajectory)
+    for initial in [name for name in trajectory.arrays if re.fullmatch(r"[Wb]_init_\d+", name)]:
+        name = initial.replace("_init", "")
+        if name not in trajectory.arrays:
+            raise ArgumentError(f"the file has no array {name!r}, the weights after each iteration; it is incomplete")
     settings = Settings(trajectory.meta["hyper"])
     recipe = recipe_of(trajectory, settings)
     run = _Run(trajectory, recipe)
@@ -160,7 +163,7 @@ def replay_file(file: Path) -> Report:
             f"the method's guard would shorten the step of iteration {run.shortened}, whose loss grows; replayed "
             "without the guard, as recorded"
         )
-        run = _Run(trajectory, recipe.unguarded())
+        run = _Run(trajectory, replace(recipe, method=replace(recipe.method, guard=NoGuard())))
         run.notes.append(note)
     outcomes = {name: value for name, value in trajectory.arrays.items() if not is_input(name)}
     unknown = [name for name in outcomes if name not in run.values]
@@ -171,13 +174,6 @@ def replay_file(file: Path) -> Report:
     if settings.unused:
         notes.append(f"settings that the replay does not use: {', '.join(settings.unused)}")
     return Report(file.name, str(trajectory.meta["algorithm"]), trajectory.iterations, comparisons, notes)
-
-
-def _require_weights(trajectory: Trajectory) -> None:
-    for initial in [name for name in trajectory.arrays if re.fullmatch(r"[Wb]_init_\d+", name)]:
-        name = initial.replace("_init", "")
-        if name not in trajectory.arrays:
-            raise ArgumentError(f"the file has no array {name!r}, the weights after each iteration; it is incomplete")
 
 
 class _Run:
@@ -192,12 +188,7 @@ class _Run:
         self.targets = RecordedTargets(self.likelihood)
         self.model, layers = build_network(trajectory)
         self.optimizer: SecondOrder = build(
-            recipe.method,
-            self.model,
-            lr=recipe.lr,
-            damping=recipe.damping,
-            weight_decay=recipe.weight_decay,
-            likelihood=self.targets,
+            recipe.method, self.model, likelihood=cast(Likelihood, self.targets), **recipe.numbers
         )
         self.observer = Observer(self.optimizer, layers, recipe.log)
         self.notes: list[str] = []
@@ -211,29 +202,24 @@ class _Run:
 
     def _warm_start(self) -> None:
         rows = self.trajectory.warm_batches
-        sampled, _ = targets_used(self.optimizer.method)
-        recorded = any(name in self.trajectory.arrays for name in _WARM_TARGETS)
-        if len(rows) and (recorded or not sampled):
-            self.optimizer.warm_start(self._forward(index) for index in range(len(rows)))
-        elif made := self._recorded_start():
+        start = self.optimizer.method.warm_start
+        sampled = start is not None and start.needs_likelihood
+        arrays = self.trajectory.arrays
+        made = {name: torch.tensor(arrays[name]) for name in arrays if re.fullmatch(r"[AGF]_init_\d+", name)}
+
+        def forward(index: int) -> Tensor:
+            self.targets.expected = self.trajectory.sampled(_WARM_TARGETS, index)
+            output: Tensor = self.model(self.trajectory.inputs(rows[index]))
+            return output
+
+        if len(rows) and (not sampled or any(name in arrays for name in _WARM_TARGETS)):
+            self.optimizer.warm_start(partial(forward, index) for index in range(len(rows)))
+        elif any(bool(value.any()) for value in made.values()):  # else the run starts from zero anyway
             load_initial(self.observer, made, warm=not self.trajectory.full_batch)
             self.notes.append("no warm start to replay in the file: started from its arrays A_init, G_init, F_init")
         elif len(rows):
             raise ArgumentError(f"the file has warm_batches, but neither {_WARM_TARGETS[0]!r} nor what they made")
         self._keep({name: value.clone() for name, value in self.observer.initial().items()})
-
-    def _recorded_start(self) -> dict[str, Tensor]:
-        """What a warm start made, unless all of it is zero: then the run starts from zero anyway."""
-        found = {n: torch.tensor(v) for n, v in self.trajectory.arrays.items() if re.fullmatch(r"[AGF]_init_\d+", n)}
-        return found if any(bool(value.any()) for value in found.values()) else {}
-
-    def _forward(self, index: int) -> Any:
-        def closure() -> Tensor:
-            self.targets.expected = self.trajectory.sampled(_WARM_TARGETS, index)
-            output: Tensor = self.model(self.trajectory.inputs(self.trajectory.warm_batches[index]))
-            return output
-
-        return closure
 
     def _iterate(self) -> None:
         columns: dict[str, list[Tensor]] = {}
@@ -251,7 +237,11 @@ class _Run:
                 if name in self.trajectory.arrays:
                     columns.setdefault(name, []).append(value.clone())
         self._keep({name: torch.stack(values) for name, values in columns.items()})
-        self._select(np.array(inverted, dtype=np.int64))
+        self.values["inverse_iterations"] = np.array(inverted, dtype=np.int64)
+        recorded = self.trajectory.arrays.get("inverse_iterations")
+        if recorded is not None:  # inverses of mini-blocks are recorded only where they were recomputed
+            for name in [name for name in self.values if name.startswith("F_inv_")]:
+                self.values[name] = self.values[name][recorded[recorded < self.trajectory.iterations]]
 
     def _step(self, rows: NDArray[Any]) -> dict[str, Tensor]:
         inputs, targets = self.trajectory.inputs(rows), self.trajectory.targets(rows)
@@ -272,15 +262,6 @@ class _Run:
             with torch.no_grad():
                 after = loss()
         return self.observer.after_step() | {"loss": before, "loss_after": torch.as_tensor(after)}
-
-    def _select(self, inverted: NDArray[np.int64]) -> None:
-        """Inverses of mini-blocks are recorded only where they were recomputed."""
-        recorded = self.trajectory.arrays.get("inverse_iterations")
-        self.values["inverse_iterations"] = inverted
-        if recorded is None:
-            return
-        for name in [name for name in self.values if name.startswith("F_inv_")]:
-            self.values[name] = self.values[name][recorded[recorded < self.trajectory.iterations]]
 
     def _keep(self, found: Mapping[str, Tensor]) -> None:
         self.values.update({name: value.detach().numpy() for name, value in found.items()})

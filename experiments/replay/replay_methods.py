@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,10 +27,9 @@ from ...preconditioners.structures.by_layer import ByLayer
 from ...preconditioners.structures.diagonal import Diagonal
 from ...preconditioners.structures.kronecker import Kronecker
 from ...preconditioners.structures.mini_block import MiniBlock
-from ...stepsize.guard import NoGuard
 from .trajectory import Settings, Trajectory
 
-__all__ = ["Log", "Recipe", "RecordedTargets", "recipe_of", "targets_used"]
+__all__ = ["Log", "Recipe", "RecordedTargets", "recipe_of"]
 
 _BLOCKS = {
     "per_output": "per-output",
@@ -93,10 +93,10 @@ class WatchedFactor:
 
 
 class RecordedTargets:
-    """A likelihood that hands out recorded labels in the place of its samples."""
+    """A likelihood that hands out recorded labels in the place of its samples; all else is the likelihood's own."""
 
     def __init__(self, likelihood: Likelihood):
-        self.name, self._likelihood = likelihood.name, likelihood
+        self._likelihood = likelihood
         self.expected: Tensor | None = None
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
@@ -105,13 +105,8 @@ class RecordedTargets:
             raise ArgumentError("the method samples labels for a mini-batch, but the file has none recorded for it")
         return self.expected
 
-    def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
-        """The likelihood's own."""
-        return self._likelihood.negative_log_likelihood(output, target)
-
-    def curvature_root(self, output: Tensor) -> Tensor:
-        """The likelihood's own."""
-        return self._likelihood.curvature_root(output)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._likelihood, name)
 
 
 @dataclass(frozen=True)
@@ -119,22 +114,14 @@ class Recipe:
     """How to run a trajectory.
 
     Args:
-        method: the composition, with the method's default guard.
-        lr: alpha.
-        damping: lambda.
-        weight_decay: tau or gamma.
+        method: the composition, with the method's default guard, which the recorded algorithms do not have.
+        numbers: keywords for ``osculate.build``.
         log: what the watched parts write to.
     """
 
     method: Method
-    lr: float
-    damping: float
-    weight_decay: float
+    numbers: Mapping[str, Any]
     log: Log
-
-    def unguarded(self) -> Recipe:
-        """The same without the guard, which the recorded algorithms do not have."""
-        return replace(self, method=replace(self.method, guard=NoGuard()))
 
 
 def recipe_of(trajectory: Trajectory, settings: Settings) -> Recipe:
@@ -154,36 +141,25 @@ def recipe_of(trajectory: Trajectory, settings: Settings) -> Recipe:
         if not math.isclose(given, math.sqrt(damping), rel_tol=1e-12):
             raise ArgumentError(f"setting {side!r} must be the root of the damping {damping}, got {given}")
     method = _BUILDERS[name](trajectory, settings, log)
-    return Recipe(method, settings.number("lr"), damping, settings.number("weight_decay", 0.0), log)
+    numbers = {"lr": settings.number("lr"), "weight_decay": settings.number("weight_decay", 0.0)}
+    return Recipe(method, numbers | {"damping": damping}, log)
 
 
-def targets_used(method: Method) -> tuple[bool, bool]:
-    """Whether a method samples labels in its warm start, and in training."""
-    start = method.warm_start
-    return start is not None and start.needs_likelihood, method.needs_likelihood
-
-
-def _average(trajectory: Trajectory, decay: float) -> Average:
+def _average(trajectory: Trajectory, settings: Settings) -> Average:
     """After a warm start the average continues from it; without one it starts from zero, not bias-corrected."""
+    decay = settings.number("statistics_decay", 0.9)
     return MovingAverage(decay) if len(trajectory.warm_batches) else ZeroStartAverage(decay)
 
 
-def _kbfgs(trajectory: Trajectory, settings: Settings, log: Log) -> Method:
-    return _quasi_newton(trajectory, settings, log, registry.method("kbfgs"))
-
-
-def _kbfgs_limited(trajectory: Trajectory, settings: Settings, log: Log) -> Method:
-    return _quasi_newton(trajectory, settings, log, registry.method("kbfgs-l", memory=settings.count("memory", 100)))
-
-
-def _quasi_newton(trajectory: Trajectory, settings: Settings, log: Log, base: Method) -> Method:
+def _quasi_newton(name: str, trajectory: Trajectory, settings: Settings, log: Log) -> Method:
+    base = registry.method(name, **({"memory": settings.count("memory", 100)} if name == "kbfgs-l" else {}))
     own = CurvatureTest().tolerance
     threshold = settings.number("skip_threshold", own)
     if threshold != own:
         raise ArgumentError(f"setting 'skip_threshold' must be {own}, the library's own, got {threshold}")
     kronecker = base.preconditioner
     assert isinstance(kronecker, Kronecker)
-    decay = settings.number("pair_decay", 0.9)
+    decay = settings.number("pair_decay", 0.9)  # read in any case: a setting that is there counts as used
     average = ZeroStartAverage(0.0 if trajectory.full_batch else decay)
     outputs = kronecker.outputs
     initial = settings.number("initial", 1.0)
@@ -192,10 +168,13 @@ def _quasi_newton(trajectory: Trajectory, settings: Settings, log: Log, base: Me
     elif initial != 1.0:
         raise ArgumentError(f"setting 'H_g_initial' must be 1 for K-BFGS, whose H_g starts as identity, got {initial}")
     assert isinstance(outputs, BFGS | LBFGS)
-    outputs = replace(outputs, pairs=WatchedDamping(_pair_damping(settings), log), average=average)
-    inputs: Any = replace(
-        cast(Any, kronecker.inputs), average=_average(trajectory, settings.number("statistics_decay", 0.9))
-    )
+    rules: dict[str, Callable[[float], PairDamping]] = {"double": DoubleDamping, "powell-then-lm": PowellThenLM}
+    rule = str(settings.get("pair_damping", "double"))
+    if rule not in rules:
+        raise UnknownNameError("pair damping", rule, rules)
+    pairs = WatchedDamping(rules[rule](settings.number("mu1", 0.2)), log)
+    outputs = replace(outputs, pairs=pairs, average=average)
+    inputs: Any = replace(cast(Any, kronecker.inputs), average=_average(trajectory, settings))
     structure = replace(
         kronecker,
         inputs=cast(Factor, WatchedFactor(inputs, log.inputs)),
@@ -203,14 +182,6 @@ def _quasi_newton(trajectory: Trajectory, settings: Settings, log: Log, base: Me
         schedule=replace(kronecker.schedule, statistics=settings.count("statistics_every", 1)),
     )
     return replace(base, preconditioner=structure, momentum=EMA(settings.number("momentum", 0.9)))
-
-
-def _pair_damping(settings: Settings) -> PairDamping:
-    rules: dict[str, Callable[[float], PairDamping]] = {"double": DoubleDamping, "powell-then-lm": PowellThenLM}
-    name = str(settings.get("pair_damping", "double"))
-    if name not in rules:
-        raise UnknownNameError("pair damping", name, rules)
-    return rules[name](settings.number("mu1", 0.2))
 
 
 def _kfac(trajectory: Trajectory, settings: Settings, log: Log) -> Method:
@@ -223,7 +194,7 @@ def _kfac(trajectory: Trajectory, settings: Settings, log: Log) -> Method:
     )
     kronecker = base.preconditioner
     assert isinstance(kronecker, Kronecker)
-    average = _average(trajectory, settings.number("statistics_decay", 0.9))
+    average = _average(trajectory, settings)
     inputs, outputs = (replace(cast(Any, side), average=average) for side in (kronecker.inputs, kronecker.outputs))
     return replace(base, preconditioner=replace(kronecker, inputs=inputs, outputs=outputs))
 
@@ -242,7 +213,7 @@ def _mbf(trajectory: Trajectory, settings: Settings, log: Log) -> Method:
     assert isinstance(structure, ByLayer) and isinstance(structure.otherwise, Diagonal)
     if settings.number("diagonal_momentum", momentum) != momentum:
         raise ArgumentError("settings 'diag_beta1' and 'momentum_rho' must be equal: a method has one momentum")
-    average = _average(trajectory, settings.number("statistics_decay", 0.9))
+    average = _average(trajectory, settings)
     table = {
         key: replace(part, average=average) for key, part in structure.table.items() if isinstance(part, MiniBlock)
     }
@@ -257,8 +228,8 @@ def _mbf(trajectory: Trajectory, settings: Settings, log: Log) -> Method:
 
 
 _BUILDERS: dict[str, Callable[[Trajectory, Settings, Log], Method]] = {
-    "kbfgs": _kbfgs,
-    "kbfgsl": _kbfgs_limited,
+    "kbfgs": partial(_quasi_newton, "kbfgs"),
+    "kbfgsl": partial(_quasi_newton, "kbfgs-l"),
     "kfac": _kfac,
     "mbf": _mbf,
 }

@@ -7,6 +7,7 @@ the library's second moment of M is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -17,7 +18,6 @@ from ...framework.optimizer.blocks import Block
 from ...preconditioners.factors.bfgs import BFGSState, HessianActionState
 from ...preconditioners.factors.factor import CovarianceState
 from ...preconditioners.factors.lbfgs import LBFGSState
-from ...preconditioners.state import State
 from ...preconditioners.structures.diagonal import DiagonalState
 from ...preconditioners.structures.kronecker import Kronecker, KroneckerState
 from ...preconditioners.structures.mini_block import MiniBlockState
@@ -47,37 +47,32 @@ class Observer:
     def initial(self) -> dict[str, Tensor]:
         """After the warm start: ``A_init_l``, ``G_init_l``, ``F_init_l``."""
         found = {name: value for l, block in self.blocks for name, value in _of_state(l, block)}
-        return {
-            f"{name[0]}_init_{name[2:]}": value
-            for name, value in found.items()
-            if name[:2] in ("A_", "G_", "F_") and name[2:].isdecimal()
-        }
+        return {f"{name[0]}_init_{name[2:]}": found[name] for name in found if re.fullmatch(r"[AGF]_\d+", name)}
 
     def after_step(self) -> dict[str, Tensor]:
         """After an iteration."""
-        found: dict[str, Tensor] = {}
+        found = self._of_log()
         for l, block in self.blocks:
-            found.update(self._of_parameters(l, block))
-            found.update(_of_state(l, block))
-        return found | self._of_log()
+            found |= dict(self._of_parameters(l, block)) | dict(_of_state(l, block))
+        return found
 
     def _of_parameters(self, l: int, block: Block) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter, momentum in zip(block.names, block.parameters, block.views, strict=True):
-            suffix = f"{_LETTERS.get(name, name)}_{l}"
+        suffixes = [f"{_LETTERS.get(name, name)}_{l}" for name in block.names]
+        for suffix, parameter, momentum in zip(suffixes, block.parameters, block.views, strict=True):
             yield suffix, parameter.detach()
             yield f"momentum_{suffix}", momentum
             if parameter.grad is not None:
                 yield f"grad_{suffix}", parameter.grad
         if isinstance(block.state, DiagonalState) and isinstance(self.optimizer.method.momentum, HeavyBall):
             share = 1.0 - self.optimizer.method.momentum.decay
-            for name, momentum, moment in zip(block.names, block.views, block.state.second_moment, strict=True):
-                yield f"ema_{_LETTERS.get(name, name)}_{l}", share * momentum
-                yield f"v_{_LETTERS.get(name, name)}_{l}", share**2 * block.state.weight * moment
+            for suffix, momentum, moment in zip(suffixes, block.views, block.state.second_moment, strict=True):
+                yield f"ema_{suffix}", share * momentum
+                yield f"v_{suffix}", share**2 * block.state.weight * moment
 
     def _of_log(self) -> dict[str, Tensor]:
         if not self.log.outputs:
             return {}
-        flags = {name: torch.zeros(self.count) for name in _FLAGS}
+        flags = {name: torch.zeros(self.count) for name in ("damped_powell", "damped_lm", "status_H_g", "status_H_a")}
         paired = [l for l, block in self.blocks if isinstance(block.state, KroneckerState)]
         found: dict[str, Tensor] = {}
         for l, pair, outer, inner in zip(paired, self.log.pairs, self.log.outputs, self.log.inputs, strict=True):
@@ -88,34 +83,24 @@ class Observer:
         return found | flags
 
 
-_FLAGS = ("damped_powell", "damped_lm", "status_H_g", "status_H_a")
-
-
 def _of_state(l: int, block: Block) -> Iterator[tuple[str, Tensor]]:
-    state = block.state
-    if isinstance(state, KroneckerState) and isinstance(block.part, Kronecker):
-        yield from _of_inputs(l, state.inputs)
-        yield from _of_outputs(l, state.outputs, block.part)
+    state, part = block.state, block.part
+    if isinstance(state, KroneckerState) and isinstance(part, Kronecker):
+        inputs, outputs = state.inputs, state.outputs
+        if isinstance(inputs, HessianActionState | CovarianceState):
+            yield f"A_{l}", inputs.second_moment
+            yield f"{'H_a' if isinstance(inputs, HessianActionState) else 'A_inv'}_{l}", inputs.inverse
+        if isinstance(outputs, BFGSState | LBFGSState):
+            yield f"H_g_{l}", part.outputs.to_dense(outputs, 0.0)
+            yield f"s_avg_{l}", -outputs.pair.step
+            yield f"y_avg_{l}", -outputs.pair.change
+        elif isinstance(outputs, CovarianceState):
+            yield f"G_{l}", outputs.second_moment
+            yield f"G_inv_{l}", outputs.inverse
     elif isinstance(state, MiniBlockState):
+        shape = block.parameters[0].shape[:2] if block.layer.kind == "Conv2d" and not part.joint else None
         for name, value in (("F", state.blocks), ("F_inv", state.inverse)):
-            shape = block.parameters[0].shape[:2] if block.layer.kind == "Conv2d" and not block.part.joint else None
             yield f"{name}_{l}", value if shape is None else value.unflatten(0, shape)
-
-
-def _of_inputs(l: int, state: State) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(state, HessianActionState | CovarianceState):
-        yield f"A_{l}", state.second_moment
-        yield f"{'H_a' if isinstance(state, HessianActionState) else 'A_inv'}_{l}", state.inverse
-
-
-def _of_outputs(l: int, state: State, part: Kronecker) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(state, BFGSState | LBFGSState):
-        yield f"H_g_{l}", part.outputs.to_dense(state, 0.0)
-        yield f"s_avg_{l}", -state.pair.step
-        yield f"y_avg_{l}", -state.pair.change
-    elif isinstance(state, CovarianceState):
-        yield f"G_{l}", state.second_moment
-        yield f"G_inv_{l}", state.inverse
 
 
 def load_initial(observer: Observer, arrays: Mapping[str, Tensor], warm: bool) -> None:

@@ -6,6 +6,7 @@ array ``NAME_l`` belongs to layer l.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import zlib
@@ -230,14 +231,11 @@ def _check(meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
     for name, like in _ALIGNED.items():
         if name in arrays and arrays[name].shape[:2] != arrays.get(like, arrays["batches"][:0]).shape:
             raise ArgumentError(f"{name!r} of shape {arrays[name].shape} does not match the rows of {like!r}")
-    if meta.get("warm_start") and "warm_batches" not in arrays and not any("_init_" in n for n in _made(arrays)):
+    made = any("_init_" in name and not is_input(name) for name in arrays)
+    if meta.get("warm_start") and "warm_batches" not in arrays and not made:
         raise ArgumentError(
             "meta says warm_start, but the file has neither 'warm_batches' nor what the warm start made"
         )
-
-
-def _made(arrays: Mapping[str, NDArray[Any]]) -> list[str]:
-    return [name for name in arrays if not is_input(name)]
 
 
 def loss_of(trajectory: Trajectory) -> Likelihood:
@@ -279,7 +277,14 @@ def build_network(trajectory: Trajectory) -> tuple[nn.Sequential, list[nn.Module
                 modules.append(_OPERATIONS[name]())
                 images = images and name != "flatten"
     for index, layer in enumerate(layers):
-        _load_weights(trajectory, index, layer)
+        for name, parameter in layer.named_parameters():
+            key = f"{'W' if name == 'weight' else 'b'}_init_{index}"
+            if key not in trajectory.arrays:
+                raise ArgumentError(f"the file has no array {key!r}, the initial {name} of layer {index}")
+            value = trajectory.arrays[key]
+            if value.shape != tuple(parameter.shape):
+                raise ArgumentError(f"{key!r} has shape {value.shape}, layer {index} needs {tuple(parameter.shape)}")
+            parameter.data.copy_(torch.tensor(value, dtype=torch.float64))
     return nn.Sequential(*modules), layers
 
 
@@ -292,15 +297,10 @@ def _entries(trajectory: Trajectory) -> list[Mapping[str, Any]]:
         raise ArgumentError("meta describes no network: it needs 'layers', or 'layer_sizes' and 'activations'")
     if len(meta["activations"]) != len(sizes) - 1:
         raise ArgumentError(f"{len(sizes) - 1} layers need as many activations, got {meta['activations']!r}")
+    shapes = zip(itertools.pairwise(sizes), meta["activations"], strict=True)
     return [
-        {
-            "type": "dense",
-            "in": sizes[l],
-            "out": sizes[l + 1],
-            "bias": f"b_init_{l}" in trajectory.arrays,
-            "then": [then],
-        }
-        for l, then in enumerate(meta["activations"])
+        {"type": "dense", "in": inputs, "out": outputs, "bias": f"b_init_{l}" in trajectory.arrays, "then": [then]}
+        for l, ((inputs, outputs), then) in enumerate(shapes)
     ]
 
 
@@ -317,17 +317,3 @@ def _layer(index: int, entry: Mapping[str, Any], images: bool) -> nn.Module:
     except KeyError as error:
         raise ArgumentError(f"layer {index} of meta['layers'] lacks {error}; it has {dict(entry)}") from None
     raise UnknownNameError("type of layer", str(entry["type"]), ("dense", "conv", "batchnorm"))
-
-
-def _load_weights(trajectory: Trajectory, index: int, layer: nn.Module) -> None:
-    for letter, name in (("W", "weight"), ("b", "bias")):
-        parameter, key = getattr(layer, name), f"{letter}_init_{index}"
-        if parameter is None:
-            continue
-        if key not in trajectory.arrays:
-            raise ArgumentError(f"the file has no array {key!r}, the initial {name} of layer {index}")
-        value = trajectory.arrays[key]
-        if value.shape != tuple(parameter.shape):
-            raise ArgumentError(f"{key!r} has shape {value.shape}, layer {index} needs {tuple(parameter.shape)}")
-        with torch.no_grad():
-            parameter.copy_(torch.tensor(value, dtype=torch.float64))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,13 +95,7 @@ def data_checksum(data: Data) -> str:
 
 def move_data(data: Data, device: torch.device) -> Data:
     """Return the samples on ``device``; targets that are the inputs themselves stay so, and are moved once."""
-    moved: dict[int, Tensor] = {}
-
-    def move(value: Tensor) -> Tensor:
-        if id(value) not in moved:
-            moved[id(value)] = value.to(device)
-        return moved[id(value)]
-
-    parts = {entry.name: getattr(data, entry.name) for entry in fields(data)}
-    tensors: dict[str, Any] = {name: move(value) for name, value in parts.items() if isinstance(value, Tensor)}
+    move = cache(lambda value: value.to(device))  # by identity
+    values = {entry.name: getattr(data, entry.name) for entry in fields(data)}
+    tensors: dict[str, Any] = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
     return replace(data, **tensors, context=tuple(move(value) for value in data.context))

@@ -8,25 +8,39 @@ how far its ratio lies from 1 is the noise of the measurement.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ... import build
+from ... import build, registry
 from ...errors import ArgumentError
 from ..problems import Data, Problem
 from .batches import BatchOrder
+from .training_run import Stopwatch
 
-__all__ = ["CONTESTANTS", "Contestant", "Timing", "benchmark", "benchmark_table", "random_data", "tensor_bytes"]
+__all__ = [
+    "CONTESTANTS",
+    "Contestant",
+    "Timing",
+    "benchmark",
+    "benchmark_table",
+    "optimizer_of",
+    "random_data",
+    "tensor_bytes",
+]
 
 REFERENCE_STEPS = 3
-SAMPLES = 10_000
+TORCH_OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "torch-sgd": partial(torch.optim.SGD, lr=1e-4, momentum=0.9),
+    "torch-adam": partial(torch.optim.Adam, lr=1e-4),
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,7 @@ class _Stepper:
 
     def __init__(self, contestant: Contestant, problem: Problem, data: Data, batch_size: int) -> None:
         self.model = problem.build_model(0).to(data.train_inputs.device)
-        self.optimizer: torch.optim.Optimizer = _optimizer(contestant, problem, self.model)
+        self.optimizer = optimizer_of(contestant.method, self.model, problem.likelihood, **contestant.options)
         self._problem, self._data = problem, data
         self._order = BatchOrder(len(data.train_inputs), batch_size, 0, data.train_inputs.device)
 
@@ -123,12 +137,12 @@ class _Stepper:
         """Take ``steps`` steps and return the seconds they took together."""
         batches = [self._order.next() for _ in range(steps)]
         pairs = [(self._data.train_inputs[batch], self._data.train_targets[batch]) for batch in batches]
-        self._synchronise()
-        began = time.perf_counter()
+        clock = Stopwatch(self._data.train_inputs.device)
+        clock.start()
         for inputs, targets in pairs:
             self.optimizer.step(self._closure(inputs, targets))
-        self._synchronise()
-        return time.perf_counter() - began
+        clock.pause()
+        return clock.seconds
 
     def _closure(self, inputs: Tensor, targets: Tensor) -> Callable[[], float]:
         def closure() -> Any:
@@ -138,10 +152,6 @@ class _Stepper:
             return loss
 
         return closure
-
-    def _synchronise(self) -> None:
-        if self._data.train_inputs.device.type == "cuda":
-            torch.cuda.synchronize(self._data.train_inputs.device)
 
 
 def benchmark(
@@ -179,7 +189,7 @@ def benchmark(
         note(f"round {number + 1} of {rounds}")
         for contestant in contestants:
             times[contestant.label].append(_one_round(contestant, steppers[contestant.label], reference))
-    return _summarise(contestants, steppers, times)
+    return [_timing(contestant, steppers[contestant.label].optimizer, times) for contestant in contestants]
 
 
 def benchmark_table(timings: list[Timing], title: str) -> Table:
@@ -191,17 +201,28 @@ def benchmark_table(timings: list[Timing], title: str) -> Table:
     for heading in ("contestant", "ms/step", "x SGD", "target", "floor", "MiB", "formula"):
         table.add_column(heading, justify="left" if heading == "contestant" else "right", no_wrap=True)
     for timing in timings:
-        table.add_row(*_cells(timing))
+        met = timing.target is None or timing.compared <= timing.target
+        target = "" if timing.target is None else f"{'' if met else '[red]'}{timing.target:g}"
+        if timing.against is not None and timing.target is not None:
+            target += f" ({timing.compared:.2f})"
+        table.add_row(
+            timing.label,
+            f"{timing.milliseconds:.1f}",
+            f"{timing.ratio:.2f}",
+            target,
+            "" if timing.floor is None else f"{timing.floor:g}",
+            f"{timing.state_bytes / 2**20:.1f}",
+            "" if timing.table_bytes is None else f"{timing.table_bytes / 2**20:.1f}",
+        )
     return table
 
 
-def random_data(problem: Problem, samples: int = SAMPLES, seed: int = 0) -> Data:
+def random_data(problem: Problem, samples: int = 10_000) -> Data:
     """Return uniform random inputs that are their own targets, for timing an autoencoder without its data.
 
     Args:
         problem: without classes, its model starting with a linear layer.
         samples: how many.
-        seed: of the numbers.
 
     Raises:
         ArgumentError: the problem's data cannot be replaced by random numbers.
@@ -209,31 +230,35 @@ def random_data(problem: Problem, samples: int = SAMPLES, seed: int = 0) -> Data
     first = next((module for module in problem.build_model(0).modules() if isinstance(module, nn.Linear)), None)
     if problem.classes is not None or first is None:
         raise ArgumentError(f"random data stand in only for an autoencoder's; give --data-dir for {problem.name!r}")
-    inputs = torch.rand(samples, first.in_features, generator=torch.Generator().manual_seed(seed))
+    inputs = torch.rand(samples, first.in_features, generator=torch.Generator().manual_seed(0))
     return Data(train_inputs=inputs, train_targets=inputs, test_inputs=inputs, test_targets=inputs)
 
 
-def tensor_bytes(state: object, seen: set[int] | None = None) -> int:
+def tensor_bytes(state: object) -> int:
     """Return the bytes of all tensors in nested dicts, lists and tuples; a tensor that occurs twice counts once."""
-    seen = set() if seen is None else seen
-    if isinstance(state, Tensor):
-        if state.data_ptr() in seen:
-            return 0
-        seen.add(state.data_ptr())
-        return state.numel() * state.element_size()
-    if isinstance(state, Mapping):
-        return sum(tensor_bytes(value, seen) for value in state.values())
-    if isinstance(state, list | tuple):
-        return sum(tensor_bytes(value, seen) for value in state)
-    return 0
+    found = {value.data_ptr(): value.nbytes for value in tree_leaves(state) if isinstance(value, Tensor)}
+    return sum(found.values())
 
 
-def _optimizer(contestant: Contestant, problem: Problem, model: nn.Module) -> torch.optim.Optimizer:
-    if contestant.method == "torch-sgd":
-        return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    if contestant.method == "torch-adam":
-        return torch.optim.Adam(model.parameters(), lr=1e-4)
-    return build(contestant.method, model, likelihood=problem.likelihood, seed=0, **contestant.options)
+def optimizer_of(method: str, model: nn.Module, likelihood: str, **options: Any) -> torch.optim.Optimizer:
+    """Return a registered method's optimizer, or torch's own.
+
+    Args:
+        method: registered, ``torch-sgd`` or ``torch-adam``.
+        model: whose parameters it trains.
+        likelihood: of the loss.
+        **options: keywords of a registered method.
+
+    Raises:
+        ArgumentError: the method is unknown, or an option is.
+    """
+    if method in TORCH_OPTIMIZERS:
+        return TORCH_OPTIMIZERS[method](model.parameters())
+    if method not in registry.methods():
+        raise ArgumentError(
+            f"no method {method!r}; 'osculate methods' lists them, and torch-sgd and torch-adam count too"
+        )
+    return build(method, model, likelihood=likelihood, seed=0, **options)
 
 
 def _one_round(contestant: Contestant, stepper: _Stepper, reference: _Stepper) -> tuple[float, float]:
@@ -248,58 +273,22 @@ def _one_round(contestant: Contestant, stepper: _Stepper, reference: _Stepper) -
     return own, own / ((before + after) / (2 * REFERENCE_STEPS))
 
 
-def _summarise(
-    contestants: tuple[Contestant, ...],
-    steppers: Mapping[str, _Stepper],
-    times: Mapping[str, list[tuple[float, float]]],
-) -> list[Timing]:
-    seconds = {label: statistics.median(own for own, _ in rows) for label, rows in times.items()}
-    ratios = {label: [ratio for _, ratio in rows] for label, rows in times.items()}
-    timings = []
-    for contestant in contestants:
-        own, optimizer = ratios[contestant.label], steppers[contestant.label].optimizer
-        ratio = statistics.median(own)
-        other = ratios.get(contestant.against or "")
-        compared = statistics.median(a / b for a, b in zip(own, other, strict=True)) if other else ratio
-        timing = Timing(
-            contestant.label,
-            milliseconds=1e3 * seconds[contestant.label],
-            ratio=ratio,
-            spread=_quartiles(own),
-            state_bytes=tensor_bytes(optimizer.state_dict()),
-            table_bytes=_declared_bytes(optimizer),
-            target=contestant.target,
-            floor=contestant.floor,
-            against=contestant.against,
-            compared=compared,
-        )
-        timings.append(timing)
-    return timings
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    if len(values) == 1:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
-
-
-def _declared_bytes(optimizer: torch.optim.Optimizer) -> int | None:
+def _timing(
+    contestant: Contestant, optimizer: torch.optim.Optimizer, times: Mapping[str, list[tuple[float, float]]]
+) -> Timing:
+    seconds, ratios = np.array(times[contestant.label]).T
+    low, ratio, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+    other = times.get(contestant.against or "")
     layer_table = getattr(optimizer, "layer_table", None)
-    return None if layer_table is None else sum(row.bytes for row in layer_table())
-
-
-def _cells(timing: Timing) -> list[str]:
-    met = timing.target is None or timing.compared <= timing.target
-    target = "" if timing.target is None else f"{'' if met else '[red]'}{timing.target:g}"
-    if timing.against is not None and timing.target is not None:
-        target += f" ({timing.compared:.2f})"
-    return [
-        timing.label,
-        f"{timing.milliseconds:.1f}",
-        f"{timing.ratio:.2f}",
-        target,
-        "" if timing.floor is None else f"{timing.floor:g}",
-        f"{timing.state_bytes / 2**20:.1f}",
-        "" if timing.table_bytes is None else f"{timing.table_bytes / 2**20:.1f}",
-    ]
+    return Timing(
+        contestant.label,
+        milliseconds=1e3 * float(np.median(seconds)),
+        ratio=ratio,
+        spread=(low, high),
+        state_bytes=tensor_bytes(optimizer.state_dict()),
+        table_bytes=None if layer_table is None else sum(row.bytes for row in layer_table()),
+        target=contestant.target,
+        floor=contestant.floor,
+        against=contestant.against,
+        compared=float(np.median(ratios / np.array(other)[:, 1])) if other else ratio,
+    )

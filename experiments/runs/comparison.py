@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from ..problems import Data, Problem, get_problem
 from .batches import data_checksum, move_data
 from .config import Budget, RunConfig
 from .environment import choose_device, describe_environment
-from .interrupts import InterruptFlag, interruptible
+from .interrupts import interruptible
 from .progress import Display
 from .records import write_json
 from .runs import Resume, describe_run
 from .targets import exclusive
-from .training import BoundedShare, Schedule, measure, prepare
+from .training import BoundedShare, measure, prepare
 
 __all__ = ["Comparison", "Curve", "compare", "comparison_table", "load_comparison", "method_configs"]
 
@@ -77,10 +77,6 @@ class Comparison:
     def ranked(self) -> list[Curve]:
         """Return the curves, smallest final training loss first, breakdowns last."""
         return sorted(self.curves, key=lambda curve: curve.final_loss)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for a JSON file."""
-        return dataclasses.asdict(self)
 
 
 def method_configs(common: RunConfig, methods: Sequence[str], options: Mapping[str, Any]) -> list[RunConfig]:
@@ -145,7 +141,7 @@ def compare(
             if interrupted():
                 break
             comparison.curves.append(curve)
-            write_json(file, comparison.as_dict())
+            write_json(file, dataclasses.asdict(comparison))
     return comparison
 
 
@@ -170,16 +166,15 @@ def comparison_table(comparison: Comparison) -> pd.DataFrame:
 
 
 def _row(curve: Curve, budget: Budget) -> dict[str, Any]:
-    last = curve.points[-1] if curve.points else {}
-    start = curve.points[0] if curve.points else {}
+    start, last = (curve.points[0], curve.points[-1]) if curve.points else ({}, {})
     iterations = last.get("iterations", 0)
     pure = last.get("seconds", 0.0) - last.get("warm_start_seconds", 0.0)
     cut = ": the time was over in the warm start" if budget.out_of_time(last.get("seconds", 0.0)) else ""
     note = "" if iterations or not last else f"no step taken{cut}"
     return {
         "method": curve.method,
-        "train loss": curve.final_loss if not curve.failure else math.nan,
-        "test loss": last.get("test_loss", math.nan) if not curve.failure else math.nan,
+        "train loss": math.nan if curve.failure else curve.final_loss,
+        "test loss": math.nan if curve.failure else last.get("test_loss", math.nan),
         "accuracy": last.get("test_accuracy", math.nan),
         "epochs": float(last.get("epoch", 0)),
         "ms/step": 1e3 * pure / iterations if iterations else math.nan,
@@ -209,21 +204,18 @@ def _run(
     material: tuple[Problem, Data],
     budget: Budget,
     display: Display,
-    interrupted: InterruptFlag,
+    interrupted: Callable[[], bool],
 ) -> Curve:
     curve = Curve(config.method, description, [])
     run = prepare(config, *material)
+    longest = math.inf if budget.seconds is None else budget.seconds / POINTS_WITHIN_EPOCHS
+    schedule = BoundedShare(EVALUATION_SHARE, longest)
     display.begin(config.method)
     try:
-        for metrics in measure(run, budget, _schedule(budget), display.step, interrupted):
+        for metrics in measure(run, budget, schedule, display.step, interrupted):
             curve.points.append(metrics.as_dict())
             display.measured(metrics)
     except NumericalError as error:
         display.failed(str(error))
         return dataclasses.replace(curve, failure=str(error))
     return curve
-
-
-def _schedule(budget: Budget) -> Schedule:
-    longest = math.inf if budget.seconds is None else budget.seconds / POINTS_WITHIN_EPOCHS
-    return BoundedShare(EVALUATION_SHARE, longest)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,17 +11,9 @@ from torch import Tensor, nn
 
 from ..problems import Problem
 
-__all__ = ["Metrics", "Score", "score"]
+__all__ = ["Metrics", "score"]
 
 _CHUNK = 2000
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean loss over a data set, and the share of right classes (for sequences, of all tokens) where there are any."""
-
-    loss: float
-    accuracy: float | None
 
 
 @dataclass(frozen=True)
@@ -70,14 +60,11 @@ class Metrics:
         plain = asdict(self)
         return {name: value for name, value in plain.items() if value is not None and value != {}}
 
-    @property
-    def finite(self) -> bool:
-        """Whether both losses are finite."""
-        return math.isfinite(self.train_loss) and math.isfinite(self.test_loss)
 
+def score(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -> tuple[float, float | None]:
+    """Return the mean loss of ``model`` in evaluation mode over all samples, and the share of right classes, if any.
 
-def score(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -> Score:
-    """Return the mean loss (and accuracy) of ``model`` in evaluation mode over all samples.
+    Of sequences it is the share of all tokens.
 
     Args:
         model: left in the mode it was in.
@@ -87,24 +74,18 @@ def score(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -
 
     Cost: one forward pass over N samples.
     """
-    total = torch.zeros((), dtype=torch.float64, device=inputs.device)
-    right = torch.zeros((), dtype=torch.float64, device=inputs.device)
-    with _evaluating(model), torch.no_grad():
-        for part_inputs, part_targets in zip(torch.split(inputs, _CHUNK), torch.split(targets, _CHUNK), strict=True):
-            output = model(part_inputs)
-            total += problem.loss(output, part_targets).double() * len(part_inputs)
-            if problem.classes is not None:
-                right += (output.argmax(dim=-1) == part_targets).sum()
-    accuracy = float(right) / targets.numel() if problem.classes is not None else None
-    return Score(float(total) / len(inputs), accuracy)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+    total, right = torch.zeros(2, dtype=torch.float64, device=inputs.device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            for part, part_targets in zip(torch.split(inputs, _CHUNK), torch.split(targets, _CHUNK), strict=True):
+                output = model(part)
+                total += problem.loss(output, part_targets).double() * len(part)
+                if problem.classes is not None:
+                    right += (output.argmax(dim=-1) == part_targets).sum()
     finally:
         for module, training in modes:
             module.training = training
+    accuracy = float(right) / targets.numel() if problem.classes is not None else None
+    return float(total) / len(inputs), accuracy

@@ -4,42 +4,32 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["InterruptFlag", "interruptible"]
-
-
-class InterruptFlag:
-    """Whether Ctrl-C was pressed; ask by calling it."""
-
-    def __init__(self) -> None:
-        self._raised = False
-
-    def __call__(self) -> bool:
-        """Whether the flag is up."""
-        return self._raised
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Raise the flag at the first signal; interrupt at once at the second."""
-        if self._raised:
-            raise KeyboardInterrupt
-        self._raised = True
+__all__ = ["interruptible"]
 
 
 @contextmanager
-def interruptible() -> Iterator[InterruptFlag]:
-    """Within this context the first Ctrl-C only raises the flag.
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Within this context the first Ctrl-C only makes what it yields answer yes; the second interrupts at once.
 
-    Outside the main thread, where Python delivers no signals, the flag stays down.
+    Outside the main thread, where Python delivers no signals, the answer stays no.
     """
-    flag = InterruptFlag()
+    pressed = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
     if threading.current_thread() is not threading.main_thread():
-        yield flag
+        yield lambda: pressed
         return
-    previous = signal.signal(signal.SIGINT, flag.handle)
+    previous = signal.signal(signal.SIGINT, handle)
     try:
-        yield flag
+        yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,9 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ... import build
-from ...errors import ArgumentError
-from ...framework.methods import registry
+from ... import registry
+from .bench import optimizer_of
 
 __all__ = ["WIDTHS", "Launches", "MethodLaunches", "count_launches", "counting", "launches_table"]
 
@@ -77,12 +77,7 @@ class Launches:
 
     def __or__(self, other: Launches) -> Launches:
         """The larger of each count."""
-        return Launches(
-            max(self.update, other.update),
-            max(self.passes, other.passes),
-            max(self.synchronisations, other.synchronisations),
-            max(self.host_tensors, other.host_tensors),
-        )
+        return Launches(*map(max, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -132,12 +127,13 @@ class _Counter(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        self.waits += (
-            name in _WAITING or _depends_on_data(func, name, args, kwargs or {}) or _crosses(name, given, made)
-        )
-        self.made += name in _FROM_NUMBERS or (name == "_to_copy" and _leaves_the_host(given, made))
-        if name not in _NO_KERNEL and not _is_view(func):
-            self.operations[self.place] += 1
+        waits = name in _WAITING or _depends_on_data(func, name, args, kwargs or {}) or _crosses(name, given, made)
+        copied = name == "_to_copy" and made[0].device.type != "cpu" and any(v.device.type == "cpu" for v in given)
+        returns = [value.alias_info for value in func._schema.returns]
+        view = bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
+        self.waits += waits
+        self.made += copied or name in _FROM_NUMBERS
+        self.operations[self.place] += not view and name not in _NO_KERNEL
         return result
 
 
@@ -200,7 +196,7 @@ def _count(method: str, device: torch.device) -> MethodLaunches:
         torch.manual_seed(0)
         model = _autoencoder().to(device)
         inputs = torch.rand(_BATCH, WIDTHS[0]).to(device)
-    optimizer = _optimizer(method, model)
+    optimizer = optimizer_of(method, model, "bernoulli")
     kinds: dict[bool, Launches] = {}
     with counting() as counter:
 
@@ -223,31 +219,10 @@ def _count(method: str, device: torch.device) -> MethodLaunches:
 
 def _autoencoder() -> nn.Sequential:
     """Sigmoids after every layer but the one of the code and the last."""
-    parts: list[nn.Module] = []
-    last = len(WIDTHS) - 2
-    for index in range(last + 1):
-        parts.append(nn.Linear(WIDTHS[index], WIDTHS[index + 1]))
-        if index not in (last // 2, last):
-            parts.append(nn.Sigmoid())
-    return nn.Sequential(*parts)
-
-
-def _optimizer(method: str, model: nn.Module) -> torch.optim.Optimizer:
-    if method == "torch-sgd":
-        return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    if method == "torch-adam":
-        return torch.optim.Adam(model.parameters(), lr=1e-4)
-    if method not in registry.methods():
-        raise ArgumentError(
-            f"no method {method!r}; 'osculate methods' lists them, and torch-sgd and torch-adam count too"
-        )
-    return build(method, model, likelihood="bernoulli", seed=0)
-
-
-def _is_view(func: Any) -> bool:
-    """Every result shares memory with an argument that is not written."""
-    results = func._schema.returns
-    return bool(results) and all(r.alias_info is not None and not r.alias_info.is_write for r in results)
+    linear = [nn.Linear(inputs, outputs) for inputs, outputs in pairwise(WIDTHS)]
+    half = len(linear) // 2
+    plain = {linear[half - 1], linear[-1]}
+    return nn.Sequential(*(part for layer in linear for part in ([layer] if layer in plain else [layer, nn.Sigmoid()])))
 
 
 def _depends_on_data(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -262,7 +237,3 @@ def _crosses(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> bool
     if name == "copy_":
         return len(given) > 1 and (given[0].device.type == "cpu") != (given[1].device.type == "cpu")
     return name == "_to_copy" and any((v.device.type == "cpu") != (made[0].device.type == "cpu") for v in given)
-
-
-def _leaves_the_host(given: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
-    return made[0].device.type != "cpu" and any(value.device.type == "cpu" for value in given)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -52,9 +51,7 @@ class Display:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._progress.stop()
 
     def begin(self, name: str) -> None:
@@ -74,7 +71,10 @@ class Display:
 
     def measured(self, metrics: Metrics) -> None:
         """Show an evaluation."""
-        now, text = time.perf_counter(), _line(metrics)
+        now = time.perf_counter()
+        accuracy = "" if metrics.test_accuracy is None else f"  accuracy {metrics.test_accuracy:.2%}"
+        losses = f"train {metrics.train_loss:.5g}  test {metrics.test_loss:.5g}"
+        text = f"epoch {metrics.epoch:5.4g}  {losses}{accuracy}  {metrics.seconds:.1f} s"
         share = self._budget.spent(metrics.epoch, metrics.seconds)
         if self._console.is_terminal and self._task is not None:
             self._drawn = now
@@ -90,11 +90,3 @@ class Display:
         self._console.print(
             f"[red]{escape(self._name)} broke down:[/] {escape(reason)}", highlight=False, soft_wrap=True
         )
-
-
-def _line(metrics: Metrics) -> str:
-    accuracy = "" if metrics.test_accuracy is None else f"  accuracy {metrics.test_accuracy:.2%}"
-    return (
-        f"epoch {metrics.epoch:5.4g}  train {metrics.train_loss:.5g}  test {metrics.test_loss:.5g}{accuracy}"
-        f"  {metrics.seconds:.1f} s"
-    )

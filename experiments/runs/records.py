@@ -19,12 +19,12 @@ file.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -37,10 +37,9 @@ __all__ = ["RunFolder", "write_json"]
 def write_json(path: Path, content: object) -> None:
     """Write plain values as JSON by an atomic rename; not-a-number and infinities become null."""
     text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
-    _replace(path, lambda file: _write(file, text.encode()))
+    _replace(path, text.encode())
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """One run on disk.
 
@@ -48,32 +47,14 @@ class RunFolder:
         path: the folder; created by ``start``.
     """
 
-    path: Path
-
-    @property
-    def checkpoint_file(self) -> Path:
-        """Where the checkpoint lies."""
-        return self.path / "checkpoint.pt"
-
-    @property
-    def metrics_file(self) -> Path:
-        """Where the metrics lie."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def monitors_file(self) -> Path:
-        """Where the readings of monitors lie."""
-        return self.path / "monitors.jsonl"
-
-    @property
-    def certificate_file(self) -> Path:
-        """Where the certificate of the monitors lies."""
-        return self.path / "certificate.json"
-
-    @property
-    def event_folder(self) -> Path:
-        """Where TensorBoard's event files lie."""
-        return self.path / "tensorboard"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.json"
+        self.checkpoint_file = path / "checkpoint.pt"
+        self.metrics_file = path / "metrics.jsonl"
+        self.monitors_file = path / "monitors.jsonl"
+        self.certificate_file = path / "certificate.json"
+        self.event_folder = path / "tensorboard"
 
     def kept_checkpoints(self) -> list[Path]:
         """Checkpoints of every evaluation, oldest first; empty unless the run was told to keep them."""
@@ -95,7 +76,7 @@ class RunFolder:
             events = self.event_folder.glob("events.out.tfevents.*")
             for stale in (*files, *self.kept_checkpoints(), *events):
                 stale.unlink(missing_ok=True)
-        write_json(self.path / "config.json", config)
+        write_json(self.config_file, config)
         write_json(self.path / "environment.json", environment)
         self.write_status("running")
 
@@ -105,13 +86,14 @@ class RunFolder:
         Raises:
             ArgumentError: there is none, or it is not a JSON object.
         """
-        file = self.path / "config.json"
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ArgumentError(f"{file} cannot be read ({error}); name another folder with --out") from error
+            raise ArgumentError(
+                f"{self.config_file} cannot be read ({error}); name another folder with --out"
+            ) from error
         if not isinstance(content, dict):
-            raise ArgumentError(f"{file} must hold one JSON object; name another folder with --out")
+            raise ArgumentError(f"{self.config_file} must hold one JSON object; name another folder with --out")
         return content
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -147,11 +129,11 @@ class RunFolder:
         """Drop the lines written after the checkpoint at ``iterations``; the continued run writes them again."""
         kept = [line for line in self.read_metrics() if line["iterations"] <= iterations]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        _replace(self.metrics_file, lambda file: _write(file, text.encode()))
+        _replace(self.metrics_file, text.encode())
         if self.monitors_file.exists():
             readings = self.monitors_file.read_text(encoding="utf-8").splitlines(keepends=True)
             early = [line for line in readings if line.endswith("\n") and json.loads(line)["step"] < iterations]
-            _replace(self.monitors_file, lambda file: _write(file, "".join(early).encode()))
+            _replace(self.monitors_file, "".join(early).encode())
         for file in self.kept_checkpoints():
             if int(file.stem) > iterations:
                 file.unlink()
@@ -163,10 +145,9 @@ class RunFolder:
             state: of the run.
             keep_as: iterations under which a copy stays; ``None``: the next checkpoint replaces this one.
         """
-        _replace(self.checkpoint_file, lambda file: torch.save(dict(state), file))
-        if keep_as is not None:
-            place = self.path / "checkpoints" / f"{keep_as:08d}.pt"
-            _replace(place, lambda file: torch.save(dict(state), file))
+        kept = [] if keep_as is None else [self.path / "checkpoints" / f"{keep_as:08d}.pt"]
+        for place in (self.checkpoint_file, *kept):
+            _replace(place, dict(state))
 
     def load_checkpoint(self, device: torch.device, source: Path | None = None) -> dict[str, Any]:
         """Return the saved state, its tensors on ``device``.
@@ -199,17 +180,17 @@ class RunFolder:
         write_json(self.path / "status.json", {"status": status, **details})
 
 
-def _write(file: BinaryIO, content: bytes) -> None:
-    file.write(content)
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def _replace(path: Path, content: bytes | dict[str, Any]) -> None:
+    """Write text, or the state of a run, beside a file and put it in its place."""
     beside = path.with_name(path.name + ".part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with beside.open("wb") as file:
-                write(file)
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(path)
@@ -224,6 +205,6 @@ def _finite(value: Any) -> Any:
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,15 @@ def saved_config(folder: RunFolder, device: str | None = None) -> RunConfig:
     Raises:
         ArgumentError: if there is no run, or its configuration is not one.
     """
-    if not (folder.path / "config.json").is_file():
+    if not folder.config_file.is_file():
         raise ArgumentError(f"{str(folder.path)!r} holds no run; name a folder that 'osculate train' wrote")
     saved = folder.read_config()
     try:
-        options = {name: _number(value) for name, value in saved["method_options"].items()}
-        return RunConfig(
-            **{name: saved[name] for name in ("problem", "method", "lr", "damping", "weight_decay", "batch_size")},
-            seed=saved["seed"],
-            device=device or saved["device"],
-            warm_start=WarmStart(saved["warm_start"]),
-            problem_options=saved["problem_options"],
-            method_options=options,
-            parts=saved.get("parts", {}),
-        )
+        given = {entry.name: saved[entry.name] for entry in fields(RunConfig) if entry.name != "parts"}
+        given["device"] = device or saved["device"]
+        given["warm_start"] = WarmStart(saved["warm_start"])
+        given["method_options"] = {name: _number(value) for name, value in saved["method_options"].items()}
+        return RunConfig(**given, parts=saved.get("parts", {}))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ArgumentError(f"{folder.path} holds no complete configuration of a run ({error})") from error
 
@@ -88,16 +84,8 @@ def probes(problem: Problem, data: Data, samples: int, count: int) -> list[Probe
         raise ArgumentError(f"samples and mini-batches must be >= 1, got {samples} and {count}")
     size = min(samples, len(data.train_inputs))
     whole = max(1, len(data.train_inputs) // size)
-    starts = [size * (index % whole) for index in range(count)]
-    return [
-        Probe(
-            data.train_inputs[start : start + size],
-            data.train_targets[start : start + size],
-            problem.loss,
-            problem.likelihood,
-        )
-        for start in starts
-    ]
+    parts = [slice(size * (index % whole), size * (index % whole + 1)) for index in range(count)]
+    return [Probe(data.train_inputs[p], data.train_targets[p], problem.loss, problem.likelihood) for p in parts]
 
 
 def copy_of(run: TrainingRun) -> nn.Module:

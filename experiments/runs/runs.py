@@ -17,14 +17,13 @@ from ..problems import get_problem
 from .batches import data_checksum
 from .config import Budget, RunConfig, differences
 from .environment import describe_environment
-from .evaluation import Metrics
 from .interrupts import interruptible
 from .progress import Display
-from .records import RunFolder
+from .records import RunFolder, write_json
 from .targets import exclusive
 from .training import measure, prepare
 from .training_run import TrainingRun
-from .watched import Extras, certified, watched
+from .watched import Extras, watched
 
 __all__ = ["Resume", "RunResult", "default_folder", "describe_run", "run_in_folder"]
 
@@ -168,12 +167,18 @@ def _restore(run: TrainingRun, folder: RunFolder) -> None:
 def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console, extras: Extras) -> RunResult:
     reason, hard, early = "", False, False
     folder.write_status("running")
-    with Display(console, budget) as display, interruptible() as interrupted, watched(run, folder, extras) as onlookers:
+    with (
+        Display(console, budget) as display,
+        interruptible() as interrupted,
+        watched(run, folder, extras) as (watch, tell),
+    ):
         display.begin(run.config.method)
         try:
             for metrics in measure(run, budget, extras.schedule, display.step, interrupted):
-                _record(run, metrics, folder, extras)
-                onlookers.measured(metrics)
+                folder.append_metrics(metrics.as_dict())
+                if run.iterations:
+                    folder.save_checkpoint(run.state_dict(), run.iterations if extras.keep_checkpoints else None)
+                tell(metrics)
                 display.measured(metrics)
                 early = budget.spent(run.epoch, run.clock.seconds) < 1 and extras.enough(metrics)
                 if early:
@@ -191,24 +196,19 @@ def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console
     reason = reason or ("ended before its budget was spent" if early else "")
     run.clock.pause()
     if status == "finished" and not run.iterations and budget.epochs != 0:
-        status, reason = "no step taken", _without_step(run)
+        status = "no step taken"
+        reason = (
+            f"the time was over after {run.warm_start_batches} of {run.order.batches_per_epoch} mini-batches of the "
+            f"warm start, {run.warm_start_seconds:.3g} s; raise --seconds, or leave the warm start out with "
+            "--warm-start none"
+        )
     details = {"reason": reason} if reason else {}
     folder.write_status(status, epoch=run.epoch, iterations=run.iterations, seconds=run.clock.seconds, **details)
+    certificate = None if watch is None else watch.certificate()
+    if certificate is not None:
+        write_json(folder.certificate_file, certificate.as_dict())
     written = folder.read_metrics()
-    return RunResult(status, written[-1] if written else None, reason, certified(onlookers.watch, folder))
-
-
-def _record(run: TrainingRun, metrics: Metrics, folder: RunFolder, extras: Extras) -> None:
-    folder.append_metrics(metrics.as_dict())
-    if run.iterations:
-        folder.save_checkpoint(run.state_dict(), run.iterations if extras.keep_checkpoints else None)
-
-
-def _without_step(run: TrainingRun) -> str:
-    return (
-        f"the time was over after {run.warm_start_batches} of {run.order.batches_per_epoch} mini-batches of the warm "
-        f"start, {run.warm_start_seconds:.3g} s; raise --seconds, or leave the warm start out with --warm-start none"
-    )
+    return RunResult(status, written[-1] if written else None, reason, certificate)
 
 
 def _written(value: Any) -> Any:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from .environment import choose_device
 from .evaluation import Metrics
 from .training_run import TrainingRun
 
-__all__ = ["BoundedShare", "EveryEpoch", "EveryShare", "Schedule", "measure", "optimizer_for", "prepare"]
+__all__ = ["BoundedShare", "EveryEpoch", "Schedule", "measure", "optimizer_for", "prepare"]
 
 
 class Schedule(Protocol):
@@ -40,30 +41,21 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class EveryEpoch:
-    """Evaluate at the end of every epoch."""
-
-    def due(self, run: TrainingRun, last: float, cost: float) -> bool:
-        """Whether an epoch has just ended."""
-        return run.at_epoch_end
-
-
-@dataclass(frozen=True)
-class EveryShare:
-    """Evaluate several times within every epoch, at equal distances as far as the number of batches allows.
+    """Evaluate at the end of every epoch, or more often, at equal distances as far as the number of batches allows.
 
     Args:
-        count: evaluations in an epoch, >= 1.
+        times: evaluations in an epoch, >= 1.
     """
 
-    count: int
+    times: int = 1
 
     def __post_init__(self) -> None:
-        require_positive_integer("evaluations in an epoch", self.count)
+        require_positive_integer("evaluations in an epoch", self.times)
 
     def due(self, run: TrainingRun, last: float, cost: float) -> bool:
         """Whether a share of an epoch has just ended."""
         batches = run.order.batches_per_epoch
-        return run.iterations * self.count // batches > (run.iterations - 1) * self.count // batches
+        return run.iterations * self.times // batches > (run.iterations - 1) * self.times // batches
 
 
 @dataclass(frozen=True)
@@ -165,7 +157,7 @@ def measure(
 
 
 def _finite(metrics: Metrics) -> Metrics:
-    if not metrics.finite:
+    if not (math.isfinite(metrics.train_loss) and math.isfinite(metrics.test_loss)):
         raise NumericalError(
             f"after {metrics.iterations} iterations the training loss is {metrics.train_loss} and the test loss "
             f"{metrics.test_loss}; lower the learning rate or raise the damping"

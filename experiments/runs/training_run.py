@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...framework.optimizer.report import StepReport
 from ...framework.optimizer.second_order import SecondOrder
 from ...stepsize.constant import ConstantStep
 from ..problems import Data, Problem
 from .batches import BatchOrder, augmentation_generator
 from .config import RunConfig, WarmStart
 from .environment import peak_memory_bytes, reset_peak_memory
-from .evaluation import Metrics, Score, score
+from .evaluation import Metrics, score
 
 __all__ = ["Stopwatch", "TrainingRun"]
 
@@ -145,38 +144,39 @@ class TrainingRun:
         loss = self.optimizer.step(closure)
         self.iterations += 1
         self.last_loss = None if loss is None else loss.detach()
-        self._count(self.optimizer.last_report)
+        report = self.optimizer.last_report
+        counts: dict[str, Tensor | int] = {**report.events, "rescues": report.rescues, "shortened": report.shortened}
+        for name, count in counts.items():  # tensors stay on the device until the next evaluation
+            self._events[name] = self._events.get(name, 0) + count
 
     def evaluate(self) -> Metrics:
         """Pause the clock and return the metrics at this point."""
         self.clock.pause()
         data, penalty = self.data, float(self.optimizer.penalty())
-        train = score(self.model, self.problem, data.train_inputs, data.train_targets)
-        test = score(self.model, self.problem, data.test_inputs, data.test_targets)
-        valid = self._valid_score()
+        train_loss, _ = score(self.model, self.problem, data.train_inputs, data.train_targets)
+        test_loss, test_accuracy = score(self.model, self.problem, data.test_inputs, data.test_targets)
+        valid_loss, valid_accuracy = None, None
+        if data.valid_inputs is not None and data.valid_targets is not None:
+            valid_loss, valid_accuracy = score(self.model, self.problem, data.valid_inputs, data.valid_targets)
         events = {name: int(count) for name, count in sorted(self._events.items()) if int(count)}
         self._events.clear()
         return Metrics(
             epoch=int(self.epoch) if self.epoch.is_integer() else round(self.epoch, 6),
-            train_loss=train.loss + penalty,
-            test_loss=test.loss,
-            test_accuracy=test.accuracy,
+            train_loss=train_loss + penalty,
+            test_loss=test_loss,
+            test_accuracy=test_accuracy,
             penalty=penalty,
             seconds=self.clock.seconds,
             warm_start_seconds=self.warm_start_seconds,
             iterations=self.iterations,
             gradient_evaluations=int(self.optimizer.gradient_evaluations),
             peak_memory_bytes=peak_memory_bytes(self.device),
-            valid_loss=None if valid is None else valid.loss,
-            valid_accuracy=None if valid is None else valid.accuracy,
-            suboptimality=None if self._optimum is None else train.loss - self._optimum,
+            valid_loss=valid_loss,
+            valid_accuracy=valid_accuracy,
+            suboptimality=None if self._optimum is None else train_loss - self._optimum,
             events=events,
             layer_steps=self._layer_steps(),
         )
-
-    def _valid_score(self) -> Score | None:
-        inputs, targets = self.data.valid_inputs, self.data.valid_targets
-        return None if inputs is None or targets is None else score(self.model, self.problem, inputs, targets)
 
     def _layer_steps(self) -> dict[str, float]:
         """Step sizes of the last step, fetched at once; empty where all layers share the learning rate."""
@@ -187,12 +187,6 @@ class TrainingRun:
             [torch.as_tensor(size, dtype=torch.float64, device=self.device) for size in sizes.values()]
         )
         return dict(zip(sizes, joined.tolist(), strict=True))
-
-    def _count(self, report: StepReport) -> None:
-        """Add up the step's events; tensors stay on the device until the next evaluation."""
-        counts: dict[str, Tensor | int] = {**report.events, "rescues": report.rescues, "shortened": report.shortened}
-        for name, count in counts.items():
-            self._events[name] = self._events.get(name, 0) + count
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to continue bit for bit."""

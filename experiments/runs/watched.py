@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from ...analysis.monitors.readings import JsonLines, Sink, TensorBoard, WatchCertificate
+from ...analysis.monitors.readings import JsonLines, Sink, TensorBoard
 from ...analysis.monitors.watching import Watch, watch
 from ...errors import require_positive_integer
 from .evaluation import Metrics
-from .records import RunFolder, write_json
+from .records import RunFolder
 from .training import EveryEpoch, Schedule
 from .training_run import TrainingRun
 
-__all__ = ["Extras", "Onlookers", "certified", "watched"]
+__all__ = ["Extras", "watched"]
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,16 @@ class Extras:
             TensorBoard.require()
 
 
-@dataclass(frozen=True)
-class Onlookers:
-    """Who sees a run beside its folder: monitors, and TensorBoard's event files; ``None`` for those who do not."""
-
-    watch: Watch | None = None
-    board: TensorBoard | None = None
-
-    def measured(self, metrics: Metrics) -> None:
-        """Pass an evaluation on, under the names that ``metrics.jsonl`` has: ``train_loss``, ``layer_steps/NAME``."""
-        if self.board is None:
-            return
-        for name, value in metrics.as_dict().items():
-            values = (
-                {f"{name}/{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
-            )
-            for path, number in values.items():
-                self.board.scalar(path, number, metrics.iterations)
-
-
 @contextmanager
-def watched(run: TrainingRun, folder: RunFolder, extras: Extras) -> Iterator[Onlookers]:
-    """Let others see a run while the block lasts; readings of monitors go to the folder's ``monitors.jsonl``."""
+def watched(
+    run: TrainingRun, folder: RunFolder, extras: Extras
+) -> Iterator[tuple[Watch | None, Callable[[Metrics], None]]]:
+    """Let others see a run while the block lasts; readings of monitors go to the folder's ``monitors.jsonl``.
+
+    Yields:
+        The watch, if there is one, and what every evaluation is to be told to: TensorBoard gets it under the names
+        that ``metrics.jsonl`` has: ``train_loss``, ``layer_steps/NAME``.
+    """
     with ExitStack() as stack:
         board, watching = None, None
         if extras.tensorboard:
@@ -77,13 +65,12 @@ def watched(run: TrainingRun, folder: RunFolder, extras: Extras) -> Iterator[Onl
         if extras.watch_every is not None:
             sinks: list[Sink] = [JsonLines(folder.monitors_file), *([board] if board is not None else [])]
             watching = stack.enter_context(watch(run.optimizer, sinks=sinks, every=extras.watch_every))
-        yield Onlookers(watching, board)
 
+        def measured(metrics: Metrics) -> None:
+            if board is None:
+                return
+            for name, value in metrics.as_dict().items():
+                for key, number in value.items() if isinstance(value, Mapping) else [("", value)]:
+                    board.scalar(f"{name}/{key}" if key else name, number, metrics.iterations)
 
-def certified(observed: Watch | None, folder: RunFolder) -> WatchCertificate | None:
-    """Write and return the certificate, if somebody watched."""
-    if observed is None:
-        return None
-    certificate = observed.certificate()
-    write_json(folder.certificate_file, certificate.as_dict())
-    return certificate
+        yield watching, measured

@@ -27,7 +27,7 @@ from ..runs.evaluation import Metrics
 from ..runs.interrupts import interruptible
 from ..runs.runs import Resume, run_in_folder
 from ..runs.targets import HeldError, OutputError, exclusive
-from ..runs.training import EveryEpoch, EveryShare, Schedule
+from ..runs.training import EveryEpoch
 from ..runs.watched import Extras
 from .definition import Study
 from .folders import NOT_FINISHED, recorded_value, run_folder, told, write_trial
@@ -172,8 +172,7 @@ def perform(
     if ended is None:
         write_trial(folder, slot, seed, settings, None, NOT_FINISHED)
         config = arm.config(problem, point, seed, study.device)
-        schedule: Schedule = EveryEpoch() if study.evaluations == 1 else EveryShare(study.evaluations)
-        extras = Extras(schedule=schedule, tensorboard=place.tensorboard, enough=enough)
+        extras = Extras(schedule=EveryEpoch(study.evaluations), tensorboard=place.tensorboard, enough=enough)
         budget = study.problem_budget(problem) if slot.phase == FINAL else study.tuning_budget(problem)
         silent = Console(file=io.StringIO())
         try:

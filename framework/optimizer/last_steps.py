@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,6 @@ from ...curvature.records.statistics import LayerStatistics, Tensors
 from .blocks import full_precision
 
 __all__ = ["LastSteps", "name_of_last", "placed", "with_last_steps"]
-
-Product = Callable[[Mapping[str, Tensors]], Mapping[str, Tensors]]
 
 
 class LastSteps:

@@ -22,7 +22,7 @@ from ..protocol import Events
 from ..state import State
 from .factor import Side, WithoutMatrices
 
-__all__ = ["LBFGS", "LBFGSState", "append_pair_"]
+__all__ = ["LBFGS", "LBFGSState", "append_pairs_"]
 
 
 @dataclass
@@ -72,16 +72,11 @@ class LBFGSState(State):
         self.__post_init__()
 
 
-def append_pair_(state: LBFGSState, step: Tensor, change: Tensor, accept: Tensor) -> None:
-    """Drop the oldest pair and append a new one where ``accept`` is true; borders the small matrices.
-
-    No synchronisation: the decision is arithmetic.
-    """
-    append_pairs_([state], step.unsqueeze(0), change.unsqueeze(0), accept.unsqueeze(0))
-
-
 def append_pairs_(states: Sequence[LBFGSState], steps: Tensor, changes: Tensor, accept: Tensor) -> None:
-    """:func:`append_pair_` for L states of one memory, with padded rows (L, d)."""
+    """Drop the oldest pair and append a new one where ``accept`` (L,) is true; borders the small matrices.
+
+    L states of one memory, with padded rows (L, d). No synchronisation: the decision is arithmetic.
+    """
     memory, sizes = states[0].steps.shape[0], [state.steps.shape[1] for state in states]
     vectors = [row[:, :size] for row, size in zip(torch.stack([steps, changes], 1).unbind(0), sizes, strict=True)]
     products: list[Tensor] = []

@@ -31,7 +31,7 @@ from osculate.analysis import (
 from osculate.analysis.monitors.eigenvalue_monitor import limited_memory_bounds
 from osculate.analysis.monitors.readings import Reading, findings
 from osculate.analysis.theorem import Inequality
-from osculate.preconditioners.factors.lbfgs import append_pair_
+from osculate.preconditioners.factors.lbfgs import append_pairs_
 from torch import Tensor, nn
 
 PAIRS = {
@@ -135,7 +135,7 @@ def test_measured_bounds_of_l_bfgs_are_attained_by_one_pair() -> None:
     factor = osc.LBFGS(memory=1, initial=0.5)
     state = factor.init(3, torch.zeros(1, dtype=torch.float64))
     step = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    append_pair_(state, step, 4.0 * step, torch.tensor(True))
+    append_pairs_([state], step[None], 4.0 * step[None], torch.tensor([True]))
     low, high = limited_memory_bounds(state, 0.5, None, None).tolist()
     eigenvalues = torch.linalg.eigvalsh(factor.to_dense(state, 0.0))
     assert eigenvalues.tolist() == pytest.approx([0.25, 0.5, 0.5])

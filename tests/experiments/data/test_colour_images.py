@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from osculate.experiments.data import cifar
-from osculate.experiments.data.cifar import CIFAR10, CIFAR100, load_cifar
+from osculate.experiments.data import colour_images
+from osculate.experiments.data.colour_images import CIFAR10, CIFAR100, load_cifar, load_svhn
 from osculate.experiments.data.datafiles import DataError, RemoteFile
-from osculate.experiments.data.svhn import load_svhn
 from osculate.experiments.problems import get_problem, natural_images
 from scipy.io import savemat
 from torch import nn
@@ -33,7 +32,7 @@ def _no_network(monkeypatch, tmp_path):
     def refused(file, subfolder, searched=()):
         raise DataError(f"no network for {file.identity}")
 
-    monkeypatch.setattr(cifar, "download", refused)
+    monkeypatch.setattr(colour_images, "download", refused)
     monkeypatch.setattr("osculate.experiments.data.datafiles.download", refused)
     monkeypatch.delenv("OSCULATE_DATA", raising=False)
 
@@ -47,7 +46,8 @@ def contents() -> dict[str, bytes]:
 @pytest.fixture
 def tiny(contents):
     """CIFAR-10 with the checksums of the tiny files."""
-    return replace(CIFAR10, sha256={name: sha256(content).hexdigest() for name, content in contents.items()})
+    known = {name: RemoteFile(name, (), f"sha256:{sha256(raw).hexdigest()}") for name, raw in contents.items()}
+    return replace(CIFAR10, known=known)
 
 
 def write(folder: Path, contents: dict[str, bytes], names: list[str], pack: bool = False) -> Path:
@@ -64,7 +64,7 @@ def archive(path: Path, inside: str, contents: dict[str, bytes]) -> RemoteFile:
             entry = tarfile.TarInfo(f"{inside}/{name}")
             entry.size = len(content)
             stream.addfile(entry, io.BytesIO(content))
-    return RemoteFile(path.name, ("http://mirror.invalid/",), md5=md5(path.read_bytes()).hexdigest())
+    return RemoteFile(path.name, ("http://mirror.invalid/",), f"md5:{md5(path.read_bytes()).hexdigest()}")
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -117,7 +117,7 @@ def test_damaged_files_are_refused(tmp_path, contents, tiny):
     (folder / "data_batch_1.bin").write_bytes(contents["data_batch_2.bin"])
     with pytest.raises(DataError, match=r"data_batch_1\.bin is damaged"):
         load_cifar(tiny, tmp_path)
-    unknown = replace(tiny, sha256={})
+    unknown = replace(tiny, known={})
     (folder / "data_batch_1.bin").write_bytes(contents["data_batch_1.bin"][:-5])
     with pytest.raises(DataError, match="no multiple of the 3073"):
         load_cifar(unknown, tmp_path)
@@ -140,7 +140,8 @@ def test_house_numbers_are_read_from_matlab_files(tmp_path):
     (tmp_path / "svhn").mkdir()
     names = ("train_32x32.mat", "test_32x32.mat")
     written = [digits(tmp_path / "svhn" / name, [10, 3, 9, 1], seed) for seed, name in enumerate(names)]
-    files = tuple(RemoteFile(name, (), md5=md5((tmp_path / "svhn" / name).read_bytes()).hexdigest()) for name in names)
+    checksums = [md5((tmp_path / "svhn" / name).read_bytes()).hexdigest() for name in names]
+    files = tuple(RemoteFile(name, (), f"md5:{checksum}") for name, checksum in zip(names, checksums, strict=True))
     found = load_svhn(tmp_path, files)
     assert found.train_labels.tolist() == [0, 3, 9, 1]
     assert found.test_images[2, 1, 4, 5] == written[1][4, 5, 1, 2]

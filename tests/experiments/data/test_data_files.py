@@ -11,8 +11,16 @@ import pytest
 import requests
 from osculate.errors import ArgumentError
 from osculate.experiments.data import datafiles, datasets
-from osculate.experiments.data.datafiles import DATA_VARIABLE, DataError, RemoteFile, data_folder, download, verify
-from osculate.experiments.data.datasets import Checksums, ImageSet, load_images, read_idx
+from osculate.experiments.data.datafiles import (
+    DATA_VARIABLE,
+    DataError,
+    RemoteFile,
+    data_folder,
+    download,
+    published,
+    verify,
+)
+from osculate.experiments.data.datasets import ImageSet, load_images, read_idx
 
 NAMES = (
     "train-images-idx3-ubyte",
@@ -47,13 +55,11 @@ def contents(arrays):
 
 @pytest.fixture
 def tiny(contents):
-    files = tuple(
-        Checksums(len(contents[f"{name}.gz"]), sha(contents[f"{name}.gz"]), len(contents[name]), sha(contents[name]))
-        for name in NAMES
-    )
-    return ImageSet(
-        "MNIST", "mnist", ("MNIST/raw", "."), ("http://mirror.invalid/a/", "http://mirror.invalid/b/"), files
-    )
+    mirrors = ("http://mirror.invalid/a/", "http://mirror.invalid/b/")
+    files = {
+        name: RemoteFile(name, mirrors, f"sha256:{sha(content)}", len(content)) for name, content in contents.items()
+    }
+    return ImageSet("MNIST", "mnist", ("MNIST/raw", "."), files)
 
 
 @pytest.fixture(autouse=True)
@@ -116,9 +122,9 @@ def test_a_truncated_file_is_named_with_both_checksums(tmp_path, tiny, contents)
 def test_a_changed_file_is_refused(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"abc")
-    verify(path, sha(b"abc"), 3)
+    verify(path, RemoteFile("file", (), f"sha256:{sha(b'abc')}", 3))
     with pytest.raises(DataError, match="damaged or another file"):
-        verify(path, sha(b"abd"), 3)
+        verify(path, RemoteFile("file", (), f"sha256:{sha(b'abd')}", 3))
 
 
 def test_a_missing_file_is_named_with_checksum_addresses_and_ways_out(tmp_path, tiny):
@@ -128,8 +134,8 @@ def test_a_missing_file_is_named_with_checksum_addresses_and_ways_out(tmp_path, 
     message = str(caught.value)
     for part in (
         str(tmp_path / "data" / "mnist" / "train-images-idx3-ubyte.gz"),
-        tiny.files[0].packed,
-        *(f"{mirror}train-images-idx3-ubyte.gz: ConnectionError" for mirror in tiny.mirrors),
+        tiny.files["train-images-idx3-ubyte.gz"].checksum.removeprefix("sha256:"),
+        *(f"http://mirror.invalid/{which}/train-images-idx3-ubyte.gz: ConnectionError" for which in "ab"),
         "--data-dir",
         DATA_VARIABLE,
         "curves-autoencoder",
@@ -148,18 +154,18 @@ def test_the_next_mirror_serves_and_wrong_bytes_do_not_pass(tmp_path, monkeypatc
             Path(output_file).write_bytes(content if "/b/" in url else b"an error page")
 
     monkeypatch.setattr(datafiles.pooch, "HTTPDownloader", SecondMirror)
-    file = RemoteFile("file", ("http://mirror.invalid/a/", "http://mirror.invalid/b/"), sha(content), len(content))
+    file = RemoteFile("file", ("http://mirror.invalid/a/", "http://mirror.invalid/b/"), f"sha256:{sha(content)}", 19)
     path = download(file, "set")
     assert path.read_bytes() == content
     assert path.is_relative_to(tmp_path / "cache" / "set")
     with pytest.raises(DataError, match=re.escape("http://mirror.invalid/a/other")):
-        download(RemoteFile("other", file.mirrors[:1], sha(content)), "set")
+        download(RemoteFile("other", file.mirrors[:1], file.checksum), "set")
 
 
 def test_the_other_set_lying_loose_in_the_folder_is_passed_over(tmp_path, monkeypatch, tiny, contents):
     put(tmp_path, contents, ".gz")
     monkeypatch.setattr(datasets, "MNIST", tiny)
-    other = ImageSet("Fashion-MNIST", "fashion-mnist", (".",), (), datasets.FASHION.files)
+    other = ImageSet("Fashion-MNIST", "fashion-mnist", (".",), datasets.FASHION.files)
     with pytest.raises(DataError, match="is missing"):
         load_images(other, tmp_path)
 
@@ -184,8 +190,10 @@ def test_bad_idx_files_are_refused(tmp_path, content, message):
 
 
 def test_the_published_checksums_are_all_different():
-    entries = [entry for source in (datasets.MNIST, datasets.FASHION) for entry in source.files]
-    checksums = [checksum for entry in entries for checksum in (entry.packed, entry.unpacked)]
-    assert len(set(checksums)) == 16
-    assert all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in checksums)
-    assert [entry.size for entry in datasets.MNIST.files] == [16 + 60000 * 784, 8 + 60000, 16 + 10000 * 784, 8 + 10000]
+    folders = ("mnist", "fashion-mnist", "cifar10", "planetoid")
+    files = [file for folder in folders for file in published(folder).values()]
+    checksums = [file.checksum for file in files]
+    assert len(set(checksums)) == len(checksums) == 2 * 8 + 6 + 16
+    assert all(re.fullmatch("sha256:[0-9a-f]{64}", checksum) for checksum in checksums)
+    sizes = [datasets.MNIST.files[name].size for name in NAMES]
+    assert sizes == [16 + 60000 * 784, 8 + 60000, 16 + 10000 * 784, 8 + 10000]

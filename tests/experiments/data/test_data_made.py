@@ -45,8 +45,8 @@ def test_curves_depend_on_the_seed_alone():
 
 
 def test_training_and_test_curves_are_different_images():
-    images = load_curves(30, 20, seed=1)
-    assert (images.train[:20] != images.test).any(axis=(1, 2)).all()
+    train, test = load_curves(30, 20, seed=1)
+    assert (train[:20] != test).any(axis=(1, 2)).all()
 
 
 def test_cached_curves_are_the_same(tmp_path):
@@ -54,15 +54,15 @@ def test_cached_curves_are_the_same(tmp_path):
     files = list((tmp_path / "cache" / "curves").iterdir())
     assert len(files) == 1
     again = load_curves(30, 20)
-    np.testing.assert_array_equal(fresh.train, again.train)
-    np.testing.assert_array_equal(fresh.test, again.test)
+    np.testing.assert_array_equal(fresh[0], again[0])
+    np.testing.assert_array_equal(fresh[1], again[1])
     files[0].write_bytes(files[0].read_bytes()[:500])
-    np.testing.assert_array_equal(load_curves(30, 20).train, fresh.train)
+    np.testing.assert_array_equal(load_curves(30, 20)[0], fresh[0])
 
 
 def test_curves_need_no_cache(tmp_path):
     (tmp_path / "cache").write_text("a file, not a folder")
-    assert load_curves(3, 2).train.shape == (3, 28, 28)
+    assert load_curves(3, 2)[0].shape == (3, 28, 28)
 
 
 def test_a_number_of_curves_out_of_range_is_refused():
@@ -90,14 +90,14 @@ def test_photographs_are_stored_column_by_column(tmp_path, matrix):
 @pytest.mark.parametrize("below", ["olivetti", "."])
 def test_patches_are_standardised_split_by_person_and_repeatable(tmp_path, matrix, below):
     save_faces(tmp_path / below / "olivettifaces.mat", matrix)
-    patches = load_face_patches(2, seed=5, data_dir=tmp_path)
-    assert patches.train.shape == (600, 625)
-    assert patches.test.shape == (200, 625)
-    assert patches.train.dtype == torch.float32
-    torch.testing.assert_close(patches.train.mean(dim=0), torch.zeros(625), atol=1e-4, rtol=0)
-    assert abs(float(patches.train.var(dim=0, correction=0).mean()) - 1) < 1e-4
-    assert torch.equal(load_face_patches(2, seed=5, data_dir=tmp_path).test, patches.test)
-    assert not torch.equal(load_face_patches(2, seed=6, data_dir=tmp_path).test, patches.test)
+    train, test = load_face_patches(2, seed=5, data_dir=tmp_path)
+    assert train.shape == (600, 625)
+    assert test.shape == (200, 625)
+    assert train.dtype == torch.float32
+    torch.testing.assert_close(train.mean(dim=0), torch.zeros(625), atol=1e-4, rtol=0)
+    assert abs(float(train.var(dim=0, correction=0).mean()) - 1) < 1e-4
+    assert torch.equal(load_face_patches(2, seed=5, data_dir=tmp_path)[1], test)
+    assert not torch.equal(load_face_patches(2, seed=6, data_dir=tmp_path)[1], test)
 
 
 def test_a_person_only_shows_in_its_own_patches():
@@ -144,4 +144,4 @@ def test_missing_photographs_name_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(datafiles.pooch, "retrieve", unreachable)
     with pytest.raises(DataError, match=r"(?s)olivettifaces\.mat.*sha256 unknown.*--data-dir"):
         load_face_patches(1, data_dir=tmp_path)
-    assert faces.OLIVETTI.sha256 is None
+    assert faces.OLIVETTI.checksum is None

@@ -20,7 +20,7 @@ from osculate.curvature.likelihoods import Categorical
 from osculate.curvature.records.needs import Record
 from osculate.errors import ArgumentError
 from osculate.experiments.data import planetoid
-from osculate.experiments.data.datafiles import DataError
+from osculate.experiments.data.datafiles import DataError, RemoteFile
 from osculate.experiments.data.planetoid import CITESEER, CORA, GraphFiles, load_citations
 from osculate.experiments.networks.graph_models import GraphConvolutions
 from osculate.experiments.problems import get_problem
@@ -28,7 +28,7 @@ from osculate.experiments.problems.citations import made_citations
 from torch import Tensor
 
 DATA = Path(os.environ.get("OSCULATE_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
-TINY = GraphFiles("tiny", 8, 3, 2, None)
+TINY = GraphFiles("tiny", 8, 3, 2)
 
 
 class Python2Pickler(pickle._Pickler):
@@ -113,7 +113,7 @@ def test_damaged_and_other_files_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="no intact graph file"):
         load_citations(TINY, folder)
     with pytest.raises(DataError, match="sha256"):
-        load_citations(replace(TINY, sha256=("0" * 64,) * 8), folder)
+        load_citations(replace(TINY, known={path.name: RemoteFile(path.name, (), f"sha256:{0:064x}")}), folder)
     (folder / "planetoid" / "ind.tiny.x").write_bytes(published(sp.csr_matrix(np.eye(2, dtype=np.float32))))
     (folder / "planetoid" / "ind.tiny.test.index").write_text("7\n9\n")
     with pytest.raises(DataError, match="do not fit"):

@@ -6,11 +6,9 @@ import pytest
 import torch
 from osculate import registry
 from osculate.errors import ArgumentError, UnknownNameError
-from osculate.experiments.data.curves import CurveImages, generate_curves
-from osculate.experiments.data.datasets import LabelledImages
-from osculate.experiments.data.faces import FacePatches
-from osculate.experiments.problems import PROBLEMS, Target, autoencoders, get_problem, images
-from osculate.experiments.problems.problem import bernoulli_loss, gaussian_loss
+from osculate.experiments.data.curves import generate_curves
+from osculate.experiments.data.datafiles import LabelledImages
+from osculate.experiments.problems import PROBLEMS, Target, get_problem, images
 from torch import nn
 
 NAMES = [
@@ -26,10 +24,9 @@ def few_samples(monkeypatch):
     labels = drawn[:, 0, 0] % 10
     patches = torch.randn(70, 625)
     labelled = LabelledImages(drawn[:50], labels[:50], drawn[50:], labels[50:])
-    for module in (autoencoders, images):
-        monkeypatch.setattr(module, "load_images", lambda source, data_dir: labelled)
-    monkeypatch.setattr(autoencoders, "load_curves", lambda train, test, seed: CurveImages(drawn[:50], drawn[50:]))
-    monkeypatch.setattr(autoencoders, "load_face_patches", lambda *options: FacePatches(patches[:50], patches[50:]))
+    monkeypatch.setattr(images, "load_images", lambda source, data_dir: labelled)
+    monkeypatch.setattr(images, "load_curves", lambda train, test, seed: (drawn[:50], drawn[50:]))
+    monkeypatch.setattr(images, "load_face_patches", lambda *options: (patches[:50], patches[50:]))
 
 
 def test_the_default_problem_comes_first():
@@ -95,10 +92,10 @@ def test_the_loss_of_the_digits_starts_near_784_log_2(few_samples):
 def test_losses_are_sums_over_pixels_and_means_over_samples():
     output, target = torch.randn(5, 7), torch.rand(5, 7)
     squared = torch.stack([0.5 * ((o - t) ** 2).sum() for o, t in zip(output, target, strict=True)]).mean()
-    torch.testing.assert_close(gaussian_loss(output, target), squared)
+    torch.testing.assert_close(get_problem("faces-autoencoder").loss(output, target), squared)
     probability = torch.sigmoid(output)
     entropy = -(target * probability.log() + (1 - target) * (1 - probability).log()).sum(dim=1).mean()
-    torch.testing.assert_close(bernoulli_loss(output, target), entropy)
+    torch.testing.assert_close(get_problem("curves-autoencoder").loss(output, target), entropy)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -17,7 +17,7 @@ from osculate.preconditioners import (
     ZeroStartAverage,
 )
 from osculate.preconditioners.factors.bfgs import BFGSState, HessianActionState
-from osculate.preconditioners.factors.lbfgs import append_pair_
+from osculate.preconditioners.factors.lbfgs import append_pairs_
 from osculate.preconditioners.linalg import inverse_of_many
 from reference import pairs as reference
 from reference.lbfgs import PairStore
@@ -77,12 +77,12 @@ def test_a_rejected_pair_pushes_none_out_and_leaves_no_nan() -> None:
     state = factor.init(3, torch.zeros(1, dtype=torch.float64))
     basis = torch.eye(3, dtype=torch.float64)
     for vector in basis[:2]:
-        append_pair_(state, vector, vector, torch.tensor(True))
+        append_pairs_([state], vector[None], vector[None], torch.tensor([True]))
     saved = {name: value.clone() for name, value in state.to_dict().items() if isinstance(value, Tensor)}
     for spoilt in (basis[2] * float("nan"), basis[2] * float("inf"), basis[2]):
-        append_pair_(state, spoilt, basis[2], torch.tensor(False))
+        append_pairs_([state], spoilt[None], basis[2:], torch.tensor([False]))
     assert all(torch.equal(saved[name], state.to_dict()[name]) for name in saved)
-    append_pair_(state, basis[2], basis[2], torch.tensor(True))
+    append_pairs_([state], basis[2:], basis[2:], torch.tensor([True]))
     assert torch.equal(state.steps, basis[1:])
 
 

@@ -19,7 +19,7 @@ from osculate.preconditioners import (
     PowellH,
     TwoSidedCurvatureTest,
 )
-from osculate.preconditioners.factors.lbfgs import append_pair_
+from osculate.preconditioners.factors.lbfgs import append_pairs_
 from osculate.preconditioners.linalg import bfgs_inverse_update_
 from reference import pairs as reference
 from torch import Tensor
@@ -187,7 +187,8 @@ def test_double_damping_with_the_two_sided_skip_bounds_limited_memory(
         y = y * 10 ** float(2 * torch.randn((), generator=generator, dtype=torch.float64))
         H = factor.to_dense(state, 0.0)
         pair = DoubleDamping().damp(s, y, H @ y, mu2)
-        append_pair_(state, pair.step, pair.change, test.accepts(pair.step, pair.change, s))
+        accepted = test.accepts(pair.step, pair.change, s)
+        append_pairs_([state], pair.step[None], pair.change[None], accepted[None])
         low, high = spectrum(factor.to_dense(state, 0.0))
         assert lower <= low * (1 + 1e-6) + 1e-10 * high and high <= upper * SLACK
 

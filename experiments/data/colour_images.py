@@ -1,9 +1,11 @@
-"""CIFAR-10 and CIFAR-100 in their published binary layout: label bytes, then 3072 bytes of a 32 x 32 image.
+"""32 x 32 colour images: CIFAR-10 and CIFAR-100 in their published binary layout, and the cropped house numbers (SVHN).
 
-The files are looked for below the data folder, as they are or packed by xz, then the published archive, which is
-downloaded where nothing is found. A data folder with only the first 1000 test images is used too, and says so.
+A CIFAR file has for each image label bytes, then 3072 bytes. The files are looked for below the data folder, as they
+are or packed by xz, then the published archive, which is downloaded where nothing is found. A data folder with only the
+first 1000 test images is used too, and says so. SVHN is two MATLAB files.
 
-Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009, and the page of the data sets.
+Sources: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009, and the page of the data sets.
+Y. Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, 2011, format 2.
 """
 
 from __future__ import annotations
@@ -11,30 +13,20 @@ from __future__ import annotations
 import hashlib
 import lzma
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.io import loadmat
 
-from .datafiles import DataError, RemoteFile, data_folder, download, verify
+from .datafiles import DataError, LabelledImages, RemoteFile, data_folder, download, find, first_file, published, verify
 
-__all__ = ["CIFAR10", "CIFAR100", "CifarFiles", "ColourImages", "load_cifar"]
+__all__ = ["CIFAR10", "CIFAR100", "SVHN_TEST", "SVHN_TRAIN", "CifarFiles", "load_cifar", "load_svhn"]
 
 _PIXELS = 3 * 32 * 32
 _MIRRORS = ("https://www.cs.toronto.edu/~kriz/",)
-
-
-@dataclass(frozen=True)
-class ColourImages:
-    """Images (N, 3, 32, 32) and labels (N,) as unsigned bytes; ``test_set`` says what the test images are."""
-
-    train_images: NDArray[np.uint8]
-    train_labels: NDArray[np.uint8]
-    test_images: NDArray[np.uint8]
-    test_labels: NDArray[np.uint8]
-    test_set: str = "test set"
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,7 @@ class CifarFiles:
         partial_test: name of a file with the first test images only, and what to call them; None if there is none.
         label_bytes: bytes before each image; the last of them is the class.
         classes: number of classes.
-        sha256: checksums of unpacked files, as far as they are known.
+        known: by name, the unpacked files whose checksums are known.
     """
 
     folder: str
@@ -61,32 +53,25 @@ class CifarFiles:
     partial_test: tuple[str, str] | None
     label_bytes: int
     classes: int
-    sha256: Mapping[str, str] = field(default_factory=dict)
+    known: Mapping[str, RemoteFile] = field(default_factory=dict)
 
 
 CIFAR10 = CifarFiles(
     folder="cifar10",
-    archive=RemoteFile("cifar-10-binary.tar.gz", _MIRRORS, md5="c32a1d4ab5d03f1284b67883e8d87530"),
+    archive=RemoteFile("cifar-10-binary.tar.gz", _MIRRORS, "md5:c32a1d4ab5d03f1284b67883e8d87530"),
     inside="cifar-10-batches-bin",
     train=tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
     test="test_batch.bin",
     partial_test=("test_batch_first1000.bin", "first 1,000 test images"),
     label_bytes=1,
     classes=10,
-    sha256={
-        "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
-        "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
-        "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
-        "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
-        "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
-        "test_batch_first1000.bin": "8314c96d7cd65618193bab23acdd5d4c4af15bf6dd00a1781d55beedf3be1ef5",
-    },
+    known=published("cifar10"),
 )
 """Ten kinds of things, 50 000 training and 10 000 test images."""
 
 CIFAR100 = CifarFiles(
     folder="cifar100",
-    archive=RemoteFile("cifar-100-binary.tar.gz", _MIRRORS, md5="03b5dce01913d631647c71ecec9e9cb8"),
+    archive=RemoteFile("cifar-100-binary.tar.gz", _MIRRORS, "md5:03b5dce01913d631647c71ecec9e9cb8"),
     inside="cifar-100-binary",
     train=("train.bin",),
     test="test.bin",
@@ -96,8 +81,14 @@ CIFAR100 = CifarFiles(
 )
 """A hundred kinds of things, 50 000 training and 10 000 test images; the class is the fine label."""
 
+_SVHN_MIRRORS = ("http://ufldl.stanford.edu/housenumbers/",)
+SVHN_TRAIN = RemoteFile("train_32x32.mat", _SVHN_MIRRORS, "md5:e26dedcc434d2e4c54c9b2d4a06d8373")
+"""73 257 digits."""
+SVHN_TEST = RemoteFile("test_32x32.mat", _SVHN_MIRRORS, "md5:eb5a983be6a315427106f1b164d9cef3")
+"""26 032 digits."""
 
-def load_cifar(files: CifarFiles, data_dir: Path | None = None, train: int | None = None) -> ColourImages:
+
+def load_cifar(files: CifarFiles, data_dir: Path | None = None, train: int | None = None) -> LabelledImages:
     """Return the images and labels of a set.
 
     Args:
@@ -119,56 +110,52 @@ def load_cifar(files: CifarFiles, data_dir: Path | None = None, train: int | Non
             labels.append(batch[1])
     name, test_set = _test_file(files, folder)
     test = _records(_content(files, name, folder), files, name)
-    return ColourImages(np.concatenate(images)[:train], np.concatenate(labels)[:train], *test, test_set)
+    return LabelledImages(np.concatenate(images)[:train], np.concatenate(labels)[:train], *test, test_set)
 
 
 def _test_file(files: CifarFiles, folder: Path | None) -> tuple[str, str]:
     """Name of the file with test images, and what they are: all, unless only the first ones lie in the folder."""
     if files.partial_test is not None and folder is not None:
-        complete = any(_present(files, files.test, folder)) or _local_archive(files, folder) is not None
-        if not complete and any(_present(files, files.partial_test[0], folder)):
+        complete = _present(files, files.test, folder) or _local_archive(files, folder)
+        if complete is None and _present(files, files.partial_test[0], folder):
             return files.partial_test
     return files.test, "test set"
 
 
-def _present(files: CifarFiles, name: str, folder: Path) -> Iterator[Path]:
+def _present(files: CifarFiles, name: str, folder: Path | None) -> Path | None:
     """Where a file lies, plain or packed."""
-    for below in (files.folder, files.inside, "."):
-        for ending in ("", ".xz"):
-            path = folder / below / (name + ending)
-            if path.is_file():
-                yield path
+    places = (files.folder, files.inside, ".")
+    return first_file(folder, [f"{below}/{name}{ending}" for below in places for ending in ("", ".xz")])
 
 
-def _local_archive(files: CifarFiles, folder: Path) -> Path | None:
-    places = (folder / files.folder / files.archive.name, folder / files.archive.name)
-    return next((path for path in places if path.is_file()), None)
+def _local_archive(files: CifarFiles, folder: Path | None) -> Path | None:
+    return first_file(folder, [f"{files.folder}/{files.archive.name}", files.archive.name])
 
 
 def _content(files: CifarFiles, name: str, folder: Path | None) -> bytes:
-    path = next(_present(files, name, folder), None) if folder is not None else None
+    path = _present(files, name, folder)
     if path is None:
         return _from_archive(files, name, folder)
     try:
         content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     except lzma.LZMAError as error:
         raise DataError(f"{path} is truncated or no xz file: {error}; put an intact copy in its place") from error
-    expected, found = files.sha256.get(name), hashlib.sha256(content).hexdigest()
-    if expected is not None and found != expected:
+    expected, found = files.known.get(name), f"sha256:{hashlib.sha256(content).hexdigest()}"
+    if expected is not None and found != expected.checksum:
         raise DataError(
-            f"{path} is damaged or another file of that name: unpacked it has {len(content)} bytes, sha256 found "
-            f"{found}, expected {expected}; put an intact copy in its place, or remove it to have the set downloaded"
+            f"{path} is damaged or another file of that name: unpacked it has {len(content)} bytes, found {found}, "
+            f"expected {expected.checksum}; put an intact copy in its place, or remove it to have the set downloaded"
         )
     return content
 
 
 def _from_archive(files: CifarFiles, name: str, folder: Path | None) -> bytes:
-    path = None if folder is None else _local_archive(files, folder)
+    path = _local_archive(files, folder)
     if path is None:
         searched = [] if folder is None else [folder / files.folder / name, folder / files.folder / (name + ".xz")]
         path = download(files.archive, files.folder, searched)
-    elif files.archive.md5 is not None:
-        verify(path, files.archive.md5, algorithm="md5")
+    else:
+        verify(path, files.archive)
     with tarfile.open(path) as archive:
         try:
             member = archive.extractfile(f"{files.inside}/{name}")
@@ -190,3 +177,38 @@ def _records(content: bytes, files: CifarFiles, name: str) -> tuple[NDArray[np.u
             f"{name} has class {labels.max()}, expected 0 ... {files.classes - 1}; it is another set's file"
         )
     return records[:, files.label_bytes :].reshape(-1, 3, 32, 32), labels
+
+
+def load_svhn(
+    data_dir: Path | None = None, files: tuple[RemoteFile, RemoteFile] = (SVHN_TRAIN, SVHN_TEST)
+) -> LabelledImages:
+    """Return the images and labels; the label of a digit is the digit (the files say 10 for a zero).
+
+    Args:
+        data_dir: folder that may hold ``svhn/train_32x32.mat`` and so on; None is what ``OSCULATE_DATA`` names.
+        files: with training and test images.
+
+    Raises:
+        ArgumentError: the data folder does not exist.
+        DataError: a file is damaged, is not what its name says, or is missing and cannot be downloaded.
+    """
+    folder = data_folder(data_dir)
+    train, test = (_digits(find(file, "svhn", folder)) for file in files)
+    return LabelledImages(*train, *test)
+
+
+def _digits(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    try:
+        found = loadmat(path, variable_names=["X", "y"])
+        images, labels = found["X"], found["y"].ravel()
+    except (ValueError, KeyError, TypeError, NotImplementedError, OSError) as error:
+        raise DataError(f"{path} is no MATLAB file with X and y: {type(error).__name__}: {error}") from error
+    if (
+        images.shape[:3] != (32, 32, 3)
+        or images.shape[3:] != labels.shape
+        or not 1 <= labels.min() <= labels.max() <= 10
+    ):
+        raise DataError(
+            f"{path} holds images {images.shape} and labels {labels.shape}, not (32, 32, 3, N) and 1 ... 10"
+        )
+    return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), (labels % 10).astype(np.uint8)
