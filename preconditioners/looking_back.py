@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from ..curvature.records.statistics import LayerStatistics
@@ -49,10 +50,11 @@ def observe_steps(
         sides: tuple[Side, Side] = ("outputs", "inputs")
         for side in sides:
             factor, own, value = getattr(part, side), getattr(state, side), getattr(damping, side)
-            if not _sees_many(factor):
+            kind: Any = type(factor)
+            if not _sees_many(kind):
                 _count(events, factor.observe_step(own, before, after, side, value))
                 continue
-            key = (type(factor), side, value, *factor.kind(own, before))
+            key = (kind, side, value, *factor.kind(own, before))
             group = next((known for known in groups if known.key == key and known.factor == factor), None)
             if group is None:
                 group = _Group(key, factor, side, value)
@@ -65,9 +67,10 @@ def observe_steps(
     return events
 
 
-def _sees_many(factor: Any) -> bool:
+@lru_cache(maxsize=256)
+def _sees_many(factor: type) -> bool:
     """Whether the class has the verb; a subclass that only replaces ``observe_step`` means that one to be called."""
-    owner = next((kind for kind in type(factor).__mro__ if "observe_step" in vars(kind)), None)
+    owner = next((kind for kind in factor.__mro__ if "observe_step" in vars(kind)), None)
     return owner is not None and "observe_many" in vars(owner)
 
 
