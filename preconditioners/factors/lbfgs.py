@@ -78,8 +78,9 @@ def append_pairs_(states: Sequence[LBFGSState], steps: Tensor, changes: Tensor, 
     vectors = [row[:, :size] for row, size in zip(torch.stack([steps, changes], 1).unbind(0), sizes, strict=True)]
     products: list[Tensor] = []
     chosen: list[Tensor] = []
-    for longer, pair, yes in zip(_longer(states, vectors), vectors, accept.unbind(0), strict=True):
-        chosen.append(torch.where(yes, longer[:, 1:], longer[:, :-1]))
+    rows = torch.arange(memory, device=steps.device) + accept.unsqueeze(-1)
+    for longer, pair, kept in zip(_longer(states, vectors), vectors, rows.unbind(0), strict=True):
+        chosen.append(longer.index_select(1, kept))
         products.append(chosen[-1].flatten(0, 1) @ pair.T)
     borders = torch.stack(products).unflatten(1, (2, memory))  # of s (over steps, over changes) and y, (L, 2, p, 2)
     small = torch.stack([state.small for state in states])
