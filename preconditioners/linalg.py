@@ -222,13 +222,13 @@ def bfgs_inverse_updates_(
     inverses: Sequence[Tensor], steps: Tensor, changes: Tensor, products: Tensor, accept: Tensor
 ) -> None:
     """:func:`bfgs_inverse_update_` of L matrices, whose vectors are rows (L, d) padded with zeros."""
-    rho = 1.0 / (steps * changes).sum(-1)
+    rho = (steps * changes).sum(-1).reciprocal()
     half = 0.5 * rho * (1.0 + rho * (changes * products).sum(-1))
     others = half.unsqueeze(-1) * steps - rho.unsqueeze(-1) * products
     both = torch.stack([steps, others], -2)
     size = both.abs().amax(-1).prod(-1)
-    keep = (accept & ((size - size) == 0)).view(-1, 1, 1)
-    both = torch.where(keep, both, 0.0)
+    drop = ~(accept & (size < torch.inf))  # a NaN is not smaller either
+    both.masked_fill_(drop.view(-1, 1, 1), 0.0)
     swapped = both.flip(-2)
     for inverse, left, right in zip(inverses, both.unbind(0), swapped.unbind(0), strict=True):
         order = inverse.shape[0]

@@ -62,15 +62,17 @@ class RelativeBound(StepSizeDeclarations, forwards="rule"):
         assert evidence.squared_norms is not None and evidence.parameter_norms is not None
         proposed = self.rule.propose(state, evidence)
         if self.recalls:
-            return self._both(torch.as_tensor(proposed), evidence.squared_norms, evidence.parameter_norms)
+            return self._both(proposed, evidence.squared_norms, evidence.parameter_norms)
         cap = self.limit * evidence.parameter_norms / evidence.squared_norms.sqrt()
         # A layer whose parameters are zero, or whose quotient is no number, has no bound.
         cap.masked_fill_(evidence.parameter_norms <= 0, torch.inf).nan_to_num_(torch.inf, torch.inf)
-        return torch.minimum(torch.as_tensor(proposed, dtype=cap.dtype, device=cap.device).expand_as(cap), cap)
+        sizes = proposed.to(cap) if isinstance(proposed, Tensor) else torch.full_like(cap, proposed)
+        return torch.minimum(sizes, cap)
 
-    def _both(self, proposed: Tensor, squared_norms: Tensor, parameter_norms: Tensor) -> Tensor:
+    def _both(self, proposed: float | Tensor, squared_norms: Tensor, parameter_norms: Tensor) -> Tensor:
         """(2L,) bounded alpha and beta."""
+        proposed = torch.as_tensor(proposed)
         reach = (proposed.abs() * squared_norms.sqrt()).reshape(2, -1).sum(0)
-        factor = (self.limit * parameter_norms / reach).clamp(max=1.0)
-        factor = torch.where(torch.isfinite(factor) & (parameter_norms > 0), factor, torch.ones_like(factor))
+        factor = (self.limit * parameter_norms / reach).clamp_(max=1.0)
+        factor.masked_fill_(parameter_norms <= 0, 1.0).nan_to_num_(1.0, 1.0, 1.0)
         return proposed * factor.repeat(2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ..checking import require_fields
@@ -68,5 +67,5 @@ class GlobalQuadratic(StepSizeDeclarations):
             + self.damping * evidence.squared_norms.sum()
         )
         step = evidence.slopes.sum().clamp(min=0.0) / curvature
-        step = torch.where((curvature > 0) & torch.isfinite(step), step, torch.zeros_like(step))
+        step.masked_fill_(curvature <= 0, 0.0).nan_to_num_(0.0, 0.0, 0.0)
         return evidence.lr * step.expand(len(evidence.names))

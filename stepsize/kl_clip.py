@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checking import require_fields
@@ -76,9 +75,11 @@ class KLClip(StepSizeDeclarations, forwards="rule"):
         """Clipped step sizes; no synchronisation."""
         assert evidence.gradient_slopes is not None
         slopes = evidence.gradient_slopes
-        proposed = torch.as_tensor(self.rule.propose(state, evidence), dtype=slopes.dtype, device=slopes.device)
+        sizes = self.rule.propose(state, evidence)
+        proposed = sizes.to(slopes) if isinstance(sizes, Tensor) else slopes.new_full((), sizes)
         # The largest step size is taken out before squaring: alpha^2 <g, d> may leave the range of half precision.
         largest = proposed.abs().max()
         length = largest * ((proposed / largest).square() * slopes).sum().abs().sqrt()
         scale = (self.kappa**0.5 / length).clamp(max=1.0)
-        return proposed.expand_as(slopes) * torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
+        clipped: Tensor = proposed.expand_as(slopes) * scale.nan_to_num_(1.0, 1.0, 1.0)
+        return clipped

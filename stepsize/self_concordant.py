@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ..checking import require_fields
@@ -72,5 +71,5 @@ class SelfConcordant(StepSizeDeclarations):
         slope = evidence.gradient_slopes.sum().clamp(min=0.0)
         delta = state.along_all(evidence.forms, evidence.squared_norms, self.decay).clamp(min=0.0).sqrt()
         step = slope / (delta * (self.constant * slope + delta))
-        step = torch.where(torch.isfinite(step), step, torch.zeros_like(step))
+        step.nan_to_num_(0.0, 0.0, 0.0)
         return evidence.lr * step.expand(len(evidence.names))

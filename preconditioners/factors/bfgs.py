@@ -194,7 +194,7 @@ class HessianActionBFGS(AveragedMatrix):
         ]
         means = pack_homogeneous(found, [before.layer.has_bias for before in befores])
         steps = products(inverses, means)
-        changes = damping * steps + products([state.second_moment for state in states], steps)
+        changes = torch.add(products([state.second_moment for state in states], steps), steps, alpha=damping)
         accepted = self.skip.accepts(steps, changes, means)
         bfgs_inverse_updates_(inverses, steps, changes, products(inverses, changes), accepted)
         return {"rejected_pairs": (~accepted).sum()}

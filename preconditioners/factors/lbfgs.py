@@ -47,24 +47,15 @@ class LBFGSState(State):
 
     def __post_init__(self) -> None:
         """Steps and changes become views of one memory, and so do the small matrices: one operation serves all."""
-        self._pairs = torch.stack([self.steps, self.changes])
-        self._small = torch.stack([self.cross, self.gram, self.solver])
-        self.steps, self.changes = self._pairs.unbind(0)
-        self.cross, self.gram, self.solver = self._small.unbind(0)
-
-    @property
-    def both(self) -> Tensor:
-        """(2 p, d) steps above changes."""
-        return self._pairs.flatten(0, 1)
-
-    @property
-    def small(self) -> Tensor:
-        """(3, p, p) cross, gram and solver."""
-        return self._small
+        self.stores = torch.stack([self.steps, self.changes])  # (2, p, d)
+        self.both = self.stores.view(-1, self.steps.shape[1])  # (2 p, d)
+        self.small = torch.stack([self.cross, self.gram, self.solver])  # (3, p, p)
+        self.steps, self.changes = self.stores.unbind(0)
+        self.cross, self.gram, self.solver = self.small.unbind(0)
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone: a pickle would not keep the shared memory."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_pairs", "_small")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("stores", "both", "small")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy: views of its own memory."""
@@ -81,8 +72,9 @@ def append_pairs_(states: Sequence[LBFGSState], steps: Tensor, changes: Tensor, 
     vectors = [row[:, :size] for row, size in zip(torch.stack([steps, changes], 1).unbind(0), sizes, strict=True)]
     products: list[Tensor] = []
     chosen: list[Tensor] = []
-    for longer, pair, yes in zip(_longer(states, vectors), vectors, accept.unbind(0), strict=True):
-        chosen.append(torch.where(yes, longer[:, 1:], longer[:, :-1]))
+    rows = torch.arange(memory, device=steps.device) + accept.unsqueeze(-1)
+    for longer, pair, kept in zip(_longer(states, vectors), vectors, rows.unbind(0), strict=True):
+        chosen.append(longer.index_select(1, kept))
         products.append(chosen[-1].flatten(0, 1) @ pair.T)
     borders = torch.stack(products).unflatten(1, (2, memory))  # of s (over steps, over changes) and y, (L, 2, p, 2)
     small = torch.stack([state.small for state in states])
@@ -93,7 +85,7 @@ def append_pairs_(states: Sequence[LBFGSState], steps: Tensor, changes: Tensor, 
     diagonal = upper.diagonal(dim1=-2, dim2=-1)
     diagonal.masked_fill_(diagonal == 0, 1.0)
     targets = [matrix for state in states for matrix in (state.cross, state.gram)]
-    targets += [state.solver for state in states] + [state._pairs for state in states]
+    targets += [state.solver for state in states] + [state.stores for state in states]
     values = [*new.flatten(0, 1).unbind(0), *triangular_inverse(upper).unbind(0), *chosen]
     copy_all_(targets, values)
 
@@ -105,7 +97,7 @@ def _longer(states: Sequence[LBFGSState], pairs: Sequence[Tensor]) -> list[Tenso
         piece.reshape(-1)
         for state, pair in zip(states, pairs, strict=True)
         for kind, vector in enumerate(pair.unbind(0))
-        for piece in (state._pairs[kind], vector)
+        for piece in (state.stores[kind], vector)
     ]
     sizes = [2 * (memory + 1) * pair.shape[1] for pair in pairs]
     return [piece.view(2, memory + 1, -1) for piece in torch.cat(rows).split(sizes)]

@@ -73,16 +73,19 @@ def powell_on_inverse(step: Tensor, change: Tensor, product: Tensor, mu1: float)
         The damped step and whether it was changed.
     """
     curvature, quadratic = dots(step, change), dots(change, product)
-    changed = ~(curvature > mu1 * quadratic)
-    theta = _weight(curvature, quadratic, mu1, changed)
-    theta = theta.unsqueeze(-1)
-    return theta * step + (1.0 - theta) * product, changed
+    kept = curvature > mu1 * quadratic
+    return _interpolated(step, product, _weight(curvature, quadratic, mu1, kept)), ~kept
 
 
-def _weight(curvature: Tensor, target: Tensor, mu: float, changed: Tensor) -> Tensor:
-    """The theta of Powell's interpolation: theta s'y + (1 - theta) target = mu target; 1 where nothing is changed."""
-    theta = torch.where(changed, (1.0 - mu) * target / (target - curvature), 1.0)
-    return torch.where((theta - theta) == 0, theta, 1.0)
+def _weight(curvature: Tensor, target: Tensor, mu: float, kept: Tensor) -> Tensor:
+    """The theta of Powell's interpolation: theta s'y + (1 - theta) target = mu target; 1 where the pair is kept."""
+    theta = (1.0 - mu) * target / (target - curvature)
+    return theta.masked_fill_(kept, 1.0).nan_to_num_(1.0, 1.0, 1.0)
+
+
+def _interpolated(vector: Tensor, other: Tensor, theta: Tensor) -> Tensor:
+    """Theta vector + (1 - theta) other, with one theta per pair: the vector itself, bit for bit, where theta is 1."""
+    return torch.lerp(other, vector, theta.unsqueeze(-1))
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,9 @@ class DoubleDamping(PairDampingDeclarations):
         """Both stages."""
         step, first = powell_on_inverse(step, change, product, self.mu1)
         curvature, square = dots(step, change), dots(step, step)
-        second = ~(curvature > damping * square)
-        theta = _weight(curvature, square, damping, second).unsqueeze(-1)
-        return DampedPair(step, theta * change + (1.0 - theta) * step, first, second)
+        kept = curvature > damping * square
+        change = _interpolated(change, step, _weight(curvature, square, damping, kept))
+        return DampedPair(step, change, first, ~kept)
 
 
 @dataclass(frozen=True)
@@ -226,10 +229,9 @@ class MergedDoubleDamping(PairDampingDeclarations):
         square = dots(step, step)
         low = ~(curvature > self.mu1 * torch.maximum(quadratic, square))
         first, second = low & (quadratic >= square), low & (quadratic < square)
-        on_step = _weight(curvature, quadratic, self.mu1, first).unsqueeze(-1)
-        on_change = _weight(curvature, square, self.mu1, second).unsqueeze(-1)
-        damped = on_step * step + (1.0 - on_step) * product
-        return DampedPair(damped, on_change * change + (1.0 - on_change) * step, first, second)
+        damped = _interpolated(step, product, _weight(curvature, quadratic, self.mu1, ~first))
+        change = _interpolated(change, step, _weight(curvature, square, self.mu1, ~second))
+        return DampedPair(damped, change, first, second)
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,7 @@ class PowellB0(PairDampingDeclarations):
         curvature, square = dots(step, change), dots(step, step)
         gamma = (dots(change, change) / curvature).clamp(min=self.floor)
         gamma = torch.where((curvature > 0) & torch.isfinite(gamma), gamma, torch.full_like(gamma, self.floor))
-        second = ~(curvature > self.mu1 * gamma * square)
-        theta = _weight(curvature, gamma * square, self.mu1, second).unsqueeze(-1)
-        damped = theta * change + (1.0 - theta) * gamma.unsqueeze(-1) * step
-        return DampedPair(step, damped, torch.zeros_like(second), second)
+        kept = curvature > self.mu1 * gamma * square
+        theta = _weight(curvature, gamma * square, self.mu1, kept)
+        damped = _interpolated(change, gamma.unsqueeze(-1) * step, theta)
+        return DampedPair(step, damped, torch.zeros_like(kept), ~kept)

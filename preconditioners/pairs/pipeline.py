@@ -72,7 +72,7 @@ def average_pairs_(
     stored = [pair.step for pair in pairs], [pair.change for pair in pairs]
     old = pack(*stored)
     keep, add, weight = average.coefficients(pairs[0].weight)
-    values = torch.where(finite.unsqueeze(-1), keep * old + add * new, old).to(old.dtype)
+    values = torch.where(finite.unsqueeze(-1), torch.add(keep * old, new, alpha=add), old).to(old.dtype)
     sizes = [pair.step.shape[0] for pair in pairs]
     copy_all_([*stored[0], *stored[1]], unpack(values[0], sizes) + unpack(values[1], sizes))
     for pair in pairs:

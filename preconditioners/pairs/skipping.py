@@ -43,11 +43,9 @@ class CurvatureTest:
         require_finite_nonnegative("tolerance", self.tolerance)
 
     def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
-        """The test; false where the bound is not finite."""
-        curvature = dots(step, change)
+        """The test; no number is greater than a bound that is not finite, and none is negative."""
         bound: Tensor = self.tolerance * dots(step, step) * torch.linalg.vector_norm(reference, dim=-1)
-        result: Tensor = (curvature > 0) & (curvature > bound) & ((bound - bound) == 0)
-        return result
+        return dots(step, change) > bound
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,6 @@ class AngleTest:
         require_interval("cosine", self.cosine, 0.0, 1.0)
 
     def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
-        """The test; false where the bound is not finite."""
-        curvature = dots(step, change)
+        """The test; no number is greater than a bound that is not finite, and none is negative."""
         bound: Tensor = self.cosine * torch.linalg.vector_norm(step, dim=-1) * torch.linalg.vector_norm(change, dim=-1)
-        result: Tensor = (curvature > 0) & (curvature > bound) & ((bound - bound) == 0)
-        return result
+        return dots(step, change) > bound

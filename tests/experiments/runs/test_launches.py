@@ -23,8 +23,8 @@ BOUNDS: dict[str, tuple[tuple[int, int, int, int] | None, tuple[int, int, int, i
     "lw-sgdm": ((134, 74, 2, 0), None),
     "muon": ((132, 52, 1, 0), None),
     "joint-kfac": ((173, 74, 2, 0), (246, 74, 3, 0)),
-    "kbfgs": ((327, 123, 2, 6), None),
-    "kbfgs-l": ((379, 123, 2, 5), None),
+    "kbfgs": ((297, 123, 2, 0), None),
+    "kbfgs-l": ((353, 123, 2, 0), None),
     "soap": ((170, 52, 1, 0), (475, 52, 2, 0)),
 }
 
