@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -64,9 +64,7 @@ def _in_double(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, State):
-        for entry in fields(value):
-            setattr(value, entry.name, _in_double(getattr(value, entry.name)))
-        return value
+        return replace(value, **{entry.name: _in_double(getattr(value, entry.name)) for entry in fields(value)})
     return tuple(_in_double(entry) for entry in value) if isinstance(value, tuple) else value
 
 

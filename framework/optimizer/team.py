@@ -55,7 +55,6 @@ class Crew:
 
     def __init__(self, blocks: list[Block], members: list[int]):
         self.structure, self.blocks, self.members = blocks[0].structure, blocks, members
-        self.states = [block.state for block in blocks]
         update: Any = type(blocks[0].part).update
         self.learns = update is not Identity.update
         self.refining: Refining | None = refining(blocks[0].part)
@@ -125,7 +124,7 @@ class Team:
         corrections: dict[int, float] = {}
         late: dict[float, list[int]] = {}
         for crew in self.crews:
-            vectors = []
+            states, vectors = [], []
             for member, block in zip(crew.members, crew.blocks, strict=True):
                 factor = corrections.get(block.updates)
                 if factor is None:
@@ -135,8 +134,9 @@ class Team:
                     late.setdefault(factor, []).append(member)
                 elif factor != 1.0:
                     vector = tuple(factor * value for value in vector)
+                states.append(block.state)
                 vectors.append(vector)
-            made = crew.structure.precondition_blocks(crew.states, vectors)
+            made = crew.structure.precondition_blocks(states, vectors)
             for member, block, vector, values in zip(crew.members, crew.blocks, vectors, made, strict=True):
                 found[member] = values if values is vector else block.checked(values, vector)
         for factor, members in late.items():
