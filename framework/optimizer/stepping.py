@@ -99,10 +99,10 @@ class Proposal:
         """
         shrunk, moved, recalled = _Batches(), _Batches(), _Batches()
         for move in self.moves:
-            factors = {
-                decay: 1.0 - fraction * weight_decay.shrinkage(decay, move.step_size)
-                for decay in {*move.decays} - {0.0}
-            }
+            factors: dict[float, float | Tensor] = {}
+            for decay in move.decays:
+                if decay and decay not in factors:
+                    factors[decay] = 1.0 - fraction * weight_decay.shrinkage(decay, move.step_size)
             for parameter, direction, last, decay in move._rows():
                 if not parameter.requires_grad:
                     continue
@@ -112,9 +112,11 @@ class Proposal:
                 moved.add(move.step_size, parameter, direction)
                 if last is not None:
                     recalled.add(move.recall, parameter, last)
-        shrunk.multiply()
+        if shrunk.found:
+            shrunk.multiply()
         moved.add_to_first(-fraction)
-        recalled.add_to_first(-fraction)
+        if recalled.found:
+            recalled.add_to_first(-fraction)
 
     def remember(self) -> None:
         """Make this step the last one: last <- step_size direction + recall last."""
@@ -132,20 +134,20 @@ class _Batches:
     """Tensors that one operation may take together: those that go with the same number."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, tuple[Any, tuple[list[Tensor], ...]]] = {}
+        self.found: dict[Any, tuple[Any, tuple[list[Tensor], ...]]] = {}
 
     def add(self, number: float | Tensor, *tensors: Tensor) -> None:
         """One row; numbers on a device are told apart by identity, comparing them would wait for it."""
         key = id(number) if isinstance(number, Tensor) else number
-        if key not in self._found:
-            self._found[key] = (number, ([], []) if len(tensors) == 2 else ([],))
-        lists = self._found[key][1]
+        if key not in self.found:
+            self.found[key] = (number, ([], []) if len(tensors) == 2 else ([],))
+        lists = self.found[key][1]
         for entries, tensor in zip(lists, tensors, strict=True):
             entries.append(tensor)
 
     def __iter__(self) -> Iterator[tuple[Any, tuple[list[Tensor], ...]]]:
         """(number, lists) in the order in which they came."""
-        return iter(self._found.values())
+        return iter(self.found.values())
 
     def multiply(self) -> None:
         """The only tensor of each row <- number times it, in place."""
