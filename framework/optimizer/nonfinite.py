@@ -3,6 +3,10 @@
 A non-finite loss, gradient or statistic is found by one sum over norms before the step begins, so that not one tensor
 of the state has to be touched. A step size that is not finite, or a loss that is not finite after a step, is known too
 late for that: methods that could end there start from copies (:class:`Undo`).
+
+For methods that look back this sum is fetched by itself, not together with the losses that a guard compares: between
+the two the user's closure runs again, and what runs there cannot be undone. It must not see parameters that were moved
+by something that is not finite (it may raise on them, count, or log), nor be called at all in a step that is refused.
 """
 
 from __future__ import annotations

@@ -120,9 +120,11 @@ class Proposal:
             moved.add(move.step_size, parameters, directions)
             if last:
                 recalled.add(move.recall, parameters, last)
-        shrunk.multiply()
+        if shrunk.found:
+            shrunk.multiply()
         moved.add_to_first(-fraction)
-        recalled.add_to_first(-fraction)
+        if recalled.found:
+            recalled.add_to_first(-fraction)
 
     def remember(self) -> None:
         """Make this step the last one: last <- step_size direction + recall last."""
@@ -139,21 +141,21 @@ class _Batches:
     """Tensors that one operation may take together: those that go with the same number."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
+        self.found: dict[Any, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
 
     def add(self, number: float | Tensor, firsts: Sequence[Tensor], seconds: Sequence[Tensor] = ()) -> None:
         """Some rows; numbers on a device are told apart by identity, comparing them would wait for it."""
         key = id(number) if isinstance(number, Tensor) else number
-        entry = self._found.get(key)
+        entry = self.found.get(key)
         if entry is None:
-            entry = self._found[key] = (number, [], [])
+            entry = self.found[key] = (number, [], [])
         entry[1].extend(firsts)
         entry[2].extend(seconds)
 
     def multiply(self) -> None:
         """The only tensor of each row <- number times it, in place."""
         sized: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for number, tensors, _ in self._found.values():
+        for number, tensors, _ in self.found.values():
             if isinstance(number, Tensor):  # each layer's own number, on the device
                 sized[0].extend(tensors)
                 sized[1].extend([number] * len(tensors))
@@ -165,7 +167,7 @@ class _Batches:
     def add_to_first(self, factor: float) -> None:
         """The first tensor of each row <- it + factor number times the second, in place."""
         sized: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-        for number, firsts, seconds in self._found.values():
+        for number, firsts, seconds in self.found.values():
             if isinstance(number, Tensor):  # each layer's own number, on the device
                 for entries, more in zip(sized, (firsts, seconds, [number] * len(firsts)), strict=True):
                     entries.extend(more)

@@ -74,18 +74,17 @@ def powell_on_inverse(step: Tensor, change: Tensor, product: Tensor, mu1: float)
     """
     curvature, quadratic = dots(step, change), dots(change, product)
     kept = curvature > mu1 * quadratic
-    return _interpolated(step, product, _weight(curvature, quadratic, mu1, kept)), ~kept
+    theta = _weight(curvature, quadratic, mu1, kept)
+    return torch.lerp(product, step, theta), ~kept
 
 
 def _weight(curvature: Tensor, target: Tensor, mu: float, kept: Tensor) -> Tensor:
-    """The theta of Powell's interpolation: theta s'y + (1 - theta) target = mu target; 1 where the pair is kept."""
+    """The theta of Powell's interpolation: theta s'y + (1 - theta) target = mu target; 1 where the pair is kept.
+
+    One per pair, with an axis for its entries: ``lerp`` to a vector is that vector, bit for bit, where theta is 1.
+    """
     theta = (1.0 - mu) * target / (target - curvature)
-    return theta.masked_fill_(kept, 1.0).nan_to_num_(1.0, 1.0, 1.0)
-
-
-def _interpolated(vector: Tensor, other: Tensor, theta: Tensor) -> Tensor:
-    """Theta vector + (1 - theta) other, with one theta per pair: the vector itself, bit for bit, where theta is 1."""
-    return torch.lerp(other, vector, theta.unsqueeze(-1))
+    return theta.masked_fill_(kept, 1.0).nan_to_num_(1.0, 1.0, 1.0).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class DoubleDamping(PairDampingDeclarations):
         step, first = powell_on_inverse(step, change, product, self.mu1)
         curvature, square = dots(step, change), dots(step, step)
         kept = curvature > damping * square
-        change = _interpolated(change, step, _weight(curvature, square, damping, kept))
+        change = torch.lerp(step, change, _weight(curvature, square, damping, kept))
         return DampedPair(step, change, first, ~kept)
 
 
@@ -229,8 +228,8 @@ class MergedDoubleDamping(PairDampingDeclarations):
         square = dots(step, step)
         low = ~(curvature > self.mu1 * torch.maximum(quadratic, square))
         first, second = low & (quadratic >= square), low & (quadratic < square)
-        damped = _interpolated(step, product, _weight(curvature, quadratic, self.mu1, ~first))
-        change = _interpolated(change, step, _weight(curvature, square, self.mu1, ~second))
+        damped = torch.lerp(product, step, _weight(curvature, quadratic, self.mu1, ~first))
+        change = torch.lerp(step, change, _weight(curvature, square, self.mu1, ~second))
         return DampedPair(damped, change, first, second)
 
 
@@ -271,5 +270,5 @@ class PowellB0(PairDampingDeclarations):
         gamma = torch.where((curvature > 0) & torch.isfinite(gamma), gamma, torch.full_like(gamma, self.floor))
         kept = curvature > self.mu1 * gamma * square
         theta = _weight(curvature, gamma * square, self.mu1, kept)
-        damped = _interpolated(change, gamma.unsqueeze(-1) * step, theta)
+        damped = torch.lerp(gamma.unsqueeze(-1) * step, change, theta)
         return DampedPair(step, damped, torch.zeros_like(kept), ~kept)

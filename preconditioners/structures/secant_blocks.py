@@ -63,15 +63,15 @@ def two_loop(state: SecantBlocksState, vectors: Tensor) -> Tensor:
     Returns:
         (B, d). Cost: 8 m B d flops; the loops run over the memory only.
     """
-    used = state.curvatures != 0
-    weights = torch.where(used, 1.0 / torch.where(used, state.curvatures, 1.0), 0.0)
+    weights = state.curvatures.reciprocal().masked_fill_(state.curvatures == 0, 0.0)
+    pairs = list(zip(state.steps.unbind(0), state.changes.unbind(0), weights.unbind(0), strict=True))
     coefficients: list[Tensor] = []
     result = vectors
-    for step, change, weight in zip(state.steps.flip(0), state.changes.flip(0), weights.flip(0), strict=True):
+    for step, change, weight in reversed(pairs):
         coefficients.append((weight * (step * result).sum(-1)).unsqueeze(-1))
         result = torch.addcmul(result, coefficients[-1], change, value=-1.0)
     result = state.scales.unsqueeze(-1) * result
-    for step, change, weight in zip(state.steps, state.changes, weights, strict=True):
+    for step, change, weight in pairs:
         back = (weight * (change * result).sum(-1)).unsqueeze(-1)
         result = torch.addcmul(result, coefficients.pop() - back, step)
     return result
@@ -164,8 +164,11 @@ class SecantBlocks(StructureDeclarations):
         pair = self._damped(state, damping.whole)
         accepted = finite & self._accepts(pair, old[1])
         self._store(state, pair, accepted)
-        counts = {"damped_first": pair.first, "damped_second": pair.second, "rejected_pairs": ~accepted}
-        return {name: value.sum() for name, value in counts.items()}
+        return {
+            "damped_first": pair.first.sum(),
+            "damped_second": pair.second.sum(),
+            "rejected_pairs": (~accepted).sum(),
+        }
 
     def _damped(self, state: SecantBlocksState, damping: float) -> DampedPair:
         """The averaged pairs after damping, every field with the blocks in front."""
@@ -175,20 +178,19 @@ class SecantBlocks(StructureDeclarations):
     def _accepts(self, pair: DampedPair, reference: Tensor) -> Tensor:
         """(B,) whether a pair may be stored: the skip rule's word, and nothing that is not finite."""
         accepted = self.skip.accepts(pair.step, pair.change, reference)
-        curvature = (pair.step * pair.change).sum(1)
+        inverse = (pair.step * pair.change).sum(1).reciprocal()  # zero for an infinite curvature, infinite for none
         finite = _finite(pair.step) & _finite(pair.change)
-        return accepted & finite & (curvature > 0) & torch.isfinite(curvature) & torch.isfinite(1.0 / curvature)
+        return accepted & finite & (inverse > 0) & (inverse < torch.inf)
 
     def _store(self, state: SecantBlocksState, pair: DampedPair, accepted: Tensor) -> None:
         """Push the oldest pair out where the new one is accepted. No synchronisation: the decision is arithmetic."""
-        curvature = (pair.step * pair.change).sum(1)
-        for store, new in (
-            (state.steps, pair.step),
-            (state.changes, pair.change),
-            (state.curvatures, curvature),
-        ):
-            chosen = accepted.view(-1, *(1,) * (store.ndim - 2))
-            store.copy_(torch.where(chosen, torch.cat([store[1:], new.unsqueeze(0)]), store))
+        memory, count = state.curvatures.shape
+        places = torch.arange(memory, device=accepted.device).unsqueeze(1) + accepted
+        rows = (places * count + torch.arange(count, device=accepted.device)).view(-1)
+        stores = (state.steps, state.changes, state.curvatures)
+        for store, new in zip(stores, (pair.step, pair.change, (pair.step * pair.change).sum(1)), strict=True):
+            longer = torch.cat([store, new.unsqueeze(0)]).flatten(0, 1)
+            store.copy_(longer.index_select(0, rows).view_as(store))  # whole rows: cheaper than a choice per entry
         scales = torch.func.vmap(self.scale.scale)(pair.step, pair.change)
         state.scales.copy_(torch.where(accepted, scales, state.scales))
 
@@ -214,11 +216,13 @@ def _point(part: SecantBlocks, record: LayerStatistics) -> tuple[Tensor, Tensor]
 
 def _finite(vectors: Tensor) -> Tensor:
     """(B,) whether vectors (B, d) have finite squares."""
-    return torch.isfinite(vectors.square().sum(1))
+    squares = vectors.square().sum(1)
+    return (squares - squares) == 0
 
 
 def _average(pair: AveragedPair, step: Tensor, change: Tensor, finite: Tensor, average: Average) -> None:
     """Take a pair per block into the averages, where it is finite."""
     keep, add, pair.weight = average.coefficients(pair.weight)
+    chosen = finite.unsqueeze(1).expand_as(step).contiguous()  # of the same shape, which a CPU is quicker with
     for value, new in ((pair.step, step), (pair.change, change)):
-        value.copy_(torch.where(finite.unsqueeze(1), keep * value + add * new, value))
+        value.copy_(torch.where(chosen, torch.add(keep * value, new, alpha=add), value))

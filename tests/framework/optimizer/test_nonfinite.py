@@ -10,7 +10,19 @@ from typing import Any
 import osculate as osc
 import pytest
 import torch
-from small_nets import METHODS, batches, build, closure_of, cross_entropy, data, differences, everything, leaves, make
+from small_nets import (
+    LOOKING_BACK,
+    METHODS,
+    batches,
+    build,
+    closure_of,
+    cross_entropy,
+    data,
+    differences,
+    everything,
+    leaves,
+    make,
+)
 from small_nets import train as train_on
 from torch import Tensor, nn
 
@@ -196,6 +208,24 @@ def test_one_bad_entry_of_one_gradient_is_found_and_named(name: str, layer: str)
     attempt(optimizer, closure, "skip", "")
     assert f"layers {layer}" in str(optimizer.last_report.skipped)
     unchanged(before, model, optimizer)
+
+
+@pytest.mark.parametrize("name", LOOKING_BACK)
+def test_a_closure_does_not_run_again_after_a_loss_that_is_not_finite(name: str) -> None:
+    model = make()
+    optimizer, calls = build(name, model, on_nonfinite="skip"), 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        x, y = data()
+        loss = cross_entropy(model(x), y) * math.nan
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    assert calls == 1 and optimizer.skipped_steps == 1
 
 
 def test_the_count_of_skipped_steps_is_saved() -> None:

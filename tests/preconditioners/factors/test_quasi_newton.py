@@ -1,5 +1,9 @@
 """BFGS, L-BFGS and Hessian-action factors against the transcriptions, and theorem T6."""
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +21,7 @@ from osculate.preconditioners import (
     ZeroStartAverage,
 )
 from osculate.preconditioners.factors.bfgs import BFGSState, HessianActionState
-from osculate.preconditioners.factors.lbfgs import append_pairs_
+from osculate.preconditioners.factors.lbfgs import LBFGSState, append_pairs_
 from osculate.preconditioners.linalg import inverse_of_many
 from reference import pairs as reference
 from reference.lbfgs import PairStore
@@ -84,6 +88,22 @@ def test_a_rejected_pair_pushes_none_out_and_leaves_no_nan() -> None:
     assert all(torch.equal(saved[name], state.to_dict()[name]) for name in saved)
     append_pairs_([state], basis[2:], basis[2:], torch.tensor([True]))
     assert torch.equal(state.steps, basis[1:])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
+def test_a_copied_store_has_one_memory_of_its_own(copied: Callable[[LBFGSState], LBFGSState]) -> None:
+    """Steps and changes are views of one tensor, in a copy of its own one."""
+    factor = LBFGS(3, NoDamping(), NEWEST)
+    state = factor.init(3, torch.zeros(1, dtype=torch.float64))
+    basis = torch.eye(3, dtype=torch.float64)
+    append_pairs_([state], basis[0][None], (2.0 * basis[0])[None], torch.tensor([True]))
+    twin = copied(state)
+    for own in (state, twin):
+        append_pairs_([own], basis[1][None], (4.0 * basis[1])[None], torch.tensor([True]))
+    append_pairs_([state], basis[2][None], (8.0 * basis[2])[None], torch.tensor([True]))
+    close(factor.to_dense(twin, 0.0), torch.diag(torch.tensor([0.5, 0.25, 1.0], dtype=torch.float64)), 1e-12)
+    close(factor.to_dense(state, 0.0), torch.diag(torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64)), 1e-12)
+    assert list(twin.to_dict()) == ["steps", "changes", "cross", "gram", "solver", "pair"]
 
 
 @given(seeds, sizes, st.integers(1, 8), st.floats(0.0, 0.95), st.sampled_from([0.1, 0.5, 0.9]))
