@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,9 +23,9 @@ from ...errors import require_positive_integer
 from ..averages import Average, ZeroStartAverage
 from ..damping.split import SideDamping
 from ..linalg import Computed
-from ..pairs.damping import DampedPair, DoubleDamping, PairDamping
+from ..pairs.damping import DampedPair, DoubleDamping, PairDamping, dots
 from ..pairs.initial_scale import InitialScale, NewestPair
-from ..pairs.pipeline import AveragedPair
+from ..pairs.pipeline import AveragedPair, averaged, copy_all_, damped_pairs
 from ..pairs.skipping import AngleTest, SkipRule
 from ..protocol import Events, Observation, Request, Schedule
 from ..state import State
@@ -157,35 +158,20 @@ class SecantBlocks:
         """Average, damp, test and store one pair per block; events count blocks."""
         assert after is not None
         old, new = _point(self, before), _point(self, after)
-        step, change = new[0] - old[0], new[1] - old[1]
-        finite = _finite(step) & _finite(change)
-        _average(state.pair, step, change, finite, self.average)
-        pair = self._damped(state, damping.whole)
-        accepted = finite & self._accepts(pair, old[1])
+        moved, kept = new - old, [state.pair.step, state.pair.change]
+        finite = _finite(moved).all(0)
+        averages, state.pair.weight = averaged(torch.stack(kept), moved, finite, state.pair.weight, self.average)
+        copy_all_(kept, averages.unbind(0))
+        pair, accepted, events = damped_pairs(
+            averages, finite, old[1], partial(two_loop, state), self.pairs, _Storable(self.skip), damping.whole
+        )
         self._store(state, pair, accepted)
-        counts = {"damped_first": pair.first, "damped_second": pair.second, "rejected_pairs": ~accepted}
-        return {name: value.sum() for name, value in counts.items()}
-
-    def _damped(self, state: SecantBlocksState, damping: float) -> DampedPair:
-        """The averaged pairs after damping, every field with the blocks in front."""
-        average = state.pair
-        return self.pairs.damp(average.step, average.change, two_loop(state, average.change), damping)
-
-    def _accepts(self, pair: DampedPair, reference: Tensor) -> Tensor:
-        """(B,) whether a pair may be stored: the skip rule's word, and nothing that is not finite."""
-        accepted = self.skip.accepts(pair.step, pair.change, reference)
-        curvature = (pair.step * pair.change).sum(1)
-        finite = _finite(pair.step) & _finite(pair.change)
-        return accepted & finite & (curvature > 0) & torch.isfinite(curvature) & torch.isfinite(1.0 / curvature)
+        return events
 
     def _store(self, state: SecantBlocksState, pair: DampedPair, accepted: Tensor) -> None:
         """Push the oldest pair out where the new one is accepted. No synchronisation: the decision is arithmetic."""
-        curvature = (pair.step * pair.change).sum(1)
-        for store, new in (
-            (state.steps, pair.step),
-            (state.changes, pair.change),
-            (state.curvatures, curvature),
-        ):
+        curvature = dots(pair.step, pair.change)
+        for store, new in ((state.steps, pair.step), (state.changes, pair.change), (state.curvatures, curvature)):
             chosen = accepted.view(-1, *(1,) * (store.ndim - 2))
             store.copy_(torch.where(chosen, torch.cat([store[1:], new.unsqueeze(0)]), store))
         scales = torch.func.vmap(self.scale.scale)(pair.step, pair.change)
@@ -200,24 +186,29 @@ class SecantBlocks:
         return block_diagonal(self.partition, layer, inverses)
 
 
-def _point(part: SecantBlocks, record: LayerStatistics) -> tuple[Tensor, Tensor]:
-    """(B, d) parameters and their mean gradients at one evaluation."""
+@dataclass(frozen=True)
+class _Storable:
+    """A skip rule, and nothing stored whose squares or 1 / s'y are not finite."""
+
+    rule: SkipRule
+
+    def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
+        curvature = dots(step, change)
+        finite = _finite(step) & _finite(change) & torch.isfinite(curvature) & torch.isfinite(1.0 / curvature)
+        return self.rule.accepts(step, change, reference) & finite & (curvature > 0)
+
+
+def _point(part: SecantBlocks, record: LayerStatistics) -> Tensor:
+    """(2, B, d) parameters and their mean gradients at one evaluation."""
     assert record.parameters is not None and record.gradients is not None
     vectors = []
     for values in (record.parameters, record.gradients):
         named = dict(zip(record.layer.parameters, values, strict=True))
         served = tuple(named[name] for name in part.serves(record.layer))
         vectors.append(part.partition.split((record.layer.joint_matrix(served),) if part.joint else served))
-    return vectors[0], record.mean_scale * vectors[1]
+    return torch.stack([vectors[0], record.mean_scale * vectors[1]])
 
 
 def _finite(vectors: Tensor) -> Tensor:
-    """(B,) whether vectors (B, d) have finite squares."""
-    return torch.isfinite(vectors.square().sum(1))
-
-
-def _average(pair: AveragedPair, step: Tensor, change: Tensor, finite: Tensor, average: Average) -> None:
-    """Take a pair per block into the averages, where it is finite."""
-    keep, add, pair.weight = average.coefficients(pair.weight)
-    for value, new in ((pair.step, step), (pair.change, change)):
-        value.copy_(torch.where(finite.unsqueeze(1), keep * value + add * new, value))
+    """Whether vectors along the last axis have finite squares."""
+    return torch.isfinite(vectors.square().sum(-1))
