@@ -203,6 +203,11 @@ class PairDampingDeclarations(Declarations, kind=True):
         """``curvature_floor(damping)``: c with s'y >= c s's; ``None``: no promise."""
         return None
 
+    @property
+    def bounds(self) -> Callable[..., Any] | None:
+        """``bounds(damping, low, high)``: its ``PairBounds`` for H with these eigenvalues; ``None``: no promise."""
+        return None
+
 
 class AverageDeclarations(Declarations, kind=True):
     """Of an average over steps."""

@@ -7,8 +7,8 @@ and B the inverse of H:
     U2   |B+| <= |B| + b, hence the smallest eigenvalue of H+ is at least 1 / (|B| + b)
     U3   |H+| <= (sqrt(M) + sqrt(a / c))^2 + 1 / c
 
-A damping of pairs *promises* a, b and c from H alone (D2-D4, U4); for a rule that promises none, or not all, the
-missing ones are measured in the pair, and what is checked is the update, not the rule.
+A damping of pairs *promises* a, b and c from H alone, in its ``bounds``; for a rule that promises none, or not all,
+the missing ones are measured in the pair, and what is checked is the update, not the rule.
 """
 
 from __future__ import annotations
@@ -22,44 +22,14 @@ from torch import Tensor
 
 from ...curvature.declarations import FactorDeclarations, PairDampingDeclarations, declared
 from ...preconditioners.factors.lbfgs import LBFGS, LBFGSState
-from ...preconditioners.pairs.damping import DoubleDamping, MergedDoubleDamping, PairDamping, PowellH, PowellThenLM
+from ...preconditioners.pairs.damping import PairBounds
 from ...preconditioners.pairs.skipping import TwoSidedCurvatureTest
 from ..theorem import Inequality
 from .monitors import Moment
 from .readings import Reading
 from .updates import Update
 
-__all__ = ["EigenvalueBounds", "PairConstants", "limited_memory_bounds", "promised"]
-
-
-@dataclass(frozen=True)
-class PairConstants:
-    """Constants of one pair: y'Hy <= a s'y, |y|^2 <= b s'y, s'y >= c |s|^2. ``None``: not promised."""
-
-    a: float | None = None
-    b: float | None = None
-    c: float | None = None
-
-
-def promised(rule: PairDamping | None, damping: float, low: float, high: float) -> PairConstants:
-    """What a damping of pairs promises of every pair (PAPERS 1.4: D2-D4, their LM analogues, and those of merged DD).
-
-    Args:
-        rule: of the factor.
-        damping: mu2.
-        low: smallest eigenvalue of H, > 0.
-        high: its largest.
-    """
-    if isinstance(rule, DoubleDamping):
-        return PairConstants(max(1.0 / rule.mu1, high), max(1.0, 1.0 / (rule.mu1 * low)), damping)
-    if isinstance(rule, PowellThenLM):
-        return PairConstants(1.0 / rule.mu1 + damping * high, 1.0 / (rule.mu1 * low) + damping, damping)
-    if isinstance(rule, PowellH):
-        return PairConstants(1.0 / rule.mu1, 1.0 / (rule.mu1 * low), None)
-    if isinstance(rule, MergedDoubleDamping):
-        large = max(1.0, high)
-        return PairConstants(large / rule.mu1, max(1.0, 1.0 / low) / rule.mu1, rule.mu1 / large)
-    return PairConstants()
+__all__ = ["EigenvalueBounds", "limited_memory_bounds"]
 
 
 def limited_memory_bounds(state: LBFGSState, initial: float, floor: float | None, mu3: float | None) -> Tensor:
@@ -137,7 +107,10 @@ def _dense(update: Update) -> Iterator[Inequality]:
 
 def _constants(update: Update, low: float, high: float) -> tuple[float, float, float]:
     """a, b, c of one pair: as promised, else as measured (up to rounding, so that U1-U3 are not tight by design)."""
-    rule = promised(declared(update.factor, FactorDeclarations).pairs, update.damping, low, high)
+    rule = declared(update.factor, FactorDeclarations).pairs
+    promise = declared(rule, PairDampingDeclarations).bounds
+    ends = torch.tensor([low, high], dtype=torch.float64)
+    known = PairBounds() if promise is None else promise(update.damping, *ends)
     step, change = update.step, update.change
     curvature = torch.dot(step, change)
     measured = (
@@ -145,9 +118,8 @@ def _constants(update: Update, low: float, high: float) -> tuple[float, float, f
         float(torch.dot(change, change) / curvature),
         float(curvature / torch.dot(step, step)),
     )
-    a, b, c = (
-        found if given is None else given for given, found in zip((rule.a, rule.b, rule.c), measured, strict=True)
-    )
+    promised = (known.weighted, known.growth, known.floor)
+    a, b, c = (found if given is None else float(given) for given, found in zip(promised, measured, strict=True))
     return a, b, c
 
 

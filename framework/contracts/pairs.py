@@ -129,6 +129,31 @@ def pair_floor(rule: Any, case: Case) -> None:
         )
 
 
+@contract(
+    "pair-bounds",
+    _KIND,
+    "a damped pair keeps the stated bounds: s'y >= c s's, y'Hy <= a s'y, y'y <= g s'y",
+    unless=lambda rule: (
+        None if declared(rule, PairDampingDeclarations).bounds else "states no bounds(damping, low, high)"
+    ),
+)
+def pair_bounds(rule: Any, case: Case) -> None:
+    """Those of the three that it states; to rounding."""
+    for pair in secant_pairs(rule, case):
+        damped, spectrum = pair.damped(rule), torch.linalg.eigvalsh(pair.inverse)
+        s, y, stated = damped.step, damped.change, rule.bounds(pair.damping, spectrum[0], spectrum[-1])
+        for name, factor, found in (
+            ("s's", None if stated.floor is None else 1.0 / stated.floor, s @ s),
+            ("y'Hy", stated.weighted, y @ pair.inverse @ y),
+            ("y'y", stated.growth, y @ y),
+        ):
+            if factor is not None:
+                most = float(factor * (s @ y))
+                fits = float(found) <= most * (1.0 + 1e-9)
+                what = f"{name} of a damped pair (mu2 = {pair.damping:g})"
+                require(fits, what, value=float(found), bound=most, relation="at most")
+
+
 @contract("pair-scale", _KIND, "a pair c times as long is damped to a pair c times as long")
 def pair_scale(rule: Any, case: Case) -> None:
     """c = 2^10, so that scaling itself does not round."""
@@ -216,6 +241,7 @@ CONTRACTS: tuple[Contract, ...] = (
     pair_purity,
     pair_positive,
     pair_floor,
+    pair_bounds,
     pair_scale,
     pair_rotation,
     pair_flags,
