@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from .cases import Batch, Case
 from .contract import (
-    Contract,
     ContractViolation,
     NotApplicable,
     contract,
+    contracts_of,
     require,
+    require_bound,
     require_close,
     require_equal,
     require_symmetric,
+    require_unchanged,
+    undeclared,
 )
 from .measuring import Measured, curvature_of, exact_fisher, exact_hessian
 
@@ -158,9 +162,7 @@ def estimator_definite(part: Any, case: Case) -> None:
         require_symmetric(f"the dense matrix of layer {name!r}", matrix)
         eigenvalues = torch.linalg.eigvalsh(matrix)
         least, slack = float(eigenvalues[0]), 1e-10 * float(eigenvalues.abs().max())
-        require(
-            least >= -slack, f"smallest eigenvalue of layer {name!r}", value=least, bound=-slack, relation="at least"
-        )
+        require_bound(f"smallest eigenvalue of layer {name!r}", least, "at least", -slack)
 
 
 @contract("estimator-purity", "curvature", "filling a record leaves what was recorded as it was")
@@ -234,14 +236,14 @@ def form_quadratic(part: Any, case: Case) -> None:
     "form-definite",
     "quadratic form",
     "no direction has negative curvature",
-    unless=lambda part: None if declared(part, FormDeclarations).definite else "does not declare definite",
+    unless=undeclared(FormDeclarations, "definite"),
 )
 def form_definite(part: Any, case: Case) -> None:
     """Smallest eigenvalue."""
     measured = Measured(case)
     eigenvalues = torch.linalg.eigvalsh(measured.form(part, measured.directions()))
     least, slack = float(eigenvalues[0]), 1e-10 * float(eigenvalues.abs().max())
-    require(least >= -slack, "smallest eigenvalue of the forms", value=least, bound=-slack, relation="at least")
+    require_bound("smallest eigenvalue of the forms", least, "at least", -slack)
 
 
 @contract(
@@ -272,25 +274,10 @@ def form_purity(part: Any, case: Case) -> None:
     """Of every layer."""
     measured = Measured(case)
     directions = measured.directions()
-    kept = {name: [value.clone() for value in values] for name, values in directions.items()}
-    measured.form(part, directions, copy=False)
-    for name, values in directions.items():
-        for value, copy in zip(values, kept[name], strict=True):
-            require_equal(f"the direction of layer {name!r}", value, copy)
+    with ExitStack() as stack:
+        for name, values in directions.items():
+            stack.enter_context(require_unchanged(f"the direction of layer {name!r}", *values))
+        measured.form(part, directions, copy=False)
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    estimator_provides,
-    estimator_consistent,
-    estimator_permuted,
-    estimator_mean_versus_sum,
-    estimator_matrix,
-    estimator_definite,
-    estimator_purity,
-    estimator_fisher,
-    form_symmetric,
-    form_quadratic,
-    form_definite,
-    form_expectation,
-    form_purity,
-)
+CONTRACTS = contracts_of(globals())

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...curvature.declarations import StructureDeclarations, declared
 from ...curvature.records.needs import Needs
 from .cases import Batch, Case, low_rank
-from .contract import Contract, NotApplicable, contract, require_close, require_finite
+from .contract import NotApplicable, contract, contracts_of, require_close, require_finite
 from .structures import _nonlinear
 from .workbench import Workbench
 
@@ -166,14 +166,4 @@ def huge_and_tiny_scales(part: Any, case: Case) -> None:
         _require_usable(f"at scale {scale:g}", bench)
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    permuted_samples,
-    duplicated_batch,
-    batch_splitting,
-    scaled_loss,
-    mean_versus_sum,
-    zero_gradients,
-    rank_deficient_batch,
-    one_sample,
-    huge_and_tiny_scales,
-)
+CONTRACTS = contracts_of(globals())

@@ -21,7 +21,17 @@ from ...preconditioners.protocol import ScalingLaw
 from ...preconditioners.structures.by_layer import leaves
 from ..optimizer.second_order import SecondOrder
 from .cases import Batch, Case
-from .contract import Contract, contract, require, require_close, require_equal, require_finite, require_same_state
+from .contract import (
+    contract,
+    contracts_of,
+    require,
+    require_bound,
+    require_close,
+    require_equal,
+    require_finite,
+    require_same_state,
+    require_unchanged,
+)
 from .workbench import saved_copy
 
 __all__ = ["CONTRACTS", "Training"]
@@ -131,8 +141,7 @@ def method_descends(method: Any, case: Case) -> None:
     training = Training(method, case, lr=lr, weight_decay=0.0)
     before = training.vector()
     training.step(case.batch())
-    slope = float(gradient @ (training.vector() - before))
-    require(slope < 0.0, "inner product of gradient and step", value=slope, bound=0.0, relation="less than")
+    require_bound("inner product of gradient and step", gradient @ (training.vector() - before), "less than", 0.0)
 
 
 @contract("method-save-load-continue", _KIND, "a saved and loaded optimizer continues bit for bit")
@@ -227,12 +236,10 @@ def method_dtype(method: Any, case: Case) -> None:
 def method_purity(method: Any, case: Case) -> None:
     """Inputs and targets bitwise; gradients are those of the loss before the step."""
     training, (inputs, targets) = Training(method, case), case.batch()
-    kept = inputs.clone(), targets.clone()
     with torch.enable_grad():
         expected = torch.autograd.grad(case.loss(training.model(inputs), targets), list(training.model.parameters()))
-    training.step((inputs, targets))
-    require_equal("the inputs", inputs, kept[0])
-    require_equal("the targets", targets, kept[1])
+    with require_unchanged("the inputs", inputs), require_unchanged("the targets", targets):
+        training.step((inputs, targets))
     for (name, parameter), gradient in zip(training.model.named_parameters(), expected, strict=True):
         require(parameter.grad is not None, f"the gradient of {name} is gone")
         require_close(f"the gradient of {name}", parameter.grad, gradient, tolerance=1e-12)  # type: ignore[arg-type]
@@ -261,18 +268,4 @@ def method_random_state(method: Any, case: Case) -> None:
     require_equal("the parameters under another global random state", found[1], found[0])
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    method_trains,
-    method_descends,
-    method_save_load,
-    method_permuted,
-    method_duplicated,
-    method_micro_batches,
-    method_mean_versus_sum,
-    method_renamed,
-    method_idle_passes,
-    method_dtype,
-    method_purity,
-    method_zero_lr,
-    method_random_state,
-)
+CONTRACTS = contracts_of(globals())

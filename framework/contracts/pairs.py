@@ -9,11 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.declarations import PairDampingDeclarations, declared
+from ...curvature.declarations import PairDampingDeclarations
 from ...errors import ArgumentError
 from ...preconditioners.pairs.damping import DampedPair
 from .cases import Case
-from .contract import Contract, ContractViolation, contract, require, require_close, require_equal, require_finite
+from .contract import (
+    ContractViolation,
+    contract,
+    contracts_of,
+    require,
+    require_bound,
+    require_close,
+    require_equal,
+    require_finite,
+    require_unchanged,
+    undeclared,
+)
 
 __all__ = ["CONTRACTS", "SecantPair", "secant_pairs"]
 
@@ -85,27 +96,22 @@ def _triangle(inverse: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
 def pair_purity(rule: Any, case: Case) -> None:
     """Every pair, and twice the same result."""
     for pair in secant_pairs(rule, case):
-        given = (pair.step.clone(), pair.change.clone(), pair.inverse @ pair.change)
-        copies = [value.clone() for value in given]
-        rule.damp(*given, pair.damping)
-        for name, value, copy in zip(("s", "y", "Hy"), given, copies, strict=True):
-            require_equal(name, value, copy)
+        s, y, product = pair.step.clone(), pair.change.clone(), pair.inverse @ pair.change
+        with require_unchanged("s", s), require_unchanged("y", y), require_unchanged("Hy", product):
+            rule.damp(s, y, product, pair.damping)
 
 
 @contract(
     "pair-positive",
     _KIND,
     "the curvature of a damped pair is positive: s'y > 0",
-    unless=lambda rule: (
-        None if declared(rule, PairDampingDeclarations).keeps_positive else "does not declare keeps_positive"
-    ),
+    unless=undeclared(PairDampingDeclarations, "keeps_positive"),
 )
 def pair_positive(rule: Any, case: Case) -> None:
     """Whatever the pair's own curvature was."""
     for pair in secant_pairs(rule, case):
         damped = pair.damped(rule)
-        curvature = float(torch.dot(damped.step, damped.change))
-        require(curvature > 0.0, "s'y of a damped pair", value=curvature, bound=0.0, relation="more than")
+        require_bound("s'y of a damped pair", torch.dot(damped.step, damped.change), "more than", 0.0)
 
 
 @contract(
@@ -119,23 +125,15 @@ def pair_floor(rule: Any, case: Case) -> None:
     for pair in secant_pairs(rule, case):
         damped, floor = pair.damped(rule), rule.curvature_floor(pair.damping)
         curvature, square = (float(torch.dot(damped.step, other)) for other in (damped.change, damped.step))
-        enough = curvature >= floor * square * (1.0 - 1e-9)
-        require(
-            enough,
-            f"s'y of a damped pair (mu2 = {pair.damping:g})",
-            value=curvature,
-            bound=floor * square,
-            relation="at least",
-        )
+        what, least = f"s'y of a damped pair (mu2 = {pair.damping:g})", floor * square
+        require_bound(what, curvature, "at least", least, slack=1e-9 * abs(least))
 
 
 @contract(
     "pair-bounds",
     _KIND,
     "a damped pair keeps the stated bounds: s'y >= c s's, y'Hy <= a s'y, y'y <= g s'y",
-    unless=lambda rule: (
-        None if declared(rule, PairDampingDeclarations).bounds else "states no bounds(damping, low, high)"
-    ),
+    unless=undeclared(PairDampingDeclarations, "bounds"),
 )
 def pair_bounds(rule: Any, case: Case) -> None:
     """Those of the three that it states; to rounding."""
@@ -149,9 +147,8 @@ def pair_bounds(rule: Any, case: Case) -> None:
         ):
             if factor is not None:
                 most = float(factor * (s @ y))
-                fits = float(found) <= most * (1.0 + 1e-9)
                 what = f"{name} of a damped pair (mu2 = {pair.damping:g})"
-                require(fits, what, value=float(found), bound=most, relation="at most")
+                require_bound(what, found, "at most", most, slack=1e-9 * most)
 
 
 @contract("pair-scale", _KIND, "a pair c times as long is damped to a pair c times as long")
@@ -237,15 +234,4 @@ def pair_mapped(rule: Any, case: Case) -> None:
             )
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    pair_purity,
-    pair_positive,
-    pair_floor,
-    pair_bounds,
-    pair_scale,
-    pair_rotation,
-    pair_flags,
-    pair_degenerate,
-    pair_dtype,
-    pair_mapped,
-)
+CONTRACTS = contracts_of(globals())
