@@ -24,6 +24,7 @@ from ...curvature.declarations import FactorDeclarations, PairDampingDeclaration
 from ...preconditioners.factors.lbfgs import LBFGS, LBFGSState
 from ...preconditioners.pairs.damping import PairBounds
 from ...preconditioners.pairs.skipping import TwoSidedCurvatureTest
+from ..quality.spectra import relative_to
 from ..theorem import Inequality
 from .monitors import Moment
 from .readings import Reading
@@ -77,13 +78,10 @@ class EigenvalueBounds:
     def examine(self, moment: Moment) -> Iterator[Reading]:
         """Two or three readings per matrix."""
         for update in moment.updates:
-            find = _interlacing if update.second_moment is not None else _limited if _is_limited(update) else _dense
+            limited = isinstance(update.factor, LBFGS)
+            find = _interlacing if update.second_moment is not None else _limited if limited else _dense
             for entry in find(update):
                 yield Reading(moment.report.step, type(self).__name__, update.place, entry)
-
-
-def _is_limited(update: Update) -> bool:
-    return isinstance(update.factor, LBFGS)
 
 
 def _dense(update: Update) -> Iterator[Inequality]:
@@ -95,14 +93,14 @@ def _dense(update: Update) -> Iterator[Inequality]:
         return
     rounding = 64.0 * update.epsilon * max(high, float(new[-1]))
     if not update.accepted:
-        yield _above("lambda_min(H)", new[0], low, rounding)
-        yield _below("lambda_max(H)", new[-1], high, rounding)
+        yield _bounded("lambda_min(H)", new[0], ">=", low, rounding)
+        yield _bounded("lambda_max(H)", new[-1], "<=", high, rounding)
         return
     a, b, c = _constants(update, low, high)
-    yield _above("lambda_min(H)", new[0], 1.0 / (1.0 / low + b), rounding)
-    yield _below("lambda_max(H)", new[-1], (high**0.5 + (a / c) ** 0.5) ** 2 + 1.0 / c, rounding)
-    relative = _relative(torch.linalg.cholesky(update.before), update.after)
-    yield _above("lambda_min(H^-1 H+)", relative[0], 1.0 / (1.0 + a), rounding / low)
+    yield _bounded("lambda_min(H)", new[0], ">=", 1.0 / (1.0 / low + b), rounding)
+    yield _bounded("lambda_max(H)", new[-1], "<=", (high**0.5 + (a / c) ** 0.5) ** 2 + 1.0 / c, rounding)
+    relative = _spectrum(relative_to(update.after, update.before))
+    yield _bounded("lambda_min(H^-1 H+)", relative[0], ">=", 1.0 / (1.0 + a), rounding / low)
 
 
 def _constants(update: Update, low: float, high: float) -> tuple[float, float, float]:
@@ -131,8 +129,8 @@ def _limited(update: Update) -> Iterator[Inequality]:
     mu3 = factor.skip.mu3 if isinstance(factor.skip, TwoSidedCurvatureTest) else None
     low, high = limited_memory_bounds(update.state, factor.initial, floor, mu3).tolist()
     rounding = 64.0 * update.epsilon * float(new[-1])
-    yield _above("lambda_min(H)", new[0], low, rounding)
-    yield _below("lambda_max(H)", new[-1], high, rounding)
+    yield _bounded("lambda_min(H)", new[0], ">=", low, rounding)
+    yield _bounded("lambda_max(H)", new[-1], "<=", high, rounding)
 
 
 def _interlacing(update: Update) -> Iterator[Inequality]:
@@ -147,11 +145,11 @@ def _interlacing(update: Update) -> Iterator[Inequality]:
         * float(torch.linalg.matrix_norm(update.before))
     )
     if not update.accepted:
-        yield _above("lambda_min(E)", new[0], float(old[0]), rounding)
-        yield _below("lambda_max(E)", new[-1], float(old[-1]), rounding)
+        yield _bounded("lambda_min(E)", new[0], ">=", float(old[0]), rounding)
+        yield _bounded("lambda_max(E)", new[-1], "<=", float(old[-1]), rounding)
         return
-    yield _above("lambda_min(E)", new[0], min(1.0, float(old[0])), rounding)
-    yield _below("lambda_max(E)", new[-1], max(1.0, float(old[-1])), rounding)
+    yield _bounded("lambda_min(E)", new[0], ">=", min(1.0, float(old[0])), rounding)
+    yield _bounded("lambda_max(E)", new[-1], "<=", max(1.0, float(old[-1])), rounding)
 
 
 def _spectrum(matrix: Tensor) -> Tensor:
@@ -161,22 +159,6 @@ def _spectrum(matrix: Tensor) -> Tensor:
     return result
 
 
-def _relative(factor: Tensor, matrix: Tensor) -> Tensor:
-    """Eigenvalues of L^-1 matrix L^-T."""
-    half = torch.linalg.solve_triangular(factor, matrix, upper=False)
-    return _spectrum(torch.linalg.solve_triangular(factor, half.T, upper=False))
-
-
-def _above(name: str, measured: Tensor, bound: float, rounding: float) -> Inequality:
-    return _with_rounding(name, measured, bound, ">=", rounding)
-
-
-def _below(name: str, measured: Tensor, bound: float, rounding: float) -> Inequality:
-    return _with_rounding(name, measured, bound, "<=", rounding)
-
-
-def _with_rounding(
-    name: str, measured: Tensor, bound: float, direction: Literal["<=", ">="], rounding: float
-) -> Inequality:
+def _bounded(name: str, measured: Tensor, direction: Literal["<=", ">="], bound: float, rounding: float) -> Inequality:
     tolerance = 1e-9 + (rounding / abs(bound) if bound else rounding)
     return Inequality(name, float(measured), bound, direction, tolerance=tolerance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 
 from ...curvature.likelihoods import Likelihood, resolve_likelihood
+from ...curvature.records.statistics import Tensors
 from ...errors import ArgumentError
 from ...framework.optimizer.blocks import Block
 from ...framework.optimizer.second_order import SecondOrder
 from ...preconditioners.state import State
 from .spectra import SymmetricOperator
 
-__all__ = ["Probe", "Target", "block_gradient", "exact_block", "flat_direction", "in_double"]
+__all__ = ["Probe", "Target", "block_gradient", "exact_block", "flat_direction", "flat_map", "in_double"]
 
 Target = Literal["ggn", "hessian"]
 
@@ -106,14 +108,19 @@ def block_gradient(twin: SecondOrder, block: Block, probe: Probe) -> Tensor:
     return torch.cat([value.detach().flatten() for value in slope(point).values()])
 
 
-@torch.no_grad()
 def flat_direction(block: Block, vector: Tensor) -> Tensor:
     """The block's structure applied to a flat vector over its parameters (weight row by row, then bias)."""
+    return flat_map(block, partial(block.part.precondition, block.state), vector)
+
+
+@torch.no_grad()
+def flat_map(block: Block, product: Callable[[Tensors], Tensors], vector: Tensor) -> Tensor:
+    """A product in the layout of the block's storage, applied to a flat vector over its parameters."""
     storage = tuple(torch.zeros_like(value) for value in block.storage)
     views = block.parameter_views(storage)
     for view, piece in zip(views, vector.split([view.numel() for view in views]), strict=True):
         view.copy_(piece.reshape(view.shape))
-    result = block.parameter_views(block.part.precondition(block.state, storage))
+    result = block.parameter_views(product(storage))
     return torch.cat([value.reshape(-1) for value in result])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 from ..function_space.certificates import Run, certified_interval, damping_grid, run
@@ -36,12 +37,6 @@ _CUT = 0.05
 """Where a logarithmic axis of contractions ends: growth has none."""
 
 
-def _sweep(setting: Setting, width: int) -> tuple[list[float], list[Run]]:
-    grid = damping_grid(*_T11_GRID)
-    space = wide_net(setting, width)
-    return grid, [run(space, _BLOCKS, damping, _ETA, _T11_STEPS) for damping in grid]
-
-
 def _interval(grid: Sequence[float], runs: Sequence[Run]) -> tuple[float, float]:
     return certified_interval(grid, [done.certified for done in runs])
 
@@ -52,15 +47,15 @@ def _interval_plots(width: int, grid: list[float], runs: list[Run]) -> tuple[Plo
     root = 1.0 + math.sqrt(1.0 - _ETA)
     lower = [min(entry.kappa_min - entry.stability for entry in done.records) * root for done in runs]
     upper = [max(entry.kappa_max + entry.stability for entry in done.records) * _ETA / root for done in runs]
-    line = Curve("certified rate 1 - eta", grid, [1.0] * len(grid), "bound")
+    bounds = [max(entry.bound for entry in done.records) for done in runs]
     contraction = Plot(
         f"T11: width {width}, eta = {_ETA:g}, certified for lambda in [{low:.2g}, {high:.2g}]",
         "damping lambda",
         "smallest (1 - |e+|^2 / |e|^2) / eta",
         (
             Curve("measured", grid, [max(_CUT, (1.0 - done.worst_ratio) / _ETA) for done in runs]),
-            Curve("from kappa and C'", grid, [max(_CUT, (1.0 - _worst_bound(done)) / _ETA) for done in runs], "bound"),
-            line,
+            Curve("from kappa and C'", grid, [max(_CUT, (1.0 - bound) / _ETA) for bound in bounds], "bound"),
+            Curve("certified rate 1 - eta", grid, [1.0] * len(grid), "bound"),
         ),
         x_log=True,
         y_log=True,
@@ -78,10 +73,6 @@ def _interval_plots(width: int, grid: list[float], runs: list[Run]) -> tuple[Plo
         y_log=True,
     )
     return contraction, conditions
-
-
-def _worst_bound(done: Run) -> float:
-    return max(entry.bound for entry in done.records)
 
 
 def _step_inequalities(name: str, runs: Sequence[Run]) -> tuple[Inequality, ...]:
@@ -111,9 +102,9 @@ def _step_inequalities(name: str, runs: Sequence[Run]) -> tuple[Inequality, ...]
 
 
 def _width_evidence(setting: Setting, width: int) -> Evidence:
-    grid, runs = _sweep(setting, width)
+    grid, net = damping_grid(*_T11_GRID), wide_net(setting, width)
+    runs = [run(net, _BLOCKS, damping, _ETA, _T11_STEPS) for damping in grid]
     low, high = _interval(grid, runs)
-    net = wide_net(setting, width)
     middle = grid[len(grid) // 2] if math.isnan(low) else math.sqrt(low * high)
     engine = run(net, _BLOCKS, middle, _ETA, 5).residuals
     agreement = disagreement(library_residuals(net.model, "per-output", middle, _ETA, 5), engine)
@@ -166,14 +157,6 @@ def _outside(setting: Setting, damping: float, steps: int) -> Evidence:
     records = run(wide_net(setting, width), _BLOCKS, damping, _ETA, steps).records
     name = f"width {width}, lambda = {damping:.2g}: ratio <= 1 - eta"
     return Evidence((worst(name, [entry.ratio for entry in records], 1.0 - _ETA),))
-
-
-def _control_below(setting: Setting) -> Evidence:
-    return _outside(setting, _T11_GRID[0] / 3.0, _T11_STEPS)
-
-
-def _control_above(setting: Setting) -> Evidence:
-    return _outside(setting, _T11_GRID[1] * 3.0, 4 * _T11_STEPS)
 
 
 # -- T12 -------------------------------------------------------------------------------------------------------------
@@ -252,9 +235,9 @@ THEOREMS: tuple[Theorem, ...] = (
         r"\;\Rightarrow\; \|e_k\|^2 \le (1-\eta)^k\|e_0\|^2",
         "ours, docs/PAPERS.md section 2.5, after arXiv:2202.04124 (set-up of its theorem)",
         _check_t11,
-        _control_below,
+        partial(_outside, damping=_T11_GRID[0] / 3.0, steps=_T11_STEPS),
         "damping below the interval",
-        (Control("damping above the interval", _control_above),),
+        (Control("damping above the interval", partial(_outside, damping=_T11_GRID[1] * 3.0, steps=4 * _T11_STEPS)),),
     ),
     Theorem(
         "T12",

@@ -29,7 +29,7 @@ from osculate.analysis import (
     watch,
 )
 from osculate.analysis.monitors.eigenvalue_monitor import limited_memory_bounds
-from osculate.analysis.monitors.readings import Reading, findings
+from osculate.analysis.monitors.readings import Finding, Reading, gather
 from osculate.analysis.theorem import Inequality
 from osculate.preconditioners.factors.lbfgs import append_pair_
 from torch import Tensor, nn
@@ -289,7 +289,9 @@ def test_json_lines_need_their_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("measured", "said"), [(1.0, False), (0.5 - 1e-9, True), (0.4, False)])
 def test_a_margin_that_holds_up_to_rounding_says_so(measured: float, said: bool) -> None:
     reading = Reading(0, "PairCurvature", "0", Inequality("c", measured, 0.5, ">=", tolerance=1e-6))
-    (finding,) = findings([reading]).values()
+    found: dict[tuple[str, str], Finding] = {}
+    gather(found, reading)
+    (finding,) = found.values()
     assert ("(up to rounding)" in finding.describe()) == said and finding.held == (measured != 0.4)
 
 
