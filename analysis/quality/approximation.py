@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
@@ -186,8 +186,8 @@ def _measure(
     start = BlockQuality(
         block.key, describe(block.part), target, matrix.size, "dense" if dense else "products", shift, lowest, highest
     )
-    truth, numbers = matrix.shifted(shift), asdict(start)
-    numbers |= _directions(block, truth, exact.gradient, lowest + shift, effort)
+    truth = matrix.shifted(shift)
+    numbers: dict[str, Any] = _directions(block, truth, exact.gradient, lowest + shift, effort)
     definite = lowest + shift > 0.0
     if definite:
         numbers["condition_before"] = (highest + shift) / (lowest + shift)
@@ -197,7 +197,7 @@ def _measure(
         if definite:
             low, high = effort.extremes(truth, structure)
             numbers["condition_after"] = high / low if low > 0.0 else math.inf
-    return BlockQuality(**numbers)
+    return replace(start, **numbers)
 
 
 def _refresh(block: Block, sides: SideDamping) -> None:

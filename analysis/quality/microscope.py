@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -188,7 +188,7 @@ def _with_angles(quality: StepQuality, moves: Mapping[str, Tensor]) -> StepQuali
         return quality
     own = moves[quality.method]
     cosines = {name: cosine(own, other) for name, other in moves.items()}
-    return StepQuality(**(asdict(quality) | {"cosines": cosines}))
+    return replace(quality, cosines=cosines)
 
 
 def _require_same(optimizers: Mapping[str, SecondOrder]) -> None:
