@@ -21,7 +21,15 @@ from ...errors import require_finite_nonnegative, require_interval
 from .function_space import FunctionSpace, spectrum
 from .function_structures import Solved, Structure
 
-__all__ = ["Run", "StepRecord", "certified_interval", "damping_grid", "linear_limit", "measured_stability", "run"]
+__all__ = [
+    "FunctionRun",
+    "StepRecord",
+    "certified_interval",
+    "damping_grid",
+    "linear_limit",
+    "measured_stability",
+    "run",
+]
 
 _POINTS = (0.25, 0.5, 0.75, 1.0)
 """Where along a step the Jacobian is compared with the one at its start."""
@@ -77,7 +85,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
-class Run:
+class FunctionRun:
     """A full-batch run.
 
     Attributes:
@@ -139,7 +147,9 @@ def measured_stability(space: FunctionSpace, theta: Tensor, move: Tensor, solved
     return float(change.max() * solved.direction.norm() / residual.norm())
 
 
-def run(space: FunctionSpace, structure: Structure, damping: float, eta: float | None = None, steps: int = 40) -> Run:
+def run(
+    space: FunctionSpace, structure: Structure, damping: float, eta: float | None = None, steps: int = 40
+) -> FunctionRun:
     """theta <- theta - eta (F + lambda I)^{-1} grad L, measured.
 
     Args:
@@ -181,7 +191,7 @@ def run(space: FunctionSpace, structure: Structure, damping: float, eta: float |
         size = records[-1].next_error / records[0].error
         if not 1e-26 < size < 1e6:
             break
-    return Run(tuple(records), tuple(residuals), damping, theta)
+    return FunctionRun(tuple(records), tuple(residuals), damping, theta)
 
 
 def certified_interval(dampings: Sequence[float], certified: Sequence[bool]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import ArgumentError, NumericalError, UnknownNameError, require_interval, require_positive_integer
 from ..theorem import Setting
 from .certificates import certified_interval, run
-from .function_models import Model, convolutional_tanh, dense_tanh
+from .function_models import UnitModel, convolutional_tanh, dense_tanh
 from .function_space import FunctionSpace
 from .function_structures import resolve_structure
 
@@ -123,7 +123,7 @@ class Surroundings:
         """The problem of a cell."""
         return FunctionSpace(self._model(key), self.memory_bytes)
 
-    def _model(self, key: CellKey) -> Model:
+    def _model(self, key: CellKey) -> UnitModel:
         generator = Setting(seed=key.seed).generator(11)
         if MAPPED[key.blocks][0] == "dense":
             return dense_tanh(_SAMPLES, 8, key.width, generator, self.device)

@@ -30,10 +30,10 @@ from .monitors import Moment
 from .readings import Reading
 from .updates import Update
 
-__all__ = ["EigenvalueBounds", "limited_memory_bounds"]
+__all__ = ["EigenvalueBounds", "store_bounds"]
 
 
-def limited_memory_bounds(state: LBFGSState, initial: float, floor: float | None, mu3: float | None) -> Tensor:
+def store_bounds(state: LBFGSState, initial: float, floor: float | None, mu3: float | None) -> Tensor:
     """Lower and upper bound for the eigenvalues of L-BFGS(p) with initial matrix gamma I, (2,), float64.
 
     With p stored pairs, s'y >= mu2 |s|^2 and |y|^2 <= s'y / mu3 the bounds are uniform, c = 1 / (mu2 mu3):
@@ -66,7 +66,7 @@ def limited_memory_bounds(state: LBFGSState, initial: float, floor: float | None
 class EigenvalueBounds:
     """Smallest and largest eigenvalue of every quasi-Newton H after a step, each beside its bound.
 
-    BFGS: U1-U3 of the module's docstring. L-BFGS(p): :func:`limited_memory_bounds`. Hessian action: with
+    BFGS: U1-U3 of the module's docstring. L-BFGS(p): :func:`store_bounds`. Hessian action: with
     E = L'HL, A + damping I = LL', the update interlaces, min(1, lowest E) <= lambda(E+) <= max(1, highest E).
 
     Cost: two symmetric eigenvalue problems per matrix and examined step; see ``every`` of
@@ -127,7 +127,7 @@ def _limited(update: Update) -> Iterator[Inequality]:
     promise = declared(factor.pairs, PairDampingDeclarations).curvature_floor
     floor = None if promise is None else float(promise(update.damping))
     mu3 = factor.skip.mu3 if isinstance(factor.skip, TwoSidedCurvatureTest) else None
-    low, high = limited_memory_bounds(update.state, factor.initial, floor, mu3).tolist()
+    low, high = store_bounds(update.state, factor.initial, floor, mu3).tolist()
     rounding = 64.0 * update.epsilon * float(new[-1])
     yield _bounded("lambda_min(H)", new[0], ">=", low, rounding)
     yield _bounded("lambda_max(H)", new[-1], "<=", high, rounding)

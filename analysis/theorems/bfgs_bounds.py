@@ -28,7 +28,7 @@ from ...preconditioners.pairs.damping import (
 from ...preconditioners.pairs.skipping import CurvatureTest
 from ..quality.spectra import relative_to
 from ..theorem import Control, Curve, Evidence, Inequality, Plot, Setting, Theorem, agreement, together, worst
-from .instances import NEWEST, Draws, distribution, each, eigenvalues, observed, updated_inverse
+from .instances import NEWEST, Draws, distribution, each, eigenvalues, observed_pair, updated_inverse
 from .secant_pairs import MU1, MU2, Guarantee, PairInstances, guarantee
 
 __all__ = ["THEOREMS"]
@@ -163,7 +163,7 @@ def _largest(name: str, setting: Setting) -> Tensor:
 
     def update(inverse: Tensor, step: Tensor, change: Tensor) -> Tensor:
         state = BFGSState(inverse.clone(), AveragedPair(zero * step, zero * step, 0.0))
-        factor.observe_step(state, *observed(step, change, reference), "outputs", _MU2)
+        factor.observe_step(state, *observed_pair(step, change, reference), "outputs", _MU2)
         return state.inverse
 
     records = []

@@ -29,7 +29,7 @@ __all__ = [
     "eigenvalues",
     "limited_memory",
     "network",
-    "observed",
+    "observed_pair",
     "updated_inverse",
 ]
 
@@ -99,7 +99,9 @@ def eigenvalues(matrices: Tensor) -> Tensor:
     return torch.where(finite[..., 0], found, torch.full_like(found, math.inf))
 
 
-def observed(step: Tensor, change: Tensor, reference: Tensor | None = None) -> tuple[LayerStatistics, LayerStatistics]:
+def observed_pair(
+    step: Tensor, change: Tensor, reference: Tensor | None = None
+) -> tuple[LayerStatistics, LayerStatistics]:
     """Statistics before and after a step of which a factor reads exactly the pair (s, y).
 
     Args:
@@ -119,7 +121,7 @@ def updated_inverse(factor: BFGS, inverse: Tensor, step: Tensor, change: Tensor,
     def update(inverse: Tensor, step: Tensor, change: Tensor) -> Tensor:
         zero = torch.zeros_like(step)
         state = BFGSState(inverse.clone(), AveragedPair(zero, zero.clone(), 0.0))
-        factor.observe_step(state, *observed(step, change), "outputs", damping)
+        factor.observe_step(state, *observed_pair(step, change), "outputs", damping)
         return state.inverse
 
     result: Tensor = each(update, inverse, step, change)
@@ -145,7 +147,7 @@ def limited_memory(
     def run(steps: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         state = _batched(factor.init(steps.shape[-1], steps), steps)
         for step, change in zip(steps, changes, strict=True):
-            factor.observe_step(state, *observed(step, change, reference), "outputs", damping)
+            factor.observe_step(state, *observed_pair(step, change, reference), "outputs", damping)
         return factor.to_dense(state, damping), state.steps, state.changes
 
     result: tuple[Tensor, Tensor, Tensor] = each(run, steps, changes)

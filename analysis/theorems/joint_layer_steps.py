@@ -7,7 +7,15 @@ import torch
 from ...stepsize.protocol import StepSize
 from ...stepsize.signs import Clipped, Safeguarded, Unrestricted
 from ..theorem import Control, Curve, Evidence, Inequality, Plot, Setting, Theorem, worst
-from .layer_problems import STEPS, VANISHED, error_ratios, joint_rule, layerwise_rule, random_problems, run_rule
+from .layer_problems import (
+    STEPS,
+    VANISHED,
+    error_ratios,
+    exact_joint_rule,
+    exact_layerwise_rule,
+    random_problems,
+    run_rule,
+)
 
 __all__ = ["THEOREMS"]
 
@@ -29,7 +37,7 @@ def _excess(setting: Setting) -> float:
         start = -model.targets
         gradients = torch.einsum("nls,n->ls", model.features, start)
         basis = torch.linalg.qr(torch.einsum("nls,ls->nl", model.features, gradients)).Q
-        library = run_rule(model, joint_rule(Unrestricted()), 1.0, 1)[1]
+        library = run_rule(model, exact_joint_rule(Unrestricted()), 1.0, 1)[1]
         minimum = start.square().sum() - (basis.T @ start).square().sum()
         gaps.append(abs(float((library.square().sum() - minimum) / start.square().sum())))
     return max(gaps)
@@ -38,7 +46,7 @@ def _excess(setting: Setting) -> float:
 def _check_t18(setting: Setting) -> Evidence:
     entries = []
     for sign in (Unrestricted(), Safeguarded()):
-        ratios, bounds = _joint_rates(setting, joint_rule(sign))
+        ratios, bounds = _joint_rates(setting, exact_joint_rule(sign))
         name = type(sign).__name__
         entries.append(worst(f"{name}: |e+|^2 / |e|^2 <= 1", ratios, 1.0))
         entries.append(worst(f"{name}: |e+|^2 / |e|^2 <= 1 - kappa / L", ratios, bounds))
@@ -55,10 +63,10 @@ def _check_t18(setting: Setting) -> Evidence:
 def _joint_plot(setting: Setting) -> Plot:
     """Error over steps of the problem on which clipping does worst."""
     rules: dict[str, StepSize] = {
-        "joint, unrestricted": joint_rule(Unrestricted()),
-        "joint, safeguarded": joint_rule(Safeguarded()),
-        "joint, clipped": joint_rule(Clipped()),
-        "per layer, eta = 1": layerwise_rule(0.0),
+        "joint, unrestricted": exact_joint_rule(Unrestricted()),
+        "joint, safeguarded": exact_joint_rule(Safeguarded()),
+        "joint, clipped": exact_joint_rule(Clipped()),
+        "per layer, eta = 1": exact_layerwise_rule(0.0),
     }
     problems = random_problems(setting, 0.0, 1)
     hardest = max(
@@ -79,12 +87,12 @@ def _joint_plot(setting: Setting) -> Plot:
 
 
 def _control_t18(setting: Setting) -> Evidence:
-    ratios, _ = _joint_rates(setting, layerwise_rule(0.0))
+    ratios, _ = _joint_rates(setting, exact_layerwise_rule(0.0))
     return Evidence((worst("per-layer steps, eta = 1: |e+|^2 / |e|^2 <= 1", ratios, 1.0),))
 
 
 def _control_clipped(setting: Setting) -> Evidence:
-    ratios, _ = _joint_rates(setting, joint_rule(Clipped()))
+    ratios, _ = _joint_rates(setting, exact_joint_rule(Clipped()))
     return Evidence((worst("joint steps clipped at zero: |e+|^2 / |e|^2 <= 1", ratios, 1.0),))
 
 

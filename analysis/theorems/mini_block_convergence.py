@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
-from ..function_space.certificates import Run, certified_interval, damping_grid, run
+from ..function_space.certificates import FunctionRun, certified_interval, damping_grid, run
 from ..function_space.function_models import dense_tanh
 from ..function_space.function_space import FunctionSpace, spectrum
 from ..function_space.function_structures import PerOutputBlocks
@@ -37,11 +37,11 @@ _CUT = 0.05
 """Where a logarithmic axis of contractions ends: growth has none."""
 
 
-def _interval(grid: Sequence[float], runs: Sequence[Run]) -> tuple[float, float]:
+def _interval(grid: Sequence[float], runs: Sequence[FunctionRun]) -> tuple[float, float]:
     return certified_interval(grid, [done.certified for done in runs])
 
 
-def _interval_plots(width: int, grid: list[float], runs: list[Run]) -> tuple[Plot, Plot]:
+def _interval_plots(width: int, grid: list[float], runs: list[FunctionRun]) -> tuple[Plot, Plot]:
     """Measured against certified contraction, and the two conditions that make the ends of the interval."""
     low, high = _interval(grid, runs)
     root = 1.0 + math.sqrt(1.0 - _ETA)
@@ -75,7 +75,7 @@ def _interval_plots(width: int, grid: list[float], runs: list[Run]) -> tuple[Plo
     return contraction, conditions
 
 
-def _step_inequalities(name: str, runs: Sequence[Run]) -> tuple[Inequality, ...]:
+def _step_inequalities(name: str, runs: Sequence[FunctionRun]) -> tuple[Inequality, ...]:
     """What every step, every certified step and every certified run must obey."""
     steps = [entry for done in runs for entry in done.records]
     certified = [entry.ratio for entry in steps if entry.certified]
@@ -124,7 +124,7 @@ def _width_evidence(setting: Setting, width: int) -> Evidence:
     )
 
 
-def _constants(width: int, runs: Sequence[Run]) -> dict[str, float]:
+def _constants(width: int, runs: Sequence[FunctionRun]) -> dict[str, float]:
     steps = [entry for done in runs for entry in done.records]
     if not steps:
         return {}

@@ -26,7 +26,7 @@ from .contract import (
     require_unchanged,
     undeclared,
 )
-from .measuring import Measured, curvature_of, exact_fisher, exact_hessian
+from .measuring import MeasuredCase, curvature_of, exact_fisher, exact_hessian
 
 __all__ = ["CONTRACTS"]
 
@@ -53,7 +53,7 @@ def _sampled(part: Any) -> str | None:
 
 
 def _matrices(part: Any, case: Case, batches: list[Batch], **options: Any) -> dict[str, Tensor]:
-    measured = Measured(case).statistics(part, batches, **options)
+    measured = MeasuredCase(case).statistics(part, batches, **options)
     return {name: curvature_of(entry)[0] for name, entry in measured.items()}
 
 
@@ -68,7 +68,7 @@ def estimator_provides(part: Any, case: Case) -> None:
     """Of every layer of the network."""
     fields = {Needs.INPUTS: "inputs", Needs.ROOTS: "roots", Needs.VECTORS: "vectors"}
     fields |= {Needs.MATRIX: "matrix", Needs.PAIRS: "mean_gradient", Needs.CHANGES: "gradients"}
-    for name, entry in Measured(case).statistics(part, [case.batch()]).items():
+    for name, entry in MeasuredCase(case).statistics(part, [case.batch()]).items():
         for need, field in fields.items():
             missing = need in part.provides and getattr(entry, field, None) is None
             require(not missing, f"{field} of layer {name!r} is missing, although {need} is declared")
@@ -83,7 +83,7 @@ def estimator_provides(part: Any, case: Case) -> None:
 def estimator_consistent(part: Any, case: Case) -> None:
     """The bias block of layers with one position: the second moment of the rows."""
     found = False
-    for name, entry in Measured(case).statistics(part, [case.batch()]).items():
+    for name, entry in MeasuredCase(case).statistics(part, [case.batch()]).items():
         if not entry.layer.has_bias or entry.positions != 1 or entry.roots is None:
             continue
         rows, factor = entry.roots
@@ -143,7 +143,7 @@ def _tensors(entry: LayerStatistics) -> dict[str, Tensor]:
 )
 def estimator_matrix(part: Any, case: Case) -> None:
     """Of every layer."""
-    for name, entry in Measured(case).statistics(part, [case.batch()]).items():
+    for name, entry in MeasuredCase(case).statistics(part, [case.batch()]).items():
         assert entry.matrix is not None
         require_close(f"dense matrix of layer {name!r}", entry.matrix(), curvature_of(entry)[0])
 
@@ -156,7 +156,7 @@ def estimator_matrix(part: Any, case: Case) -> None:
 )
 def estimator_definite(part: Any, case: Case) -> None:
     """Of every layer, to rounding."""
-    for name, entry in Measured(case).statistics(part, [case.batch()]).items():
+    for name, entry in MeasuredCase(case).statistics(part, [case.batch()]).items():
         assert entry.matrix is not None
         matrix = entry.matrix()
         require_symmetric(f"the dense matrix of layer {name!r}", matrix)
@@ -168,7 +168,7 @@ def estimator_definite(part: Any, case: Case) -> None:
 @contract("estimator-purity", "curvature", "filling a record leaves what was recorded as it was")
 def estimator_purity(part: Any, case: Case) -> None:
     """Also building the vectors; twice gives the same."""
-    measured = Measured(case)
+    measured = MeasuredCase(case)
     for name, entry in measured.statistics(part, [case.batch()]).items():
         kept = {key: value.clone() for key, value in _tensors(entry).items()}
         filled = part.fill(entry)
@@ -189,7 +189,7 @@ def estimator_purity(part: Any, case: Case) -> None:
 )
 def estimator_fisher(part: Any, case: Case) -> None:
     """Within six standard errors, over many copies of three samples."""
-    measured, (inputs, targets) = Measured(case), case.batch(0, 3)
+    measured, (inputs, targets) = MeasuredCase(case), case.batch(0, 3)
     many = (inputs.repeat(_REPEATS, *[1] * (inputs.ndim - 1)), targets.repeat(_REPEATS, *[1] * (targets.ndim - 1)))
     statistics = measured.statistics(part, [many])
     for layer in (entry.layer for entry in statistics.values()):
@@ -217,7 +217,7 @@ def _require_mean(what: str, found: Tensor, expected: Tensor, error: Tensor) -> 
 @contract("form-symmetric", "quadratic form", "one symmetric matrix over all layers")
 def form_symmetric(part: Any, case: Case) -> None:
     """(L, L)."""
-    measured = Measured(case)
+    measured = MeasuredCase(case)
     found, count = measured.form(part, measured.directions()), len(measured.layers)
     require(tuple(found.shape) == (count, count), f"{count} layers, but a matrix of shape {tuple(found.shape)}")
     require_symmetric("the matrix of the forms", found)
@@ -226,7 +226,7 @@ def form_symmetric(part: Any, case: Case) -> None:
 @contract("form-quadratic", "quadratic form", "directions c times as long have forms c^2 times as large")
 def form_quadratic(part: Any, case: Case) -> None:
     """c = 4, with the same labels and signs."""
-    measured = Measured(case)
+    measured = MeasuredCase(case)
     directions = measured.directions()
     longer = {name: tuple(4.0 * value for value in values) for name, values in directions.items()}
     require_close("forms", measured.form(part, longer), 16.0 * measured.form(part, directions))
@@ -240,7 +240,7 @@ def form_quadratic(part: Any, case: Case) -> None:
 )
 def form_definite(part: Any, case: Case) -> None:
     """Smallest eigenvalue."""
-    measured = Measured(case)
+    measured = MeasuredCase(case)
     eigenvalues = torch.linalg.eigvalsh(measured.form(part, measured.directions()))
     least, slack = float(eigenvalues[0]), 1e-10 * float(eigenvalues.abs().max())
     require_bound("smallest eigenvalue of the forms", least, "at least", -slack)
@@ -254,7 +254,7 @@ def form_definite(part: Any, case: Case) -> None:
 )
 def form_expectation(part: Any, case: Case) -> None:
     """``estimates`` is ``"fisher"`` or ``"hessian"``; the diagonal, within six standard errors over many draws."""
-    measured = Measured(case)
+    measured = MeasuredCase(case)
     directions = measured.directions()
     draws = torch.stack([measured.form(part, directions, seed=seed).diagonal() for seed in range(_DRAWS)])
     if part.estimates == "hessian":
@@ -272,7 +272,7 @@ def _fisher_form(case: Case, layer: Any, direction: tuple[Tensor, ...]) -> Tenso
 @contract("form-purity", "quadratic form", "directions stay bitwise as they were")
 def form_purity(part: Any, case: Case) -> None:
     """Of every layer."""
-    measured = Measured(case)
+    measured = MeasuredCase(case)
     directions = measured.directions()
     with ExitStack() as stack:
         for name, values in directions.items():

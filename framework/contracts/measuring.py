@@ -23,10 +23,10 @@ from ...curvature.records.statistics import LayerStatistics, Tensors
 from ..optimizer.recording import fill
 from .cases import Batch, Case
 
-__all__ = ["Measured", "captured", "curvature_of", "exact_fisher", "exact_hessian"]
+__all__ = ["MeasuredCase", "captured", "curvature_of", "exact_fisher", "exact_hessian"]
 
 
-class Measured:
+class MeasuredCase:
     """A case's network with hooks, to measure what an estimator or a quadratic form asks for.
 
     Args:

@@ -26,7 +26,7 @@ from .contract import (
     undeclared,
 )
 
-__all__ = ["CONTRACTS", "SecantPair", "secant_pairs"]
+__all__ = ["CONTRACTS", "SecantPair", "pairs_for"]
 
 _KIND = "pair damping"
 _SIZE = 4
@@ -55,7 +55,7 @@ class SecantPair:
         return pair
 
 
-def secant_pairs(rule: Any, case: Case, *, degenerate: bool = False) -> Iterator[SecantPair]:
+def pairs_for(rule: Any, case: Case, *, degenerate: bool = False) -> Iterator[SecantPair]:
     """Pairs of every kind a rule can meet, with the dampings that it accepts.
 
     Args:
@@ -95,7 +95,7 @@ def _triangle(inverse: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
 @contract("pair-purity", _KIND, "damping a pair leaves s, y and Hy bitwise as they were")
 def pair_purity(rule: Any, case: Case) -> None:
     """Every pair, and twice the same result."""
-    for pair in secant_pairs(rule, case):
+    for pair in pairs_for(rule, case):
         s, y, product = pair.step.clone(), pair.change.clone(), pair.inverse @ pair.change
         with require_unchanged("s", s), require_unchanged("y", y), require_unchanged("Hy", product):
             rule.damp(s, y, product, pair.damping)
@@ -109,7 +109,7 @@ def pair_purity(rule: Any, case: Case) -> None:
 )
 def pair_positive(rule: Any, case: Case) -> None:
     """Whatever the pair's own curvature was."""
-    for pair in secant_pairs(rule, case):
+    for pair in pairs_for(rule, case):
         damped = pair.damped(rule)
         require_bound("s'y of a damped pair", torch.dot(damped.step, damped.change), "more than", 0.0)
 
@@ -122,7 +122,7 @@ def pair_positive(rule: Any, case: Case) -> None:
 )
 def pair_floor(rule: Any, case: Case) -> None:
     """To rounding."""
-    for pair in secant_pairs(rule, case):
+    for pair in pairs_for(rule, case):
         damped, floor = pair.damped(rule), rule.curvature_floor(pair.damping)
         curvature, square = (float(torch.dot(damped.step, other)) for other in (damped.change, damped.step))
         what, least = f"s'y of a damped pair (mu2 = {pair.damping:g})", floor * square
@@ -137,7 +137,7 @@ def pair_floor(rule: Any, case: Case) -> None:
 )
 def pair_bounds(rule: Any, case: Case) -> None:
     """Those of the three that it states; to rounding."""
-    for pair in secant_pairs(rule, case):
+    for pair in pairs_for(rule, case):
         damped, spectrum = pair.damped(rule), torch.linalg.eigvalsh(pair.inverse)
         s, y, stated = damped.step, damped.change, rule.bounds(pair.damping, spectrum[0], spectrum[-1])
         for name, factor, found in (
@@ -154,7 +154,7 @@ def pair_bounds(rule: Any, case: Case) -> None:
 @contract("pair-scale", _KIND, "a pair c times as long is damped to a pair c times as long")
 def pair_scale(rule: Any, case: Case) -> None:
     """c = 2^10, so that scaling itself does not round."""
-    for pair in secant_pairs(rule, case):
+    for pair in pairs_for(rule, case):
         longer = SecantPair(1024.0 * pair.step, 1024.0 * pair.change, pair.inverse, pair.damping)
         one, two = pair.damped(rule), longer.damped(rule)
         require_close("s of a longer pair", two.step, 1024.0 * one.step)
@@ -165,7 +165,7 @@ def pair_scale(rule: Any, case: Case) -> None:
 def pair_rotation(rule: Any, case: Case) -> None:
     """s, y and H in an orthogonally changed basis give the damped pair in that basis."""
     basis = torch.linalg.qr(case.randn(_SIZE, _SIZE, key=6))[0]
-    for pair in secant_pairs(rule, case):
+    for pair in pairs_for(rule, case):
         turned = SecantPair(basis @ pair.step, basis @ pair.change, basis @ pair.inverse @ basis.T, pair.damping)
         one, two = pair.damped(rule), turned.damped(rule)
         require_close("s in other coordinates", two.step, basis @ one.step, tolerance=1e-7)
@@ -175,7 +175,7 @@ def pair_rotation(rule: Any, case: Case) -> None:
 @contract("pair-flags", _KIND, "a pair that no stage reports as changed is the given pair")
 def pair_flags(rule: Any, case: Case) -> None:
     """``first`` and ``second`` are 0-dimensional bools and tell the truth."""
-    for pair in secant_pairs(rule, case):
+    for pair in pairs_for(rule, case):
         damped = pair.damped(rule)
         for name, flag in (("first", damped.first), ("second", damped.second)):
             fits = flag.dtype == torch.bool and flag.ndim == 0
@@ -188,7 +188,7 @@ def pair_flags(rule: Any, case: Case) -> None:
 @contract("pair-degenerate", _KIND, "zero and parallel pairs give finite pairs")
 def pair_degenerate(rule: Any, case: Case) -> None:
     """s = 0, y = 0, both, s = Hy, s'y = 0, and a y so small that its square underflows."""
-    for pair in secant_pairs(rule, case, degenerate=True):
+    for pair in pairs_for(rule, case, degenerate=True):
         damped = pair.damped(rule)
         require_finite("a damped degenerate pair", damped.step, damped.change)
 
@@ -197,7 +197,7 @@ def pair_degenerate(rule: Any, case: Case) -> None:
 def pair_dtype(rule: Any, case: Case) -> None:
     """float64 and float32."""
     for dtype in (torch.float64, torch.float32):
-        for pair in secant_pairs(rule, case.to(dtype=dtype)):
+        for pair in pairs_for(rule, case.to(dtype=dtype)):
             damped = pair.damped(rule)
             for value in (damped.step, damped.change):
                 fits = value.dtype == dtype and value.device == pair.step.device
@@ -212,7 +212,7 @@ def pair_dtype(rule: Any, case: Case) -> None:
 def pair_mapped(rule: Any, case: Case) -> None:
     """Together as one by one; a rule that looks at the values of tensors in Python cannot be batched."""
     for damping in _DAMPINGS:
-        pairs = [pair for pair in secant_pairs(rule, case) if pair.damping == damping]
+        pairs = [pair for pair in pairs_for(rule, case) if pair.damping == damping]
         if not pairs:
             continue
         steps = torch.stack([pair.step for pair in pairs])

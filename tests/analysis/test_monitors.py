@@ -28,7 +28,7 @@ from osculate.analysis import (
     TensorBoard,
     watch,
 )
-from osculate.analysis.monitors.eigenvalue_monitor import limited_memory_bounds
+from osculate.analysis.monitors.eigenvalue_monitor import store_bounds
 from osculate.analysis.monitors.readings import Finding, Reading, gather
 from osculate.analysis.theorem import Inequality
 from osculate.preconditioners.factors.lbfgs import append_pair_
@@ -136,7 +136,7 @@ def test_measured_bounds_of_l_bfgs_are_attained_by_one_pair() -> None:
     state = factor.init(3, torch.zeros(1, dtype=torch.float64))
     step = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     append_pair_(state, step, 4.0 * step, torch.tensor(True))
-    low, high = limited_memory_bounds(state, 0.5, None, None).tolist()
+    low, high = store_bounds(state, 0.5, None, None).tolist()
     eigenvalues = torch.linalg.eigvalsh(factor.to_dense(state, 0.0))
     assert eigenvalues.tolist() == pytest.approx([0.25, 0.5, 0.5])
     assert low == pytest.approx(1 / (1 / 0.5 + 4.0)) and low <= float(eigenvalues[0])
