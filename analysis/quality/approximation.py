@@ -150,7 +150,10 @@ def measure_approximation(
         sides = twin.sides(block)
         if sum(parameter.numel() for parameter in block.parameters) > (effort.largest or math.inf):
             continue
-        _refresh(block, sides)
+        if block.part.schedule.inverses is not None:  # quasi-Newton matrices are inverted once, at the start
+            requests = block.part.matrices(block.state, sides)
+            if requests:
+                block.part.install(block.state, compute_many(requests))
         for target in targets:
             key = (block.layer.name, block.names, target)
             if key not in memory:
@@ -198,13 +201,6 @@ def _measure(
             low, high = effort.extremes(truth, structure)
             numbers["condition_after"] = high / low if low > 0.0 else math.inf
     return replace(start, **numbers)
-
-
-def _refresh(block: Block, sides: SideDamping) -> None:
-    """Not for quasi-Newton matrices: they are inverted once, at the start."""
-    requests = block.part.matrices(block.state, sides) if block.part.schedule.inverses is not None else ()
-    if requests:
-        block.part.install(block.state, compute_many(requests))
 
 
 def _of_matrix(matrix: Tensor) -> SymmetricOperator:

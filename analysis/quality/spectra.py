@@ -20,9 +20,9 @@ __all__ = [
     "SymmetricOperator",
     "conjugate_gradients",
     "cosine",
-    "frobenius_norm",
     "lanczos",
     "relative_to",
+    "signs",
     "spectral_density",
 ]
 
@@ -161,23 +161,8 @@ def cosine(left: Tensor, right: Tensor) -> float:
     return float(torch.dot(left, right) / lengths) if float(lengths) > 0.0 else math.nan
 
 
-def frobenius_norm(operator: SymmetricOperator, probes: int, generator: torch.Generator) -> float:
-    """Root of the mean of |M z|^2 over random signs z: unbiased for the square (Hutchinson's estimator).
-
-    Args:
-        operator: M.
-        probes: how many z, >= 1; exact from d on, where the unit vectors are taken instead.
-        generator: draws the signs, on the CPU.
-    """
-    require_positive_integer("probes", probes)
-    if probes >= operator.size:
-        return float(torch.linalg.matrix_norm(operator.dense()))
-    total = sum(float(operator.product(z).square().sum()) for z in signs(operator, probes, generator))
-    return float((total / probes) ** 0.5)
-
-
 def signs(operator: SymmetricOperator, probes: int, generator: torch.Generator) -> list[Tensor]:
-    """Vectors of random signs that fit an operator."""
+    """Vectors z of random signs that fit an operator M: |M z|^2 is |M|_F^2 on average (Hutchinson's estimator)."""
     drawn = torch.randint(0, 2, (probes, operator.size), generator=generator)
     return list((2.0 * drawn.double() - 1.0).to(operator.device))
 
@@ -253,20 +238,17 @@ class Density:
         return float(self.weights[self.nodes < value].sum())
 
 
-def spectral_density(
-    operator: SymmetricOperator, *, probes: int = 8, steps: int = 60, generator: torch.Generator | None = None
-) -> Density:
+def spectral_density(operator: SymmetricOperator, *, probes: int = 8, steps: int = 60) -> Density:
     """Stochastic Lanczos quadrature of the distribution of eigenvalues (Ubaru, Chen, Saad, SIMAX 38 (2017), section 3).
 
     Args:
         operator: symmetric.
         probes: random start vectors, >= 1.
         steps: of Lanczos' iteration from each, >= 1: polynomials up to degree 2 steps - 1 are integrated exactly.
-        generator: draws the probes, on the CPU; ``None``: of seed 0.
     """
     require_positive_integer("probes", probes)
     require_positive_integer("steps", steps)
-    drawn = signs(operator, probes, generator or torch.Generator().manual_seed(0))
+    drawn = signs(operator, probes, torch.Generator().manual_seed(0))
     found = [lanczos(operator, start, steps) for start in drawn]
     return Density(torch.cat([nodes for nodes, _ in found]), torch.cat([weights for _, weights in found]) / probes)
 

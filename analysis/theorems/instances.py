@@ -173,14 +173,17 @@ def network(draws: Draws, *layers: nn.Module) -> nn.Sequential:
     return model
 
 
-def distribution(title: str, label: str, ratios: dict[str, Tensor], points: int = 200) -> Plot:
-    """Sorted values of several ratios against the share of instances below them; the claim is that all are >= 1."""
-    curves = [Curve(name, *_quantiles(values, points)) for name, values in ratios.items()]
+def distribution(title: str, label: str, ratios: dict[str, Tensor]) -> Plot:
+    """Sorted values of several ratios against the share of instances below them; the claim is that all are >= 1.
+
+    They are shown from a thousandth to a million.
+    """
+    curves = [Curve(name, *_quantiles(values.clamp(1e-3, 1e6))) for name, values in ratios.items()]
     limit = Curve("bound", [0.0, 1.0], [1.0, 1.0], "bound")
     return Plot(title, "share of instances", label, (*curves, limit), y_log=True)
 
 
-def _quantiles(values: Tensor, points: int) -> tuple[Sequence[float], Sequence[float]]:
+def _quantiles(values: Tensor) -> tuple[Sequence[float], Sequence[float]]:
     ordered = values.detach().flatten().cpu().sort().values
-    index = torch.linspace(0, len(ordered) - 1, min(points, len(ordered))).long()
+    index = torch.linspace(0, len(ordered) - 1, min(200, len(ordered))).long()
     return (index / max(1, len(ordered) - 1)).tolist(), ordered[index].tolist()

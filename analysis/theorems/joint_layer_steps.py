@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ...stepsize.protocol import StepSize
@@ -86,14 +88,8 @@ def _joint_plot(setting: Setting) -> Plot:
     return Plot("T18: joint layer steps on a linear model", "step", "|e|^2", tuple(curves), y_log=True)
 
 
-def _control_t18(setting: Setting) -> Evidence:
-    ratios, _ = _joint_rates(setting, exact_layerwise_rule(0.0))
-    return Evidence((worst("per-layer steps, eta = 1: |e+|^2 / |e|^2 <= 1", ratios, 1.0),))
-
-
-def _control_clipped(setting: Setting) -> Evidence:
-    ratios, _ = _joint_rates(setting, exact_joint_rule(Clipped()))
-    return Evidence((worst("joint steps clipped at zero: |e+|^2 / |e|^2 <= 1", ratios, 1.0),))
+def _control(setting: Setting, rule: StepSize, name: str) -> Evidence:
+    return Evidence((worst(f"{name}: |e+|^2 / |e|^2 <= 1", _joint_rates(setting, rule)[0], 1.0),))
 
 
 THEOREMS: tuple[Theorem, ...] = (
@@ -104,8 +100,13 @@ THEOREMS: tuple[Theorem, ...] = (
         r"\|e^+\|^2 = \min_\alpha \|e - \textstyle\sum_l \alpha_l J_l d_l\|^2 \le (1 - \kappa/L)\|e\|^2",
         "ours, docs/PAPERS.md section 7.2",
         _check_t18,
-        _control_t18,
+        partial(_control, rule=exact_layerwise_rule(0.0), name="per-layer steps, eta = 1"),
         "each layer by itself with eta = 1",
-        (Control("joint steps, negative ones clipped at zero (the default)", _control_clipped),),
+        (
+            Control(
+                "joint steps, negative ones clipped at zero (the default)",
+                partial(_control, rule=exact_joint_rule(Clipped()), name="joint steps clipped at zero"),
+            ),
+        ),
     ),
 )

@@ -61,17 +61,15 @@ def _block_diagonals(setting: Setting) -> list[float]:
     return found
 
 
-def deep_net(setting: Setting, inputs: int = 4, width: int = 16) -> tuple[nn.Sequential, Tensor, Tensor]:
+def deep_net(setting: Setting) -> tuple[nn.Sequential, Tensor, Tensor]:
     """A three-layer tanh net, eight points and their targets, float64, drawn from the setting's seed."""
     generator = setting.generator(3100)
-    net = nn.Sequential(
-        nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
-    ).to(torch.float64)
+    net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)).to(torch.float64)
     with torch.no_grad():
         for parameter in net.parameters():
             scale = 1.0 / math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else 0.1
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    points = torch.randn(8, inputs, generator=generator, dtype=torch.float64)
+    points = torch.randn(8, 4, generator=generator, dtype=torch.float64)
     targets = torch.randn(8, generator=generator, dtype=torch.float64)
     return net.to(setting.device), points.to(setting.device), targets.to(setting.device)
 

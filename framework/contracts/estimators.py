@@ -104,7 +104,7 @@ def estimator_consistent(part: Any, case: Case) -> None:
 def estimator_permuted(part: Any, case: Case) -> None:
     """The matrix that the vectors stand for."""
     inputs, targets = case.batch()
-    order = torch.randperm(case.samples, generator=case.generator(7)).to(case.device)
+    order = case.order()
     plain = _matrices(part, case, [(inputs, targets)])
     _compare("with permuted samples", _matrices(part, case, [(inputs[order], targets[order])]), plain)
 
@@ -260,13 +260,10 @@ def form_expectation(part: Any, case: Case) -> None:
     if part.estimates == "hessian":
         expected = exact_hessian(case, case.batch(), directions, measured.layers).diagonal()
     else:
-        expected = torch.stack([_fisher_form(case, layer, directions[layer.name]) for layer in measured.layers])
+        flat = [torch.cat([value.flatten() for value in directions[layer.name]]) for layer in measured.layers]
+        fishers = [exact_fisher(case, case.batch(), layer) for layer in measured.layers]
+        expected = torch.stack([vector @ fisher @ vector for vector, fisher in zip(flat, fishers, strict=True)])
     _require_mean("the layers' own forms", draws.mean(0), expected, draws.std(0) / _DRAWS**0.5)
-
-
-def _fisher_form(case: Case, layer: Any, direction: tuple[Tensor, ...]) -> Tensor:
-    vector = torch.cat([value.flatten() for value in direction])
-    return vector @ exact_fisher(case, case.batch(), layer) @ vector
 
 
 @contract("form-purity", "quadratic form", "directions stay bitwise as they were")

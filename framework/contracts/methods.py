@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ...curvature.declarations import (
     EstimatorDeclarations,
-    FormDeclarations,
     StepSizeDeclarations,
     StructureDeclarations,
     declared,
@@ -75,7 +74,7 @@ class Training:
 
     def run(self, batches: Sequence[Batch] | None = None, **options: Any) -> Training:
         """One step per mini-batch; the case's first three by default."""
-        for batch in batches or [self.case.batch(index) for index in range(_STEPS)]:
+        for batch in batches or self.case.batches(_STEPS):
             self.step(batch, **options)
         return self
 
@@ -90,15 +89,6 @@ def _sampled(method: Any) -> str | None:
     return "draws labels from the model (needs_likelihood)" if method.needs_likelihood and not exact else None
 
 
-def _random_form(method: Any) -> str | None:
-    random = (
-        declared(method.step_size.curvature, FormDeclarations).random
-        if method.step_size.curvature is not None
-        else False
-    )
-    return "its quadratic form declares random" if random else None
-
-
 def _units(method: Any) -> str | None:
     """Why a loss N times as large is not undone by an lr N times as small."""
     if not declared(method.step_size, StepSizeDeclarations).proportional:
@@ -110,10 +100,6 @@ def _units(method: Any) -> str | None:
     if Needs.VECTORS in method.needs and not declared(method.curvature, EstimatorDeclarations).per_sample:
         return f"{type(method.curvature).__name__} declares per_sample = False"
     return None
-
-
-def _each(case: Case, change: Callable[[Tensor], Tensor]) -> list[Batch]:
-    return [(change(x), change(y)) for x, y in (case.batch(index) for index in range(_STEPS))]
 
 
 @contract("method-trains", _KIND, "ten steps with the method's own defaults stay finite and move the parameters")
@@ -162,15 +148,15 @@ def method_save_load(method: Any, case: Case) -> None:
 @contract("method-permuted-samples", _KIND, "the order of the samples does not matter", unless=_sampled)
 def method_permuted(method: Any, case: Case) -> None:
     """Three steps."""
-    order = torch.randperm(case.samples, generator=case.generator(7)).to(case.device)
-    other = Training(method, case).run(_each(case, lambda value: value[order]))
+    order = case.order()
+    other = Training(method, case).run(case.batches(_STEPS, lambda value: value[order]))
     require_close("the parameters", other.vector(), Training(method, case).run().vector())
 
 
 @contract("method-duplicated-batch", _KIND, "a mini-batch with every sample twice is the same", unless=_sampled)
 def method_duplicated(method: Any, case: Case) -> None:
     """Three steps."""
-    other = Training(method, case).run(_each(case, lambda value: torch.cat([value, value])))
+    other = Training(method, case).run(case.batches(_STEPS, lambda value: torch.cat([value, value])))
     require_close("the parameters", other.vector(), Training(method, case).run().vector())
 
 
@@ -180,7 +166,7 @@ def method_duplicated(method: Any, case: Case) -> None:
 def method_micro_batches(method: Any, case: Case) -> None:
     """Two halves per step, three steps."""
     half, training = case.samples // 2, Training(method, case)
-    for x, y in (case.batch(index) for index in range(_STEPS)):
+    for x, y in case.batches(_STEPS):
         training.step((x[:half], y[:half]), (x[half:], y[half:]))
     require_close("the parameters", training.vector(), Training(method, case).run().vector())
 

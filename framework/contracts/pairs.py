@@ -65,7 +65,7 @@ def pairs_for(rule: Any, case: Case, *, degenerate: bool = False) -> Iterator[Se
     """
     inverse = case.spd(_SIZE, key=3)
     step, noise = case.randn(_SIZE, key=4), case.randn(_SIZE, key=5)
-    curved = torch.linalg.solve_triangular(*_triangle(inverse, step), upper=False).squeeze(1)
+    curved = torch.linalg.solve_triangular(torch.linalg.cholesky(inverse), step.unsqueeze(1), upper=False)[:, 0]
     across = noise - (noise @ step) / (step @ step) * step  # no curvature at all: rules may jump here
     pairs = [(step, curved), (step, noise), (step, -noise), (step, -curved), (step, 1e-3 * curved)]
     pairs += [(1e-3 * step, curved), (step, step), (inverse @ curved, curved), (step, across - 0.1 * step)]
@@ -86,10 +86,6 @@ def pairs_for(rule: Any, case: Case, *, degenerate: bool = False) -> Iterator[Se
             continue
         for one, other in pairs:
             yield SecantPair(one, other, inverse, damping)
-
-
-def _triangle(inverse: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.linalg.cholesky(inverse), step.unsqueeze(1)
 
 
 @contract("pair-purity", _KIND, "damping a pair leaves s, y and Hy bitwise as they were")

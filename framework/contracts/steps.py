@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -109,31 +109,31 @@ def _unusual(rule: Any, case: Case) -> Iterator[tuple[str, StepEvidence]]:
     normal = evidence_for(case, recalls=recalls)
     yield "nothing moves", _changed(normal, lambda name, value: torch.zeros_like(value))
     yield "no curvature", replace(normal, forms=torch.zeros_like(normal.forms))  # type: ignore[arg-type]
-    yield "one layer at rest", _changed(normal, _first_layer_at_rest)
+    yield "one layer at rest", _changed(normal, _zeroed(0))
     yield "long directions", evidence_for(case, length=1e12, recalls=recalls)
     yield "short directions", evidence_for(case, length=1e-12, recalls=recalls)
     yield "no curvature at this step", replace(normal, forms=None)
     if recalls:
-        yield "no layer has a last step", _changed(normal, _without_last_steps)
+        yield "no layer has a last step", _changed(normal, _zeroed(_LAST_STEPS))
         yield "the last step is the direction", _changed(normal, _same_twice)
 
 
-def _first_layer_at_rest(name: str, value: Tensor) -> Tensor:
-    result = value.clone()
-    if name != "parameter_norms":
-        result[0] = 0.0
-    if name == "forms":
-        result[:, 0] = 0.0
-    return result
+def _zeroed(places: int | slice) -> Callable[[str, Tensor], Tensor]:
+    """A change that takes some directions out of the evidence."""
+
+    def change(name: str, value: Tensor) -> Tensor:
+        result = value.clone()
+        if name != "parameter_norms":
+            result[places] = 0.0
+        if name == "forms":
+            result[:, places] = 0.0
+        return result
+
+    return change
 
 
-def _without_last_steps(name: str, value: Tensor) -> Tensor:
-    result = value.clone()
-    if name != "parameter_norms":
-        result[_LAYERS:] = 0.0
-    if name == "forms":
-        result[:, _LAYERS:] = 0.0
-    return result
+_LAST_STEPS = slice(_LAYERS, None)
+"""Where the layers' last steps stand, behind their directions."""
 
 
 def _same_twice(name: str, value: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def step_save_load(rule: Any, case: Case) -> None:
 )
 def step_no_last_step(rule: Any, case: Case) -> None:
     """At the first step, and later where one layer has none."""
-    first = _changed(evidence_for(case, recalls=True), _without_last_steps)
+    first = _changed(evidence_for(case, recalls=True), _zeroed(_LAST_STEPS))
     (sizes,) = _steps(rule, case, [first])
     require_close(
         "step sizes along last steps at the first step", sizes[_LAYERS:], 0.0 * sizes[_LAYERS:], tolerance=0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -231,7 +232,8 @@ def declared_needs(part: Any, case: Case) -> None:
     if _same(whole, bare):
         return
     records = _seen(part, case, lambda needs: ~Needs.NOTHING)
-    read = [need for need in _MEASURED if not _same(records, _seen(part, case, partial(_without, need)))]
+    # each time everything is shown but one need, unless that one is declared
+    read = [need for need in _MEASURED if not _same(records, _seen(part, case, partial(operator.or_, ~need)))]
     found = " and ".join(f"Needs.{need.name}" for need in read)
     if not _same(whole, records):
         found = "raw gradients of the record (output_gradient, sampled_gradient), which are the estimator's"
@@ -240,11 +242,6 @@ def declared_needs(part: Any, case: Case) -> None:
         f"it reads {found or 'something'} without declaring it: add it to needs (now {part.needs}), which is all that "
         f"is measured for it; {what}"
     )
-
-
-def _without(need: Needs, needs: Needs) -> Needs:
-    """Everything but one need, unless that one is declared."""
-    return needs | ~need
 
 
 def _seen(part: Any, case: Case, shown: Callable[[Needs], Needs] | None) -> list[Tensor] | Exception:
