@@ -93,12 +93,11 @@ def _dense(update: Update) -> Iterator[Inequality]:
         return
     rounding = 64.0 * update.epsilon * max(high, float(new[-1]))
     if not update.accepted:
-        yield _bounded("lambda_min(H)", new[0], ">=", low, rounding)
-        yield _bounded("lambda_max(H)", new[-1], "<=", high, rounding)
+        yield from _within("H", new, low, high, rounding)
         return
     a, b, c = _constants(update, low, high)
-    yield _bounded("lambda_min(H)", new[0], ">=", 1.0 / (1.0 / low + b), rounding)
-    yield _bounded("lambda_max(H)", new[-1], "<=", (high**0.5 + (a / c) ** 0.5) ** 2 + 1.0 / c, rounding)
+    grown = (high**0.5 + (a / c) ** 0.5) ** 2 + 1.0 / c
+    yield from _within("H", new, 1.0 / (1.0 / low + b), grown, rounding)
     relative = _spectrum(relative_to(update.after, update.before))
     yield _bounded("lambda_min(H^-1 H+)", relative[0], ">=", 1.0 / (1.0 + a), rounding / low)
 
@@ -129,8 +128,7 @@ def _limited(update: Update) -> Iterator[Inequality]:
     mu3 = factor.skip.mu3 if isinstance(factor.skip, TwoSidedCurvatureTest) else None
     low, high = store_bounds(update.state, factor.initial, floor, mu3).tolist()
     rounding = 64.0 * update.epsilon * float(new[-1])
-    yield _bounded("lambda_min(H)", new[0], ">=", low, rounding)
-    yield _bounded("lambda_max(H)", new[-1], "<=", high, rounding)
+    yield from _within("H", new, low, high, rounding)
 
 
 def _interlacing(update: Update) -> Iterator[Inequality]:
@@ -144,12 +142,10 @@ def _interlacing(update: Update) -> Iterator[Inequality]:
         * float(torch.linalg.matrix_norm(update.second_moment))
         * float(torch.linalg.matrix_norm(update.before))
     )
-    if not update.accepted:
-        yield _bounded("lambda_min(E)", new[0], ">=", float(old[0]), rounding)
-        yield _bounded("lambda_max(E)", new[-1], "<=", float(old[-1]), rounding)
-        return
-    yield _bounded("lambda_min(E)", new[0], ">=", min(1.0, float(old[0])), rounding)
-    yield _bounded("lambda_max(E)", new[-1], "<=", max(1.0, float(old[-1])), rounding)
+    low, high = float(old[0]), float(old[-1])
+    if update.accepted:
+        low, high = min(1.0, low), max(1.0, high)
+    yield from _within("E", new, low, high, rounding)
 
 
 def _spectrum(matrix: Tensor) -> Tensor:
@@ -157,6 +153,12 @@ def _spectrum(matrix: Tensor) -> Tensor:
         return torch.full((matrix.shape[0],), float("nan"), dtype=matrix.dtype)
     result: Tensor = torch.linalg.eigvalsh(0.5 * (matrix + matrix.T))
     return result
+
+
+def _within(name: str, spectrum: Tensor, low: float, high: float, rounding: float) -> Iterator[Inequality]:
+    """Both ends of a spectrum, each beside its bound."""
+    yield _bounded(f"lambda_min({name})", spectrum[0], ">=", low, rounding)
+    yield _bounded(f"lambda_max({name})", spectrum[-1], "<=", high, rounding)
 
 
 def _bounded(name: str, measured: Tensor, direction: Literal["<=", ">="], bound: float, rounding: float) -> Inequality:

@@ -112,12 +112,9 @@ def updates_of(blocks: Sequence[Block], before: Mapping[str, Any], trace: StepTr
 
 
 def _factors(block: Block) -> Iterator[tuple[Side, Any]]:
-    part = block.part
-    if isinstance(part, Kronecker):
-        if isinstance(part.inputs, _FACTORS):
-            yield "inputs", part.inputs
-        if isinstance(part.outputs, _FACTORS):
-            yield "outputs", part.outputs
+    if isinstance(block.part, Kronecker):
+        sides: tuple[tuple[Side, Any], ...] = (("inputs", block.part.inputs), ("outputs", block.part.outputs))
+        yield from ((side, factor) for side, factor in sides if isinstance(factor, _FACTORS))
 
 
 _Found = tuple[Tensor, Tensor, bool, Tensor | None]

@@ -104,8 +104,8 @@ def exact_block(twin: SecondOrder, block: Block, probe: Probe, target: Target) -
 def block_gradient(twin: SecondOrder, block: Block, probe: Probe) -> Tensor:
     """Gradient of the probe's loss over one block's parameters, flat; arguments as :func:`exact_block`."""
     point = _point(twin.model, block)
-    slope = grad(lambda values: probe.loss(functional_call(twin.model, values, (probe.inputs,)), probe.targets))
-    return torch.cat([value.detach().flatten() for value in slope(point).values()])
+    slope = _slope(twin.model, probe)(point)
+    return torch.cat([value.detach().flatten() for value in slope.values()])
 
 
 def flat_direction(block: Block, vector: Tensor) -> Tensor:
@@ -132,15 +132,14 @@ def _point(model: nn.Module, block: Block) -> Named:
     return {names[id(parameter)]: parameter.detach() for parameter in block.parameters}
 
 
+def _slope(model: nn.Module, probe: Probe) -> Callable[[Named], Named]:
+    """Gradient of the probe's loss as a function of some parameters."""
+    return grad(lambda values: probe.loss(functional_call(model, values, (probe.inputs,)), probe.targets))
+
+
 def _hessian(model: nn.Module, point: Named, probe: Probe) -> Callable[[Named], Named]:
-    slope = grad(lambda values: probe.loss(functional_call(model, values, (probe.inputs,)), probe.targets))
-    pull = vjp(slope, point)[1]  # the Hessian is symmetric: its transpose will do
-
-    def product(vector: Named) -> Named:
-        (result,) = pull(vector)
-        return dict(result)
-
-    return product
+    pull = vjp(_slope(model, probe), point)[1]  # the Hessian is symmetric: its transpose will do
+    return lambda vector: dict(pull(vector)[0])
 
 
 def _ggn(model: nn.Module, point: Named, probe: Probe) -> Callable[[Named], Named]:
@@ -152,11 +151,4 @@ def _ggn(model: nn.Module, point: Named, probe: Probe) -> Callable[[Named], Name
     labels = likelihood.sample(output.detach(), torch.Generator(device=output.device).manual_seed(0))
     slope = grad(lambda value: likelihood.negative_log_likelihood(value, labels) / len(output))
     bend = vjp(slope, output.detach())[1]
-
-    def product(vector: Named) -> Named:
-        (moved,) = push(vector)
-        (bent,) = bend(moved)
-        (result,) = pull(bent)
-        return dict(result)
-
-    return product
+    return lambda vector: dict(pull(*bend(*push(vector)))[0])
