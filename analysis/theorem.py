@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "Theorem",
     "Verdict",
     "agreement",
+    "together",
     "verify",
     "worst",
 ]
@@ -146,6 +147,12 @@ def agreement(name: str, found: Tensor, expected: Tensor, tolerance: float) -> I
     difference = (found - expected).flatten(1).abs().amax(1)
     scale = expected.flatten(1).abs().amax(1).clamp(min=torch.finfo(expected.dtype).tiny)
     return worst(name, difference / scale, tolerance)
+
+
+def together(entries: Sequence[Inequality]) -> Inequality:
+    """The one with the smallest margin, standing for the instances of all; of inequalities with one name and bound."""
+    closest = min(entries, key=lambda entry: entry.margin)
+    return replace(closest, instances=sum(entry.instances for entry in entries))
 
 
 @dataclass(frozen=True)

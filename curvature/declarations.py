@@ -249,6 +249,9 @@ class PairDampingDeclarations(Declarations):
     curvature_floor: Callable[[float], float] | None = None
     """``curvature_floor(damping)``: c with s'y >= c s's; ``None``: no promise."""
 
+    bounds: Callable[..., Any] | None = None
+    """``bounds(damping, low, high)``: its ``PairBounds`` for H with these extreme eigenvalues; ``None``: no promise."""
+
 
 class AverageDeclarations(Declarations):
     """Of an average over steps."""

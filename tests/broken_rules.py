@@ -31,7 +31,20 @@ class PairFloor(osc.DoubleDamping):
         return 3.0 * damping
 
 
-class PairUnits(osc.PowellThenLM):
+class PairBounds(osc.PowellH):
+    """Claims a bound on y'y that Powell's stage does not keep."""
+
+    def bounds(self, damping: float, low: Tensor, high: Tensor) -> Any:
+        return replace(super().bounds(damping, low, high), growth=0.1 / high)
+
+
+class Unbounded(osc.PowellThenLM):
+    """Bounds s'y, and no more."""
+
+    bounds: Any = None
+
+
+class PairUnits(Unbounded):
     """A shift with a length of its own."""
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
@@ -39,7 +52,7 @@ class PairUnits(osc.PowellThenLM):
         return replace(pair, change=pair.change + pair.step / (1.0 + pair.step.norm(dim=-1, keepdim=True)))
 
 
-class PairCoordinates(osc.PowellThenLM):
+class PairCoordinates(Unbounded):
     """The first coordinate is damped more."""
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
@@ -62,7 +75,7 @@ class PairDivides(osc.PowellThenLM):
         return replace(pair, change=pair.change * ((step * step).sum(-1) / (step * step).sum(-1)).unsqueeze(-1))
 
 
-class PairLooks(osc.PowellThenLM):
+class PairLooks(Unbounded):
     """Decides in Python."""
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
@@ -320,6 +333,7 @@ RULES: dict[str, Any] = {
     "pair-purity": PairImpure(),
     "pair-positive": PairNegative(),
     "pair-floor": PairFloor(),
+    "pair-bounds": PairBounds(),
     "pair-scale": PairUnits(),
     "pair-rotation": PairCoordinates(),
     "pair-flags": PairSilent(),

@@ -21,7 +21,15 @@ from ...errors import require_finite_nonnegative, require_interval
 from .function_space import FunctionSpace, spectrum
 from .function_structures import Solved, Structure
 
-__all__ = ["Run", "StepRecord", "certified_interval", "damping_grid", "linear_limit", "measured_stability", "run"]
+__all__ = [
+    "FunctionRun",
+    "StepRecord",
+    "certified_interval",
+    "damping_grid",
+    "linear_limit",
+    "measured_stability",
+    "run",
+]
 
 _POINTS = (0.25, 0.5, 0.75, 1.0)
 """Where along a step the Jacobian is compared with the one at its start."""
@@ -77,7 +85,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
-class Run:
+class FunctionRun:
     """A full-batch run.
 
     Attributes:
@@ -139,7 +147,9 @@ def measured_stability(space: FunctionSpace, theta: Tensor, move: Tensor, solved
     return float(change.max() * solved.direction.norm() / residual.norm())
 
 
-def run(space: FunctionSpace, structure: Structure, damping: float, eta: float | None = None, steps: int = 40) -> Run:
+def run(
+    space: FunctionSpace, structure: Structure, damping: float, eta: float | None = None, steps: int = 40
+) -> FunctionRun:
     """theta <- theta - eta (F + lambda I)^{-1} grad L, measured.
 
     Args:
@@ -161,39 +171,27 @@ def run(space: FunctionSpace, structure: Structure, damping: float, eta: float |
         require_interval("eta", eta, 0.0, math.inf, closed="()")
         move = -eta * solved.direction
         stability = measured_stability(space, theta, move, solved, residual)
-        following = space.residual(theta + move)
-        records.append(_record(space, theta + move, (residual, following), (solved, kappa), (stability, eta)))
-        theta, residual = theta + move, following
+        theta = theta + move
+        following = space.residual(theta)
+        predicted = solved.kernel @ residual
+        values = (  # fetched from the device together
+            residual.square().sum(),
+            following.square().sum(),
+            kappa[0],
+            kappa[-1],
+            solved.direction.square().sum(),
+            residual @ predicted,
+            (theta - space.model.initial).norm(),
+            (following - residual + eta * predicted).norm() / (eta * residual.norm()),
+        )
+        error, next_error, low, high, squared_norm, form, distance, defect = torch.stack(values).tolist()
+        records.append(StepRecord(error, next_error, low, high, stability, defect, squared_norm, form, distance, eta))
+        residual = following
         residuals.append(residual)
         size = records[-1].next_error / records[0].error
         if not 1e-26 < size < 1e6:
             break
-    return Run(tuple(records), tuple(residuals), damping, theta)
-
-
-def _record(
-    space: FunctionSpace,
-    reached: Tensor,
-    residuals: tuple[Tensor, Tensor],
-    solved: tuple[Solved, Tensor],
-    numbers: tuple[float, float],
-) -> StepRecord:
-    before, after = residuals
-    values = torch.stack(
-        [
-            before.square().sum(),
-            after.square().sum(),
-            solved[1][0],
-            solved[1][-1],
-            solved[0].direction.square().sum(),
-            before @ solved[0].kernel @ before,
-            (reached - space.model.initial).norm(),
-            (after - before + numbers[1] * (solved[0].kernel @ before)).norm() / (numbers[1] * before.norm()),
-        ]
-    ).tolist()
-    error, next_error, low, high, squared_norm, form, distance, defect = values
-    stability, eta = numbers
-    return StepRecord(error, next_error, low, high, stability, defect, squared_norm, form, distance, eta)
+    return FunctionRun(tuple(records), tuple(residuals), damping, theta)
 
 
 def certified_interval(dampings: Sequence[float], certified: Sequence[bool]) -> tuple[float, float]:

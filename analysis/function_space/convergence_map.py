@@ -10,8 +10,8 @@ from typing import Any
 
 from ...errors import ArgumentError, NumericalError, UnknownNameError, require_interval, require_positive_integer
 from ..theorem import Setting
-from .certificates import Run, certified_interval, run
-from .function_models import Model, convolutional_tanh, dense_tanh
+from .certificates import certified_interval, run
+from .function_models import UnitModel, convolutional_tanh, dense_tanh
 from .function_space import FunctionSpace
 from .function_structures import resolve_structure
 
@@ -123,7 +123,7 @@ class Surroundings:
         """The problem of a cell."""
         return FunctionSpace(self._model(key), self.memory_bytes)
 
-    def _model(self, key: CellKey) -> Model:
+    def _model(self, key: CellKey) -> UnitModel:
         generator = Setting(seed=key.seed).generator(11)
         if MAPPED[key.blocks][0] == "dense":
             return dense_tanh(_SAMPLES, 8, key.width, generator, self.device)
@@ -159,10 +159,6 @@ def measure_cell(key: CellKey, surroundings: Surroundings) -> Cell:
     except NumericalError:
         nan = math.nan
         return Cell(key, False, 0.0, nan, nan, nan, nan, nan, nan, time.perf_counter() - start)
-    return _cell(key, done, time.perf_counter() - start)
-
-
-def _cell(key: CellKey, done: Run, seconds: float) -> Cell:
     records = done.records
     return Cell(
         key,
@@ -174,7 +170,7 @@ def _cell(key: CellKey, done: Run, seconds: float) -> Cell:
         min(entry.kappa_min for entry in records),
         max(entry.kappa_max for entry in records),
         max(entry.stability for entry in records),
-        seconds,
+        time.perf_counter() - start,
     )
 
 

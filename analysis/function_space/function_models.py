@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from ...errors import ArgumentError, require_positive_integer
 
-__all__ = ["LinearModel", "Model", "TwoLayerTanh", "convolutional_tanh", "dense_tanh"]
+__all__ = ["LinearModel", "TwoLayerTanh", "UnitModel", "convolutional_tanh", "dense_tanh"]
 
 
-class Model(Protocol):
+class UnitModel(Protocol):
     """A model u(theta) in R^n with loss |u - y|^2 / (2 n), linear or not, written as a sum over units.
 
     Attributes:

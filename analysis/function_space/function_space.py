@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError, NumericalError, require_positive_integer
-from .function_models import Model
+from .function_models import UnitModel
 
 __all__ = ["FunctionSpace", "cholesky", "spectrum"]
 
@@ -58,7 +58,7 @@ class FunctionSpace:
         ArgumentError: if not even one unit fits; the message says how much it takes.
     """
 
-    model: Model
+    model: UnitModel
     memory_bytes: int = 2**24
 
     def __post_init__(self) -> None:

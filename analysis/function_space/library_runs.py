@@ -22,7 +22,7 @@ from ...preconditioners.structures.dense import Dense
 from ...preconditioners.structures.kronecker import Kronecker
 from ...preconditioners.structures.mini_block import MiniBlock
 from ...preconditioners.structures.partitions import Kernel, PerOutput
-from .function_models import LinearModel, Model, TwoLayerTanh
+from .function_models import LinearModel, TwoLayerTanh, UnitModel
 
 __all__ = [
     "LIBRARY_STRUCTURES",
@@ -65,7 +65,7 @@ class AsModule(nn.Module):
         ArgumentError: for another kind of model.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: UnitModel) -> None:
         super().__init__()
         like = model.targets
         if isinstance(model, LinearModel):
@@ -101,7 +101,7 @@ class AsModule(nn.Module):
         return torch.stack([layer(inputs[:, index]) for index, layer in enumerate(self.layers)]).sum(0)
 
 
-def full_batch_method(structure: str, model: Model) -> Method:
+def full_batch_method(structure: str, model: UnitModel) -> Method:
     """The library's method without momentum and averages, with the exact Gauss-Newton matrix.
 
     Args:
@@ -155,7 +155,7 @@ def train(module: nn.Module, inputs: Tensor, targets: Tensor, optimizer: SecondO
     return residuals
 
 
-def library_residuals(model: Model, structure: str, damping: float, eta: float, steps: int) -> list[Tensor]:
+def library_residuals(model: UnitModel, structure: str, damping: float, eta: float, steps: int) -> list[Tensor]:
     """e_0, ..., e_steps of the library's own optimizer on a function-space problem.
 
     Args:

@@ -7,8 +7,8 @@ and B the inverse of H:
     U2   |B+| <= |B| + b, hence the smallest eigenvalue of H+ is at least 1 / (|B| + b)
     U3   |H+| <= (sqrt(M) + sqrt(a / c))^2 + 1 / c
 
-A damping of pairs *promises* a, b and c from H alone (D2-D4, U4); for a rule that promises none, or not all, the
-missing ones are measured in the pair, and what is checked is the update, not the rule.
+A damping of pairs *promises* a, b and c from H alone, in its ``bounds``; for a rule that promises none, or not all,
+the missing ones are measured in the pair, and what is checked is the update, not the rule.
 """
 
 from __future__ import annotations
@@ -22,47 +22,18 @@ from torch import Tensor
 
 from ...curvature.declarations import FactorDeclarations, PairDampingDeclarations, declared
 from ...preconditioners.factors.lbfgs import LBFGS, LBFGSState
-from ...preconditioners.pairs.damping import DoubleDamping, MergedDoubleDamping, PairDamping, PowellH, PowellThenLM
+from ...preconditioners.pairs.damping import PairBounds
 from ...preconditioners.pairs.skipping import TwoSidedCurvatureTest
+from ..quality.spectra import relative_to
 from ..theorem import Inequality
 from .monitors import Moment
 from .readings import Reading
 from .updates import Update
 
-__all__ = ["EigenvalueBounds", "PairConstants", "limited_memory_bounds", "promised"]
+__all__ = ["EigenvalueBounds", "store_bounds"]
 
 
-@dataclass(frozen=True)
-class PairConstants:
-    """Constants of one pair: y'Hy <= a s'y, |y|^2 <= b s'y, s'y >= c |s|^2. ``None``: not promised."""
-
-    a: float | None = None
-    b: float | None = None
-    c: float | None = None
-
-
-def promised(rule: PairDamping | None, damping: float, low: float, high: float) -> PairConstants:
-    """What a damping of pairs promises of every pair (PAPERS 1.4: D2-D4, their LM analogues, and those of merged DD).
-
-    Args:
-        rule: of the factor.
-        damping: mu2.
-        low: smallest eigenvalue of H, > 0.
-        high: its largest.
-    """
-    if isinstance(rule, DoubleDamping):
-        return PairConstants(max(1.0 / rule.mu1, high), max(1.0, 1.0 / (rule.mu1 * low)), damping)
-    if isinstance(rule, PowellThenLM):
-        return PairConstants(1.0 / rule.mu1 + damping * high, 1.0 / (rule.mu1 * low) + damping, damping)
-    if isinstance(rule, PowellH):
-        return PairConstants(1.0 / rule.mu1, 1.0 / (rule.mu1 * low), None)
-    if isinstance(rule, MergedDoubleDamping):
-        large = max(1.0, high)
-        return PairConstants(large / rule.mu1, max(1.0, 1.0 / low) / rule.mu1, rule.mu1 / large)
-    return PairConstants()
-
-
-def limited_memory_bounds(state: LBFGSState, initial: float, floor: float | None, mu3: float | None) -> Tensor:
+def store_bounds(state: LBFGSState, initial: float, floor: float | None, mu3: float | None) -> Tensor:
     """Lower and upper bound for the eigenvalues of L-BFGS(p) with initial matrix gamma I, (2,), float64.
 
     With p stored pairs, s'y >= mu2 |s|^2 and |y|^2 <= s'y / mu3 the bounds are uniform, c = 1 / (mu2 mu3):
@@ -95,7 +66,7 @@ def limited_memory_bounds(state: LBFGSState, initial: float, floor: float | None
 class EigenvalueBounds:
     """Smallest and largest eigenvalue of every quasi-Newton H after a step, each beside its bound.
 
-    BFGS: U1-U3 of the module's docstring. L-BFGS(p): :func:`limited_memory_bounds`. Hessian action: with
+    BFGS: U1-U3 of the module's docstring. L-BFGS(p): :func:`store_bounds`. Hessian action: with
     E = L'HL, A + damping I = LL', the update interlaces, min(1, lowest E) <= lambda(E+) <= max(1, highest E).
 
     Cost: two symmetric eigenvalue problems per matrix and examined step; see ``every`` of
@@ -107,13 +78,10 @@ class EigenvalueBounds:
     def examine(self, moment: Moment) -> Iterator[Reading]:
         """Two or three readings per matrix."""
         for update in moment.updates:
-            find = _interlacing if update.second_moment is not None else _limited if _is_limited(update) else _dense
+            limited = isinstance(update.factor, LBFGS)
+            find = _interlacing if update.second_moment is not None else _limited if limited else _dense
             for entry in find(update):
                 yield Reading(moment.report.step, type(self).__name__, update.place, entry)
-
-
-def _is_limited(update: Update) -> bool:
-    return isinstance(update.factor, LBFGS)
 
 
 def _dense(update: Update) -> Iterator[Inequality]:
@@ -125,19 +93,21 @@ def _dense(update: Update) -> Iterator[Inequality]:
         return
     rounding = 64.0 * update.epsilon * max(high, float(new[-1]))
     if not update.accepted:
-        yield _above("lambda_min(H)", new[0], low, rounding)
-        yield _below("lambda_max(H)", new[-1], high, rounding)
+        yield from _within("H", new, low, high, rounding)
         return
     a, b, c = _constants(update, low, high)
-    yield _above("lambda_min(H)", new[0], 1.0 / (1.0 / low + b), rounding)
-    yield _below("lambda_max(H)", new[-1], (high**0.5 + (a / c) ** 0.5) ** 2 + 1.0 / c, rounding)
-    relative = _relative(torch.linalg.cholesky(update.before), update.after)
-    yield _above("lambda_min(H^-1 H+)", relative[0], 1.0 / (1.0 + a), rounding / low)
+    grown = (high**0.5 + (a / c) ** 0.5) ** 2 + 1.0 / c
+    yield from _within("H", new, 1.0 / (1.0 / low + b), grown, rounding)
+    relative = _spectrum(relative_to(update.after, update.before))
+    yield _bounded("lambda_min(H^-1 H+)", relative[0], ">=", 1.0 / (1.0 + a), rounding / low)
 
 
 def _constants(update: Update, low: float, high: float) -> tuple[float, float, float]:
     """a, b, c of one pair: as promised, else as measured (up to rounding, so that U1-U3 are not tight by design)."""
-    rule = promised(declared(update.factor, FactorDeclarations).pairs, update.damping, low, high)
+    rule = declared(update.factor, FactorDeclarations).pairs
+    promise = declared(rule, PairDampingDeclarations).bounds
+    ends = torch.tensor([low, high], dtype=torch.float64)
+    known = PairBounds() if promise is None else promise(update.damping, *ends)
     step, change = update.step, update.change
     curvature = torch.dot(step, change)
     measured = (
@@ -145,9 +115,8 @@ def _constants(update: Update, low: float, high: float) -> tuple[float, float, f
         float(torch.dot(change, change) / curvature),
         float(curvature / torch.dot(step, step)),
     )
-    a, b, c = (
-        found if given is None else given for given, found in zip((rule.a, rule.b, rule.c), measured, strict=True)
-    )
+    promised = (known.weighted, known.growth, known.floor)
+    a, b, c = (found if given is None else float(given) for given, found in zip(promised, measured, strict=True))
     return a, b, c
 
 
@@ -157,10 +126,9 @@ def _limited(update: Update) -> Iterator[Inequality]:
     promise = declared(factor.pairs, PairDampingDeclarations).curvature_floor
     floor = None if promise is None else float(promise(update.damping))
     mu3 = factor.skip.mu3 if isinstance(factor.skip, TwoSidedCurvatureTest) else None
-    low, high = limited_memory_bounds(update.state, factor.initial, floor, mu3).tolist()
+    low, high = store_bounds(update.state, factor.initial, floor, mu3).tolist()
     rounding = 64.0 * update.epsilon * float(new[-1])
-    yield _above("lambda_min(H)", new[0], low, rounding)
-    yield _below("lambda_max(H)", new[-1], high, rounding)
+    yield from _within("H", new, low, high, rounding)
 
 
 def _interlacing(update: Update) -> Iterator[Inequality]:
@@ -174,12 +142,10 @@ def _interlacing(update: Update) -> Iterator[Inequality]:
         * float(torch.linalg.matrix_norm(update.second_moment))
         * float(torch.linalg.matrix_norm(update.before))
     )
-    if not update.accepted:
-        yield _above("lambda_min(E)", new[0], float(old[0]), rounding)
-        yield _below("lambda_max(E)", new[-1], float(old[-1]), rounding)
-        return
-    yield _above("lambda_min(E)", new[0], min(1.0, float(old[0])), rounding)
-    yield _below("lambda_max(E)", new[-1], max(1.0, float(old[-1])), rounding)
+    low, high = float(old[0]), float(old[-1])
+    if update.accepted:
+        low, high = min(1.0, low), max(1.0, high)
+    yield from _within("E", new, low, high, rounding)
 
 
 def _spectrum(matrix: Tensor) -> Tensor:
@@ -189,22 +155,12 @@ def _spectrum(matrix: Tensor) -> Tensor:
     return result
 
 
-def _relative(factor: Tensor, matrix: Tensor) -> Tensor:
-    """Eigenvalues of L^-1 matrix L^-T."""
-    half = torch.linalg.solve_triangular(factor, matrix, upper=False)
-    return _spectrum(torch.linalg.solve_triangular(factor, half.T, upper=False))
+def _within(name: str, spectrum: Tensor, low: float, high: float, rounding: float) -> Iterator[Inequality]:
+    """Both ends of a spectrum, each beside its bound."""
+    yield _bounded(f"lambda_min({name})", spectrum[0], ">=", low, rounding)
+    yield _bounded(f"lambda_max({name})", spectrum[-1], "<=", high, rounding)
 
 
-def _above(name: str, measured: Tensor, bound: float, rounding: float) -> Inequality:
-    return _with_rounding(name, measured, bound, ">=", rounding)
-
-
-def _below(name: str, measured: Tensor, bound: float, rounding: float) -> Inequality:
-    return _with_rounding(name, measured, bound, "<=", rounding)
-
-
-def _with_rounding(
-    name: str, measured: Tensor, bound: float, direction: Literal["<=", ">="], rounding: float
-) -> Inequality:
+def _bounded(name: str, measured: Tensor, direction: Literal["<=", ">="], bound: float, rounding: float) -> Inequality:
     tolerance = 1e-9 + (rounding / abs(bound) if bound else rounding)
     return Inequality(name, float(measured), bound, direction, tolerance=tolerance)

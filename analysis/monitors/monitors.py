@@ -7,7 +7,8 @@ theorems and which are rules of thumb is said in each docstring.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -39,14 +40,11 @@ class Moment:
     blocks: tuple[Block, ...]
     origin: Mapping[str, tuple[Tensor, ...]]
     find_updates: Callable[[], list[Update]]
-    _found: list[list[Update]] = field(default_factory=list)
 
-    @property
+    @cached_property
     def updates(self) -> list[Update]:
         """Every quasi-Newton update of the step."""
-        if not self._found:
-            self._found.append(self.find_updates())
-        return self._found[0]
+        return self.find_updates()
 
     def moves(self, block: Block) -> list[Tensor]:
         """How far the parameters of a block went, whatever took them there."""

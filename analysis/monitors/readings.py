@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -12,7 +12,7 @@ from typing import Any, Protocol, TextIO
 from ...errors import ArgumentError, NumericalError
 from ..theorem import Inequality
 
-__all__ = ["Finding", "JsonLines", "Memory", "Reading", "Sink", "TensorBoard", "WatchCertificate", "findings"]
+__all__ = ["Finding", "JsonLines", "Memory", "Reading", "Sink", "TensorBoard", "WatchCertificate", "gather"]
 
 
 @dataclass(frozen=True)
@@ -194,13 +194,10 @@ class Finding:
         )
 
 
-def findings(readings: Sequence[Reading]) -> dict[tuple[str, str], Finding]:
-    """Readings added up by monitor and claim."""
-    found: dict[tuple[str, str], Finding] = {}
-    for reading in readings:
-        key = (reading.monitor, reading.inequality.name)
-        found.setdefault(key, Finding(*key, worst=reading)).take(reading)
-    return found
+def gather(found: dict[tuple[str, str], Finding], reading: Reading) -> None:
+    """Add a reading to what its monitor and claim have found."""
+    key = (reading.monitor, reading.inequality.name)
+    found.setdefault(key, Finding(*key, worst=reading)).take(reading)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ...preconditioners.factors.factor import Side
 from ...preconditioners.factors.lbfgs import LBFGS
 from ...preconditioners.linalg import add_to_diagonal
 from ...preconditioners.operations import compute_many
+from ...preconditioners.pairs.pipeline import damped_pairs
 from ...preconditioners.structures.kronecker import Kronecker
 
 __all__ = ["Update", "remembered", "updates_of"]
@@ -86,53 +87,59 @@ def updates_of(blocks: Sequence[Block], before: Mapping[str, Any], trace: StepTr
         if block.key not in before or block.layer.name not in trace.statistics:
             continue
         for side, factor in _factors(block):
-            states = getattr(before[block.key], side), getattr(block.state, side)
+            old, new = getattr(before[block.key], side), getattr(block.state, side)
             damping = getattr(trace.sides[block.key], side)
-            make = _action if isinstance(factor, HessianActionBFGS) else _secant
-            found.append(make(block, side, factor, states, damping, trace))
+            find = _action if isinstance(factor, HessianActionBFGS) else _secant
+            step, change, accepted, second_moment = find(block, factor, old, new, damping, trace)
+            matrix = factor.to_dense(old, damping)
+            found.append(
+                Update(
+                    layer=block.layer.name,
+                    side=side,
+                    factor=factor,
+                    state=new,
+                    damping=damping,
+                    before=matrix.double(),
+                    after=factor.to_dense(new, damping).double().clone(),
+                    step=step.double(),
+                    change=change.double(),
+                    accepted=accepted,
+                    second_moment=second_moment,
+                    epsilon=torch.finfo(matrix.dtype).eps,
+                )
+            )
     return found
 
 
 def _factors(block: Block) -> Iterator[tuple[Side, Any]]:
-    part = block.part
-    if isinstance(part, Kronecker):
-        if isinstance(part.inputs, _FACTORS):
-            yield "inputs", part.inputs
-        if isinstance(part.outputs, _FACTORS):
-            yield "outputs", part.outputs
+    if isinstance(block.part, Kronecker):
+        sides: tuple[tuple[Side, Any], ...] = (("inputs", block.part.inputs), ("outputs", block.part.outputs))
+        yield from ((side, factor) for side, factor in sides if isinstance(factor, _FACTORS))
 
 
-def _secant(block: Block, side: Side, factor: Any, states: tuple[Any, Any], damping: float, trace: StepTrace) -> Update:
-    """Damp the averaged pair again, with H from before the step."""
-    old, new = states
-    matrix = factor.to_dense(old, damping)
-    average = new.pair
-    product = factor.left(old, average.change.unsqueeze(1)).squeeze(1)
-    pair = factor.pairs.damp(average.step, average.change, product, damping)
-    taken = not (torch.equal(old.pair.step, average.step) and torch.equal(old.pair.change, average.change))
-    reference = trace.statistics[block.layer.name].mean_gradient
+_Found = tuple[Tensor, Tensor, bool, Tensor | None]
+"""s, y, whether the pair was used, and A + damping I where there is one."""
+
+
+def _secant(block: Block, factor: Any, old: Any, new: Any, damping: float, trace: StepTrace) -> _Found:
+    """Damp and test the averaged pair again, with H from before the step."""
+    average, reference = new.pair, trace.statistics[block.layer.name].mean_gradient
     assert reference is not None
-    accepted = taken and bool(factor.skip.accepts(pair.step, pair.change, reference))
-    after = factor.to_dense(new, damping)
-    return Update(
-        block.layer.name,
-        side,
-        factor,
-        new,
+    taken = not (torch.equal(old.pair.step, average.step) and torch.equal(old.pair.change, average.change))
+    pair, accepted, _ = damped_pairs(
+        torch.stack([average.step, average.change]).unsqueeze(1),
+        torch.tensor([taken], device=reference.device),
+        reference.unsqueeze(0),
+        lambda rows: factor.left(old, rows.T).T,
+        factor.pairs,
+        factor.skip,
         damping,
-        matrix.double(),
-        after.double(),
-        pair.step.double(),
-        pair.change.double(),
-        accepted,
-        None,
-        torch.finfo(matrix.dtype).eps,
     )
+    return pair.step[0], pair.change[0], bool(accepted), None
 
 
-def _action(block: Block, side: Side, factor: Any, states: tuple[Any, Any], damping: float, trace: StepTrace) -> Update:
+def _action(block: Block, factor: Any, old: Any, new: Any, damping: float, trace: StepTrace) -> _Found:
     """The Hessian action s = H v, y = (A + damping I) s with the mean input v."""
-    old, new = states
     if block.inverses_due(trace.report.step):  # H was replaced by the damped inverse of A within this step
         (request,) = block.part.matrices(block.state, trace.sides[block.key])[:1]
         factor.install(old, compute_many([request]))
@@ -140,17 +147,4 @@ def _action(block: Block, side: Side, factor: Any, states: tuple[Any, Any], damp
     step = old.inverse @ mean
     change = torch.addmv(damping * step, new.second_moment, step)
     second_moment = add_to_diagonal(new.second_moment.double(), damping)
-    return Update(
-        block.layer.name,
-        side,
-        factor,
-        new,
-        damping,
-        old.inverse.double(),
-        new.inverse.double().clone(),
-        step.double(),
-        change.double(),
-        bool(factor.skip.accepts(step, change, mean)),
-        second_moment,
-        torch.finfo(mean.dtype).eps,
-    )
+    return step, change, bool(factor.skip.accepts(step, change, mean)), second_moment

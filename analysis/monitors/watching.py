@@ -13,7 +13,7 @@ from ...framework.optimizer.observers import StepTrace
 from ...framework.optimizer.second_order import SecondOrder
 from .eigenvalue_monitor import EigenvalueBounds
 from .monitors import Descent, Moment, Monitor, PairCurvature, RelativeStep, SecantEquation, StepSizeCurvature
-from .readings import Finding, Sink, WatchCertificate
+from .readings import Finding, Sink, WatchCertificate, gather
 from .updates import remembered, updates_of
 
 __all__ = ["Watch", "default_monitors", "watch"]
@@ -99,10 +99,7 @@ class Watch:
         moment = Moment(trace.report, tuple(blocks), self._origin, lambda: updates_of(blocks, states, trace))
         for monitor in self.monitors:
             for reading in monitor.examine(moment):
-                key = (reading.monitor, reading.inequality.name)
-                if key not in self._found:
-                    self._found[key] = Finding(*key, worst=reading)
-                self._found[key].take(reading)
+                gather(self._found, reading)
                 for sink in self.sinks:
                     sink.write(reading)
         self._states, self._origin = None, {}

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -25,8 +26,8 @@ from ...preconditioners.damping.split import SideDamping
 from ...preconditioners.operations import compute_many
 from ...preconditioners.structures.identity import Identity
 from ...preconditioners.structures.kronecker import Kronecker
-from .exact_blocks import Probe, Target, block_gradient, exact_block, flat_direction, in_double
-from .spectra import SymmetricOperator, conjugate_gradients, signs
+from .exact_blocks import Probe, Target, block_gradient, exact_block, flat_direction, flat_map, in_double
+from .spectra import SymmetricOperator, conjugate_gradients, cosine, signs
 
 __all__ = ["BlockQuality", "Effort", "ExactBlock", "measure_approximation"]
 
@@ -53,6 +54,12 @@ class Effort:
     def __post_init__(self) -> None:
         require_positive_integer("dense", self.dense)
         require_positive_integer("probes", self.probes)
+
+    def extremes(
+        self, operator: SymmetricOperator, metric: tuple[SymmetricOperator, SymmetricOperator] | None = None
+    ) -> tuple[float, float]:
+        """Smallest and largest eigenvalue, as :meth:`SymmetricOperator.extremes`."""
+        return operator.extremes(metric, self.tolerance, self.restarts, self.dense)
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,10 @@ def measure_approximation(
         sides = twin.sides(block)
         if sum(parameter.numel() for parameter in block.parameters) > (effort.largest or math.inf):
             continue
-        _refresh(block, sides)
+        if block.part.schedule.inverses is not None:  # quasi-Newton matrices are inverted once, at the start
+            requests = block.part.matrices(block.state, sides)
+            if requests:
+                block.part.install(block.state, compute_many(requests))
         for target in targets:
             key = (block.layer.name, block.names, target)
             if key not in memory:
@@ -166,7 +176,7 @@ def _exact(twin: SecondOrder, block: Block, probe: Probe, target: Target, effort
     matrix = exact_block(twin, block, probe, target)
     if matrix.size <= effort.dense:
         matrix = _of_matrix(matrix.dense())
-    return ExactBlock(matrix, *_extremes(matrix, effort), block_gradient(twin, block, probe))
+    return ExactBlock(matrix, *effort.extremes(matrix), block_gradient(twin, block, probe))
 
 
 def _measure(
@@ -179,8 +189,8 @@ def _measure(
     start = BlockQuality(
         block.key, describe(block.part), target, matrix.size, "dense" if dense else "products", shift, lowest, highest
     )
-    truth, numbers = matrix.shifted(shift), asdict(start)
-    numbers |= _directions(block, truth, exact.gradient, lowest + shift, effort)
+    truth = matrix.shifted(shift)
+    numbers: dict[str, Any] = _directions(block, truth, exact.gradient, lowest + shift, effort)
     definite = lowest + shift > 0.0
     if definite:
         numbers["condition_before"] = (highest + shift) / (lowest + shift)
@@ -188,34 +198,13 @@ def _measure(
     if structure is not None:
         numbers |= _errors(structure[0], truth, max(abs(lowest + shift), abs(highest + shift)), effort)
         if definite:
-            low, high = _extremes(truth, effort, structure)
+            low, high = effort.extremes(truth, structure)
             numbers["condition_after"] = high / low if low > 0.0 else math.inf
-    return BlockQuality(**numbers)
-
-
-def _refresh(block: Block, sides: SideDamping) -> None:
-    """Not for quasi-Newton matrices: they are inverted once, at the start."""
-    requests = block.part.matrices(block.state, sides) if block.part.schedule.inverses is not None else ()
-    if requests:
-        block.part.install(block.state, compute_many(requests))
+    return replace(start, **numbers)
 
 
 def _of_matrix(matrix: Tensor) -> SymmetricOperator:
     return SymmetricOperator(matrix.shape[0], lambda v: matrix @ v, matrix.device, lambda rows: rows @ matrix)
-
-
-def _extremes(
-    operator: SymmetricOperator, effort: Effort, metric: tuple[SymmetricOperator, SymmetricOperator] | None = None
-) -> tuple[float, float]:
-    if operator.size > effort.dense:
-        return operator.extremes(metric, effort.tolerance, effort.restarts)
-    matrix = operator.dense()
-    if metric is not None:
-        factor = torch.linalg.cholesky(metric[0].dense())
-        half = torch.linalg.solve_triangular(factor, matrix, upper=False)
-        matrix = torch.linalg.solve_triangular(factor, half.T, upper=False)
-    values = torch.linalg.eigvalsh(0.5 * (matrix + matrix.T))
-    return float(values[0]), float(values[-1])
 
 
 def _structure(
@@ -233,17 +222,11 @@ def _structure(
 
 
 def _own_matrix(block: Block, sides: SideDamping) -> Tensor:
-    """(size, size) C of the block itself. An identity is made in that size: its layer may be far too large for one."""
-    if isinstance(block.part, Identity):
-        like = block.parameters[0]
-        size = sum(parameter.numel() for parameter in block.parameters)
+    """(size, size) C of the block itself, out of that of its layer where the structure serves only some parameters."""
+    like, size = block.parameters[0], sum(parameter.numel() for parameter in block.parameters)
+    if isinstance(block.part, Identity):  # made in its own size: the layer may be far too large for one
         return torch.eye(size, dtype=torch.float64, device=like.device)
-    return _own_entries(block, block.part.to_dense(block.state, block.layer, sides).double())
-
-
-def _own_entries(block: Block, matrix: Tensor) -> Tensor:
-    """The block's own part of a matrix over the whole layer, where the structure serves only some parameters."""
-    size = sum(parameter.numel() for parameter in block.parameters)
+    matrix = block.part.to_dense(block.state, block.layer, sides).double()
     if matrix.shape[0] == size:
         return matrix
     marks = [torch.full((p.numel(),), name in block.names) for name, p in block.layer.parameters.items()]
@@ -264,15 +247,7 @@ def _product(block: Block, sides: SideDamping, inverse: SymmetricOperator, effor
     state: Any = block.state
     outer = _inverted(part.outputs.left(state.outputs, _eye(rows, inverse)))
     inner = _inverted(part.inputs.right(state.inputs, _eye(columns, inverse)))
-
-    def product(vector: Tensor) -> Tensor:
-        storage = tuple(torch.zeros_like(value) for value in block.storage)
-        views = block.parameter_views(storage)
-        for view, piece in zip(views, vector.split([view.numel() for view in views]), strict=True):
-            view.copy_(piece.reshape(view.shape))
-        result = block.parameter_views((outer @ storage[0] @ inner,))
-        return torch.cat([value.reshape(-1) for value in result])
-
+    product = partial(flat_map, block, lambda storage: (outer @ storage[0] @ inner,))
     return SymmetricOperator(inverse.size, product, inverse.device)
 
 
@@ -319,9 +294,4 @@ def _directions(
         except OsculateError:
             return {}
     own = flat_direction(block, gradient)
-    return {"cosine": _cosine(own, exact), "cosine_gradient": _cosine(gradient, exact)}
-
-
-def _cosine(left: Tensor, right: Tensor) -> float:
-    lengths = torch.linalg.vector_norm(left) * torch.linalg.vector_norm(right)
-    return float(torch.dot(left, right) / lengths) if float(lengths) > 0.0 else math.nan
+    return {"cosine": cosine(own, exact), "cosine_gradient": cosine(gradient, exact)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 
 from ...curvature.likelihoods import Likelihood, resolve_likelihood
+from ...curvature.records.statistics import Tensors
 from ...errors import ArgumentError
 from ...framework.optimizer.blocks import Block
 from ...framework.optimizer.second_order import SecondOrder
 from ...preconditioners.state import State
 from .spectra import SymmetricOperator
 
-__all__ = ["Probe", "Target", "block_gradient", "exact_block", "flat_direction", "in_double"]
+__all__ = ["Probe", "Target", "block_gradient", "exact_block", "flat_direction", "flat_map", "in_double"]
 
 Target = Literal["ggn", "hessian"]
 
@@ -100,18 +102,23 @@ def exact_block(twin: SecondOrder, block: Block, probe: Probe, target: Target) -
 def block_gradient(twin: SecondOrder, block: Block, probe: Probe) -> Tensor:
     """Gradient of the probe's loss over one block's parameters, flat; arguments as :func:`exact_block`."""
     point = _point(twin.model, block)
-    slope = grad(lambda values: probe.loss(functional_call(twin.model, values, (probe.inputs,)), probe.targets))
-    return torch.cat([value.detach().flatten() for value in slope(point).values()])
+    slope = _slope(twin.model, probe)(point)
+    return torch.cat([value.detach().flatten() for value in slope.values()])
+
+
+def flat_direction(block: Block, vector: Tensor) -> Tensor:
+    """The block's structure applied to a flat vector over its parameters (weight row by row, then bias)."""
+    return flat_map(block, partial(block.part.precondition, block.state), vector)
 
 
 @torch.no_grad()
-def flat_direction(block: Block, vector: Tensor) -> Tensor:
-    """The block's structure applied to a flat vector over its parameters (weight row by row, then bias)."""
+def flat_map(block: Block, product: Callable[[Tensors], Tensors], vector: Tensor) -> Tensor:
+    """A product in the layout of the block's storage, applied to a flat vector over its parameters."""
     storage = tuple(torch.zeros_like(value) for value in block.storage)
     views = block.parameter_views(storage)
     for view, piece in zip(views, vector.split([view.numel() for view in views]), strict=True):
         view.copy_(piece.reshape(view.shape))
-    result = block.parameter_views(block.part.precondition(block.state, storage))
+    result = block.parameter_views(product(storage))
     return torch.cat([value.reshape(-1) for value in result])
 
 
@@ -123,15 +130,14 @@ def _point(model: nn.Module, block: Block) -> Named:
     return {names[id(parameter)]: parameter.detach() for parameter in block.parameters}
 
 
+def _slope(model: nn.Module, probe: Probe) -> Callable[[Named], Named]:
+    """Gradient of the probe's loss as a function of some parameters."""
+    return grad(lambda values: probe.loss(functional_call(model, values, (probe.inputs,)), probe.targets))
+
+
 def _hessian(model: nn.Module, point: Named, probe: Probe) -> Callable[[Named], Named]:
-    slope = grad(lambda values: probe.loss(functional_call(model, values, (probe.inputs,)), probe.targets))
-    pull = vjp(slope, point)[1]  # the Hessian is symmetric: its transpose will do
-
-    def product(vector: Named) -> Named:
-        (result,) = pull(vector)
-        return dict(result)
-
-    return product
+    pull = vjp(_slope(model, probe), point)[1]  # the Hessian is symmetric: its transpose will do
+    return lambda vector: dict(pull(vector)[0])
 
 
 def _ggn(model: nn.Module, point: Named, probe: Probe) -> Callable[[Named], Named]:
@@ -143,11 +149,4 @@ def _ggn(model: nn.Module, point: Named, probe: Probe) -> Callable[[Named], Name
     labels = likelihood.sample(output.detach(), torch.Generator(device=output.device).manual_seed(0))
     slope = grad(lambda value: likelihood.negative_log_likelihood(value, labels) / len(output))
     bend = vjp(slope, output.detach())[1]
-
-    def product(vector: Named) -> Named:
-        (moved,) = push(vector)
-        (bent,) = bend(moved)
-        (result,) = pull(bent)
-        return dict(result)
-
-    return product
+    return lambda vector: dict(pull(*bend(*push(vector)))[0])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.func import functional_call, grad
 from ...errors import ArgumentError, NumericalError
 from ...framework.optimizer.second_order import SecondOrder
 from .exact_blocks import Probe
+from .spectra import cosine
 
 __all__ = ["MULTIPLES", "StepQuality", "compare_steps", "settle"]
 
@@ -186,13 +187,8 @@ def _with_angles(quality: StepQuality, moves: Mapping[str, Tensor]) -> StepQuali
     if quality.method not in moves:
         return quality
     own = moves[quality.method]
-    cosines = {name: _cosine(own, other) for name, other in moves.items()}
-    return StepQuality(**(asdict(quality) | {"cosines": cosines}))
-
-
-def _cosine(left: Tensor, right: Tensor) -> float:
-    lengths = float(torch.linalg.vector_norm(left) * torch.linalg.vector_norm(right))
-    return float(torch.dot(left, right)) / lengths if lengths else math.nan
+    cosines = {name: cosine(own, other) for name, other in moves.items()}
+    return replace(quality, cosines=cosines)
 
 
 def _require_same(optimizers: Mapping[str, SecondOrder]) -> None:

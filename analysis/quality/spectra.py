@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from ...errors import ArgumentError, require_positive_integer
 
-__all__ = ["Density", "SymmetricOperator", "conjugate_gradients", "lanczos", "spectral_density"]
+__all__ = [
+    "Density",
+    "SymmetricOperator",
+    "conjugate_gradients",
+    "cosine",
+    "lanczos",
+    "relative_to",
+    "signs",
+    "spectral_density",
+]
 
 _DENSE = 64
 """Up to this order eigenvalues come from the dense matrix: Lanczos iterations need room."""
@@ -76,7 +86,11 @@ class SymmetricOperator:
         return LinearOperator((self.size, self.size), matvec=product, dtype=np.float64)
 
     def extremes(
-        self, metric: Metric | None = None, tolerance: float = 1e-8, restarts: int = _RESTARTS
+        self,
+        metric: Metric | None = None,
+        tolerance: float = 1e-8,
+        restarts: int = _RESTARTS,
+        dense: int = _DENSE,
     ) -> tuple[float, float]:
         """Smallest and largest eigenvalue.
 
@@ -87,8 +101,9 @@ class SymmetricOperator:
             tolerance: accuracy relative to the value, > 0; to a thousandth of the largest one for values below that.
             restarts: of scipy's iteration, >= 0. Where they are used up the best Ritz value counts, which lies inside
                 the spectrum.
+            dense: up to this order, at least 64, eigenvalues come from the dense matrix.
         """
-        if self.size <= _DENSE:
+        if self.size <= max(dense, _DENSE):
             values = _dense_eigenvalues(self, metric)
             return float(values[0]), float(values[-1])
         start = torch.as_tensor(np.random.default_rng(0).standard_normal(self.size), device=self.device)
@@ -127,16 +142,27 @@ Metric = tuple[SymmetricOperator, SymmetricOperator]
 def _dense_eigenvalues(operator: SymmetricOperator, metric: Metric | None) -> Tensor:
     matrix = operator.dense()
     if metric is not None:
-        factor = torch.linalg.cholesky(metric[0].dense())
-        half = torch.linalg.solve_triangular(factor, matrix, upper=False)
-        matrix = torch.linalg.solve_triangular(factor, half.T, upper=False)
-        matrix = 0.5 * (matrix + matrix.T)
-    result: Tensor = torch.linalg.eigvalsh(matrix)
+        matrix = relative_to(matrix, metric[0].dense())
+    result: Tensor = torch.linalg.eigvalsh(0.5 * (matrix + matrix.T))
     return result
 
 
+def relative_to(matrix: Tensor, metric: Tensor) -> Tensor:
+    """(..., d, d) L^-1 M L^-T for a positive definite C = L L': symmetric, with the eigenvalues of C^-1 M."""
+    factor = torch.linalg.cholesky(metric)
+    half = torch.linalg.solve_triangular(factor, matrix, upper=False)
+    result: Tensor = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+    return result
+
+
+def cosine(left: Tensor, right: Tensor) -> float:
+    """Of the angle between two vectors; ``nan`` if one of them is zero."""
+    lengths = torch.linalg.vector_norm(left) * torch.linalg.vector_norm(right)
+    return float(torch.dot(left, right) / lengths) if float(lengths) > 0.0 else math.nan
+
+
 def signs(operator: SymmetricOperator, probes: int, generator: torch.Generator) -> list[Tensor]:
-    """Vectors of random signs that fit an operator."""
+    """Vectors z of random signs that fit an operator M: |M z|^2 is |M|_F^2 on average (Hutchinson's estimator)."""
     drawn = torch.randint(0, 2, (probes, operator.size), generator=generator)
     return list((2.0 * drawn.double() - 1.0).to(operator.device))
 
@@ -212,20 +238,17 @@ class Density:
         return float(self.weights[self.nodes < value].sum())
 
 
-def spectral_density(
-    operator: SymmetricOperator, *, probes: int = 8, steps: int = 60, generator: torch.Generator | None = None
-) -> Density:
+def spectral_density(operator: SymmetricOperator, *, probes: int = 8, steps: int = 60) -> Density:
     """Stochastic Lanczos quadrature of the distribution of eigenvalues (Ubaru, Chen, Saad, SIMAX 38 (2017), section 3).
 
     Args:
         operator: symmetric.
         probes: random start vectors, >= 1.
         steps: of Lanczos' iteration from each, >= 1: polynomials up to degree 2 steps - 1 are integrated exactly.
-        generator: draws the probes, on the CPU; ``None``: of seed 0.
     """
     require_positive_integer("probes", probes)
     require_positive_integer("steps", steps)
-    drawn = signs(operator, probes, generator or torch.Generator().manual_seed(0))
+    drawn = signs(operator, probes, torch.Generator().manual_seed(0))
     found = [lanczos(operator, start, steps) for start in drawn]
     return Density(torch.cat([nodes for nodes, _ in found]), torch.cat([weights for _, weights in found]) / probes)
 

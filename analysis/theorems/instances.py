@@ -29,7 +29,7 @@ __all__ = [
     "eigenvalues",
     "limited_memory",
     "network",
-    "observed",
+    "observed_pair",
     "updated_inverse",
 ]
 
@@ -99,7 +99,9 @@ def eigenvalues(matrices: Tensor) -> Tensor:
     return torch.where(finite[..., 0], found, torch.full_like(found, math.inf))
 
 
-def observed(step: Tensor, change: Tensor, reference: Tensor | None = None) -> tuple[LayerStatistics, LayerStatistics]:
+def observed_pair(
+    step: Tensor, change: Tensor, reference: Tensor | None = None
+) -> tuple[LayerStatistics, LayerStatistics]:
     """Statistics before and after a step of which a factor reads exactly the pair (s, y).
 
     Args:
@@ -119,7 +121,7 @@ def updated_inverse(factor: BFGS, inverse: Tensor, step: Tensor, change: Tensor,
     def update(inverse: Tensor, step: Tensor, change: Tensor) -> Tensor:
         zero = torch.zeros_like(step)
         state = BFGSState(inverse.clone(), AveragedPair(zero, zero.clone(), 0.0))
-        factor.observe_step(state, *observed(step, change), "outputs", damping)
+        factor.observe_step(state, *observed_pair(step, change), "outputs", damping)
         return state.inverse
 
     result: Tensor = each(update, inverse, step, change)
@@ -145,7 +147,7 @@ def limited_memory(
     def run(steps: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         state = _batched(factor.init(steps.shape[-1], steps), steps)
         for step, change in zip(steps, changes, strict=True):
-            factor.observe_step(state, *observed(step, change, reference), "outputs", damping)
+            factor.observe_step(state, *observed_pair(step, change, reference), "outputs", damping)
         return factor.to_dense(state, damping), state.steps, state.changes
 
     result: tuple[Tensor, Tensor, Tensor] = each(run, steps, changes)
@@ -171,14 +173,17 @@ def network(draws: Draws, *layers: nn.Module) -> nn.Sequential:
     return model
 
 
-def distribution(title: str, label: str, ratios: dict[str, Tensor], points: int = 200) -> Plot:
-    """Sorted values of several ratios against the share of instances below them; the claim is that all are >= 1."""
-    curves = [Curve(name, *_quantiles(values, points)) for name, values in ratios.items()]
+def distribution(title: str, label: str, ratios: dict[str, Tensor]) -> Plot:
+    """Sorted values of several ratios against the share of instances below them; the claim is that all are >= 1.
+
+    They are shown from a thousandth to a million.
+    """
+    curves = [Curve(name, *_quantiles(values.clamp(1e-3, 1e6))) for name, values in ratios.items()]
     limit = Curve("bound", [0.0, 1.0], [1.0, 1.0], "bound")
     return Plot(title, "share of instances", label, (*curves, limit), y_log=True)
 
 
-def _quantiles(values: Tensor, points: int) -> tuple[Sequence[float], Sequence[float]]:
+def _quantiles(values: Tensor) -> tuple[Sequence[float], Sequence[float]]:
     ordered = values.detach().flatten().cpu().sort().values
-    index = torch.linspace(0, len(ordered) - 1, min(points, len(ordered))).long()
+    index = torch.linspace(0, len(ordered) - 1, min(200, len(ordered))).long()
     return (index / max(1, len(ordered) - 1)).tolist(), ordered[index].tolist()

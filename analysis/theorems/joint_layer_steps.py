@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ...stepsize.protocol import StepSize
 from ...stepsize.signs import Clipped, Safeguarded, Unrestricted
 from ..theorem import Control, Curve, Evidence, Inequality, Plot, Setting, Theorem, worst
-from .layer_problems import STEPS, VANISHED, error_ratios, joint_rule, layerwise_rule, random_problems, run_rule
+from .layer_problems import (
+    STEPS,
+    VANISHED,
+    error_ratios,
+    exact_joint_rule,
+    exact_layerwise_rule,
+    random_problems,
+    run_rule,
+)
 
 __all__ = ["THEOREMS"]
 
@@ -29,7 +39,7 @@ def _excess(setting: Setting) -> float:
         start = -model.targets
         gradients = torch.einsum("nls,n->ls", model.features, start)
         basis = torch.linalg.qr(torch.einsum("nls,ls->nl", model.features, gradients)).Q
-        library = run_rule(model, joint_rule(Unrestricted()), 1.0, 1)[1]
+        library = run_rule(model, exact_joint_rule(Unrestricted()), 1.0, 1)[1]
         minimum = start.square().sum() - (basis.T @ start).square().sum()
         gaps.append(abs(float((library.square().sum() - minimum) / start.square().sum())))
     return max(gaps)
@@ -38,7 +48,7 @@ def _excess(setting: Setting) -> float:
 def _check_t18(setting: Setting) -> Evidence:
     entries = []
     for sign in (Unrestricted(), Safeguarded()):
-        ratios, bounds = _joint_rates(setting, joint_rule(sign))
+        ratios, bounds = _joint_rates(setting, exact_joint_rule(sign))
         name = type(sign).__name__
         entries.append(worst(f"{name}: |e+|^2 / |e|^2 <= 1", ratios, 1.0))
         entries.append(worst(f"{name}: |e+|^2 / |e|^2 <= 1 - kappa / L", ratios, bounds))
@@ -55,10 +65,10 @@ def _check_t18(setting: Setting) -> Evidence:
 def _joint_plot(setting: Setting) -> Plot:
     """Error over steps of the problem on which clipping does worst."""
     rules: dict[str, StepSize] = {
-        "joint, unrestricted": joint_rule(Unrestricted()),
-        "joint, safeguarded": joint_rule(Safeguarded()),
-        "joint, clipped": joint_rule(Clipped()),
-        "per layer, eta = 1": layerwise_rule(0.0),
+        "joint, unrestricted": exact_joint_rule(Unrestricted()),
+        "joint, safeguarded": exact_joint_rule(Safeguarded()),
+        "joint, clipped": exact_joint_rule(Clipped()),
+        "per layer, eta = 1": exact_layerwise_rule(0.0),
     }
     problems = random_problems(setting, 0.0, 1)
     hardest = max(
@@ -78,14 +88,8 @@ def _joint_plot(setting: Setting) -> Plot:
     return Plot("T18: joint layer steps on a linear model", "step", "|e|^2", tuple(curves), y_log=True)
 
 
-def _control_t18(setting: Setting) -> Evidence:
-    ratios, _ = _joint_rates(setting, layerwise_rule(0.0))
-    return Evidence((worst("per-layer steps, eta = 1: |e+|^2 / |e|^2 <= 1", ratios, 1.0),))
-
-
-def _control_clipped(setting: Setting) -> Evidence:
-    ratios, _ = _joint_rates(setting, joint_rule(Clipped()))
-    return Evidence((worst("joint steps clipped at zero: |e+|^2 / |e|^2 <= 1", ratios, 1.0),))
+def _control(setting: Setting, rule: StepSize, name: str) -> Evidence:
+    return Evidence((worst(f"{name}: |e+|^2 / |e|^2 <= 1", _joint_rates(setting, rule)[0], 1.0),))
 
 
 THEOREMS: tuple[Theorem, ...] = (
@@ -96,8 +100,13 @@ THEOREMS: tuple[Theorem, ...] = (
         r"\|e^+\|^2 = \min_\alpha \|e - \textstyle\sum_l \alpha_l J_l d_l\|^2 \le (1 - \kappa/L)\|e\|^2",
         "ours, docs/PAPERS.md section 7.2",
         _check_t18,
-        _control_t18,
+        partial(_control, rule=exact_layerwise_rule(0.0), name="per-layer steps, eta = 1"),
         "each layer by itself with eta = 1",
-        (Control("joint steps, negative ones clipped at zero (the default)", _control_clipped),),
+        (
+            Control(
+                "joint steps, negative ones clipped at zero (the default)",
+                partial(_control, rule=exact_joint_rule(Clipped()), name="joint steps clipped at zero"),
+            ),
+        ),
     ),
 )

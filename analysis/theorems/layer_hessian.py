@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...curvature.layers.discovery import discover_layers
 from ...curvature.products import GraphKeepingBackward, hessian_block
-from ..theorem import Evidence, Inequality, Setting, Theorem, agreement
+from ..theorem import Evidence, Inequality, Setting, Theorem, agreement, together
 from .instances import Draws, network
 from .measured import hessian
 
@@ -78,13 +78,7 @@ def _check(setting: Setting, samples: int = 1) -> Evidence:
                     agreement(f"layer Hessian, {name}", block.unsqueeze(0), dense.unsqueeze(0), 1e-12)
                     for block, dense in pairs
                 )
-    return Evidence(tuple(_together(entries) for entries in found.values()))
-
-
-def _together(entries: list[Inequality]) -> Inequality:
-    largest = max(entries, key=lambda entry: entry.measured)
-    count = sum(entry.instances for entry in entries)
-    return Inequality(largest.name, largest.measured, largest.bound, "<=", count, largest.tolerance)
+    return Evidence(tuple(together(entries) for entries in found.values()))
 
 
 THEOREMS = (

@@ -28,8 +28,8 @@ __all__ = [
     "VANISHED",
     "LinearProblem",
     "error_ratios",
-    "joint_rule",
-    "layerwise_rule",
+    "exact_joint_rule",
+    "exact_layerwise_rule",
     "random_problems",
     "rule_optimizer",
     "run_rule",
@@ -103,12 +103,12 @@ def random_problems(setting: Setting, damping: float, stream: int = 0) -> list[L
     return problems
 
 
-def layerwise_rule(damping: float) -> LayerwiseQuadratic:
+def exact_layerwise_rule(damping: float) -> LayerwiseQuadratic:
     """alpha_l = |g_l|^2 / (g_l' (C_l + lambda I) g_l), without averages; exact together with ``UnitResiduals``."""
     return LayerwiseQuadratic(SampledScores(), 1, 0.0, damping, Separate(), MomentumSlope(), 1.0)
 
 
-def joint_rule(sign: SignRule) -> JointLayerwise:
+def exact_joint_rule(sign: SignRule) -> JointLayerwise:
     """Joint steps without averages and ridges."""
     return JointLayerwise(SampledScores(), 1, 0.0, 0.0, 0.0, sign)
 

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 from ...framework.optimizer.second_order import SecondOrder
 from ..theorem import Curve, Evidence, Inequality, Plot, Setting, Theorem, worst
-from .layer_problems import STEPS, error_ratios, layerwise_rule, random_problems, rule_optimizer, run_rule
+from .layer_problems import STEPS, error_ratios, exact_layerwise_rule, random_problems, rule_optimizer, run_rule
 
 __all__ = ["THEOREMS", "deep_net", "layer_jacobians"]
 
@@ -28,7 +28,7 @@ def _linear_rates(setting: Setting, step: Callable[[int, float], float]) -> tupl
             for share in _T14_SHARES:
                 claimed = share / problem.layers
                 eta = step(problem.layers, share)
-                found = error_ratios(run_rule(problem.model, layerwise_rule(damping), eta, STEPS))
+                found = error_ratios(run_rule(problem.model, exact_layerwise_rule(damping), eta, STEPS))
                 ratios += found
                 bounds += [1.0 - claimed * (2.0 - share) * problem.kappa] * len(found)
     return ratios, bounds
@@ -39,7 +39,7 @@ def _library_gap(setting: Setting) -> float:
     gaps = []
     for problem in random_problems(setting, 0.1)[:6]:
         eta = 1.0 / problem.layers
-        library = run_rule(problem.model, layerwise_rule(0.1), eta, STEPS)
+        library = run_rule(problem.model, exact_layerwise_rule(0.1), eta, STEPS)
         pairs = zip(library, problem.reference(eta, STEPS), strict=True)
         gaps.append(max(float((a - b).norm() / problem.model.targets.norm()) for a, b in pairs))
     return max(gaps)
@@ -61,17 +61,15 @@ def _block_diagonals(setting: Setting) -> list[float]:
     return found
 
 
-def deep_net(setting: Setting, inputs: int = 4, width: int = 16) -> tuple[nn.Sequential, Tensor, Tensor]:
+def deep_net(setting: Setting) -> tuple[nn.Sequential, Tensor, Tensor]:
     """A three-layer tanh net, eight points and their targets, float64, drawn from the setting's seed."""
     generator = setting.generator(3100)
-    net = nn.Sequential(
-        nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
-    ).to(torch.float64)
+    net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)).to(torch.float64)
     with torch.no_grad():
         for parameter in net.parameters():
             scale = 1.0 / math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else 0.1
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    points = torch.randn(8, inputs, generator=generator, dtype=torch.float64)
+    points = torch.randn(8, 4, generator=generator, dtype=torch.float64)
     targets = torch.randn(8, generator=generator, dtype=torch.float64)
     return net.to(setting.device), points.to(setting.device), targets.to(setting.device)
 
@@ -93,7 +91,7 @@ def layer_jacobians(net: nn.Module, parameters: dict[str, Tensor], points: Tenso
 def _nonlinear_rates(setting: Setting, damping: float, share: float, steps: int) -> tuple[list[float], list[float]]:
     """|e+| / |e| and sqrt(1 - eta (2 - eta L) kappa) + sup |J(theta_s) - J(theta)| |theta+ - theta| / |e|."""
     net, points, targets = deep_net(setting)
-    optimizer = rule_optimizer(net, layerwise_rule(damping), share / 3)
+    optimizer = rule_optimizer(net, exact_layerwise_rule(damping), share / 3)
     before = [{name: value.detach().clone() for name, value in net.named_parameters()}]
     residuals = []
     for _ in range(steps):

@@ -18,12 +18,12 @@ _BLOCKS = PerOutputBlocks()
 _T10_DAMPING, _T10_MODELS, _T10_STEPS = 0.05, 6, 10
 
 
-def random_linear_model(setting: Setting, stream: int, targets: Tensor | None = None) -> LinearModel:
-    """Six points, ten blocks of four parameters, N(0, 1) features; targets N(0, 1) unless given."""
+def random_linear_model(setting: Setting, stream: int) -> LinearModel:
+    """Six points, ten blocks of four parameters, N(0, 1) features and targets."""
     generator = setting.generator(stream)
     features = torch.randn(6, 10, 4, generator=generator, dtype=torch.float64)
-    drawn = torch.randn(6, generator=generator, dtype=torch.float64)
-    return LinearModel(features.to(setting.device), (drawn if targets is None else targets).to(setting.device))
+    targets = torch.randn(6, generator=generator, dtype=torch.float64)
+    return LinearModel(features.to(setting.device), targets.to(setting.device))
 
 
 def _starts(model: LinearModel, kernel: Tensor, setting: Setting, stream: int) -> list[Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
-from ..function_space.certificates import Run, certified_interval, damping_grid, run
+from ..function_space.certificates import FunctionRun, certified_interval, damping_grid, run
 from ..function_space.function_models import dense_tanh
 from ..function_space.function_space import FunctionSpace, spectrum
 from ..function_space.function_structures import PerOutputBlocks
@@ -36,31 +37,25 @@ _CUT = 0.05
 """Where a logarithmic axis of contractions ends: growth has none."""
 
 
-def _sweep(setting: Setting, width: int) -> tuple[list[float], list[Run]]:
-    grid = damping_grid(*_T11_GRID)
-    space = wide_net(setting, width)
-    return grid, [run(space, _BLOCKS, damping, _ETA, _T11_STEPS) for damping in grid]
-
-
-def _interval(grid: Sequence[float], runs: Sequence[Run]) -> tuple[float, float]:
+def _interval(grid: Sequence[float], runs: Sequence[FunctionRun]) -> tuple[float, float]:
     return certified_interval(grid, [done.certified for done in runs])
 
 
-def _interval_plots(width: int, grid: list[float], runs: list[Run]) -> tuple[Plot, Plot]:
+def _interval_plots(width: int, grid: list[float], runs: list[FunctionRun]) -> tuple[Plot, Plot]:
     """Measured against certified contraction, and the two conditions that make the ends of the interval."""
     low, high = _interval(grid, runs)
     root = 1.0 + math.sqrt(1.0 - _ETA)
     lower = [min(entry.kappa_min - entry.stability for entry in done.records) * root for done in runs]
     upper = [max(entry.kappa_max + entry.stability for entry in done.records) * _ETA / root for done in runs]
-    line = Curve("certified rate 1 - eta", grid, [1.0] * len(grid), "bound")
+    bounds = [max(entry.bound for entry in done.records) for done in runs]
     contraction = Plot(
         f"T11: width {width}, eta = {_ETA:g}, certified for lambda in [{low:.2g}, {high:.2g}]",
         "damping lambda",
         "smallest (1 - |e+|^2 / |e|^2) / eta",
         (
             Curve("measured", grid, [max(_CUT, (1.0 - done.worst_ratio) / _ETA) for done in runs]),
-            Curve("from kappa and C'", grid, [max(_CUT, (1.0 - _worst_bound(done)) / _ETA) for done in runs], "bound"),
-            line,
+            Curve("from kappa and C'", grid, [max(_CUT, (1.0 - bound) / _ETA) for bound in bounds], "bound"),
+            Curve("certified rate 1 - eta", grid, [1.0] * len(grid), "bound"),
         ),
         x_log=True,
         y_log=True,
@@ -80,11 +75,7 @@ def _interval_plots(width: int, grid: list[float], runs: list[Run]) -> tuple[Plo
     return contraction, conditions
 
 
-def _worst_bound(done: Run) -> float:
-    return max(entry.bound for entry in done.records)
-
-
-def _step_inequalities(name: str, runs: Sequence[Run]) -> tuple[Inequality, ...]:
+def _step_inequalities(name: str, runs: Sequence[FunctionRun]) -> tuple[Inequality, ...]:
     """What every step, every certified step and every certified run must obey."""
     steps = [entry for done in runs for entry in done.records]
     certified = [entry.ratio for entry in steps if entry.certified]
@@ -111,9 +102,9 @@ def _step_inequalities(name: str, runs: Sequence[Run]) -> tuple[Inequality, ...]
 
 
 def _width_evidence(setting: Setting, width: int) -> Evidence:
-    grid, runs = _sweep(setting, width)
+    grid, net = damping_grid(*_T11_GRID), wide_net(setting, width)
+    runs = [run(net, _BLOCKS, damping, _ETA, _T11_STEPS) for damping in grid]
     low, high = _interval(grid, runs)
-    net = wide_net(setting, width)
     middle = grid[len(grid) // 2] if math.isnan(low) else math.sqrt(low * high)
     engine = run(net, _BLOCKS, middle, _ETA, 5).residuals
     agreement = disagreement(library_residuals(net.model, "per-output", middle, _ETA, 5), engine)
@@ -133,7 +124,7 @@ def _width_evidence(setting: Setting, width: int) -> Evidence:
     )
 
 
-def _constants(width: int, runs: Sequence[Run]) -> dict[str, float]:
+def _constants(width: int, runs: Sequence[FunctionRun]) -> dict[str, float]:
     steps = [entry for done in runs for entry in done.records]
     if not steps:
         return {}
@@ -168,14 +159,6 @@ def _outside(setting: Setting, damping: float, steps: int) -> Evidence:
     return Evidence((worst(name, [entry.ratio for entry in records], 1.0 - _ETA),))
 
 
-def _control_below(setting: Setting) -> Evidence:
-    return _outside(setting, _T11_GRID[0] / 3.0, _T11_STEPS)
-
-
-def _control_above(setting: Setting) -> Evidence:
-    return _outside(setting, _T11_GRID[1] * 3.0, 4 * _T11_STEPS)
-
-
 # -- T12 -------------------------------------------------------------------------------------------------------------
 
 _T12_GRID = (1e-4, 1e-1, 7)
@@ -197,41 +180,42 @@ def _step_lengths(setting: Setting, share: float) -> tuple[list[float], list[flo
     return lengths, bounds
 
 
-def _eigenvalue_bounds(space: FunctionSpace, grid: Sequence[float]) -> tuple[Inequality, ...]:
+def _eigenvalue_bounds(
+    space: FunctionSpace, grid: Sequence[float]
+) -> tuple[tuple[Inequality, ...], list[float], list[float]]:
+    """The bounds of the eigenvalues of K at the start; and the smallest and the largest, by damping."""
     theta = space.model.initial
     residual = space.residual(theta)
     gram = spectrum(space.gram(theta))
     largest, samples = space.largest_block(theta), space.samples
     kernels = [_BLOCKS.solve(space, theta, residual, damping).kernel for damping in grid]
-    kappa = [spectrum(kernel) for kernel in kernels]
+    low, high = zip(*(spectrum(kernel)[[0, -1]].tolist() for kernel in kernels), strict=True)
     falls = [float(spectrum(one - two)[0]) for one, two in pairwise(kernels)]
     lower = [float(gram[0]) / (largest + samples * damping) for damping in grid]
     upper = [min(theta.shape[0], float(gram[-1]) / (samples * damping)) for damping in grid]
-    return (
+    claims = (
         worst("K(lambda) - K(lambda') >= 0 for lambda < lambda'", falls, 0.0, ">="),
-        worst("kappa_min >= lambda_min(J J') / (max |G_b| + n lambda)", [float(k[0]) for k in kappa], lower, ">="),
-        worst("kappa_max <= min(blocks, |J|^2 / (n lambda))", [float(k[-1]) for k in kappa], upper),
+        worst("kappa_min >= lambda_min(J J') / (max |G_b| + n lambda)", low, lower, ">="),
+        worst("kappa_max <= min(blocks, |J|^2 / (n lambda))", high, upper),
     )
+    return claims, list(low), list(high)
 
 
 def _check_t12(setting: Setting) -> Evidence:
     lengths, bounds = _step_lengths(setting, 1.0)
     space = wide_net(setting, (setting.widths or _T11_WIDTHS)[0])
     grid = damping_grid(*_T12_GRID)
-    kappa = [spectrum(_BLOCKS.solve(space, space.model.initial, space.model.targets, d).kernel) for d in grid]
+    claims, low, high = _eigenvalue_bounds(space, grid)
     plot = Plot(
         "T12: eigenvalues of K fall with the damping",
         "damping lambda",
         "kappa",
-        (
-            Curve("kappa_min", grid, [float(entry[0]) for entry in kappa]),
-            Curve("kappa_max", grid, [float(entry[-1]) for entry in kappa]),
-        ),
+        (Curve("kappa_min", grid, low), Curve("kappa_max", grid, high)),
         x_log=True,
         y_log=True,
     )
     return Evidence(
-        (worst("|d|^2 <= e' K e / (n lambda)", lengths, bounds), *_eigenvalue_bounds(space, grid)),
+        (worst("|d|^2 <= e' K e / (n lambda)", lengths, bounds), *claims),
         (),
         {"blocks": float(space.model.initial.shape[0]), "n": float(space.samples)},
         (plot,),
@@ -252,9 +236,9 @@ THEOREMS: tuple[Theorem, ...] = (
         r"\;\Rightarrow\; \|e_k\|^2 \le (1-\eta)^k\|e_0\|^2",
         "ours, docs/PAPERS.md section 2.5, after arXiv:2202.04124 (set-up of its theorem)",
         _check_t11,
-        _control_below,
+        partial(_outside, damping=_T11_GRID[0] / 3.0, steps=_T11_STEPS),
         "damping below the interval",
-        (Control("damping above the interval", _control_above),),
+        (Control("damping above the interval", partial(_outside, damping=_T11_GRID[1] * 3.0, steps=4 * _T11_STEPS)),),
     ),
     Theorem(
         "T12",

@@ -5,8 +5,7 @@ torch; :mod:`osculate.strategies` has the same ingredients for Hypothesis.
 """
 
 from .cases import CASES, Case, MeanOverPositions
-from .catalogue import CONTRACTS
-from .certificate import Certificate, Row, certify, contracts_for
+from .certificate import CONTRACTS, Certificate, Row, certify, contracts_for
 from .contract import (
     Contract,
     ContractViolation,

@@ -73,6 +73,14 @@ class Case:
         inputs, targets = _batch(self, index, self.samples if samples is None else samples)
         return inputs.clone(), targets.clone()
 
+    def batches(self, count: int, change: Callable[[Tensor], Tensor] = lambda value: value) -> list[Batch]:
+        """The first mini-batches, inputs and targets changed alike."""
+        return [(change(inputs), change(targets)) for inputs, targets in map(self.batch, range(count))]
+
+    def order(self) -> Tensor:
+        """A random order of the samples."""
+        return torch.randperm(self.samples, generator=self.generator(7)).to(self.device)
+
     def distribution(self) -> Likelihood:
         """The likelihood as an object."""
         found = resolve_likelihood(self.likelihood)

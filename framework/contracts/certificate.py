@@ -8,14 +8,46 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...errors import ArgumentError
+from . import (
+    dampings,
+    estimators,
+    guards,
+    invariances,
+    likelihoods,
+    matrices,
+    methods,
+    pairs,
+    partitions,
+    rules,
+    signs,
+    steps,
+    structures,
+)
 from .cases import CASES, Case
-from .catalogue import CONTRACTS
 from .contract import Contract, ContractViolation, NotApplicable
 from .subjects import Subject, subjects_of, views
 
-__all__ = ["Certificate", "Row", "certify", "contracts_for"]
+__all__ = ["CONTRACTS", "Certificate", "Row", "certify", "contracts_for"]
 
 Status = Literal["held", "violated", "not applicable"]
+
+
+CONTRACTS: tuple[Contract, ...] = (
+    *structures.CONTRACTS,
+    *invariances.CONTRACTS,
+    *partitions.CONTRACTS,
+    *matrices.CONTRACTS,
+    *pairs.CONTRACTS,
+    *dampings.CONTRACTS,
+    *rules.CONTRACTS,
+    *guards.CONTRACTS,
+    *estimators.CONTRACTS,
+    *steps.CONTRACTS,
+    *signs.CONTRACTS,
+    *likelihoods.CONTRACTS,
+    *methods.CONTRACTS,
+)
+"""All contracts."""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,15 @@ that contract and by no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ...curvature.declarations import Declarations, declared
 from ...errors import OsculateError
 from .cases import Case
 
@@ -22,12 +24,16 @@ __all__ = [
     "ContractViolation",
     "NotApplicable",
     "contract",
+    "contracts_of",
     "require",
+    "require_bound",
     "require_close",
     "require_equal",
     "require_finite",
     "require_same_state",
     "require_symmetric",
+    "require_unchanged",
+    "undeclared",
 ]
 
 Check = Callable[[Any, Case], None]
@@ -131,6 +137,53 @@ def require(
     if value is not None and bound is not None:
         message = f"{message} is {value:.6g}, but must be {relation} {bound:.6g}"
     raise ContractViolation(message, value=value, bound=bound)
+
+
+def require_bound(what: str, value: Any, relation: Relation, bound: Any, *, slack: float = 0.0) -> None:
+    """Check a number against a bound; a number that is not a number is beyond every bound.
+
+    Args:
+        what: name of the number.
+        value: the number, or a tensor with one entry.
+        relation: what it must be of the bound.
+        bound: likewise.
+        slack: rounding allowed, >= 0.
+
+    Raises:
+        ContractViolation: "WHAT is VALUE, but must be RELATION BOUND".
+    """
+    value, bound = float(value), float(bound)
+    fits = {
+        "at most": value <= bound + slack,
+        "at least": value >= bound - slack,
+        "more than": value > bound,
+        "less than": value < bound,
+        "exactly": abs(value - bound) <= slack,
+    }
+    require(fits[relation], what, value=value, bound=bound, relation=relation)
+
+
+@contextmanager
+def require_unchanged(what: str, *tensors: Tensor) -> Iterator[None]:
+    """Check that tensors are bitwise after the ``with`` block what they were before.
+
+    Raises:
+        ContractViolation: naming the first entry that differs.
+    """
+    kept = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, copy in zip(tensors, kept, strict=True):
+        require_equal(what, tensor, copy)
+
+
+def undeclared(kind: type[Declarations], name: str) -> Excuse:
+    """Excuse of parts that do not declare ``name``, a declaration of their ``kind``."""
+    return lambda part: None if getattr(declared(part, kind), name) else f"does not declare {name}"
+
+
+def contracts_of(names: Mapping[str, Any]) -> tuple[Contract, ...]:
+    """All contracts among the names of a module, in the order of their definition."""
+    return tuple(value for value in names.values() if isinstance(value, Contract))
 
 
 def _entry(index: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from ...curvature.declarations import DampingDeclarations, declared
 from ...errors import ArgumentError
 from ...preconditioners.damping.split import MeanEigenvalues
 from .cases import Case
-from .contract import Contract, contract, require
+from .contract import contract, contracts_of, require, require_bound, undeclared
 
 __all__ = ["CONTRACTS"]
 
@@ -53,28 +53,22 @@ def damping_monotone(rule: Any, case: Case) -> None:
         table = [_sides(rule, value, positions, known) for value in _VALUES]
         for value, lower, higher in zip(_VALUES[1:], table, table[1:], strict=False):
             for less, more in zip(lower, higher, strict=True):
-                require(more >= less, f"damping at lambda = {value:g}", value=more, bound=less, relation="at least")
+                require_bound(f"damping at lambda = {value:g}", more, "at least", less)
 
 
 @contract(
     "damping-product",
     "damping",
     "the dampings of the two sides multiply to that of the whole matrix",
-    unless=lambda rule: None if declared(rule, DampingDeclarations).splits else "does not declare splits",
+    unless=undeclared(DampingDeclarations, "splits"),
 )
 def damping_product(rule: Any, case: Case) -> None:
     """inputs * outputs = whole."""
     for value in _VALUES:
         for positions, known in _layers(rule):
             whole, inputs, outputs = _sides(rule, value, positions, known)
-            error = abs(inputs * outputs - whole)
-            require(
-                error <= 1e-12 * whole,
-                f"product of sides at S = {positions}",
-                value=inputs * outputs,
-                bound=whole,
-                relation="exactly",
-            )
+            what = f"product of sides at S = {positions}"
+            require_bound(what, inputs * outputs, "exactly", whole, slack=1e-12 * whole)
 
 
 @contract("damping-range", "damping", "a lambda that is negative, infinite or no number is refused")
@@ -125,11 +119,4 @@ def damping_adapted(rule: Any, case: Case) -> None:
             require(again == found, f"{what}, and {again!r} when asked again")
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    damping_positive,
-    damping_monotone,
-    damping_product,
-    damping_range,
-    damping_purity,
-    damping_adapted,
-)
+CONTRACTS = contracts_of(globals())

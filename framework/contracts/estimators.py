@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,16 +14,19 @@ from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from .cases import Batch, Case
 from .contract import (
-    Contract,
     ContractViolation,
     NotApplicable,
     contract,
+    contracts_of,
     require,
+    require_bound,
     require_close,
     require_equal,
     require_symmetric,
+    require_unchanged,
+    undeclared,
 )
-from .measuring import Measured, curvature_of, exact_fisher, exact_hessian
+from .measuring import MeasuredCase, curvature_of, exact_fisher, exact_hessian
 
 __all__ = ["CONTRACTS"]
 
@@ -49,7 +53,7 @@ def _sampled(part: Any) -> str | None:
 
 
 def _matrices(part: Any, case: Case, batches: list[Batch], **options: Any) -> dict[str, Tensor]:
-    measured = Measured(case).statistics(part, batches, **options)
+    measured = MeasuredCase(case).statistics(part, batches, **options)
     return {name: curvature_of(entry)[0] for name, entry in measured.items()}
 
 
@@ -64,7 +68,7 @@ def estimator_provides(part: Any, case: Case) -> None:
     """Of every layer of the network."""
     fields = {Needs.INPUTS: "inputs", Needs.ROOTS: "roots", Needs.VECTORS: "vectors"}
     fields |= {Needs.MATRIX: "matrix", Needs.PAIRS: "mean_gradient", Needs.CHANGES: "gradients"}
-    for name, entry in Measured(case).statistics(part, [case.batch()]).items():
+    for name, entry in MeasuredCase(case).statistics(part, [case.batch()]).items():
         for need, field in fields.items():
             missing = need in part.provides and getattr(entry, field, None) is None
             require(not missing, f"{field} of layer {name!r} is missing, although {need} is declared")
@@ -79,7 +83,7 @@ def estimator_provides(part: Any, case: Case) -> None:
 def estimator_consistent(part: Any, case: Case) -> None:
     """The bias block of layers with one position: the second moment of the rows."""
     found = False
-    for name, entry in Measured(case).statistics(part, [case.batch()]).items():
+    for name, entry in MeasuredCase(case).statistics(part, [case.batch()]).items():
         if not entry.layer.has_bias or entry.positions != 1 or entry.roots is None:
             continue
         rows, factor = entry.roots
@@ -100,7 +104,7 @@ def estimator_consistent(part: Any, case: Case) -> None:
 def estimator_permuted(part: Any, case: Case) -> None:
     """The matrix that the vectors stand for."""
     inputs, targets = case.batch()
-    order = torch.randperm(case.samples, generator=case.generator(7)).to(case.device)
+    order = case.order()
     plain = _matrices(part, case, [(inputs, targets)])
     _compare("with permuted samples", _matrices(part, case, [(inputs[order], targets[order])]), plain)
 
@@ -139,7 +143,7 @@ def _tensors(entry: LayerStatistics) -> dict[str, Tensor]:
 )
 def estimator_matrix(part: Any, case: Case) -> None:
     """Of every layer."""
-    for name, entry in Measured(case).statistics(part, [case.batch()]).items():
+    for name, entry in MeasuredCase(case).statistics(part, [case.batch()]).items():
         assert entry.matrix is not None
         require_close(f"dense matrix of layer {name!r}", entry.matrix(), curvature_of(entry)[0])
 
@@ -152,21 +156,19 @@ def estimator_matrix(part: Any, case: Case) -> None:
 )
 def estimator_definite(part: Any, case: Case) -> None:
     """Of every layer, to rounding."""
-    for name, entry in Measured(case).statistics(part, [case.batch()]).items():
+    for name, entry in MeasuredCase(case).statistics(part, [case.batch()]).items():
         assert entry.matrix is not None
         matrix = entry.matrix()
         require_symmetric(f"the dense matrix of layer {name!r}", matrix)
         eigenvalues = torch.linalg.eigvalsh(matrix)
         least, slack = float(eigenvalues[0]), 1e-10 * float(eigenvalues.abs().max())
-        require(
-            least >= -slack, f"smallest eigenvalue of layer {name!r}", value=least, bound=-slack, relation="at least"
-        )
+        require_bound(f"smallest eigenvalue of layer {name!r}", least, "at least", -slack)
 
 
 @contract("estimator-purity", "curvature", "filling a record leaves what was recorded as it was")
 def estimator_purity(part: Any, case: Case) -> None:
     """Also building the vectors; twice gives the same."""
-    measured = Measured(case)
+    measured = MeasuredCase(case)
     for name, entry in measured.statistics(part, [case.batch()]).items():
         kept = {key: value.clone() for key, value in _tensors(entry).items()}
         filled = part.fill(entry)
@@ -187,7 +189,7 @@ def estimator_purity(part: Any, case: Case) -> None:
 )
 def estimator_fisher(part: Any, case: Case) -> None:
     """Within six standard errors, over many copies of three samples."""
-    measured, (inputs, targets) = Measured(case), case.batch(0, 3)
+    measured, (inputs, targets) = MeasuredCase(case), case.batch(0, 3)
     many = (inputs.repeat(_REPEATS, *[1] * (inputs.ndim - 1)), targets.repeat(_REPEATS, *[1] * (targets.ndim - 1)))
     statistics = measured.statistics(part, [many])
     for layer in (entry.layer for entry in statistics.values()):
@@ -215,7 +217,7 @@ def _require_mean(what: str, found: Tensor, expected: Tensor, error: Tensor) -> 
 @contract("form-symmetric", "quadratic form", "one symmetric matrix over all layers")
 def form_symmetric(part: Any, case: Case) -> None:
     """(L, L)."""
-    measured = Measured(case)
+    measured = MeasuredCase(case)
     found, count = measured.form(part, measured.directions()), len(measured.layers)
     require(tuple(found.shape) == (count, count), f"{count} layers, but a matrix of shape {tuple(found.shape)}")
     require_symmetric("the matrix of the forms", found)
@@ -224,7 +226,7 @@ def form_symmetric(part: Any, case: Case) -> None:
 @contract("form-quadratic", "quadratic form", "directions c times as long have forms c^2 times as large")
 def form_quadratic(part: Any, case: Case) -> None:
     """c = 4, with the same labels and signs."""
-    measured = Measured(case)
+    measured = MeasuredCase(case)
     directions = measured.directions()
     longer = {name: tuple(4.0 * value for value in values) for name, values in directions.items()}
     require_close("forms", measured.form(part, longer), 16.0 * measured.form(part, directions))
@@ -234,14 +236,14 @@ def form_quadratic(part: Any, case: Case) -> None:
     "form-definite",
     "quadratic form",
     "no direction has negative curvature",
-    unless=lambda part: None if declared(part, FormDeclarations).definite else "does not declare definite",
+    unless=undeclared(FormDeclarations, "definite"),
 )
 def form_definite(part: Any, case: Case) -> None:
     """Smallest eigenvalue."""
-    measured = Measured(case)
+    measured = MeasuredCase(case)
     eigenvalues = torch.linalg.eigvalsh(measured.form(part, measured.directions()))
     least, slack = float(eigenvalues[0]), 1e-10 * float(eigenvalues.abs().max())
-    require(least >= -slack, "smallest eigenvalue of the forms", value=least, bound=-slack, relation="at least")
+    require_bound("smallest eigenvalue of the forms", least, "at least", -slack)
 
 
 @contract(
@@ -252,45 +254,27 @@ def form_definite(part: Any, case: Case) -> None:
 )
 def form_expectation(part: Any, case: Case) -> None:
     """``estimates`` is ``"fisher"`` or ``"hessian"``; the diagonal, within six standard errors over many draws."""
-    measured = Measured(case)
+    measured = MeasuredCase(case)
     directions = measured.directions()
     draws = torch.stack([measured.form(part, directions, seed=seed).diagonal() for seed in range(_DRAWS)])
     if part.estimates == "hessian":
         expected = exact_hessian(case, case.batch(), directions, measured.layers).diagonal()
     else:
-        expected = torch.stack([_fisher_form(case, layer, directions[layer.name]) for layer in measured.layers])
+        flat = [torch.cat([value.flatten() for value in directions[layer.name]]) for layer in measured.layers]
+        fishers = [exact_fisher(case, case.batch(), layer) for layer in measured.layers]
+        expected = torch.stack([vector @ fisher @ vector for vector, fisher in zip(flat, fishers, strict=True)])
     _require_mean("the layers' own forms", draws.mean(0), expected, draws.std(0) / _DRAWS**0.5)
-
-
-def _fisher_form(case: Case, layer: Any, direction: tuple[Tensor, ...]) -> Tensor:
-    vector = torch.cat([value.flatten() for value in direction])
-    return vector @ exact_fisher(case, case.batch(), layer) @ vector
 
 
 @contract("form-purity", "quadratic form", "directions stay bitwise as they were")
 def form_purity(part: Any, case: Case) -> None:
     """Of every layer."""
-    measured = Measured(case)
+    measured = MeasuredCase(case)
     directions = measured.directions()
-    kept = {name: [value.clone() for value in values] for name, values in directions.items()}
-    measured.form(part, directions, copy=False)
-    for name, values in directions.items():
-        for value, copy in zip(values, kept[name], strict=True):
-            require_equal(f"the direction of layer {name!r}", value, copy)
+    with ExitStack() as stack:
+        for name, values in directions.items():
+            stack.enter_context(require_unchanged(f"the direction of layer {name!r}", *values))
+        measured.form(part, directions, copy=False)
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    estimator_provides,
-    estimator_consistent,
-    estimator_permuted,
-    estimator_mean_versus_sum,
-    estimator_matrix,
-    estimator_definite,
-    estimator_purity,
-    estimator_fisher,
-    form_symmetric,
-    form_quadratic,
-    form_definite,
-    form_expectation,
-    form_purity,
-)
+CONTRACTS = contracts_of(globals())

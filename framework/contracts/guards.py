@@ -7,7 +7,7 @@ from typing import Any
 
 from ...stepsize.guard import Trial
 from .cases import Case
-from .contract import Contract, NotApplicable, contract, require, require_same_state
+from .contract import NotApplicable, contract, contracts_of, require, require_same_state
 from .workbench import saved_copy
 
 __all__ = ["CONTRACTS"]
@@ -97,11 +97,4 @@ def guard_save_load(rule: Any, case: Case) -> None:
         require_same_state("the loaded state", resumed.to_dict(), state.to_dict())
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    guard_numbers,
-    guard_nonfinite,
-    guard_descent,
-    guard_monotone,
-    guard_purity,
-    guard_save_load,
-)
+CONTRACTS = contracts_of(globals())

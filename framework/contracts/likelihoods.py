@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case
-from .contract import Contract, contract, require, require_close, require_equal
+from .contract import contract, contracts_of, require, require_bound, require_close, require_equal
 
 __all__ = ["CONTRACTS"]
 
@@ -61,8 +61,8 @@ def likelihood_curvature(part: Any, case: Case) -> None:
 def likelihood_score(part: Any, case: Case) -> None:
     """Within six standard errors over many draws."""
     scores = _scores(part, _output(case, 1))
-    error = float((scores.mean(0).abs() / (scores.std(0) / math.sqrt(_DRAWS) + 1e-12)).max())
-    require(error <= _SIGMAS, "mean score, in standard errors", value=error, bound=_SIGMAS)
+    error = (scores.mean(0).abs() / (scores.std(0) / math.sqrt(_DRAWS) + 1e-12)).max()
+    require_bound("mean score, in standard errors", error, "at most", _SIGMAS)
 
 
 @contract("likelihood-additive", "likelihood", "the loss of a mini-batch is the sum over its samples")
@@ -102,10 +102,4 @@ def likelihood_purity(part: Any, case: Case) -> None:
     require_equal("the labels", targets, labels)
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    likelihood_curvature,
-    likelihood_score,
-    likelihood_additive,
-    likelihood_generator,
-    likelihood_purity,
-)
+CONTRACTS = contracts_of(globals())

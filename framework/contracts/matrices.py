@@ -15,15 +15,17 @@ from ...preconditioners.operations import Request
 from ...preconditioners.structures.identity import Identity
 from .cases import Case
 from .contract import (
-    Contract,
     ContractViolation,
     NotApplicable,
     contract,
+    contracts_of,
     require,
+    require_bound,
     require_close,
     require_equal,
     require_finite,
     require_symmetric,
+    require_unchanged,
 )
 from .structures import given_tensors
 from .workbench import Workbench, estimator_for
@@ -51,12 +53,12 @@ def operation_batch(rule: Any, case: Case) -> None:
 def operation_purity(rule: Any, case: Case) -> None:
     """And so do the starts."""
     requests = _requests(rule, case)
-    kept = [(entry.matrix.clone(), entry.start.clone()) for entry in requests if entry.start is not None]
-    rule.compute(requests)
-    for request, (matrix, start) in zip(requests, kept, strict=True):
-        assert request.start is not None
-        require_equal("a matrix", request.matrix, matrix)
-        require_equal("where an iteration starts", request.start, start)
+    matrices, starts = (
+        [entry.matrix for entry in requests],
+        [entry.start for entry in requests if entry.start is not None],
+    )
+    with require_unchanged("a matrix", *matrices), require_unchanged("where an iteration starts", *starts):
+        rule.compute(requests)
 
 
 @contract("operation-nonfinite", "operation", "a matrix that is not finite gives no value, and the others theirs")
@@ -90,10 +92,7 @@ def spectrum_definite(rule: Any, case: Case) -> None:
     for matrix in matrices:
         damped = rule.damped(matrix, _DAMPING)
         require_symmetric("the damped matrix", damped)
-        smallest = float(torch.linalg.eigvalsh(damped)[0])
-        require(
-            smallest > 0.0, "smallest eigenvalue of the damped matrix", value=smallest, bound=0.0, relation="more than"
-        )
+        require_bound("smallest eigenvalue of the damped matrix", torch.linalg.eigvalsh(damped)[0], "more than", 0.0)
 
 
 def _measured(rule: Any, case: Case) -> list[LayerStatistics]:
@@ -115,8 +114,7 @@ def moments_trace(rule: Any, case: Case) -> None:
         plain = rule.squares(entry, torch.eye(len(inner)).to(inner), torch.eye(len(outer)).to(outer))
         turned = rule.squares(entry, inner, outer)
         require_finite("squares in the basis", plain, turned)
-        least = float(torch.minimum(plain.min(), turned.min()))
-        require(least >= 0.0, "smallest square", value=least, bound=0.0, relation="at least")
+        require_bound("smallest square", torch.minimum(plain.min(), turned.min()), "at least", 0.0)
         require_close(f"sum of squares of layer {entry.layer.name!r} in another basis", turned.sum(), plain.sum())
 
 
@@ -125,12 +123,9 @@ def moments_purity(rule: Any, case: Case) -> None:
     """While squares are measured and matrices gathered."""
     for entry in _measured(rule, case):
         inner, outer = _bases(entry, case)
-        given = [inner, outer, *given_tensors(entry)]
-        kept = [value.clone() for value in given]
-        rule.squares(entry, inner, outer)
-        rule.accumulate(torch.zeros_like(inner), torch.zeros_like(outer), entry, 0.5, 0.5)
-        for value, copy in zip(given, kept, strict=True):
-            require_equal(f"what is measured of layer {entry.layer.name!r}", value, copy)
+        with require_unchanged(f"what is measured of layer {entry.layer.name!r}", inner, outer, *given_tensors(entry)):
+            rule.squares(entry, inner, outer)
+            rule.accumulate(torch.zeros_like(inner), torch.zeros_like(outer), entry, 0.5, 0.5)
 
 
 def _shared(case: Case) -> list[LayerStatistics]:
@@ -161,12 +156,9 @@ def sharing_one_position(rule: Any, case: Case) -> None:
 def sharing_purity(rule: Any, case: Case) -> None:
     """While the rows of both sides are taken."""
     for entry in _shared(case):
-        given = given_tensors(entry)
-        kept = [value.clone() for value in given]
-        rule.inputs(entry)
-        rule.outputs(entry)
-        for value, copy in zip(given, kept, strict=True):
-            require_equal(f"what is measured of layer {entry.layer.name!r}", value, copy)
+        with require_unchanged(f"what is measured of layer {entry.layer.name!r}", *given_tensors(entry)):
+            rule.inputs(entry)
+            rule.outputs(entry)
 
 
 @contract("scale-positive", "update scale", "the factor of an update is a finite number > 0")
@@ -220,7 +212,7 @@ def initial_scale_positive(rule: Any, case: Case) -> None:
         fits = found.ndim == 0 and found.dtype == step.dtype and found.device == step.device
         require(fits, f"gamma is {found!r}, not a number in {step.dtype} on the pair's device")
         require_finite("gamma", found)
-        require(float(found) > 0.0, "gamma", value=float(found), bound=0.0, relation="more than")
+        require_bound("gamma", found, "more than", 0.0)
 
 
 @contract("initial-scale-length", "initial scale", "a pair c times as long gives the same H_0")
@@ -231,20 +223,4 @@ def initial_scale_length(rule: Any, case: Case) -> None:
     require_close("gamma", rule.scale(1024.0 * step, 1024.0 * change), rule.scale(step.clone(), change.clone()))
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    operation_batch,
-    operation_purity,
-    operation_nonfinite,
-    spectrum_inverse,
-    spectrum_definite,
-    moments_trace,
-    moments_purity,
-    sharing_one_position,
-    sharing_purity,
-    scale_positive,
-    skip_negative,
-    skip_flag,
-    skip_mapped,
-    initial_scale_positive,
-    initial_scale_length,
-)
+CONTRACTS = contracts_of(globals())

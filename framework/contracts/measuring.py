@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...curvature.backends.capture import Capture
@@ -23,10 +23,10 @@ from ...curvature.records.statistics import LayerStatistics, Tensors
 from ..optimizer.recording import fill
 from .cases import Batch, Case
 
-__all__ = ["Measured", "curvature_of", "exact_fisher", "exact_hessian"]
+__all__ = ["MeasuredCase", "captured", "curvature_of", "exact_fisher", "exact_hessian"]
 
 
-class Measured:
+class MeasuredCase:
     """A case's network with hooks, to measure what an estimator or a quadratic form asks for.
 
     Args:
@@ -105,17 +105,31 @@ class Measured:
         seed: int,
         products: GraphKeepingBackward | None = None,
     ) -> dict[str, LayerStatistics]:
-        capture = Capture(self.model, self.layers, self.case.distribution(), reduction, seed)
-        capture.arm(wanted)
-        self.model.zero_grad()
-        try:
-            with torch.enable_grad(), products or nullcontext():
-                for inputs, targets in batches:
-                    share = 1.0 / len(batches) if reduction == "mean" else 1.0
-                    (share * self.case.loss(self.model(inputs), targets, reduction)).backward()
-            return capture.collect()
-        finally:
-            capture.close()
+        with products or nullcontext():
+            return captured(self.case, self.model, self.layers, wanted, batches, reduction, seed)
+
+
+def captured(
+    case: Case,
+    model: nn.Module,
+    layers: Sequence[Layer],
+    wanted: Mapping[str, Record],
+    batches: Sequence[Batch],
+    reduction: str = "mean",
+    seed: int = 0,
+) -> dict[str, LayerStatistics]:
+    """What the hooks record of one gradient over micro-batches, by layer; the gradient is left on the parameters."""
+    capture = Capture(model, layers, case.distribution(), reduction, seed)
+    capture.arm(wanted)
+    model.zero_grad()
+    try:
+        with torch.enable_grad():
+            for inputs, targets in batches:
+                share = 1.0 / len(batches) if reduction == "mean" else 1.0
+                (share * case.loss(model(inputs), targets, reduction)).backward()
+        return capture.collect()
+    finally:
+        capture.close()
 
 
 def curvature_of(entry: LayerStatistics) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ...curvature.declarations import (
     EstimatorDeclarations,
-    FormDeclarations,
     StepSizeDeclarations,
     StructureDeclarations,
     declared,
@@ -21,7 +20,17 @@ from ...preconditioners.protocol import ScalingLaw
 from ...preconditioners.structures.by_layer import leaves
 from ..optimizer.second_order import SecondOrder
 from .cases import Batch, Case
-from .contract import Contract, contract, require, require_close, require_equal, require_finite, require_same_state
+from .contract import (
+    contract,
+    contracts_of,
+    require,
+    require_bound,
+    require_close,
+    require_equal,
+    require_finite,
+    require_same_state,
+    require_unchanged,
+)
 from .workbench import saved_copy
 
 __all__ = ["CONTRACTS", "Training"]
@@ -65,7 +74,7 @@ class Training:
 
     def run(self, batches: Sequence[Batch] | None = None, **options: Any) -> Training:
         """One step per mini-batch; the case's first three by default."""
-        for batch in batches or [self.case.batch(index) for index in range(_STEPS)]:
+        for batch in batches or self.case.batches(_STEPS):
             self.step(batch, **options)
         return self
 
@@ -80,15 +89,6 @@ def _sampled(method: Any) -> str | None:
     return "draws labels from the model (needs_likelihood)" if method.needs_likelihood and not exact else None
 
 
-def _random_form(method: Any) -> str | None:
-    random = (
-        declared(method.step_size.curvature, FormDeclarations).random
-        if method.step_size.curvature is not None
-        else False
-    )
-    return "its quadratic form declares random" if random else None
-
-
 def _units(method: Any) -> str | None:
     """Why a loss N times as large is not undone by an lr N times as small."""
     if not declared(method.step_size, StepSizeDeclarations).proportional:
@@ -100,10 +100,6 @@ def _units(method: Any) -> str | None:
     if Needs.VECTORS in method.needs and not declared(method.curvature, EstimatorDeclarations).per_sample:
         return f"{type(method.curvature).__name__} declares per_sample = False"
     return None
-
-
-def _each(case: Case, change: Callable[[Tensor], Tensor]) -> list[Batch]:
-    return [(change(x), change(y)) for x, y in (case.batch(index) for index in range(_STEPS))]
 
 
 @contract("method-trains", _KIND, "ten steps with the method's own defaults stay finite and move the parameters")
@@ -131,8 +127,7 @@ def method_descends(method: Any, case: Case) -> None:
     training = Training(method, case, lr=lr, weight_decay=0.0)
     before = training.vector()
     training.step(case.batch())
-    slope = float(gradient @ (training.vector() - before))
-    require(slope < 0.0, "inner product of gradient and step", value=slope, bound=0.0, relation="less than")
+    require_bound("inner product of gradient and step", gradient @ (training.vector() - before), "less than", 0.0)
 
 
 @contract("method-save-load-continue", _KIND, "a saved and loaded optimizer continues bit for bit")
@@ -153,15 +148,15 @@ def method_save_load(method: Any, case: Case) -> None:
 @contract("method-permuted-samples", _KIND, "the order of the samples does not matter", unless=_sampled)
 def method_permuted(method: Any, case: Case) -> None:
     """Three steps."""
-    order = torch.randperm(case.samples, generator=case.generator(7)).to(case.device)
-    other = Training(method, case).run(_each(case, lambda value: value[order]))
+    order = case.order()
+    other = Training(method, case).run(case.batches(_STEPS, lambda value: value[order]))
     require_close("the parameters", other.vector(), Training(method, case).run().vector())
 
 
 @contract("method-duplicated-batch", _KIND, "a mini-batch with every sample twice is the same", unless=_sampled)
 def method_duplicated(method: Any, case: Case) -> None:
     """Three steps."""
-    other = Training(method, case).run(_each(case, lambda value: torch.cat([value, value])))
+    other = Training(method, case).run(case.batches(_STEPS, lambda value: torch.cat([value, value])))
     require_close("the parameters", other.vector(), Training(method, case).run().vector())
 
 
@@ -171,7 +166,7 @@ def method_duplicated(method: Any, case: Case) -> None:
 def method_micro_batches(method: Any, case: Case) -> None:
     """Two halves per step, three steps."""
     half, training = case.samples // 2, Training(method, case)
-    for x, y in (case.batch(index) for index in range(_STEPS)):
+    for x, y in case.batches(_STEPS):
         training.step((x[:half], y[:half]), (x[half:], y[half:]))
     require_close("the parameters", training.vector(), Training(method, case).run().vector())
 
@@ -227,12 +222,10 @@ def method_dtype(method: Any, case: Case) -> None:
 def method_purity(method: Any, case: Case) -> None:
     """Inputs and targets bitwise; gradients are those of the loss before the step."""
     training, (inputs, targets) = Training(method, case), case.batch()
-    kept = inputs.clone(), targets.clone()
     with torch.enable_grad():
         expected = torch.autograd.grad(case.loss(training.model(inputs), targets), list(training.model.parameters()))
-    training.step((inputs, targets))
-    require_equal("the inputs", inputs, kept[0])
-    require_equal("the targets", targets, kept[1])
+    with require_unchanged("the inputs", inputs), require_unchanged("the targets", targets):
+        training.step((inputs, targets))
     for (name, parameter), gradient in zip(training.model.named_parameters(), expected, strict=True):
         require(parameter.grad is not None, f"the gradient of {name} is gone")
         require_close(f"the gradient of {name}", parameter.grad, gradient, tolerance=1e-12)  # type: ignore[arg-type]
@@ -261,18 +254,4 @@ def method_random_state(method: Any, case: Case) -> None:
     require_equal("the parameters under another global random state", found[1], found[0])
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    method_trains,
-    method_descends,
-    method_save_load,
-    method_permuted,
-    method_duplicated,
-    method_micro_batches,
-    method_mean_versus_sum,
-    method_renamed,
-    method_idle_passes,
-    method_dtype,
-    method_purity,
-    method_zero_lr,
-    method_random_state,
-)
+CONTRACTS = contracts_of(globals())

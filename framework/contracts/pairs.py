@@ -9,13 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.declarations import PairDampingDeclarations, declared
+from ...curvature.declarations import PairDampingDeclarations
 from ...errors import ArgumentError
 from ...preconditioners.pairs.damping import DampedPair
 from .cases import Case
-from .contract import Contract, ContractViolation, contract, require, require_close, require_equal, require_finite
+from .contract import (
+    ContractViolation,
+    contract,
+    contracts_of,
+    require,
+    require_bound,
+    require_close,
+    require_equal,
+    require_finite,
+    require_unchanged,
+    undeclared,
+)
 
-__all__ = ["CONTRACTS", "SecantPair", "secant_pairs"]
+__all__ = ["CONTRACTS", "SecantPair", "pairs_for"]
 
 _KIND = "pair damping"
 _SIZE = 4
@@ -44,7 +55,7 @@ class SecantPair:
         return pair
 
 
-def secant_pairs(rule: Any, case: Case, *, degenerate: bool = False) -> Iterator[SecantPair]:
+def pairs_for(rule: Any, case: Case, *, degenerate: bool = False) -> Iterator[SecantPair]:
     """Pairs of every kind a rule can meet, with the dampings that it accepts.
 
     Args:
@@ -54,7 +65,7 @@ def secant_pairs(rule: Any, case: Case, *, degenerate: bool = False) -> Iterator
     """
     inverse = case.spd(_SIZE, key=3)
     step, noise = case.randn(_SIZE, key=4), case.randn(_SIZE, key=5)
-    curved = torch.linalg.solve_triangular(*_triangle(inverse, step), upper=False).squeeze(1)
+    curved = torch.linalg.solve_triangular(torch.linalg.cholesky(inverse), step.unsqueeze(1), upper=False)[:, 0]
     across = noise - (noise @ step) / (step @ step) * step  # no curvature at all: rules may jump here
     pairs = [(step, curved), (step, noise), (step, -noise), (step, -curved), (step, 1e-3 * curved)]
     pairs += [(1e-3 * step, curved), (step, step), (inverse @ curved, curved), (step, across - 0.1 * step)]
@@ -77,64 +88,69 @@ def secant_pairs(rule: Any, case: Case, *, degenerate: bool = False) -> Iterator
             yield SecantPair(one, other, inverse, damping)
 
 
-def _triangle(inverse: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.linalg.cholesky(inverse), step.unsqueeze(1)
-
-
 @contract("pair-purity", _KIND, "damping a pair leaves s, y and Hy bitwise as they were")
 def pair_purity(rule: Any, case: Case) -> None:
     """Every pair, and twice the same result."""
-    for pair in secant_pairs(rule, case):
-        given = (pair.step.clone(), pair.change.clone(), pair.inverse @ pair.change)
-        copies = [value.clone() for value in given]
-        rule.damp(*given, pair.damping)
-        for name, value, copy in zip(("s", "y", "Hy"), given, copies, strict=True):
-            require_equal(name, value, copy)
+    for pair in pairs_for(rule, case):
+        s, y, product = pair.step.clone(), pair.change.clone(), pair.inverse @ pair.change
+        with require_unchanged("s", s), require_unchanged("y", y), require_unchanged("Hy", product):
+            rule.damp(s, y, product, pair.damping)
 
 
 @contract(
     "pair-positive",
     _KIND,
     "the curvature of a damped pair is positive: s'y > 0",
-    unless=lambda rule: (
-        None if declared(rule, PairDampingDeclarations).keeps_positive else "does not declare keeps_positive"
-    ),
+    unless=undeclared(PairDampingDeclarations, "keeps_positive"),
 )
 def pair_positive(rule: Any, case: Case) -> None:
     """Whatever the pair's own curvature was."""
-    for pair in secant_pairs(rule, case):
+    for pair in pairs_for(rule, case):
         damped = pair.damped(rule)
-        curvature = float(torch.dot(damped.step, damped.change))
-        require(curvature > 0.0, "s'y of a damped pair", value=curvature, bound=0.0, relation="more than")
+        require_bound("s'y of a damped pair", torch.dot(damped.step, damped.change), "more than", 0.0)
 
 
 @contract(
     "pair-floor",
     _KIND,
     "a damped pair keeps the stated floor: s'y >= curvature_floor(mu2) s's",
-    unless=lambda rule: (
-        None if declared(rule, PairDampingDeclarations).curvature_floor else "states no curvature_floor(damping)"
-    ),
+    unless=undeclared(PairDampingDeclarations, "curvature_floor"),
 )
 def pair_floor(rule: Any, case: Case) -> None:
     """To rounding."""
-    for pair in secant_pairs(rule, case):
+    for pair in pairs_for(rule, case):
         damped, floor = pair.damped(rule), rule.curvature_floor(pair.damping)
         curvature, square = (float(torch.dot(damped.step, other)) for other in (damped.change, damped.step))
-        enough = curvature >= floor * square * (1.0 - 1e-9)
-        require(
-            enough,
-            f"s'y of a damped pair (mu2 = {pair.damping:g})",
-            value=curvature,
-            bound=floor * square,
-            relation="at least",
-        )
+        what, least = f"s'y of a damped pair (mu2 = {pair.damping:g})", floor * square
+        require_bound(what, curvature, "at least", least, slack=1e-9 * abs(least))
+
+
+@contract(
+    "pair-bounds",
+    _KIND,
+    "a damped pair keeps the stated bounds: s'y >= c s's, y'Hy <= a s'y, y'y <= g s'y",
+    unless=undeclared(PairDampingDeclarations, "bounds"),
+)
+def pair_bounds(rule: Any, case: Case) -> None:
+    """Those of the three that it states; to rounding."""
+    for pair in pairs_for(rule, case):
+        damped, spectrum = pair.damped(rule), torch.linalg.eigvalsh(pair.inverse)
+        s, y, stated = damped.step, damped.change, rule.bounds(pair.damping, spectrum[0], spectrum[-1])
+        for name, factor, found in (
+            ("s's", None if stated.floor is None else 1.0 / stated.floor, s @ s),
+            ("y'Hy", stated.weighted, y @ pair.inverse @ y),
+            ("y'y", stated.growth, y @ y),
+        ):
+            if factor is not None:
+                most = float(factor * (s @ y))
+                what = f"{name} of a damped pair (mu2 = {pair.damping:g})"
+                require_bound(what, found, "at most", most, slack=1e-9 * most)
 
 
 @contract("pair-scale", _KIND, "a pair c times as long is damped to a pair c times as long")
 def pair_scale(rule: Any, case: Case) -> None:
     """c = 2^10, so that scaling itself does not round."""
-    for pair in secant_pairs(rule, case):
+    for pair in pairs_for(rule, case):
         longer = SecantPair(1024.0 * pair.step, 1024.0 * pair.change, pair.inverse, pair.damping)
         one, two = pair.damped(rule), longer.damped(rule)
         require_close("s of a longer pair", two.step, 1024.0 * one.step)
@@ -145,7 +161,7 @@ def pair_scale(rule: Any, case: Case) -> None:
 def pair_rotation(rule: Any, case: Case) -> None:
     """s, y and H in an orthogonally changed basis give the damped pair in that basis."""
     basis = torch.linalg.qr(case.randn(_SIZE, _SIZE, key=6))[0]
-    for pair in secant_pairs(rule, case):
+    for pair in pairs_for(rule, case):
         turned = SecantPair(basis @ pair.step, basis @ pair.change, basis @ pair.inverse @ basis.T, pair.damping)
         one, two = pair.damped(rule), turned.damped(rule)
         require_close("s in other coordinates", two.step, basis @ one.step, tolerance=1e-7)
@@ -155,7 +171,7 @@ def pair_rotation(rule: Any, case: Case) -> None:
 @contract("pair-flags", _KIND, "a pair that no stage reports as changed is the given pair")
 def pair_flags(rule: Any, case: Case) -> None:
     """``first`` and ``second`` are 0-dimensional bools and tell the truth."""
-    for pair in secant_pairs(rule, case):
+    for pair in pairs_for(rule, case):
         damped = pair.damped(rule)
         for name, flag in (("first", damped.first), ("second", damped.second)):
             fits = flag.dtype == torch.bool and flag.ndim == 0
@@ -168,7 +184,7 @@ def pair_flags(rule: Any, case: Case) -> None:
 @contract("pair-degenerate", _KIND, "zero and parallel pairs give finite pairs")
 def pair_degenerate(rule: Any, case: Case) -> None:
     """s = 0, y = 0, both, s = Hy, s'y = 0, and a y so small that its square underflows."""
-    for pair in secant_pairs(rule, case, degenerate=True):
+    for pair in pairs_for(rule, case, degenerate=True):
         damped = pair.damped(rule)
         require_finite("a damped degenerate pair", damped.step, damped.change)
 
@@ -177,7 +193,7 @@ def pair_degenerate(rule: Any, case: Case) -> None:
 def pair_dtype(rule: Any, case: Case) -> None:
     """float64 and float32."""
     for dtype in (torch.float64, torch.float32):
-        for pair in secant_pairs(rule, case.to(dtype=dtype)):
+        for pair in pairs_for(rule, case.to(dtype=dtype)):
             damped = pair.damped(rule)
             for value in (damped.step, damped.change):
                 fits = value.dtype == dtype and value.device == pair.step.device
@@ -192,7 +208,7 @@ def pair_dtype(rule: Any, case: Case) -> None:
 def pair_mapped(rule: Any, case: Case) -> None:
     """Together as one by one; a rule that looks at the values of tensors in Python cannot be batched."""
     for damping in _DAMPINGS:
-        pairs = [pair for pair in secant_pairs(rule, case) if pair.damping == damping]
+        pairs = [pair for pair in pairs_for(rule, case) if pair.damping == damping]
         if not pairs:
             continue
         steps = torch.stack([pair.step for pair in pairs])
@@ -214,14 +230,4 @@ def pair_mapped(rule: Any, case: Case) -> None:
             )
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    pair_purity,
-    pair_positive,
-    pair_floor,
-    pair_scale,
-    pair_rotation,
-    pair_flags,
-    pair_degenerate,
-    pair_dtype,
-    pair_mapped,
-)
+CONTRACTS = contracts_of(globals())

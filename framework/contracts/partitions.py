@@ -10,7 +10,7 @@ from torch import Tensor
 from ...curvature.layers.discovery import discover_layers
 from ...curvature.layers.layer import Layer
 from .cases import Case
-from .contract import Contract, NotApplicable, contract, require, require_equal
+from .contract import NotApplicable, contract, contracts_of, require, require_equal, require_unchanged
 
 __all__ = ["CONTRACTS"]
 
@@ -65,13 +65,10 @@ def partition_shape(part: Any, case: Case) -> None:
 def partition_purity(part: Any, case: Case) -> None:
     """Bitwise."""
     for layer, storage in _storages(part, case):
-        kept = [value.clone() for value in storage]
-        vectors = part.split(storage)
-        copy = vectors.clone()
-        part.join(vectors, storage)
-        require_equal(f"the blocks of layer {layer.name!r}", vectors, copy)
-        for value, expected in zip(storage, kept, strict=True):
-            require_equal(f"the storage of layer {layer.name!r}", value, expected)
+        with require_unchanged(f"the storage of layer {layer.name!r}", *storage):
+            vectors = part.split(storage)
+            with require_unchanged(f"the blocks of layer {layer.name!r}", vectors):
+                part.join(vectors, storage)
 
 
-CONTRACTS: tuple[Contract, ...] = (partition_bijection, partition_cover, partition_shape, partition_purity)
+CONTRACTS = contracts_of(globals())

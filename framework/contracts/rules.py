@@ -16,7 +16,7 @@ from ...preconditioners.structures.identity import Identity
 from ..optimizer.blocks import Block, make_blocks
 from ..optimizer.team import Team
 from .cases import Case
-from .contract import Contract, contract, require, require_close
+from .contract import contract, contracts_of, require, require_bound, require_close, undeclared
 
 __all__ = ["CONTRACTS"]
 
@@ -80,7 +80,7 @@ def momentum_stable(rule: Any, case: Case) -> None:
     "momentum-unbiased",
     "momentum",
     "for a constant gradient the corrected momentum is that gradient at every step",
-    unless=lambda rule: None if declared(rule, MomentumDeclarations).unbiased else "does not declare unbiased",
+    unless=undeclared(MomentumDeclarations, "unbiased"),
 )
 def momentum_unbiased(rule: Any, case: Case) -> None:
     """Five steps."""
@@ -110,13 +110,7 @@ def decay_linear(rule: Any, case: Case) -> None:
         (rule.gradient_factor(0.1), rule.gradient_factor(0.2)),
         (rule.shrinkage(0.1, 0.5), rule.shrinkage(0.2, 0.5)),
     ):
-        require(
-            abs(2.0 * one - two) <= 1e-12,
-            "what twice the decay does",
-            value=float(two),
-            bound=2.0 * float(one),
-            relation="exactly",
-        )
+        require_bound("what twice the decay does", two, "exactly", 2.0 * one, slack=1e-12)
 
 
 @contract("decay-range", "weight decay", "a decay that is negative, infinite or no number is refused")
@@ -170,7 +164,7 @@ def average_weights(rule: Any, case: Case) -> None:
     weight = 0.0
     for _ in range(50):
         keep, add, weight = rule.coefficients(weight)
-        require(abs(keep + add - 1.0) <= 1e-12, "keep + add", value=keep + add, bound=1.0, relation="exactly")
+        require_bound("keep + add", keep + add, "exactly", 1.0, slack=1e-12)
 
 
 @contract(
@@ -182,9 +176,7 @@ def average_weights(rule: Any, case: Case) -> None:
 def average_unbiased(rule: Any, case: Case) -> None:
     """Over 20 values."""
     for average, _ in _averages(rule, [3.0] * 20):
-        require(
-            abs(average - 3.0) <= 1e-12 * 3.0, "average of the constant 3", value=average, bound=3.0, relation="exactly"
-        )
+        require_bound("average of the constant 3", average, "exactly", 3.0, slack=1e-12 * 3.0)
 
 
 @contract("average-purity", "average", "the same question has the same answer, however often it is asked")
@@ -196,17 +188,4 @@ def average_purity(rule: Any, case: Case) -> None:
         require(asked[0] == asked[1] == asked[2], what)
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    momentum_closed_form,
-    momentum_stable,
-    momentum_unbiased,
-    decay_zero,
-    decay_once,
-    decay_linear,
-    decay_range,
-    decay_purity,
-    average_coefficients,
-    average_weights,
-    average_unbiased,
-    average_purity,
-)
+CONTRACTS = contracts_of(globals())

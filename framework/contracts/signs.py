@@ -9,7 +9,15 @@ from torch import Tensor
 
 from ...curvature.declarations import SignDeclarations, declared
 from .cases import Case
-from .contract import Contract, contract, require, require_close, require_equal, require_finite
+from .contract import (
+    contract,
+    contracts_of,
+    require_bound,
+    require_close,
+    require_finite,
+    require_unchanged,
+    undeclared,
+)
 
 __all__ = ["CONTRACTS"]
 
@@ -47,8 +55,7 @@ def sign_finite(rule: Any, case: Case) -> None:
 )
 def sign_nonnegative(rule: Any, case: Case) -> None:
     """Where the solution has a negative entry."""
-    least = float(rule.choose(*_system(case, 2, coupled=True)).min())
-    require(least >= 0.0, "smallest step", value=least, bound=0.0, relation="at least")
+    require_bound("smallest step", rule.choose(*_system(case, 2, coupled=True)).min(), "at least", 0.0)
 
 
 @contract("sign-minimum", "sign", "a solution without negative entries is taken as it is")
@@ -63,7 +70,7 @@ def sign_minimum(rule: Any, case: Case) -> None:
     "sign-descends",
     "sign",
     "the quadratic model falls at least as far as with steps r_l / (L M_ll)",
-    unless=lambda rule: None if declared(rule, SignDeclarations).descends else "does not declare descends",
+    unless=undeclared(SignDeclarations, "descends"),
 )
 def sign_descends(rule: Any, case: Case) -> None:
     """sum of r_l^2 / (2 L M_ll), also where the solution has a negative entry."""
@@ -71,7 +78,7 @@ def sign_descends(rule: Any, case: Case) -> None:
         solution, matrix, right = _system(case, key, coupled=True)
         found = _value(rule.choose(solution, matrix, right), matrix, right)
         bound = -float((right.square() / matrix.diagonal()).sum()) / (2 * _LAYERS)
-        require(found <= bound * (1.0 - 1e-9), "change of the model", value=found, bound=bound)
+        require_bound("change of the model", found, "at most", bound, slack=-1e-9 * bound)
 
 
 @contract("sign-order", "sign", "the order of the layers does not matter")
@@ -87,17 +94,8 @@ def sign_order(rule: Any, case: Case) -> None:
 def sign_purity(rule: Any, case: Case) -> None:
     """All three."""
     given = _system(case, 5, coupled=True)
-    kept = [value.clone() for value in given]
-    rule.choose(*given)
-    for value, copy in zip(given, kept, strict=True):
-        require_equal("solution, matrix or slopes", value, copy)
+    with require_unchanged("solution, matrix or slopes", *given):
+        rule.choose(*given)
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    sign_finite,
-    sign_nonnegative,
-    sign_minimum,
-    sign_descends,
-    sign_order,
-    sign_purity,
-)
+CONTRACTS = contracts_of(globals())

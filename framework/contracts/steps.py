@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,7 +13,18 @@ from ...curvature.declarations import CouplingDeclarations, StepSizeDeclarations
 from ...stepsize.averaged_forms import AveragedForms
 from ...stepsize.protocol import StepEvidence
 from .cases import Case
-from .contract import Contract, contract, require, require_close, require_equal, require_finite, require_same_state
+from .contract import (
+    contract,
+    contracts_of,
+    require,
+    require_bound,
+    require_close,
+    require_equal,
+    require_finite,
+    require_same_state,
+    require_unchanged,
+    undeclared,
+)
 
 __all__ = ["CONTRACTS", "evidence_for"]
 
@@ -98,31 +109,31 @@ def _unusual(rule: Any, case: Case) -> Iterator[tuple[str, StepEvidence]]:
     normal = evidence_for(case, recalls=recalls)
     yield "nothing moves", _changed(normal, lambda name, value: torch.zeros_like(value))
     yield "no curvature", replace(normal, forms=torch.zeros_like(normal.forms))  # type: ignore[arg-type]
-    yield "one layer at rest", _changed(normal, _first_layer_at_rest)
+    yield "one layer at rest", _changed(normal, _zeroed(0))
     yield "long directions", evidence_for(case, length=1e12, recalls=recalls)
     yield "short directions", evidence_for(case, length=1e-12, recalls=recalls)
     yield "no curvature at this step", replace(normal, forms=None)
     if recalls:
-        yield "no layer has a last step", _changed(normal, _without_last_steps)
+        yield "no layer has a last step", _changed(normal, _zeroed(_LAST_STEPS))
         yield "the last step is the direction", _changed(normal, _same_twice)
 
 
-def _first_layer_at_rest(name: str, value: Tensor) -> Tensor:
-    result = value.clone()
-    if name != "parameter_norms":
-        result[0] = 0.0
-    if name == "forms":
-        result[:, 0] = 0.0
-    return result
+def _zeroed(places: int | slice) -> Callable[[str, Tensor], Tensor]:
+    """A change that takes some directions out of the evidence."""
+
+    def change(name: str, value: Tensor) -> Tensor:
+        result = value.clone()
+        if name != "parameter_norms":
+            result[places] = 0.0
+        if name == "forms":
+            result[:, places] = 0.0
+        return result
+
+    return change
 
 
-def _without_last_steps(name: str, value: Tensor) -> Tensor:
-    result = value.clone()
-    if name != "parameter_norms":
-        result[_LAYERS:] = 0.0
-    if name == "forms":
-        result[:, _LAYERS:] = 0.0
-    return result
+_LAST_STEPS = slice(_LAYERS, None)
+"""Where the layers' last steps stand, behind their directions."""
 
 
 def _same_twice(name: str, value: Tensor) -> Tensor:
@@ -151,8 +162,7 @@ def step_nonnegative(rule: Any, case: Case) -> None:
     uphill = [replace(entry, slopes=-entry.slopes, gradient_slopes=-entry.gradient_slopes) for entry in usual]  # type: ignore[operator]
     for sequence in (usual, uphill):
         for sizes in _steps(rule, case, sequence):
-            least = float(sizes[:_LAYERS].min())
-            require(least >= 0.0, "smallest step size", value=least, bound=0.0, relation="at least")
+            require_bound("smallest step size", sizes[:_LAYERS].min(), "at least", 0.0)
 
 
 @contract(
@@ -201,14 +211,8 @@ def step_learning_rate(rule: Any, case: Case) -> None:
             if previous is None:
                 require_close("step sizes at lr = 0", size, torch.zeros_like(size), tolerance=0.0)
             else:
-                least = float((size.abs() - previous[index].abs()).min())
-                require(
-                    least >= -1e-12,
-                    f"change of a step size up to lr = {lr:g}",
-                    value=least,
-                    bound=-1e-12,
-                    relation="at least",
-                )
+                least = (size.abs() - previous[index].abs()).min()
+                require_bound(f"change of a step size up to lr = {lr:g}", least, "at least", -1e-12)
         previous = sizes
 
 
@@ -216,7 +220,7 @@ def step_learning_rate(rule: Any, case: Case) -> None:
     "step-length",
     "step size",
     "directions c times as long are followed 1/c times as far",
-    unless=lambda rule: None if declared(rule, StepSizeDeclarations).length_free else "does not declare length_free",
+    unless=undeclared(StepSizeDeclarations, "length_free"),
 )
 def step_length(rule: Any, case: Case) -> None:
     """c = 8."""
@@ -257,11 +261,11 @@ def step_save_load(rule: Any, case: Case) -> None:
     "step-no-last-step",
     "step size",
     "along a last step that a layer does not have it does not go",
-    unless=lambda rule: None if _recalls(rule) else "does not declare recalls",
+    unless=undeclared(StepSizeDeclarations, "recalls"),
 )
 def step_no_last_step(rule: Any, case: Case) -> None:
     """At the first step, and later where one layer has none."""
-    first = _changed(evidence_for(case, recalls=True), _without_last_steps)
+    first = _changed(evidence_for(case, recalls=True), _zeroed(_LAST_STEPS))
     (sizes,) = _steps(rule, case, [first])
     require_close(
         "step sizes along last steps at the first step", sizes[_LAYERS:], 0.0 * sizes[_LAYERS:], tolerance=0.0
@@ -295,26 +299,22 @@ def coupling_order(rule: Any, case: Case) -> None:
     "coupling-majorises",
     "coupling",
     "along the common step no less curvature than the whole matrix has",
-    unless=lambda rule: None if declared(rule, CouplingDeclarations).majorises else "does not declare majorises",
+    unless=undeclared(CouplingDeclarations, "majorises"),
 )
 def coupling_majorises(rule: Any, case: Case) -> None:
     """sum of c_l |d_l|^2 >= |d|' |M| |d|."""
     forms, norms = _forms(case)
     found = float((rule.curvature(forms.clone(), norms.clone()) * norms.square()).sum())
     bound = float(norms @ forms.abs() @ norms)
-    require(
-        found >= bound * (1.0 - 1e-12), "curvature along the common step", value=found, bound=bound, relation="at least"
-    )
+    require_bound("curvature along the common step", found, "at least", bound, slack=1e-12 * bound)
 
 
 @contract("coupling-purity", "coupling", "forms and norms stay bitwise as they were")
 def coupling_purity(rule: Any, case: Case) -> None:
     """Both."""
     given = _forms(case)
-    kept = [value.clone() for value in given]
-    rule.curvature(*given)
-    for value, copy in zip(given, kept, strict=True):
-        require_equal("forms or norms", value, copy)
+    with require_unchanged("forms or norms", *given):
+        rule.curvature(*given)
 
 
 def _slopes(rule: Any, case: Case, change: Any = lambda value: value) -> list[Tensor]:
@@ -338,20 +338,4 @@ def slope_order(rule: Any, case: Case) -> None:
         require_close("slope", two, one[order])
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    step_finite,
-    step_nonnegative,
-    step_shape,
-    step_order,
-    step_learning_rate,
-    step_length,
-    step_purity,
-    step_save_load,
-    step_no_last_step,
-    coupling_scale,
-    coupling_order,
-    coupling_majorises,
-    coupling_purity,
-    slope_scale,
-    slope_order,
-)
+CONTRACTS = contracts_of(globals())

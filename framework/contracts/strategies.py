@@ -268,10 +268,8 @@ def methods(
     if not fitting:
         raise ArgumentError(f"no registered composition has needs_likelihood={needs_likelihood}, {needs_closure=}")
     found: Method = draw(st.sampled_from(fitting))
-    for name, kind in (("damping", "damping"), ("momentum", "momentum"), ("weight_decay", "weight decay")):
-        found = _refined(found, name, draw(parts(kind)), wanted)
-    for name, kind in (("step_size", "step size"), ("guard", "guard")):
-        found = _refined(found, name, draw(parts(kind)), wanted)
+    for name in ("damping", "momentum", "weight_decay", "step_size", "guard"):
+        found = _refined(found, name, draw(parts(name.replace("_", " "))), wanted)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,16 +17,18 @@ from ...preconditioners.linalg import RETRIES, Computed
 from ...preconditioners.protocol import refining
 from .cases import Case, low_rank
 from .contract import (
-    Contract,
     ContractViolation,
     NotApplicable,
     contract,
+    contracts_of,
     require,
+    require_bound,
     require_close,
     require_equal,
     require_finite,
     require_same_state,
     require_symmetric,
+    require_unchanged,
 )
 from .workbench import Workbench, saved_copy
 
@@ -67,8 +70,25 @@ def positive_definite(part: Any, case: Case) -> None:
         for block in bench.blocks:
             dense, name = bench.dense(block), f"to_dense of layer {block.layer.name!r} {what}".rstrip()
             require_symmetric(name, dense, tolerance=1e-9)
-            smallest = float(torch.linalg.eigvalsh(0.5 * (dense + dense.T))[0])
-            require(smallest > 0.0, f"smallest eigenvalue of {name}", value=smallest, bound=0.0, relation="more than")
+            smallest = torch.linalg.eigvalsh(0.5 * (dense + dense.T))[0]
+            require_bound(f"smallest eigenvalue of {name}", smallest, "more than", 0.0)
+
+
+@contract(
+    "spectrum-bounds", _KINDS, "the spectrum of to_dense lies inside the stated bounds", unless=(_nonlinear, _no_bounds)
+)
+def spectrum_bounds(part: Any, case: Case) -> None:
+    """``bounds(state, layer, damping)`` gives (lowest, highest)."""
+    bench = Workbench(part, case).run()
+    for block in bench.blocks:
+        eigenvalues = torch.linalg.eigvalsh(bench.dense(block))
+        bounds = declared(block.part, StructureDeclarations).bounds
+        assert bounds is not None
+        low, high = bounds(block.state, block.layer, bench.sides(block))
+        slack = 1e-9 * float(eigenvalues.abs().max())
+        where = f"eigenvalue of to_dense of layer {block.layer.name!r}"
+        require_bound(f"smallest {where}", eigenvalues[0], "at least", low, slack=slack)
+        require_bound(f"largest {where}", eigenvalues[-1], "at most", high, slack=slack)
 
 
 @contract("direction-layout", _KINDS, "a direction has the shapes of the momentum that was given")
@@ -103,24 +123,6 @@ def failed_inverse(part: Any, case: Case) -> None:
         raise NotApplicable("it asks for no inverse")
 
 
-@contract(
-    "spectrum-bounds", _KINDS, "the spectrum of to_dense lies inside the stated bounds", unless=(_nonlinear, _no_bounds)
-)
-def spectrum_bounds(part: Any, case: Case) -> None:
-    """``bounds(state, layer, damping)`` gives (lowest, highest)."""
-    bench = Workbench(part, case).run()
-    for block in bench.blocks:
-        eigenvalues = torch.linalg.eigvalsh(bench.dense(block))
-        bounds = declared(block.part, StructureDeclarations).bounds
-        assert bounds is not None
-        low, high = bounds(block.state, block.layer, bench.sides(block))
-        slack = 1e-9 * float(eigenvalues.abs().max())
-        least, most = float(eigenvalues[0]), float(eigenvalues[-1])
-        where = f"eigenvalue of to_dense of layer {block.layer.name!r}"
-        require(least >= low - slack, f"smallest {where}", value=least, bound=low, relation="at least")
-        require(most <= high + slack, f"largest {where}", value=most, bound=high)
-
-
 def given_tensors(statistics: LayerStatistics) -> list[Tensor]:
     """Every tensor of a record that a part may read."""
     rows = [] if statistics.roots is None else [statistics.roots[0]]
@@ -143,32 +145,23 @@ def purity(part: Any, case: Case) -> None:
     for block in bench.blocks:
         own, where = block.part, f"of layer {block.layer.name!r}"
         momentum, state = bench.momentum(block), [tensor.clone() for tensor in block.state.tensors()]
-        kept = [value.clone() for value in momentum]
-        first = [value.clone() for value in own.precondition(block.state, momentum)]
-        own.to_dense(block.state, block.layer, bench.sides(block)) if _nonlinear(own) is None else None
-        own.matrices(block.state, bench.sides(block))
-        for value, copy in zip(block.state.tensors(), state, strict=True):
-            require_equal(f"the state {where} after asking for a direction", value, copy)
-        for value, copy in zip(momentum, kept, strict=True):
-            require_equal(f"the momentum {where}", value, copy)
+        with require_unchanged(f"the momentum {where}", *momentum):
+            first = [value.clone() for value in own.precondition(block.state, momentum)]
+            own.to_dense(block.state, block.layer, bench.sides(block)) if _nonlinear(own) is None else None
+            own.matrices(block.state, bench.sides(block))
+            for value, copy in zip(block.state.tensors(), state, strict=True):
+                require_equal(f"the state {where} after asking for a direction", value, copy)
         for value, copy in zip(own.precondition(block.state, bench.momentum(block)), first, strict=True):
             require_equal(f"a second direction {where}", value, copy)
         one, other = before[block.layer.name], after[block.layer.name]
         observation = bench.observation(block, one)
-        given = [
-            *given_tensors(one),
-            *given_tensors(other),
-            *observation.gradients,
-            *observation.momentum,
-            *observation.parameters,
-        ]
-        copies = [value.clone() for value in given]
-        own.update(block.state, observation)
-        if (part_that_refines := refining(own)) is not None:
-            part_that_refines.refine(block.state, observation)
-        own.observe_step(block.state, one, other, bench.sides(block))
-        for value, copy in zip(given, copies, strict=True):
-            require_equal(f"what update and observe_step {where} were given", value, copy)
+        seen = (*observation.gradients, *observation.momentum, *observation.parameters)
+        given = (*given_tensors(one), *given_tensors(other), *seen)
+        with require_unchanged(f"what update and observe_step {where} were given", *given):
+            own.update(block.state, observation)
+            if (part_that_refines := refining(own)) is not None:
+                part_that_refines.refine(block.state, observation)
+            own.observe_step(block.state, one, other, bench.sides(block))
 
 
 @contract("save-load-continue", _KINDS, "a saved and loaded state continues bit for bit")
@@ -216,12 +209,11 @@ def memory(part: Any, case: Case) -> None:
     for one, other in zip(fresh.blocks, used.blocks, strict=True):
         counts = [sum(tensor.numel() for tensor in block.state.tensors()) for block in (one, other)]
         where = f"size of the state of layer {one.layer.name!r}"
-        require(counts[0] == counts[1], f"{where} after use", value=counts[1], bound=counts[0], relation="exactly")
+        require_bound(f"{where} after use", counts[1], "exactly", counts[0])
         numbers = one.structure.numbers
         stated = None if numbers is None else numbers(one.layer)
         if stated is not None:
-            what = f"{where}, of which numbers(layer) tells,"
-            require(counts[0] == stated, what, value=counts[0], bound=stated, relation="exactly")
+            require_bound(f"{where}, of which numbers(layer) tells,", counts[0], "exactly", stated)
 
 
 @contract("renamed-layers", _KINDS, "the name of a layer changes nothing")
@@ -241,7 +233,8 @@ def declared_needs(part: Any, case: Case) -> None:
     if _same(whole, bare):
         return
     records = _seen(part, case, lambda needs: ~Needs.NOTHING)
-    read = [need for need in _MEASURED if not _same(records, _seen(part, case, partial(_without, need)))]
+    # each time everything is shown but one need, unless that one is declared
+    read = [need for need in _MEASURED if not _same(records, _seen(part, case, partial(operator.or_, ~need)))]
     found = " and ".join(f"Needs.{need.name}" for need in read)
     if not _same(whole, records):
         found = "raw gradients of the record (output_gradient, sampled_gradient), which are the estimator's"
@@ -250,11 +243,6 @@ def declared_needs(part: Any, case: Case) -> None:
         f"it reads {found or 'something'} without declaring it: add it to needs (now {part.needs}), which is all that "
         f"is measured for it; {what}"
     )
-
-
-def _without(need: Needs, needs: Needs) -> Needs:
-    """Everything but one need, unless that one is declared."""
-    return needs | ~need
 
 
 def _seen(part: Any, case: Case, shown: Callable[[Needs], Needs] | None) -> list[Tensor] | Exception:
@@ -274,16 +262,4 @@ def _same(one: list[Tensor] | Exception, other: list[Tensor] | Exception) -> boo
     return all(torch.equal(value.nan_to_num(), copy.nan_to_num()) for value, copy in zip(one, other, strict=True))
 
 
-CONTRACTS: tuple[Contract, ...] = (
-    dense_solve,
-    positive_definite,
-    spectrum_bounds,
-    direction_layout,
-    failed_inverse,
-    purity,
-    save_load_continue,
-    dtype_and_device,
-    memory,
-    renamed_layers,
-    declared_needs,
-)
+CONTRACTS = contracts_of(globals())

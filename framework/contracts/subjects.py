@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -127,7 +127,8 @@ def subjects_of(target: Any, name: str | None = None) -> list[Subject]:
         return [entry for value in target for entry in subjects_of(value)]
     kind = kind_of(target)
     if kind is not None:
-        return [Subject(name or _label(target), kind, target)]
+        own = "Method" if isinstance(target, Method) else label(target)
+        return [Subject(name or own, kind, target)]
     if callable(target):
         return _of_callable(target, name or str(getattr(target, "__name__", target)))
     raise ArgumentError(
@@ -176,10 +177,12 @@ def _required(target: Callable[..., Any]) -> list[str]:
 def _of_module(module: ModuleType) -> list[Subject]:
     if module.__name__ == __name__.split(".")[0]:
         return registered_subjects()
-    found = list(_unique(_own_parts(module)))
+    found: dict[tuple[str, str], Subject] = {}
+    for subject in _own_parts(module):
+        found.setdefault((subject.kind, subject.name), subject)
     if not found:
         raise ArgumentError(f"module {module.__name__} defines no part; name one with {module.__name__}:part")
-    return found
+    return list(found.values())
 
 
 def _own_parts(module: ModuleType) -> Iterator[Subject]:
@@ -202,14 +205,6 @@ def _makes_a_part(value: Any) -> bool:
         return not getattr(value, "_is_protocol", False)
     made = getattr(value, "__annotations__", {}).get("return")
     return made is Method or (isinstance(made, str) and made.rpartition(".")[2] == "Method")
-
-
-def _unique(subjects: Iterable[Subject]) -> Iterator[Subject]:
-    seen: set[tuple[str, str]] = set()
-    for subject in subjects:
-        if (subject.kind, subject.name) not in seen:
-            seen.add((subject.kind, subject.name))
-            yield subject
 
 
 def resolve(target: str) -> Any:
@@ -247,7 +242,3 @@ def _missing(module: str, piece: str, public: list[str]) -> str:
     near = [lower[name] for name in difflib.get_close_matches(piece.lower(), lower, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(public[:12])}"
     return f"{module!r} has no {piece!r}; {hint}"
-
-
-def _label(part: Any) -> str:
-    return "Method" if isinstance(part, Method) else label(part)

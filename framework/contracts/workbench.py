@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.backends.capture import Capture
 from ...curvature.estimators import EmpiricalFisher, Estimator
 from ...curvature.layers.discovery import discover_layers
 from ...curvature.layers.layer import Layer
@@ -25,6 +24,7 @@ from ..optimizer.observing import refresh
 from ..optimizer.recording import fill
 from .cases import Batch, Case
 from .contract import NotApplicable
+from .measuring import captured
 
 __all__ = ["LAMBDA", "Workbench", "estimator_for", "saved_copy"]
 
@@ -150,25 +150,14 @@ class Workbench:
         if key not in _RECORDED:
             if len(_RECORDED) == _REMEMBERED:
                 _RECORDED.clear()
-            found = self._pass(inputs, targets, reduction, record)
+            wanted = {layer.name: record for layer in self.layers}
+            named = captured(self.case, self.model, self.layers, wanted, [(inputs.clone(), targets)], reduction)
+            found = {index: named[layer.name] for index, layer in enumerate(self.layers) if layer.name in named}
             _RECORDED[key] = found, [None if p.grad is None else p.grad.clone() for p in parameters]
         found, gradients = _RECORDED[key]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
         return {index: _copied(entry, self.layers[index]) for index, entry in found.items()}
-
-    def _pass(self, inputs: Tensor, targets: Tensor, reduction: str, record: Record) -> dict[int, LayerStatistics]:
-        """One pass forward and backward."""
-        capture = Capture(self.model, self.layers, self.case.distribution(), reduction, 0)
-        capture.arm({layer.name: record for layer in self.layers})
-        self.model.zero_grad()
-        try:
-            with torch.enable_grad():
-                self.case.loss(self.model(inputs.clone()), targets, reduction).backward()
-            found = capture.collect()
-        finally:
-            capture.close()
-        return {index: found[layer.name] for index, layer in enumerate(self.layers) if layer.name in found}
 
     def observation(self, block: Block, entry: LayerStatistics, scale: float = 1.0) -> Observation:
         """What ``update`` is given: copies throughout."""

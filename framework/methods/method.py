@@ -201,8 +201,11 @@ class Method:
         require_finite_nonnegative("weight_decay", weight_decay)
         self._check_adaptation(damping, weight_decay)
         for part in leaves(self.preconditioner):
-            if part.needs & (Needs.VECTORS | Needs.ROOTS | Needs.MATRIX):
-                _require_positive_damping(part, damping)
+            if part.needs & (Needs.VECTORS | Needs.ROOTS | Needs.MATRIX) and not damping > 0.0:
+                raise ArgumentError(
+                    f"damping must be > 0 for {type(part).__name__}, whose averaged curvature is only semi-definite, "
+                    f"got {damping!r}; a composed Method names its own with defaults={{'damping': 0.1}}"
+                )
             pairs: PairDamping | None = declared(part, StructureDeclarations).pairs
             if pairs is not None:
                 pairs.validate(self._pair_damping(part, damping))
@@ -289,14 +292,6 @@ def _suppliers(needs: Needs) -> str:
     wanted = [need for need in _MEASURED if need in needs]
     names = dict.fromkeys(type(part).__name__ for part in entries if all(need in part.provides for need in wanted))
     return ", ".join(f"{name}()" for name in names) or "none that is registered"
-
-
-def _require_positive_damping(part: Preconditioner, damping: float) -> None:
-    if not damping > 0.0:
-        raise ArgumentError(
-            f"damping must be > 0 for {type(part).__name__}, whose averaged curvature is only semi-definite, "
-            f"got {damping!r}; a composed Method names its own with defaults={{'damping': 0.1}}"
-        )
 
 
 def _describe(part: Preconditioner) -> str:

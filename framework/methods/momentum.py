@@ -41,20 +41,20 @@ class Momentum(Protocol):
 
 
 class _Plain(MomentumDeclarations):
-    """What is preconditioned is M itself."""
+    """What is preconditioned is M itself, uncorrected."""
 
     def blend(self) -> tuple[float, float]:
         """(1, 0)."""
         return 1.0, 0.0
 
+    def correction(self, updates: int) -> float:
+        """None."""
+        return 1.0
+
 
 @dataclass(frozen=True)
-class EMA(_Plain):
-    """M <- decay M + (1 - decay) g from 0, no bias correction (K-BFGS and K-FAC, PAPERS 1.2 item 2).
-
-    Args:
-        decay: in [0, 1).
-    """
+class _Decaying(_Plain):
+    """M keeps a share of itself at every step."""
 
     decay: float = 0.9
 
@@ -62,13 +62,18 @@ class EMA(_Plain):
         require_fields(self)
         require_interval("momentum decay", self.decay, 0.0, 1.0)
 
+
+@dataclass(frozen=True)
+class EMA(_Decaying):
+    """M <- decay M + (1 - decay) g from 0, no bias correction (K-BFGS and K-FAC, PAPERS 1.2 item 2).
+
+    Args:
+        decay: in [0, 1).
+    """
+
     def coefficients(self) -> tuple[float, float]:
         """(decay, 1 - decay)."""
         return self.decay, 1.0 - self.decay
-
-    def correction(self, updates: int) -> float:
-        """None."""
-        return 1.0
 
 
 @dataclass(frozen=True)
@@ -83,26 +88,16 @@ class CorrectedEMA(EMA):
 
 
 @dataclass(frozen=True)
-class HeavyBall(_Plain):
+class HeavyBall(_Decaying):
     """M <- decay M + g (MBF, and torch.optim.SGD).
 
     Args:
         decay: in [0, 1).
     """
 
-    decay: float = 0.9
-
-    def __post_init__(self) -> None:
-        require_fields(self)
-        require_interval("momentum decay", self.decay, 0.0, 1.0)
-
     def coefficients(self) -> tuple[float, float]:
         """(decay, 1)."""
         return self.decay, 1.0
-
-    def correction(self, updates: int) -> float:
-        """None."""
-        return 1.0
 
 
 @dataclass(frozen=True)
@@ -114,10 +109,6 @@ class NoMomentum(_Plain):
     def coefficients(self) -> tuple[float, float]:
         """(0, 1)."""
         return 0.0, 1.0
-
-    def correction(self, updates: int) -> float:
-        """None."""
-        return 1.0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from . import momentum
 __all__ = [
     "EXAMPLES",
     "KINDS",
-    "default_examples",
     "examples",
     "instances",
     "label",
@@ -219,14 +218,9 @@ def examples() -> dict[str, dict[str, Any]]:
 
 
 def instances(cls: type) -> tuple[Any, ...]:
-    """Example instances of one part."""
-    return _EXAMPLES.get(cls, ()) or default_examples(cls)
-
-
-def default_examples(cls: type) -> tuple[Any, ...]:
-    """Instances of one part: those of the table, else the part with its defaults, if it has them all."""
-    if cls in EXAMPLES:
-        return EXAMPLES[cls]
+    """Example instances of one part: those of the table, else the part with its defaults, if it has them all."""
+    if cls in _EXAMPLES:
+        return _EXAMPLES[cls]
     required = [
         entry
         for entry in (dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ())

@@ -21,6 +21,7 @@ __all__ = [
     "DoubleDamping",
     "MergedDoubleDamping",
     "NoDamping",
+    "PairBounds",
     "PairDamping",
     "PowellB0",
     "PowellH",
@@ -38,6 +39,20 @@ class DampedPair:
     change: Tensor
     first: Tensor
     second: Tensor
+
+
+@dataclass(frozen=True)
+class PairBounds:
+    """What a rule promises of every damped pair (PAPERS 1.4), for many H at once, (n,) each; ``None``: no promise.
+
+        s'y >= floor |s|^2,    y'Hy <= weighted s'y,    |y|^2 <= growth s'y
+
+    The bounds on an update of H by the pair are made of these three: c, a and g of PAPERS 1.4.
+    """
+
+    floor: Tensor | None = None
+    weighted: Tensor | None = None
+    growth: Tensor | None = None
 
 
 class PairDamping(Protocol):
@@ -101,12 +116,8 @@ class NoDamping(PairDampingDeclarations):
 
 
 @dataclass(frozen=True)
-class DoubleDamping(PairDampingDeclarations):
-    """Powell on H, then Powell with B = I (K-BFGS, PAPERS 1.3): s'y >= mu2 s's afterwards.
-
-    Args:
-        mu1: in (0, 1), threshold of the first stage.
-    """
+class _Powell(PairDampingDeclarations):
+    """What the rules after Powell share: a threshold mu1, any mu2, and curvature that is positive afterwards."""
 
     mu1: float = 0.2
     keeps_positive = True
@@ -115,9 +126,26 @@ class DoubleDamping(PairDampingDeclarations):
         require_fields(self)
         require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
 
+    def validate(self, damping: float) -> None:
+        """Any damping."""
+
+
+@dataclass(frozen=True)
+class DoubleDamping(_Powell):
+    """Powell on H, then Powell with B = I (K-BFGS, PAPERS 1.3): s'y >= mu2 s's afterwards.
+
+    Args:
+        mu1: in (0, 1), threshold of the first stage.
+    """
+
     def curvature_floor(self, damping: float) -> float:
         """mu2."""
         return damping
+
+    def bounds(self, damping: float, low: Tensor, high: Tensor) -> PairBounds:
+        """D2 to D4 of PAPERS 1.4."""
+        growth = (1 / (self.mu1 * low)).clamp(min=1.0)
+        return PairBounds(torch.full_like(high, damping), high.clamp(min=1 / self.mu1), growth)
 
     def validate(self, damping: float) -> None:
         """The second stage interpolates between y and s only for mu2 < 1."""
@@ -139,23 +167,21 @@ class DoubleDamping(PairDampingDeclarations):
 
 
 @dataclass(frozen=True)
-class PowellThenLM(PairDampingDeclarations):
+class PowellThenLM(_Powell):
     """Powell on H, then y + mu2 s (A', PAPERS 1.3 "DDv2"): any mu2 > 0.
 
     Args:
         mu1: in (0, 1), threshold of the first stage.
     """
 
-    mu1: float = 0.2
-    keeps_positive = True
-
-    def __post_init__(self) -> None:
-        require_fields(self)
-        require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
-
     def curvature_floor(self, damping: float) -> float:
         """mu2: the first stage leaves s'y >= mu1 y'Hy >= 0."""
         return damping
+
+    def bounds(self, damping: float, low: Tensor, high: Tensor) -> PairBounds:
+        """The analogues of D2 to D4 for the Levenberg-Marquardt shift, PAPERS 1.4."""
+        weighted, growth = 1 / self.mu1 + damping * high, 1 / (self.mu1 * low) + damping
+        return PairBounds(torch.full_like(high, damping), weighted, growth)
 
     def validate(self, damping: float) -> None:
         """Any positive damping."""
@@ -170,7 +196,7 @@ class PowellThenLM(PairDampingDeclarations):
 
 
 @dataclass(frozen=True)
-class PowellH(PairDampingDeclarations):
+class PowellH(_Powell):
     """Powell on H alone (PAPERS 1.3, "Powell-H only"): s'y >= mu1 y'Hy afterwards, y as it is.
 
     Keeps H positive definite, H+ >= mu1 H / (1 + mu1), but puts no bound on |H+| (PAPERS 1.4, U4): a small y that
@@ -180,15 +206,9 @@ class PowellH(PairDampingDeclarations):
         mu1: in (0, 1), threshold.
     """
 
-    mu1: float = 0.2
-    keeps_positive = True
-
-    def __post_init__(self) -> None:
-        require_fields(self)
-        require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
-
-    def validate(self, damping: float) -> None:
-        """Any damping."""
+    def bounds(self, damping: float, low: Tensor, high: Tensor) -> PairBounds:
+        """Of y alone: what U4 of PAPERS 1.4 is made of."""
+        return PairBounds(None, torch.full_like(high, 1 / self.mu1), 1 / (self.mu1 * low))
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         """The first stage of double damping."""
@@ -197,7 +217,7 @@ class PowellH(PairDampingDeclarations):
 
 
 @dataclass(frozen=True)
-class MergedDoubleDamping(PairDampingDeclarations):
+class MergedDoubleDamping(_Powell):
     """One of the two stages, whichever has the larger target (PAPERS 1.3, "merged DD").
 
     With sigma = max(y'Hy, s's) and s'y > mu1 sigma the pair stays. Otherwise s is damped with H where y'Hy >= s's, else
@@ -212,15 +232,10 @@ class MergedDoubleDamping(PairDampingDeclarations):
         mu1: in (0, 1), threshold of both.
     """
 
-    mu1: float = 0.2
-    keeps_positive = True
-
-    def __post_init__(self) -> None:
-        require_fields(self)
-        require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
-
-    def validate(self, damping: float) -> None:
-        """Any damping."""
+    def bounds(self, damping: float, low: Tensor, high: Tensor) -> PairBounds:
+        """The three above."""
+        most = high.clamp(min=1.0) / self.mu1
+        return PairBounds(1 / most, most, (1 / low).clamp(min=1.0) / self.mu1)
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         """At most one of the stages."""
@@ -234,7 +249,7 @@ class MergedDoubleDamping(PairDampingDeclarations):
 
 
 @dataclass(frozen=True)
-class PowellB0(PairDampingDeclarations):
+class PowellB0(_Powell):
     """Powell's damping of y with a multiple of the identity, B0 = gamma I, gamma = max(y'y / s'y, floor).
 
     The damping of SdLBFGS (Wang, Ma, Goldfarb, Liu, SIAM J. Opt. 27 (2017), section 3, with H0 = I / gamma). PAPERS 1.3
@@ -249,19 +264,14 @@ class PowellB0(PairDampingDeclarations):
 
     mu1: float = 0.25
     floor: float = 0.1
-    keeps_positive = True
 
     def __post_init__(self) -> None:
-        require_fields(self)
-        require_interval("mu1", self.mu1, 0.0, 1.0, closed="()")
+        super().__post_init__()
         require_interval("floor", self.floor, 0.0, float("inf"), closed="()")
 
     def curvature_floor(self, damping: float) -> float:
         """mu1 times the smallest gamma."""
         return self.mu1 * self.floor
-
-    def validate(self, damping: float) -> None:
-        """Any damping."""
 
     def damp(self, step: Tensor, change: Tensor, product: Tensor, damping: float) -> DampedPair:
         """One stage, on y."""

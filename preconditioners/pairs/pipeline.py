@@ -1,5 +1,7 @@
 """Average, damp, test: what happens to many secant pairs before they update their matrices, in a few operations.
 
+Every structure that learns from secant pairs goes through here, and so does whoever computes a pair again.
+
 The vectors of all layers are rows of one matrix, padded with zeros to a common length: zeros change no dot product, so
 the rules see ordinary pairs with a batch axis in front. Only products with each layer's own matrix stay apart.
 """
@@ -20,7 +22,7 @@ from ..state import State
 from .damping import DampedPair, PairDamping
 from .skipping import SkipRule
 
-__all__ = ["AveragedPair", "average_pairs_", "copy_all_", "damped_pairs", "finite_rows"]
+__all__ = ["AveragedPair", "average_pairs_", "averaged", "copy_all_", "damped_pairs", "finite_rows"]
 
 
 @dataclass
@@ -44,6 +46,23 @@ def copy_all_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 def finite_rows(values: Tensor) -> Tensor:
     """Whether vectors along the last axis are finite; x - x is zero for finite x only."""
     return ((values - values) == 0).all(-1)
+
+
+def averaged(old: Tensor, new: Tensor, usable: Tensor, weight: float, average: Average) -> tuple[Tensor, float]:
+    """Take new pairs into averages of one weight; a pair that is not usable leaves its average as it was.
+
+    Args:
+        old: (2, L, d) averages of s and y.
+        new: (2, L, d) s and y of this step.
+        usable: (L,).
+        weight: what the averages have gathered.
+        average: rule over steps.
+
+    Returns:
+        The averages after the step, and their weight.
+    """
+    keep, add, weight = average.coefficients(weight)
+    return torch.where(usable.unsqueeze(-1), torch.add(keep * old, new, alpha=add), old).to(old.dtype), weight
 
 
 def average_pairs_(
@@ -70,9 +89,7 @@ def average_pairs_(
     new = points[2:] - points[:2]
     finite = finite_rows(new).all(0)
     stored = [pair.step for pair in pairs], [pair.change for pair in pairs]
-    old = pack(*stored)
-    keep, add, weight = average.coefficients(pairs[0].weight)
-    values = torch.where(finite.unsqueeze(-1), torch.add(keep * old, new, alpha=add), old).to(old.dtype)
+    values, weight = averaged(pack(*stored), new, finite, pairs[0].weight, average)
     sizes = [pair.step.shape[0] for pair in pairs]
     copy_all_([*stored[0], *stored[1]], unpack(values[0], sizes) + unpack(values[1], sizes))
     for pair in pairs:

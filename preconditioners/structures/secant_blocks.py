@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ from ...errors import require_positive_integer
 from ..averages import Average, ZeroStartAverage
 from ..damping.split import SideDamping
 from ..linalg import Computed
-from ..pairs.damping import DampedPair, DoubleDamping, PairDamping
+from ..pairs.damping import DampedPair, DoubleDamping, PairDamping, dots
 from ..pairs.initial_scale import InitialScale, NewestPair
-from ..pairs.pipeline import AveragedPair
+from ..pairs.pipeline import AveragedPair, averaged, copy_all_, damped_pairs
 from ..pairs.skipping import AngleTest, SkipRule
 from ..protocol import Events, Observation, Request, Schedule
 from ..state import State
@@ -158,29 +159,15 @@ class SecantBlocks(StructureDeclarations):
         """Average, damp, test and store one pair per block; events count blocks."""
         assert after is not None
         old, new = _point(self, before), _point(self, after)
-        step, change = new[0] - old[0], new[1] - old[1]
-        finite = _finite(step) & _finite(change)
-        _average(state.pair, step, change, finite, self.average)
-        pair = self._damped(state, damping.whole)
-        accepted = finite & self._accepts(pair, old[1])
+        moved, kept = new - old, [state.pair.step, state.pair.change]
+        finite = _finite(moved).all(0)
+        averages, state.pair.weight = averaged(torch.stack(kept), moved, finite, state.pair.weight, self.average)
+        copy_all_(kept, averages.unbind(0))
+        pair, accepted, events = damped_pairs(
+            averages, finite, old[1], partial(two_loop, state), self.pairs, _Storable(self.skip), damping.whole
+        )
         self._store(state, pair, accepted)
-        return {
-            "damped_first": pair.first.sum(),
-            "damped_second": pair.second.sum(),
-            "rejected_pairs": (~accepted).sum(),
-        }
-
-    def _damped(self, state: SecantBlocksState, damping: float) -> DampedPair:
-        """The averaged pairs after damping, every field with the blocks in front."""
-        average = state.pair
-        return self.pairs.damp(average.step, average.change, two_loop(state, average.change), damping)
-
-    def _accepts(self, pair: DampedPair, reference: Tensor) -> Tensor:
-        """(B,) whether a pair may be stored: the skip rule's word, and nothing that is not finite."""
-        accepted = self.skip.accepts(pair.step, pair.change, reference)
-        inverse = (pair.step * pair.change).sum(1).reciprocal()  # zero for an infinite curvature, infinite for none
-        finite = _finite(pair.step) & _finite(pair.change)
-        return accepted & finite & (inverse > 0) & (inverse < torch.inf)
+        return events
 
     def _store(self, state: SecantBlocksState, pair: DampedPair, accepted: Tensor) -> None:
         """Push the oldest pair out where the new one is accepted. No synchronisation: the decision is arithmetic."""
@@ -203,26 +190,29 @@ class SecantBlocks(StructureDeclarations):
         return block_diagonal(self.partition, layer, inverses)
 
 
-def _point(part: SecantBlocks, record: LayerStatistics) -> tuple[Tensor, Tensor]:
-    """(B, d) parameters and their mean gradients at one evaluation."""
+@dataclass(frozen=True)
+class _Storable:
+    """A skip rule, and nothing stored whose squares or 1 / s'y are not finite."""
+
+    rule: SkipRule
+
+    def accepts(self, step: Tensor, change: Tensor, reference: Tensor) -> Tensor:
+        curvature = dots(step, change)
+        finite = _finite(step) & _finite(change) & torch.isfinite(curvature) & torch.isfinite(1.0 / curvature)
+        return self.rule.accepts(step, change, reference) & finite & (curvature > 0)
+
+
+def _point(part: SecantBlocks, record: LayerStatistics) -> Tensor:
+    """(2, B, d) parameters and their mean gradients at one evaluation."""
     assert record.parameters is not None and record.gradients is not None
     vectors = []
     for values in (record.parameters, record.gradients):
         named = dict(zip(record.layer.parameters, values, strict=True))
         served = tuple(named[name] for name in part.serves(record.layer))
         vectors.append(part.partition.split((record.layer.joint_matrix(served),) if part.joint else served))
-    return vectors[0], record.mean_scale * vectors[1]
+    return torch.stack([vectors[0], record.mean_scale * vectors[1]])
 
 
 def _finite(vectors: Tensor) -> Tensor:
-    """(B,) whether vectors (B, d) have finite squares."""
-    squares = vectors.square().sum(1)
-    return (squares - squares) == 0
-
-
-def _average(pair: AveragedPair, step: Tensor, change: Tensor, finite: Tensor, average: Average) -> None:
-    """Take a pair per block into the averages, where it is finite."""
-    keep, add, pair.weight = average.coefficients(pair.weight)
-    chosen = finite.unsqueeze(1).expand_as(step).contiguous()  # of the same shape, which a CPU is quicker with
-    for value, new in ((pair.step, step), (pair.change, change)):
-        value.copy_(torch.where(chosen, torch.add(keep * value, new, alpha=add), value))
+    """Whether vectors along the last axis have finite squares."""
+    return torch.isfinite(vectors.square().sum(-1))

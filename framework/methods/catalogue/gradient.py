@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ....curvature.estimators import BatchMean, SampledBatchMean
-from ....errors import ArgumentError
 from ....preconditioners.averages import MovingAverage, RunningSum
 from ....preconditioners.damping.split import ConstantDamping
 from ....preconditioners.factors.gradient_products import Root
@@ -16,6 +15,7 @@ from ....preconditioners.structures.moments import GradientMoments
 from ....preconditioners.structures.spectral import AspectRatio, MatchAdam, Spectral, UpdateScale
 from ..method import Method
 from ..momentum import EMA, CorrectedEMA, Decoupled, HeavyBall, Nesterov
+from .names import chosen
 
 __all__ = ["muon", "shampoo", "soap", "tnt"]
 
@@ -126,10 +126,8 @@ def muon(*, momentum: float = 0.95, beta2: float = 0.95, scale: str = "match-ada
         scale: ``match-adam`` or ``aspect-ratio``.
         iterations: of Newton and Schulz, >= 1.
     """
-    if scale not in _SCALES:
-        raise ArgumentError(f"scale must be one of {', '.join(_SCALES)}, got {scale!r}")
     return Method(
-        Spectral(_SCALES[scale](), iterations=iterations),
+        Spectral(chosen("scale", scale, _SCALES), iterations=iterations),
         momentum=Nesterov(EMA(momentum)),
         weight_decay=Decoupled(),
         fallback=Diagonal(average=MovingAverage(beta2)),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from ....curvature.estimators import Estimator, SampledFisher
+from ....curvature.estimators import SampledFisher
 from ....preconditioners.averages import MovingAverage
-from ....preconditioners.damping.split import ConstantDamping, Split
+from ....preconditioners.damping.split import ConstantDamping, Damping, Split
 from ....preconditioners.factors.factor import Covariance
-from ....preconditioners.protocol import Schedule
+from ....preconditioners.protocol import Preconditioner, Schedule
 from ....preconditioners.structures.dense import Dense
 from ....preconditioners.structures.eigenbasis import Eigenbasis
 from ....preconditioners.structures.kronecker import Kronecker
@@ -20,14 +21,29 @@ from .names import fisher_estimator
 __all__ = ["ekfac", "kfac", "kfac_conv", "kronecker_fisher", "ngd_exact"]
 
 
-def kronecker_fisher(
-    statistics: str, statistics_decay: float, statistics_every: int, inverses_every: int, eager: int
-) -> tuple[Kronecker, Estimator]:
-    """K-FAC's structure and estimator; ``statistics`` is ``sampled`` (the Fisher) or ``empirical`` (true labels)."""
-    estimator = fisher_estimator(statistics)
+def kronecker_fisher(statistics_decay: float, statistics_every: int, inverses_every: int, eager: int) -> Kronecker:
+    """K-FAC's structure."""
     factor = Covariance(MovingAverage(statistics_decay))
     schedule = Schedule(statistics=statistics_every, inverses=inverses_every, eager=eager)
-    return Kronecker(factor, factor, schedule), estimator
+    return Kronecker(factor, factor, schedule)
+
+
+def _on_fisher(
+    structure: Preconditioner,
+    statistics: str,
+    damping: Damping,
+    momentum: float,
+    defaults: Mapping[str, float],
+) -> Method:
+    """A structure on the Fisher matrix, with averaged gradients; sampled labels also start the statistics."""
+    return Method(
+        structure,
+        fisher_estimator(statistics),
+        damping=damping,
+        momentum=EMA(momentum),
+        warm_start=SampledFisher() if statistics == "sampled" else None,
+        defaults=defaults,
+    )
 
 
 def kfac(
@@ -49,15 +65,8 @@ def kfac(
         inverses_every: T2 >= 1.
         eager: inverses at each of the steps 0 ... eager as well.
     """
-    structure, estimator = kronecker_fisher(statistics, statistics_decay, statistics_every, inverses_every, eager)
-    return Method(
-        structure,
-        estimator,
-        damping=Split(),
-        momentum=EMA(momentum),
-        warm_start=SampledFisher() if statistics == "sampled" else None,
-        defaults={"lr": 1.0, "damping": 3.0},
-    )
+    structure = kronecker_fisher(statistics_decay, statistics_every, inverses_every, eager)
+    return _on_fisher(structure, statistics, Split(), momentum, {"lr": 1.0, "damping": 3.0})
 
 
 def kfac_conv(
@@ -91,12 +100,8 @@ def kfac_conv(
         inverses_every=inverses_every,
         eager=eager,
     )
-    return replace(
-        base,
-        momentum=HeavyBall(momentum),
-        weight_decay=Decoupled(),
-        defaults={"lr": 1e-2, "damping": 0.3},
-    )
+    defaults = {"lr": 1e-2, "damping": 0.3}
+    return replace(base, momentum=HeavyBall(momentum), weight_decay=Decoupled(), defaults=defaults)
 
 
 def ekfac(
@@ -121,17 +126,9 @@ def ekfac(
         basis_every: T2 >= 1, steps between eigendecompositions.
         eager: eigendecompositions at each of the steps 0 ... eager as well.
     """
-    average = MovingAverage(statistics_decay)
-    return Method(
-        Eigenbasis(
-            LayerMoments(), average=average, sides=average, schedule=Schedule(statistics_every, basis_every, eager)
-        ),
-        fisher_estimator(statistics),
-        damping=ConstantDamping(),
-        momentum=EMA(momentum),
-        warm_start=SampledFisher() if statistics == "sampled" else None,
-        defaults={"lr": 0.1, "damping": 0.3},
-    )
+    average, schedule = MovingAverage(statistics_decay), Schedule(statistics_every, basis_every, eager)
+    structure = Eigenbasis(LayerMoments(), average=average, sides=average, schedule=schedule)
+    return _on_fisher(structure, statistics, ConstantDamping(), momentum, {"lr": 0.1, "damping": 0.3})
 
 
 def ngd_exact(
@@ -156,15 +153,6 @@ def ngd_exact(
         inverses_every: T2 >= 1.
         limit: layers with more parameters than this get plain momentum, visibly in the layer table; >= 1.
     """
-    return Method(
-        Dense(
-            average=MovingAverage(statistics_decay),
-            schedule=Schedule(statistics_every, inverses_every),
-            limit=limit,
-        ),
-        fisher_estimator(statistics),
-        damping=ConstantDamping(),
-        momentum=EMA(momentum),
-        warm_start=SampledFisher() if statistics == "sampled" else None,
-        defaults={"lr": 0.1, "damping": 0.3},
-    )
+    average, schedule = MovingAverage(statistics_decay), Schedule(statistics_every, inverses_every)
+    structure = Dense(average=average, schedule=schedule, limit=limit)
+    return _on_fisher(structure, statistics, ConstantDamping(), momentum, {"lr": 0.1, "damping": 0.3})

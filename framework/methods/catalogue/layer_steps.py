@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ....curvature.estimators import SampledFisher
 from ....preconditioners.averages import MovingAverage
 from ....preconditioners.damping.split import Split
 from ....preconditioners.structures.diagonal import Diagonal
@@ -101,14 +102,12 @@ def joint_kfac(
         eager: inverses at each of the steps 0 ... eager as well.
         curvature_every: steps between two measurements along the directions, >= 1.
     """
-    structure, estimator = kronecker_fisher("sampled", statistics_decay, statistics_every, inverses_every, eager)
     return Method(
-        structure,
-        estimator,
+        kronecker_fisher(statistics_decay, statistics_every, inverses_every, eager),
+        SampledFisher(),
         damping=Split(),
         momentum=EMA(momentum),
         step_size=joint_rule(curvature_every),
-        warm_start=None,
         defaults={"lr": 1.0, "damping": 1.0},
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
 from ....curvature.estimators import EmpiricalFisher, Estimator, SampledFisher
 from ....curvature.layers.adapters import KINDS
 from ....curvature.quadratic_forms import (
@@ -31,7 +34,9 @@ from ....preconditioners.structures.partitions import (
 )
 from ....stepsize.guard import Backtrack, Guard, NoGuard
 
-__all__ = ["CONVOLUTIONS", "fisher_estimator", "pair_damping", "partition", "quadratic_form", "step_guard"]
+__all__ = ["CONVOLUTIONS", "chosen", "fisher_estimator", "pair_damping", "partition", "quadratic_form", "step_guard"]
+
+Part = TypeVar("Part")
 
 CONVOLUTIONS = tuple(kind for kind in KINDS if kind.startswith("Conv"))
 """Kinds of layers whose weight consists of kernels."""
@@ -69,11 +74,20 @@ def fisher_estimator(statistics: str) -> Estimator:
     return estimators[statistics]
 
 
+def chosen(option: str, word: str, table: Mapping[str, Callable[[], Part]]) -> Part:
+    """What a word of an option stands for, made anew.
+
+    Raises:
+        ArgumentError: for another word; the message lists all.
+    """
+    if word not in table:
+        raise ArgumentError(f"{option} must be one of {', '.join(table)}, got {word!r}")
+    return table[word]()
+
+
 def partition(blocks: str) -> Partition:
     """Blocks of dense layers: ``per-output``, ``per-output-averaged``, ``per-input-averaged`` or ``flat-chunk``."""
-    if blocks not in PARTITIONS:
-        raise ArgumentError(f"blocks must be one of {', '.join(PARTITIONS)}, got {blocks!r}")
-    return PARTITIONS[blocks]()
+    return chosen("blocks", blocks, PARTITIONS)
 
 
 def pair_damping(name: str | None) -> PairDamping:
@@ -81,17 +95,12 @@ def pair_damping(name: str | None) -> PairDamping:
 
     ``None`` is what command lines make of the word.
     """
-    name = "none" if name is None else name
-    if name not in PAIRS:
-        raise ArgumentError(f"pairs must be one of {', '.join(PAIRS)}, got {name!r}")
-    return PAIRS[name]()
+    return chosen("pairs", "none" if name is None else name, PAIRS)
 
 
 def quadratic_form(name: str) -> QuadraticForm:
     """An estimator of quadratic forms by name, PAPERS 3.3 (a), (a'), (b), (c), (d) in the order of the table."""
-    if name not in FORMS:
-        raise ArgumentError(f"curvature must be one of {', '.join(FORMS)}, got {name!r}")
-    return FORMS[name]()
+    return chosen("curvature", name, FORMS)
 
 
 def step_guard(growth: float) -> Guard:

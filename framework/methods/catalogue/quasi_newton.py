@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from ....curvature.estimators import (
-    InputsOnly,
-    SecantPairs,
-)
-from ....errors import ArgumentError
+from ....curvature.estimators import InputsOnly, SecantPairs
 from ....preconditioners.averages import Average, MovingAverage, ZeroStartAverage
 from ....preconditioners.damping.split import Split
 from ....preconditioners.factors.bfgs import BFGS, HessianActionBFGS
@@ -19,7 +16,7 @@ from ....preconditioners.structures.kronecker import Kronecker
 from ....stepsize.guard import Guard
 from ..method import Method
 from ..momentum import EMA, Decoupled
-from .names import pair_damping, step_guard
+from .names import chosen, pair_damping, step_guard
 
 __all__ = ["kbfgs", "kbfgs_conv", "kbfgs_limited"]
 
@@ -111,14 +108,15 @@ def kbfgs_conv(
         pair_decay: of the averaged pair, in [0, 1).
         growth: the guard's factor, > 1; ``inf`` switches it off (the paper).
     """
-    averages: dict[str, Average] = {"averaged": MovingAverage(statistics_decay), "mini-batch": ZeroStartAverage(0.0)}
-    if action not in averages:
-        raise ArgumentError(f"action must be one of {', '.join(averages)}, got {action!r}")
+    averages: dict[str, Callable[[], Average]] = {
+        "averaged": lambda: MovingAverage(statistics_decay),
+        "mini-batch": lambda: ZeroStartAverage(0.0),
+    }
     base = kbfgs(pairs="powell-then-lm", momentum=momentum, pair_decay=pair_decay, growth=growth)
     structure = base.preconditioner
     assert isinstance(structure, Kronecker)
     return replace(
         base,
-        preconditioner=replace(structure, inputs=HessianActionBFGS(averages[action])),
+        preconditioner=replace(structure, inputs=HessianActionBFGS(chosen("action", action, averages))),
         weight_decay=Decoupled(),
     )

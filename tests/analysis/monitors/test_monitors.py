@@ -28,8 +28,8 @@ from osculate.analysis import (
     TensorBoard,
     watch,
 )
-from osculate.analysis.monitors.eigenvalue_monitor import limited_memory_bounds
-from osculate.analysis.monitors.readings import Reading, findings
+from osculate.analysis.monitors.eigenvalue_monitor import store_bounds
+from osculate.analysis.monitors.readings import Finding, Reading, gather
 from osculate.analysis.theorem import Inequality
 from osculate.preconditioners.factors.lbfgs import append_pairs_
 from torch import Tensor, nn
@@ -136,7 +136,7 @@ def test_measured_bounds_of_l_bfgs_are_attained_by_one_pair() -> None:
     state = factor.init(3, torch.zeros(1, dtype=torch.float64))
     step = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     append_pairs_([state], step[None], 4.0 * step[None], torch.tensor([True]))
-    low, high = limited_memory_bounds(state, 0.5, None, None).tolist()
+    low, high = store_bounds(state, 0.5, None, None).tolist()
     eigenvalues = torch.linalg.eigvalsh(factor.to_dense(state, 0.0))
     assert eigenvalues.tolist() == pytest.approx([0.25, 0.5, 0.5])
     assert low == pytest.approx(1 / (1 / 0.5 + 4.0)) and low <= float(eigenvalues[0])
@@ -289,7 +289,9 @@ def test_json_lines_need_their_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("measured", "said"), [(1.0, False), (0.5 - 1e-9, True), (0.4, False)])
 def test_a_margin_that_holds_up_to_rounding_says_so(measured: float, said: bool) -> None:
     reading = Reading(0, "PairCurvature", "0", Inequality("c", measured, 0.5, ">=", tolerance=1e-6))
-    (finding,) = findings([reading]).values()
+    found: dict[tuple[str, str], Finding] = {}
+    gather(found, reading)
+    (finding,) = found.values()
     assert ("(up to rounding)" in finding.describe()) == said and finding.held == (measured != 0.4)
 
 

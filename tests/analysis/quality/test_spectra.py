@@ -11,6 +11,7 @@ from osculate.analysis.quality.spectra import (
     SymmetricOperator,
     conjugate_gradients,
     lanczos,
+    signs,
     spectral_density,
 )
 from torch import Tensor
@@ -44,6 +45,14 @@ def test_generalised_extremes_equal_those_of_the_dense_problem(size: int) -> Non
     pair = operator(metric), operator(torch.linalg.inv(metric))
     low, high = operator(first).extremes(pair)
     assert low == pytest.approx(float(expected[0]), rel=1e-6) and high == pytest.approx(float(expected[-1]), rel=1e-6)
+
+
+def test_random_signs_estimate_the_frobenius_norm() -> None:
+    dense = matrix(torch.linspace(0.0, 4.0, 90, dtype=torch.float64))
+    exact = float(torch.linalg.matrix_norm(dense))
+    generator = torch.Generator().manual_seed(2)
+    products = torch.stack([dense @ probe for probe in signs(operator(dense), 40, generator)])
+    assert float((products.square().sum() / 40).sqrt()) == pytest.approx(exact, rel=0.1)
 
 
 @given(seed=st.integers(0, 10_000), size=st.integers(2, 20))

@@ -10,7 +10,7 @@ from osculate.analysis.function_space.function_structures import PerOutputBlocks
 from osculate.analysis.theorem import Setting, Theorem, verify
 from osculate.analysis.theorems import joint_layer_steps, layer_steps, linear_limit, mini_block_convergence
 from osculate.analysis.theorems import natural_gradient_limit as whole
-from osculate.analysis.theorems.layer_problems import layerwise_rule, random_problems, run_rule
+from osculate.analysis.theorems.layer_problems import exact_layerwise_rule, random_problems, run_rule
 from torch import Tensor
 
 MODULES = (linear_limit, mini_block_convergence, whole, layer_steps, joint_layer_steps)
@@ -75,7 +75,7 @@ def test_widths_of_the_setting_are_used(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_layer_problems_follow_the_formula() -> None:
     for problem in random_problems(Setting(), 0.2)[:4]:
-        library = run_rule(problem.model, layerwise_rule(0.2), 0.3, 3)
+        library = run_rule(problem.model, exact_layerwise_rule(0.2), 0.3, 3)
         for left, right in zip(library, problem.reference(0.3, 3), strict=True):
             torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
 
