@@ -92,10 +92,13 @@ class StudyRecord:
 
     def finals(self, problem: str, arm: str) -> pd.DataFrame:
         """Final runs of an arm on a problem whose outcome is known, by seed; a seed run twice counts once."""
+        chosen = self.of(problem, arm, "final")
+        return chosen[chosen.state != "unfinished"].drop_duplicates("seed").sort_values("seed")
+
+    def of(self, problem: str, arm: str, phase: str) -> pd.DataFrame:
+        """Runs of an arm on a problem, ``tune`` or ``final``."""
         runs = self.runs
-        chosen = runs[(runs.problem == problem) & (runs.arm == arm) & (runs.phase == "final")]
-        known = chosen[chosen.state != "unfinished"]
-        return known.drop_duplicates("seed").sort_values("seed")
+        return runs[(runs.problem == problem) & (runs.arm == arm) & (runs.phase == phase)]
 
     def course(self, run: str) -> pd.DataFrame:
         """Evaluations of one run in order."""
