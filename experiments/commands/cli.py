@@ -27,22 +27,14 @@ from .verify import Verify
 __all__ = ["execute", "main"]
 
 Command = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Replay, tyro.conf.subcommand("replay")]
-    | Annotated[Methods, tyro.conf.subcommand("methods")]
-    | Annotated[Problems, tyro.conf.subcommand("problems")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-    | Annotated[Certify, tyro.conf.subcommand("certify")]
-    | Annotated[ConvergenceMap, tyro.conf.subcommand("convergence-map")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[ExportSubmission, tyro.conf.subcommand("export-submission")]
-    | Annotated[RunStudy, tyro.conf.subcommand("study")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-    | Annotated[BoundedTraining, tyro.conf.subcommand("bounded-training")]
-    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
-    | Annotated[Microscope, tyro.conf.subcommand("microscope")]
-    | Annotated[CompareStructures, tyro.conf.subcommand("compare-structures")]
+    Train | Compare | Replay | Methods | Problems | Bench | Certify | ConvergenceMap | Report | ExportSubmission
+) | (
+    Annotated[RunStudy, tyro.conf.subcommand("study")]
+    | Verify
+    | BoundedTraining
+    | Diagnose
+    | Microscope
+    | CompareStructures
 )
 
 DESCRIPTION = """Second-order optimizers for deep networks, composed from small parts.

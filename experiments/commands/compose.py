@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -35,11 +35,11 @@ def show_compositions(console: Console, names: Sequence[str] = ()) -> None:
         f"[bold]{LEGAL}[/] legal   [bold]{IGNORED}[/] legal, and ignored: the structure does not ask for it   "
         "a, b, ... refused, see the reasons below"
     )
-    reasons = _Reasons()
+    reasons: dict[str, str] = {}
     for field in ("curvature", "damping"):
         _print_matrix(console, field, entries, reasons)
     console.print("[bold]reasons", highlight=False)
-    for letter, reason in reasons.lines():
+    for reason, letter in reasons.items():
         console.print(f"{letter}: {escape(reason)}", highlight=False, soft_wrap=True)
 
 
@@ -52,29 +52,22 @@ def _chosen(entries: list[Composition], names: Sequence[str]) -> list[Compositio
     return [entry for entry in entries if any(piece in entry.labels["preconditioner"].lower() for piece in pieces)]
 
 
-class _Reasons:
-    """Distinct reasons under letters; what differs from cell to cell only by the names of the parts is one reason."""
+def _letter(reasons: dict[str, str], entry: Composition) -> str:
+    """The letter of the reason why a composition was refused; new ones are added.
 
-    def __init__(self) -> None:
-        self.letters: dict[str, str] = {}
-
-    def letter(self, entry: Composition) -> str:
-        """The letter of the reason why a composition was refused."""
-        text = re.sub(r"^.*? (?=needs |inverts |has no )", "the structure ", entry.refusal or "")
-        text = re.sub(r"the (curvature )?estimator \w+ ", "this estimator ", text, count=1)
-        text = re.sub(r"and [^;]+? has none", "and one here has none", text)
-        return self.letters.setdefault(text, _letters(len(self.letters)))
-
-    def lines(self) -> Iterator[tuple[str, str]]:
-        """(letter, reason)."""
-        yield from ((letter, text) for text, letter in self.letters.items())
+    What differs from cell to cell only by the names of the parts is one reason.
+    """
+    text = re.sub(r"^.*? (?=needs |inverts |has no )", "the structure ", entry.refusal or "")
+    text = re.sub(r"the (curvature )?estimator \w+ ", "this estimator ", text, count=1)
+    text = re.sub(r"and [^;]+? has none", "and one here has none", text)
+    return reasons.setdefault(text, _letters(len(reasons)))
 
 
 def _letters(index: int) -> str:
     return ("" if index < 26 else chr(ord("a") + index // 26 - 1)) + chr(ord("a") + index % 26)
 
 
-def _print_matrix(console: Console, field: str, entries: Sequence[Composition], reasons: _Reasons) -> None:
+def _print_matrix(console: Console, field: str, entries: Sequence[Composition], reasons: dict[str, str]) -> None:
     columns = list(registry.examples()[field])
     table = Table("structure", *(str(index + 1) for index in range(len(columns))), box=None, pad_edge=False)
     for structure in dict.fromkeys(entry.labels["preconditioner"] for entry in entries):
@@ -85,14 +78,14 @@ def _print_matrix(console: Console, field: str, entries: Sequence[Composition], 
     console.print(table)
 
 
-def _cell(field: str, name: str, own: Sequence[Composition], reasons: _Reasons) -> str:
+def _cell(field: str, name: str, own: Sequence[Composition], reasons: dict[str, str]) -> str:
     """One structure with one part: legal with some choice of the rest, refused with every one, or never varied."""
     tried = [entry for entry in own if entry.labels[field] == name]
     if not tried:
         return IGNORED
     if any(entry.method is not None for entry in tried):
         return LEGAL
-    return reasons.letter(next((entry for entry in tried if _otherwise_legal(field, entry, own)), tried[0]))
+    return _letter(reasons, next((entry for entry in tried if _otherwise_legal(field, entry, own)), tried[0]))
 
 
 def _otherwise_legal(field: str, refused: Composition, own: Sequence[Composition]) -> bool:

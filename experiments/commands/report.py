@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ...errors import ArgumentError
 from ..report.study_records import StudyRecord, read_study, side_by_side
+from ..report.tables import Spread, screen_table
 from ..runs.records import write_json
 from ..runs.targets import require_folder, writing
 from .flags import Place
@@ -154,8 +153,6 @@ def _flat(table: pd.DataFrame) -> pd.DataFrame:
     """Spreads as columns of numbers."""
     import pandas as pd
 
-    from ..report.tables import Spread
-
     flat: dict[str, Any] = {}
     for column in map(str, table.columns):
         cells = list(table[column])
@@ -190,23 +187,17 @@ def _word(value: Any) -> Any:
 
 def _show(record: StudyRecord, tables: Mapping[str, pd.DataFrame], console: Console) -> None:
     """The overview on the terminal, and what is missing."""
-    from ..report.tables import Spread
-
     overview = tables["overview"]
-    columns = [name for name in _SHOWN if name in overview]
     targeted = any("to target" in str(name) for name in overview)
-    caption = "medians; steps and seconds to target" if targeted else "medians"
-    shown = Table(title=escape(str(record.name)), caption=caption)
-    for name in ("problem", "arm", "finished"):
-        shown.add_column(name, overflow="fold")
-    for name in columns:
-        shown.add_column(_SHOWN[name], justify="right", no_wrap=True)
+    rows = []
     for row in overview.to_dict("records"):
-        cells = [row.get(name) for name in columns]
-        texts = [f"{cell.median:.4g}" if isinstance(cell, Spread) else "" for cell in cells]
         total = sum(int(row[name]) for name in ("finished", "broke down", "unfinished", "not begun"))
-        shown.add_row(escape(str(row["problem"])), escape(str(row["arm"])), f"{row['finished']} of {total}", *texts)
-    console.print(shown)
+        medians = {name: row[name].median if isinstance(row.get(name), Spread) else None for name in _SHOWN}
+        rows.append(row | medians | {"finished": f"{row['finished']} of {total}"})
+    columns = {name: name for name in ("problem", "arm", "finished")}
+    columns |= {name: heading for name, heading in _SHOWN.items() if name in overview}
+    caption = "medians; steps and seconds to target" if targeted else "medians"
+    console.print(screen_table(record.name, rows, columns, caption=caption))
     for gap in record.gaps[:8]:
         say(console, gap, "yellow")
     if len(record.gaps) > 8:

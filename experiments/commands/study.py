@@ -9,12 +9,11 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ...analysis.monitors.readings import TensorBoard
 from ...errors import ArgumentError, UnknownNameError
 from ..data.datafiles import data_folder
+from ..report.tables import screen_table
 from ..runs.config import Budget
 from ..runs.targets import require_folder
 from ..study import reading
@@ -158,15 +157,19 @@ def _selected(study: Study, arms: tuple[str, ...], problems: tuple[str, ...]) ->
 
 
 def _show(study: Study, workers: int, console: Console) -> None:
-    table = Table(title=escape(study.title or study.name))
-    for name in ("arm", "method", "settings", "space"):
-        table.add_column(name, overflow="fold")
-    for name in ("trials", "final"):
-        table.add_column(name, justify="right")
-    for arm in study.arms:
-        trials, finals = study.trials(arm) * len(study.problems), len(study.seeds) * len(study.problems)
-        table.add_row(*map(escape, (arm.label, arm.method, _settings(arm), _space(arm), str(trials), str(finals))))
-    console.print(table)
+    problems = len(study.problems)
+    rows = [
+        {
+            "arm": arm.label,
+            "method": arm.method,
+            "settings": ", ".join(f"{name}={value}" for name, value in arm.settings.items()),
+            "space": _space(arm),
+            "trials": study.trials(arm) * problems,
+            "final": len(study.seeds) * problems,
+        }
+        for arm in study.arms
+    ]
+    console.print(screen_table(study.title or study.name, rows, {name: name for name in rows[0]}))
     for problem in study.problems:
         budget, tuning = study.problem_budget(problem), study.tuning_budget(problem)
         target = "" if problem.target is None else f", target {problem.target.metric} {problem.target.value:g}"
@@ -192,10 +195,6 @@ def _bounds(budget: Budget) -> str:
     return " or ".join(epochs + ([f"{budget.seconds:g} s"] if budget.seconds is not None else []))
 
 
-def _settings(arm: Arm) -> str:
-    return ", ".join(f"{name}={value}" for name, value in arm.settings.items())
-
-
 def _space(arm: Arm) -> str:
     return ", ".join(
         f"{name} {kind} {values}" for name, entry in arm.space.items() for kind, values in entry.as_dict().items()
@@ -209,8 +208,9 @@ def show_format(console: Console) -> None:
 
 def list_studies(console: Console) -> None:
     """Print the shipped studies with their sizes and titles."""
-    table = Table("study", "arms", "runs", "title", title="shipped studies")
-    for name, path in shipped_studies().items():
-        study = read_study(path)
-        table.add_row(name, str(len(study.arms)), str(study.runs), escape(study.title))
-    console.print(table)
+    studies = {name: read_study(path) for name, path in shipped_studies().items()}
+    rows = [
+        {"study": name, "arms": len(study.arms), "runs": study.runs, "title": study.title}
+        for name, study in studies.items()
+    ]
+    console.print(screen_table("shipped studies", rows, {name: name for name in rows[0]}))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -44,45 +45,35 @@ def final_values(record: StudyRecord) -> pd.DataFrame:
     A run that missed has an infinite time, loss and (negative) accuracy. ``train_loss at equal seconds`` and ``at equal
     epochs`` are taken at the last evaluation within what every finished run of the problem had.
     """
-    rows = []
+    rows: list[dict[str, object]] = []
     for problem in record.problems:
-        finals = [record.finals(problem, arm) for arm in record.arms]
-        runs = pd.concat(finals) if finals else record.runs.iloc[:0]
-        limits = _common_limits(record, runs)
-        rows += [_final_row(record, run, limits) for run in runs.to_dict("records")]
+        runs = pd.concat([record.runs.iloc[:0], *(record.finals(problem, arm) for arm in record.arms)])
+        ends = [record.course(run).iloc[-1] for run in runs.loc[runs.state == "finished", "run"]]
+        shared = {clock: min((float(end[clock]) for end in ends), default=math.nan) for clock in ("seconds", "epoch")}
+        rows += [_final_row(record, run, shared) for run in runs.to_dict("records")]
     return pd.DataFrame(rows, columns=None if rows else _KEYS)
 
 
-def _common_limits(record: StudyRecord, runs: pd.DataFrame) -> dict[str, float]:
-    """What every finished run reached: seconds and epochs."""
-    ends = [record.course(run).iloc[-1] for run in runs.loc[runs.state == "finished", "run"]]
-    return {clock: min((float(end[clock]) for end in ends), default=math.nan) for clock in ("seconds", "epoch")}
-
-
-def _final_row(record: StudyRecord, run: Mapping[Hashable, object], limits: dict[str, float]) -> dict[str, object]:
+def _final_row(record: StudyRecord, run: Mapping[Hashable, object], shared: dict[str, float]) -> dict[str, object]:
+    """Measures of a run; ``shared``: what every finished run of the problem reached."""
     course, missed = record.course(str(run["run"])), run["state"] == "missed"
     row: dict[str, object] = {key: run[key] for key in _KEYS}
     target = record.target(str(run["problem"]))
-    for clock, column in CLOCKS.items():
-        if target is not None:
+    if target is not None:
+        for clock, column in CLOCKS.items():
             row[f"{clock} to target"] = math.inf if missed else time_to_target(course, column, *target)
     for metric in _METRICS:
         if metric in course:
             worst = -math.inf if higher_is_better(metric) else math.inf
             row[metric] = worst if missed else float(course[metric].iloc[-1])
     for clock, name in (("seconds", "seconds"), ("epoch", "epochs")):
-        found = value_within(course, clock, limits[clock], "train_loss")
+        found = value_within(course, clock, shared[clock], "train_loss")
         row[f"train_loss at equal {name}"] = math.inf if missed else found
-    row["ms per step"] = _step_time(course)
+    row["ms per step"] = math.nan
+    if len(course) and course["iterations"].iloc[-1]:
+        last = course.iloc[-1]  # warm start and evaluation left out
+        row["ms per step"] = 1e3 * float(last["seconds"] - last.get("warm_start_seconds", 0.0)) / last["iterations"]
     return row
-
-
-def _step_time(course: pd.DataFrame) -> float:
-    """Milliseconds of a step, warm start and evaluation left out."""
-    if not len(course) or not course["iterations"].iloc[-1]:
-        return math.nan
-    warm = float(course["warm_start_seconds"].iloc[-1]) if "warm_start_seconds" in course else 0.0
-    return 1e3 * (float(course["seconds"].iloc[-1]) - warm) / float(course["iterations"].iloc[-1])
 
 
 def measures(values: pd.DataFrame) -> list[str]:
@@ -93,29 +84,16 @@ def measures(values: pd.DataFrame) -> list[str]:
 def primary_measures(record: StudyRecord, problem: str) -> list[str]:
     """What arms of a problem are compared by: times to the target where there is one, and the final tuning metric."""
     times = [f"{clock} to target" for clock in CLOCKS] if record.target(problem) else []
-    return [*times, "train_loss", *_unless_equal(record.tuning_metric(problem), "train_loss")]
-
-
-def _unless_equal(metric: str, other: str) -> list[str]:
-    return [] if metric == other or metric not in _METRICS else [metric]
+    tuned = record.tuning_metric(problem)
+    return list(dict.fromkeys([*times, "train_loss", *([tuned] if tuned in _METRICS else [])]))
 
 
 def _counts(record: StudyRecord, problem: str, arm: str) -> dict[str, int]:
-    runs = record.runs
-    finals = runs[(runs.problem == problem) & (runs.arm == arm) & (runs.phase == "final")]
+    finals = record.of(problem, arm, "final")
     announced = len(record.description.get("seeds", []))
-    return {
-        "finished": int((finals.state == "finished").sum()),
-        "broke down": int((finals.state == "missed").sum()),
-        "unfinished": int((finals.state == "unfinished").sum()),
-        "not begun": max(0, announced - finals.seed.nunique()),
-    }
-
-
-def _pairs_of(record: StudyRecord) -> Iterator[tuple[str, str]]:
-    for problem in record.problems:
-        for arm in record.arms:
-            yield problem, arm
+    ends = {"finished": "finished", "broke down": "missed", "unfinished": "unfinished"}
+    counts = {name: int((finals.state == state).sum()) for name, state in ends.items()}
+    return counts | {"not begun": max(0, announced - finals.seed.nunique())}
 
 
 def scores_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
@@ -124,7 +102,7 @@ def scores_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
     ``missed`` counts runs whose measure is infinite: they broke down, or never met the target.
     """
     rows = []
-    for problem, arm in _pairs_of(record):
+    for problem, arm in product(record.problems, record.arms):
         mine = values[(values.problem == problem) & (values.arm == arm)]
         counts = _counts(record, problem, arm)
         for measure in measures(values):
@@ -143,7 +121,7 @@ def scores_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
 def overview_table(record: StudyRecord, scores: pd.DataFrame) -> pd.DataFrame:
     """One row per problem and arm with how its runs ended and a :class:`Spread` per measure; every arm is there."""
     rows = []
-    for problem, arm in _pairs_of(record):
+    for problem, arm in product(record.problems, record.arms):
         row: dict[str, object] = {"problem": problem, "arm": arm} | dict(_counts(record, problem, arm))
         mine = scores[(scores.problem == problem) & (scores.arm == arm)] if len(scores) else scores
         for entry in mine.to_dict("records"):
@@ -180,9 +158,8 @@ def profile_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
 def budget_table(record: StudyRecord) -> pd.DataFrame:
     """Best tuning value after k trials, for every problem, arm and k; accuracies as error rates."""
     tables = []
-    for problem, arm in _pairs_of(record):
-        runs = record.runs
-        mine = runs[(runs.problem == problem) & (runs.arm == arm) & (runs.phase == "tune")]
+    for problem, arm in product(record.problems, record.arms):
+        mine = record.of(problem, arm, "tune")
         known = mine[mine.state != "unfinished"]
         if len(known):
             metric = record.tuning_metric(problem)
@@ -268,12 +245,9 @@ def _pairs_and_misses(entries: list[tuple[Values, Values]]) -> tuple[int, int, i
 def runs_table(record: StudyRecord) -> pd.DataFrame:
     """Every run there is, trials included, with its settings and how it ended."""
     table = record.runs.assign(settings=[_settings(entry) for entry in record.runs.settings])
-    ends = {run: record.course(run) for run in table.run}
-    for column in ("epoch", "iterations", "seconds", "train_loss"):
-        table[column] = [
-            float(course[column].iloc[-1]) if column in course and len(course) else math.nan for course in ends.values()
-        ]
-    return table
+    ends = record.courses.groupby("run").tail(1).set_index("run")
+    columns = ["epoch", "iterations", "seconds", "train_loss"]
+    return table.join(ends.reindex(columns=columns).astype(float), on="run")
 
 
 def _settings(entry: dict[str, object]) -> str:

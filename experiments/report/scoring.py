@@ -108,19 +108,14 @@ def quantile(values: ArrayLike, share: float, axis: int = -1) -> Floats:
     Raises:
         ArgumentError: ``share`` is out of range, or the axis is empty.
     """
-    ordered = np.sort(np.asarray(values, dtype=float), axis=axis)
-    count = ordered.shape[axis]
+    sample = np.asarray(values, dtype=float)
+    count = sample.shape[axis]
     if not 0 <= share <= 1 or not count:
         raise ArgumentError(f"a quantile needs values and a share in [0, 1], got {count} values and {share}")
-    position = share * (count - 1)
-    below = math.floor(position)
-    low = np.take(ordered, below, axis=axis)
-    high = np.take(ordered, min(below + 1, count - 1), axis=axis)
+    low, high = (np.quantile(sample, share, axis=axis, method=method) for method in ("lower", "higher"))
     with np.errstate(invalid="ignore"):
-        between = low + (position - below) * (high - low)
-    exact = (low == high) | (position == below)
-    found = np.where(exact, low, np.where(np.isinf(high) & ~np.isinf(low), high, between))
-    return np.asarray(np.where(np.isnan(ordered).any(axis=axis), math.nan, found))
+        between = low + (share * (count - 1)) % 1 * (high - low)
+    return np.asarray(np.where(low == high, low, np.where(np.isinf(high) & ~np.isinf(low), high, between)))
 
 
 def bootstrap(strata: Sequence[ArrayLike], statistic: Statistic, seed: int = 0) -> Interval:

@@ -92,10 +92,13 @@ class StudyRecord:
 
     def finals(self, problem: str, arm: str) -> pd.DataFrame:
         """Final runs of an arm on a problem whose outcome is known, by seed; a seed run twice counts once."""
+        chosen = self.of(problem, arm, "final")
+        return chosen[chosen.state != "unfinished"].drop_duplicates("seed").sort_values("seed")
+
+    def of(self, problem: str, arm: str, phase: str) -> pd.DataFrame:
+        """Runs of an arm on a problem, ``tune`` or ``final``."""
         runs = self.runs
-        chosen = runs[(runs.problem == problem) & (runs.arm == arm) & (runs.phase == "final")]
-        known = chosen[chosen.state != "unfinished"]
-        return known.drop_duplicates("seed").sort_values("seed")
+        return runs[(runs.problem == problem) & (runs.arm == arm) & (runs.phase == phase)]
 
     def course(self, run: str) -> pd.DataFrame:
         """Evaluations of one run in order."""
@@ -216,15 +219,26 @@ def _distinct(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _description(file: Path) -> dict[str, Any]:
+def _json_object(file: Path) -> dict[str, Any]:
+    """What a file holds; nothing where there is no file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or no object.
+    """
     if not file.exists():
         return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
+
+
+def _description(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = _json_object(file)
     except (OSError, ValueError) as error:
         raise ArgumentError(f"{file} cannot be read ({error}); restore it, or remove it to report bare runs") from error
-    if not isinstance(content, dict):
-        raise ArgumentError(f"{file} must hold one JSON object; restore it, or remove it to report bare runs")
     for key, kind in (("arms", dict), ("problems", list), ("seeds", list), ("notes", list)):
         value = content.get(key, kind())
         entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -258,17 +272,11 @@ def _evaluations(path: Path, name: str, gaps: list[str]) -> list[dict[str, Any]]
 
 
 def _object(file: Path, name: str, gaps: list[str]) -> dict[str, Any]:
-    if not file.exists():
-        return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        reason = "no JSON object"
+        return _json_object(file)
     except (OSError, ValueError) as error:
-        reason = str(error)
-    gaps.append(f"{name} is damaged: {file.name} cannot be read ({reason})")
-    return {}
+        gaps.append(f"{name} is damaged: {file.name} cannot be read ({error})")
+        return {}
 
 
 def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: list[str]) -> list[Any]:

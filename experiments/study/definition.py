@@ -48,6 +48,11 @@ def _require_label(kind: str, label: str) -> None:
         )
 
 
+def _require_seed(rule: str, seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ArgumentError(f"{rule} >= 0, got {seed!r}")
+
+
 @dataclass(frozen=True)
 class Target:
     """What counts as reached: ``metric`` at most ``value`` (at least, for an accuracy)."""
@@ -203,8 +208,7 @@ class Tuning:
             raise UnknownNameError("pruner", self.pruner, PRUNERS)
         if self.sampler not in SAMPLERS:
             raise UnknownNameError("sampler", self.sampler, SAMPLERS)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ArgumentError(f"seed of the tuning must be an integer >= 0, got {self.seed!r}")
+        _require_seed("seed of the tuning must be an integer", self.seed)
 
 
 @dataclass(frozen=True)
@@ -255,8 +259,7 @@ class Study:
         _require_unique("problems", [problem.label for problem in self.problems])
         _require_unique("seeds", list(self.seeds))
         for seed in self.seeds:
-            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-                raise ArgumentError(f"seeds must be integers >= 0, got {seed!r}")
+            _require_seed("seeds must be integers", seed)
         require_positive_integer("evaluations in an epoch", self.evaluations)
         if self.limit is not None and not 0 < self.limit < math.inf:
             raise ArgumentError(f"limit must be positive and finite, got {self.limit!r}")

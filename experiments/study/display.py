@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
+from ..report.tables import screen_table
 from .definition import Study
 from .ledger import FINAL, TUNE, Entry, Slot
 
@@ -73,20 +73,14 @@ class Board:
     def table(self, entries: Mapping[Slot, Entry]) -> Table:
         """One row per arm and problem."""
         done = sum(entry.state == "done" for entry in entries.values())
-        title = escape(self._study.title or self._study.name)
-        table = Table(title=f"{title}: {done} of {len(entries)} runs{self._left(done, len(entries))}")
-        for name in ("problem", "arm"):
-            table.add_column(name)
-        for name in ("tuned", "final", "misses", "best"):
-            table.add_column(name, justify="right")
-        table.add_column("running")
-        for problem in self._study.problems:
-            for arm in self._study.arms:
-                own = [
-                    entry for slot, entry in entries.items() if (slot.problem, slot.arm) == (problem.label, arm.label)
-                ]
-                table.add_row(problem.label, escape(arm.label), *map(escape, _row(own)))
-        return table
+        title = f"{self._study.title or self._study.name}: {done} of {len(entries)} runs"
+        rows = [
+            {"problem": problem.label, "arm": arm.label}
+            | _row([own for slot, own in entries.items() if (slot.problem, slot.arm) == (problem.label, arm.label)])
+            for problem in self._study.problems
+            for arm in self._study.arms
+        ]
+        return screen_table(title + self._left(done, len(entries)), rows, {name: name for name in rows[0]}, digits=5)
 
     def _left(self, done: int, total: int) -> str:
         fresh = done - (self._first or 0)
@@ -95,26 +89,25 @@ class Board:
         return f", about {duration((time.time() - self._began) / fresh * (total - done))} left"
 
 
-def _row(own: list[Entry]) -> list[str]:
+def _row(own: list[Entry]) -> dict[str, Any]:
     def count(phase: str) -> str:
         phased = [entry for entry in own if entry.slot.phase == phase]
         return f"{sum(entry.state == 'done' for entry in phased)}/{len(phased)}" if phased else "-"
 
     over = [entry for entry in own if entry.state == "done"]
     values = [entry.value for entry in over if entry.value is not None]
-    misses = sum(entry.value is None for entry in over)
     running = [
         f"{entry.slot.phase}-{entry.slot.index} {duration(time.time() - (entry.started or time.time()))}"
         for entry in own
         if entry.state == "running"
     ]
-    return [
-        count(TUNE),
-        count(FINAL),
-        str(misses or ""),
-        f"{min(values):.5g}" if values else "",
-        ", ".join(running),
-    ]
+    return {
+        "tuned": count(TUNE),
+        "final": count(FINAL),
+        "misses": sum(entry.value is None for entry in over) or None,
+        "best": min(values, default=None),
+        "running": ", ".join(running),
+    }
 
 
 def duration(seconds: float) -> str:

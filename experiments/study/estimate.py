@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ...errors import NumericalError
 from ..problems import Data, Problem, get_problem
+from ..report.tables import screen_table
 from ..runs.config import Budget
 from ..runs.environment import prepare_process
 from ..runs.training import prepare
@@ -97,11 +96,7 @@ def _cost(study: Study, entry: StudyProblem, arm: Arm, problem: Problem, data: D
 
 def show_estimate(study: Study, data_dir: Path | None, workers: int, threads: int, console: Console) -> None:
     """Print the costs, and how long the whole study takes with so many workers."""
-    table = Table(title="cost, from the first steps of every arm")
-    for name in ("problem", "arm"):
-        table.add_column(name, overflow="fold")
-    for name in ("ms/step", "one run", "runs", "together"):
-        table.add_column(name, justify="right")
+    rows = []
     total = 0.0
     with console.status("timing the first steps of every arm"):
         for problem, arm, cost in estimate(study, data_dir, threads):
@@ -109,13 +104,14 @@ def show_estimate(study: Study, data_dir: Path | None, workers: int, threads: in
             tuning = cost.run(study.tuning_budget(problem), study.evaluations)
             trials, seeds = study.trials(arm), len(study.seeds)
             together = seeds * final + trials * tuning
-            names = (escape(problem.label), escape(arm.label))
-            if math.isnan(together):
-                table.add_row(*names, "", "breaks down", str(trials + seeds), "")
-                continue
-            total += together
-            table.add_row(*names, f"{1000 * cost.step:.3g}", duration(final), str(trials + seeds), duration(together))
-    console.print(table)
+            row = {"problem": problem.label, "arm": arm.label, "one run": "breaks down", "runs": trials + seeds}
+            if not math.isnan(together):
+                total += together
+                row |= {"ms/step": 1000 * cost.step, "one run": duration(final), "together": duration(together)}
+            rows.append(row)
+    columns = ("problem", "arm", "ms/step", "one run", "runs", "together")
+    title = "cost, from the first steps of every arm"
+    console.print(screen_table(title, rows, {name: name for name in columns}, digits=3))
     console.print(
         f"about {duration(total / workers)} with {workers} worker(s), evaluation counted, if nothing else runs here",
         highlight=False,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,24 +71,18 @@ def describe_study(study: Study, ledger: Ledger) -> dict[str, Any]:
                 "problem": problem.name,
                 "options": dict(problem.options),
                 "batch_size": problem.batch_size,
-                "target": None
-                if problem.target is None
-                else {"metric": problem.target.metric, "value": problem.target.value},
+                "target": None if problem.target is None else asdict(problem.target),
                 "tuning": ledger.metric(problem.label),
-                "budget": _budget(study.problem_budget(problem)),
-                "tuning_budget": _budget(study.tuning_budget(problem)),
+                "budget": asdict(study.problem_budget(problem)),
+                "tuning_budget": asdict(study.tuning_budget(problem)),
             }
             for problem in study.problems
         ],
         "seeds": list(study.seeds),
-        "budget": _budget(study.budget) | {"limit": study.limit, "evaluations": study.evaluations},
+        "budget": asdict(study.budget) | {"limit": study.limit, "evaluations": study.evaluations},
         "protocol": _protocol(study),
         "environment": describe_environment(choose_device(study.device)),
     }
-
-
-def _budget(budget: Any) -> dict[str, Any]:
-    return {"epochs": budget.epochs, "seconds": budget.seconds}
 
 
 def _arm(study: Study, number: int) -> dict[str, Any]:
