@@ -75,16 +75,14 @@ def generate_curves(count: int, seed: tuple[int, ...]) -> Images:
         ArgumentError: ``count`` is out of range.
     """
     require_positive_integer("the number of curves", count)
-    starts = range(0, count, _BLOCK)
-    blocks = [_block(np.random.default_rng((*seed, start)), min(_BLOCK, count - start)) for start in starts]
+    blocks = []
+    for start in range(0, count, _BLOCK):
+        rng = np.random.default_rng((*seed, start))
+        triples = rng.uniform(_MARGIN_PIXELS, SIDE - 1 - _MARGIN_PIXELS, size=(_CANDIDATES * _BLOCK, 3, 2))
+        gaps = np.linalg.norm(triples - np.roll(triples, 1, axis=1), axis=2)
+        apart = triples[gaps.min(axis=1) >= _LEAST_DISTANCE]
+        blocks.append(_draw(apart[: min(_BLOCK, count - start)]))
     return np.concatenate(blocks)
-
-
-def _block(rng: np.random.Generator, count: int) -> Images:
-    triples = rng.uniform(_MARGIN_PIXELS, SIDE - 1 - _MARGIN_PIXELS, size=(_CANDIDATES * _BLOCK, 3, 2))
-    gaps = np.linalg.norm(triples - np.roll(triples, 1, axis=1), axis=2)
-    apart = triples[gaps.min(axis=1) >= _LEAST_DISTANCE]
-    return _draw(apart[:count])
 
 
 def _draw(points: NDArray[np.float64]) -> Images:

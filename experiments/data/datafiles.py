@@ -105,9 +105,9 @@ def data_folder(data_dir: Path | None) -> Path | None:
         ArgumentError: the folder does not exist.
     """
     named = os.environ.get(DATA_VARIABLE)
-    origin = "the data folder" if data_dir is not None else f"the data folder of {DATA_VARIABLE}"
     folder = data_dir if data_dir is not None else Path(named) if named else None
     if folder is not None and not folder.is_dir():
+        origin = "the data folder" if data_dir is not None else f"the data folder of {DATA_VARIABLE}"
         raise ArgumentError(f"{origin} must be an existing folder, got {str(folder)!r}; leave it out to download")
     return folder
 

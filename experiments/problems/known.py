@@ -100,7 +100,11 @@ def logistic_optimum(data: Data) -> float:
     inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=torch.float64)], 1)
     signs = 2 * labels - 1
     weights = torch.zeros(inputs.shape[1], 1, dtype=torch.float64)
-    loss = _logistic_loss(inputs, signs, weights)
+
+    def loss_at(weights: Tensor) -> float:
+        return float(nn.functional.softplus(-signs * (inputs @ weights)).mean())
+
+    loss = loss_at(weights)
     for _ in range(_NEWTON_STEPS):
         chance = torch.sigmoid(inputs @ weights)
         gradient = inputs.T @ (chance - labels) / len(inputs)
@@ -111,10 +115,10 @@ def logistic_optimum(data: Data) -> float:
         hessian = inputs.T @ (inputs * chance * (1 - chance)) / len(inputs)
         direction = torch.cholesky_solve(gradient, torch.linalg.cholesky(hessian))
         step = 1.0
-        while _logistic_loss(inputs, signs, weights - step * direction) > loss and step > 1e-3:
+        while loss_at(weights - step * direction) > loss and step > 1e-3:
             step /= 2
         weights = weights - step * direction
-        loss = _logistic_loss(inputs, signs, weights)
+        loss = loss_at(weights)
     raise NumericalError(f"Newton's method finds no optimum of the logistic regression in {_NEWTON_STEPS} steps")
 
 
@@ -123,10 +127,6 @@ def least_squares_optimum(data: Data) -> float:
     inputs, targets = _double(data)
     solution = torch.linalg.lstsq(inputs, targets, driver="gelsd").solution
     return float(0.5 * (inputs @ solution - targets).square().sum() / len(inputs))
-
-
-def _logistic_loss(inputs: Tensor, signs: Tensor, weights: Tensor) -> float:
-    return float(nn.functional.softplus(-signs * (inputs @ weights)).mean())
 
 
 def _double(data: Data) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from ...curvature.likelihoods import Likelihood
 from ...errors import ArgumentError, OsculateError
 from ...framework import SecondOrder, build
 from ...stepsize.guard import NoGuard
+from ..runs.training_run import closure_of
 from .replay_methods import Recipe, RecordedTargets, recipe_of
 from .replay_observed import Observer, load_initial
 from .trajectory import Settings, Trajectory, build_network, is_input, load_trajectory, loss_of
@@ -249,13 +250,7 @@ class _Run:
         def loss() -> Tensor:
             return self.likelihood.negative_log_likelihood(self.model(inputs), targets) / len(rows)
 
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            value = loss()
-            value.backward()
-            return value
-
-        before = self.optimizer.step(closure)
+        before = self.optimizer.step(closure_of(self.optimizer, loss))
         assert before is not None
         after = self.optimizer.last_report.loss_after
         if after is None:

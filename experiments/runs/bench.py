@@ -23,7 +23,7 @@ from ... import build, registry
 from ...errors import ArgumentError
 from ..problems import Data, Problem
 from .batches import BatchOrder
-from .training_run import Stopwatch
+from .training_run import Stopwatch, closure_of
 
 __all__ = [
     "CONTESTANTS",
@@ -137,21 +137,16 @@ class _Stepper:
         """Take ``steps`` steps and return the seconds they took together."""
         batches = [self._order.next() for _ in range(steps)]
         pairs = [(self._data.train_inputs[batch], self._data.train_targets[batch]) for batch in batches]
+        closures = [closure_of(self.optimizer, partial(self._loss, *pair)) for pair in pairs]
         clock = Stopwatch(self._data.train_inputs.device)
         clock.start()
-        for inputs, targets in pairs:
-            self.optimizer.step(self._closure(inputs, targets))
+        for closure in closures:
+            self.optimizer.step(closure)
         clock.pause()
         return clock.seconds
 
-    def _closure(self, inputs: Tensor, targets: Tensor) -> Callable[[], float]:
-        def closure() -> Any:
-            self.optimizer.zero_grad()
-            loss = self._problem.loss(self.model(inputs), targets)
-            loss.backward()
-            return loss
-
-        return closure
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self._problem.loss(self.model(inputs), targets)
 
 
 def benchmark(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -59,6 +60,11 @@ class Metrics:
         """Return plain values; what there is not (accuracy, validation, events, layer steps, ...) is left out."""
         plain = asdict(self)
         return {name: value for name, value in plain.items() if value is not None and value != {}}
+
+    @property
+    def finite(self) -> bool:
+        """Whether both losses are finite."""
+        return math.isfinite(self.train_loss) and math.isfinite(self.test_loss)
 
 
 def score(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -> tuple[float, float | None]:

@@ -78,7 +78,6 @@ class RunFolder:
                 stale.unlink(missing_ok=True)
         write_json(self.config_file, config)
         write_json(self.path / "environment.json", environment)
-        self.write_status("running")
 
     def read_config(self) -> dict[str, Any]:
         """Return the saved configuration.

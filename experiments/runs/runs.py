@@ -77,21 +77,11 @@ def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str
     given = config.method_arguments()
     numbers = {name: given.get(name, defaults.get(name)) for name in ("lr", "damping", "weight_decay")}
     warm = config.warm_start.value if run.optimizer.has_warm_start else "none"
-    return (
-        config.as_dict()
-        | numbers
-        | {
-            "batch_size": run.order.batch_size,
-            "problem_options": dict(config.problem_options),
-            "method_options": {
-                name: _written(value) for name, value in (defaults | given).items() if name not in numbers
-            },
-            "warm_start": warm,
-            "training_samples": run.order.samples,
-            "data_checksum": checksum,
-        }
-        | ({} if run.data.test_set == "test set" else {"test_set": run.data.test_set})
-    )
+    options = {name: _written(value) for name, value in (defaults | given).items() if name not in numbers}
+    described = config.as_dict() | numbers
+    described |= {"batch_size": run.order.batch_size, "method_options": options, "warm_start": warm}
+    described |= {"training_samples": run.order.samples, "data_checksum": checksum}
+    return described if run.data.test_set == "test set" else described | {"test_set": run.data.test_set}
 
 
 def run_in_folder(
@@ -129,8 +119,8 @@ def run_in_folder(
     if "test_set" in described:
         console.print(f"test loss and accuracy are those of the {data.test_set}", highlight=False, soft_wrap=True)
     with exclusive(folder.path):
-        if _continues(folder, described, resume):
-            _restore(run, folder)
+        if resume is not Resume.NEVER and folder.checkpoint_file.exists():
+            _restore(run, folder, described)
             spent = budget.spent(run.epoch, run.clock.seconds) >= 1
             remark = "; its budget is spent, raise --epochs or --seconds to train on" if spent else ""
             console.print(f"continuing after {run.iterations} iterations{remark}", highlight=False, soft_wrap=True)
@@ -139,9 +129,8 @@ def run_in_folder(
         return _train(run, budget, folder, console, extras)
 
 
-def _continues(folder: RunFolder, described: dict[str, Any], resume: Resume) -> bool:
-    if resume is Resume.NEVER or not folder.checkpoint_file.exists():
-        return False
+def _restore(run: TrainingRun, folder: RunFolder, described: dict[str, Any]) -> None:
+    """Let a run stand where the folder's stood."""
     lines = differences(folder.read_config(), described)
     if lines:
         listed = "\n  ".join(lines)
@@ -149,10 +138,6 @@ def _continues(folder: RunFolder, described: dict[str, Any], resume: Resume) -> 
             f"{folder.path} holds a run of another configuration:\n  {listed}\n"
             "continue it with the saved values, start over with --resume never, or name another folder with --out"
         )
-    return True
-
-
-def _restore(run: TrainingRun, folder: RunFolder) -> None:
     state = folder.load_checkpoint(run.device)
     try:
         run.load_state_dict(state)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -157,7 +156,7 @@ def measure(
 
 
 def _finite(metrics: Metrics) -> Metrics:
-    if not (math.isfinite(metrics.train_loss) and math.isfinite(metrics.test_loss)):
+    if not metrics.finite:
         raise NumericalError(
             f"after {metrics.iterations} iterations the training loss is {metrics.train_loss} and the test loss "
             f"{metrics.test_loss}; lower the learning rate or raise the damping"

@@ -19,7 +19,7 @@ from .config import RunConfig, WarmStart
 from .environment import peak_memory_bytes, reset_peak_memory
 from .evaluation import Metrics, score
 
-__all__ = ["Stopwatch", "TrainingRun"]
+__all__ = ["Stopwatch", "TrainingRun", "closure_of"]
 
 
 class Stopwatch:
@@ -55,6 +55,18 @@ class Stopwatch:
     def _synchronise(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def closure_of(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Callable[[], Any]:
+    """Return what an optimizer's step evaluates: the loss, and its gradients in place of the old ones."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    return closure
 
 
 class TrainingRun:
@@ -134,14 +146,7 @@ class TrainingRun:
         if self.problem.augmentation is not None:
             generator = augmentation_generator(self.config.seed, self.iterations)
             inputs = self.problem.augmentation(inputs, generator)
-
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            loss = self.problem.loss(self.model(inputs), targets)
-            loss.backward()
-            return loss
-
-        loss = self.optimizer.step(closure)
+        loss = self.optimizer.step(closure_of(self.optimizer, lambda: self.problem.loss(self.model(inputs), targets)))
         self.iterations += 1
         self.last_loss = None if loss is None else loss.detach()
         report = self.optimizer.last_report
