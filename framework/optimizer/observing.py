@@ -35,20 +35,21 @@ def observe(session: Session, batch: MiniBatch) -> None:
     for step in batch.steps:
         block = step.block
         measured = step.record = batch.statistics.get(block.layer.name)
-        if not block.asked.anything:
+        if looks_back and block.asked.looks_back:
+            require_pairs(block, measured)
+        if not (step.due and block.asked.anything):
             continue  # who needs nothing of the estimator is shown the gradients alone, which it is given in any case
         known = step.gradients if block.whole and not team.half else None
         record = step.record = fill(method.curvature, block.layer, measured, known)
         if record is None:
             step.due = False
-        elif step.due:
+        else:
             require_filled(block, record)
-        if looks_back and block.asked.looks_back:
-            require_pairs(block, measured)
     coupled = _coupled(method.weight_decay, batch.steps) if batch.decays else None
     for step in batch.steps:
-        if step.record is not None:
-            step.block.positions = step.record.positions
+        measured = batch.statistics.get(step.block.layer.name)
+        if measured is not None:
+            step.block.positions = measured.positions
     flat = None if coupled is None else [value for values in coupled for value in values]
     team.accumulate(method.momentum, batch.gradients, flat)
     coupled = coupled or team.none
