@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
@@ -32,6 +32,8 @@ class Backend(ABC):
         step: number of the step, from which labels are drawn.
         stream: of the sampled labels: one per process that shares a mini-batch.
         pauses: while they last nothing is recorded.
+        certifies: whether the records of the next mini-batch are compared with the gradients they must explain.
+        doubts: by layer how far the last :meth:`collect` was from that, 0-dimensional; above 1: its records are wrong.
     """
 
     name: ClassVar[str]
@@ -44,6 +46,8 @@ class Backend(ABC):
         self.loss_reduction, self.seed = loss_reduction, seed
         self.step = self.stream = 0
         self.pauses = Pauses()
+        self.certifies = False
+        self.doubts: dict[str, Tensor] = {}
         self._wanted: Mapping[str, Record] = {}
         self._kind: PassKind = "gradient"
         self._forget()

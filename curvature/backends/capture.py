@@ -20,15 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from ...errors import ArgumentError
 from ..layers.attention import ProjectionWatch
 from ..layers.layer import Layer
 from ..records.calls import Call, Calls, ParameterSum, column_sum
+from ..records.certificate import Certificate
 from ..records.joining import combine
 from ..records.needs import PassKind, Record
 from ..records.statistics import LayerStatistics
 from .backend import Backend
 from .passes import OWN, Pauses, accumulates
-from .sampling import label_generator, require_predictive, roots_backward, sampled_backward
+from .sampling import label_generator, require_predictive, roots_backward, sampled_backward, seeded_generator
 from .uses import Use, attention_modules, use_of, watch_attention
 
 __all__ = ["Capture", "Hook"]
@@ -61,11 +63,29 @@ class Capture(Backend):
     """See :class:`~.backend.Backend`."""
 
     name: ClassVar[str] = "hooks"
-    _original: ClassVar[tuple[str, ...]] = (*Backend._original, "_calls", "_arms", "_parameter_sums", "_leaves")
+    _original: ClassVar[tuple[str, ...]] = (
+        *Backend._original,
+        "_calls",
+        "_arms",
+        "_certificates",
+        "_certified",
+        "_parameter_sums",
+        "_leaves",
+    )
 
     _asked: Mapping[str, _Asked] = MappingProxyType({})
     _hooked: frozenset[str] = frozenset()  # names of layers with hooks
     _extra = False  # whether some layer asks for a backward of our own
+
+    def _forget(self) -> None:
+        self._calls = Calls()
+        self._by_name = {layer.name: layer for layer in self.layers}
+        self._certificates: dict[str, Certificate] = {}
+        self._certified: list[Any] = []
+        self._arms: dict[int, tuple[Mapping[str, Record], dict[str, _Asked], bool]] = {}
+        self._parameter_sums: dict[str, list[ParameterSum]] = {}
+        self._pass, self._inside = 0, False
+        self._leaves: dict[int, list[Tensor]] = {}  # artificial ones of each pass
 
     def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
         """Choose what the following forward passes record; see the base class."""
@@ -81,6 +101,25 @@ class Capture(Backend):
                 self._handles += self._hooks_beyond(before)
             known = self._arms[id(wanted)] = (wanted, asked, extra)
         _, self._asked, self._extra = known
+        self._drop_certificates()
+        if self.certifies and kind == "gradient":
+            self._certify()
+
+    def _certify(self) -> None:
+        """Put a question to every layer whose inputs are recorded."""
+        for layer in self.layers:
+            asked = self._asked.get(layer.name)
+            if asked is None or not asked.inputs or layer.adapter is None:
+                continue
+            device = next(iter(layer.parameters.values())).device
+            generator = seeded_generator(self.seed * 1_000_003 + self.step, device)
+            found = self._certificates[layer.name] = Certificate(layer, generator)
+            self._certified += found.attach()
+
+    def _drop_certificates(self) -> None:
+        for handle in self._certified:
+            handle.remove()
+        self._certificates, self._certified = {}, []
 
     def discard_complete(self) -> None:
         """Forget calls that already have a gradient: the user threw that gradient away (``zero_grad``)."""
@@ -104,7 +143,13 @@ class Capture(Backend):
             name: [entry for entry in entries if every or entry.pass_index in done]
             for name, entries in self._parameter_sums.items()
         }
+        self.doubts = {}
+        for name, certificate in self._certificates.items():
+            doubt = certificate.doubt(calls[name]) if calls.get(name) else None
+            if doubt is not None:
+                self.doubts[name] = doubt
         self.clear()
+        self._require_unchanged(calls)
         result: dict[str, LayerStatistics] = {}
         for layer in self.layers if calls or sums else ():
             if layer.name in calls or layer.name in sums:
@@ -113,12 +158,21 @@ class Capture(Backend):
                     result[layer.name] = record
         return result
 
-    def _forget(self) -> None:
-        self._calls = Calls()
-        self._arms: dict[int, tuple[Mapping[str, Record], dict[str, _Asked], bool]] = {}
-        self._parameter_sums: dict[str, list[ParameterSum]] = {}
-        self._pass, self._inside = 0, False
-        self._leaves: dict[int, list[Tensor]] = {}  # artificial ones of each pass
+    @staticmethod
+    def _require_unchanged(calls: Mapping[str, Sequence[Call]]) -> None:
+        """Check that what was recorded is still what was seen.
+
+        Raises:
+            ArgumentError: naming a layer whose input was changed in place.
+        """
+        for name, entries in calls.items():
+            for call in entries:
+                if call.input is not None and not call.input.is_inference() and call.input._version != call.version:
+                    raise ArgumentError(
+                        f"the input of layer {name!r} was changed in place after the model had seen it (one buffer for "
+                        "several mini-batches?), and with it what was recorded; give the model a copy, e.g. "
+                        "model(buffer.clone())"
+                    )
 
     def clear(self) -> None:
         """Forget every call."""
@@ -157,6 +211,8 @@ class Capture(Backend):
 
     def begin_pass(self) -> None:
         """The model is called: a new pass."""
+        if self._calls.made and self._kind == "gradient":
+            self._calls.discard_thrown_away(self._by_name)
         self._pass, self._inside = self._pass + 1, True
 
     def end_pass(self, output: Any) -> None:
@@ -212,7 +268,10 @@ class Capture(Backend):
             call, layer = self._new_call(use, output), use.layer
             looks_back = self._kind == "look back"
             leaves = self._leaves.get(self._pass, []) if looks_back else list(layer.parameters.values())
-            output.register_hook(GradientHook(layer, call, self._asked[layer.name], self._calls, self.pauses, leaves))
+            hook = GradientHook(layer, call, self._asked[layer.name], self._calls, self.pauses, leaves)
+            hook.accumulating = not looks_back
+            hook.certificate = self._certificates.get(layer.name)
+            output.register_hook(hook)
         return replaced
 
     def _with_leaf(self, output: Tensor) -> Tensor | None:
@@ -237,6 +296,9 @@ class Capture(Backend):
             return call
         if asked.inputs:
             call.input = adapter.recorded_input(layer.module, use.value.detach())
+            call.version = 0 if call.input.is_inference() else call.input._version
+        if adapter.reads_calls:
+            adapter = call.adapter = adapter.of_call(layer.module, use.value, output)
         if asked.means:
             call.output_sum = column_sum(adapter.expand_output(layer.module, call.arranged(output.detach())))
         if (asked.sampled or asked.roots) and output.requires_grad:
@@ -353,16 +415,27 @@ class GradientHook:
     def __init__(self, layer: Layer, call: Call, asked: _Asked, calls: Calls, pauses: Pauses, leaves: Sequence[Tensor]):
         self._layer, self._call, self._asked, self._calls = layer, call, asked, calls
         self._pauses, self._leaves = pauses, leaves
+        self.accumulating = False
+        self.certificate: Certificate | None = None
 
     def __call__(self, gradient: Tensor) -> None:
         """Take it in, if it belongs to a backward that fills the leaves' ``.grad``."""
         if OWN.running or self._pauses.depth or not accumulates(self._leaves):
             return
         call, adapter = self._call, self._layer.adapter
-        call.complete = True
+        task = torch._C._current_graph_task_id()
+        if self._calls.begin_task(task) and self.accumulating:
+            for leaf in self._leaves:
+                if leaf.requires_grad and leaf.grad is not None:
+                    break
+            else:  # what earlier backwards had added to .grad is gone, by whatever way
+                self._calls.discard_before(call.layer, task)
+        call.complete, call.task = True, task
         self._calls.keep(call)
         if self._asked.gradients:
             call.take_gradient(gradient)
         if self._asked.means and adapter is not None:
             expanded = adapter.expand_output(self._layer.module, call.arranged(gradient.detach()))
             call.take_gradient_sum(column_sum(expanded))
+        if self.certificate is not None:
+            self.certificate.add(call, gradient)

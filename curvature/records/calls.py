@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+
+from ..layers.adapters import LayerAdapter
+from ..layers.layer import Layer
 
 __all__ = ["EMPTY", "Arrange", "BatchSecond", "Call", "Calls", "ParameterSum", "column_sum"]
 
@@ -52,6 +56,10 @@ class Call:
         complete: its gradient has arrived.
         labelled: it belongs to a pass of the whole model for which labels were drawn.
         kept: :class:`Calls` holds it.
+        task: autograd's number of the backward that made it complete.
+        version: of its input when it was recorded: a later change in place would change the record.
+        adapter: how it is read, where its arguments decide that; ``None``: as the layer.
+        explained: what its record says of the gradient along a random direction, and what rounding may make of it.
     """
 
     layer: str
@@ -70,6 +78,10 @@ class Call:
     complete: bool = False
     labelled: bool = False
     kept: bool = False
+    task: int = -1
+    version: int = 0
+    explained: tuple[Tensor, Tensor] | None = None
+    adapter: LayerAdapter | None = None
 
     def take_gradient(self, gradient: Tensor) -> None:
         """Keep the gradient of one backward; several through one forward add up, as they do in ``.grad``."""
@@ -82,7 +94,7 @@ class Call:
 
     def forget_gradient(self) -> None:
         """As before the first backward: the user has cleared ``.grad``, and may go backward again."""
-        self.gradient = self.gradient_sum = None
+        self.gradient = self.gradient_sum = self.explained = None
         self.complete = self.labelled = self.kept = False
 
     def arranged(self, value: Tensor) -> Tensor:
@@ -104,6 +116,7 @@ class Calls:
     def __init__(self) -> None:
         self.made: list[weakref.ref[Call]] = []
         self._kept: list[Call] = []
+        self._task, self._tasks = -1, 0  # the last backward, and how many there were
         self._limit = 64  # beyond which those that have vanished are dropped
 
     def alive(self) -> list[Call]:
@@ -128,6 +141,31 @@ class Calls:
             call.kept = True
             self._kept.append(call)
 
+    def begin_task(self, task: int) -> bool:
+        """Note which backward runs; returns whether there was another before it."""
+        if task != self._task:
+            self._task, self._tasks = task, self._tasks + 1
+        return self._tasks > 1
+
+    def discard_before(self, layer: str, task: int) -> None:
+        """Forget a layer's gradients of earlier backwards, which somebody has thrown away."""
+        for call in self.alive():
+            if call.layer == layer and call.complete and call.task != task:
+                call.forget_gradient()
+        self._kept = [call for call in self._kept if call.kept]
+
+    def discard_thrown_away(self, layers: Mapping[str, Layer]) -> None:
+        """Forget gradients that are in no parameter's ``.grad`` any more, by whatever way they were thrown away."""
+        gone: dict[str, bool] = {}
+        for call in self.alive():
+            if call.complete:
+                if call.layer not in gone:
+                    own = layers[call.layer].parameters.values()
+                    gone[call.layer] = all(parameter.grad is None for parameter in own)
+                if gone[call.layer]:
+                    call.forget_gradient()
+        self._kept = [call for call in self._kept if call.kept]
+
     def discard_complete(self) -> None:
         """Forget the gradients that have arrived; a call lives on if its graph does, for another backward."""
         self._kept = [call for call in self._kept if not call.complete]
@@ -143,6 +181,7 @@ class Calls:
             if call is not None:
                 call.edge = None
         self.made, self._kept = [], []  # without references nothing is kept either
+        self._task, self._tasks = -1, 0
 
 
 @dataclass

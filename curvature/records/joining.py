@@ -40,6 +40,14 @@ def combine(
     if not calls:
         samples = sum(entry.samples for entry in sums)
         return LayerStatistics(layer, samples, 1, sampled_parameter_gradients=mean_of_sums(sums)) if sums else None
+    adapters = {call.adapter for call in calls if call.adapter is not None}
+    if len(adapters) > 1:
+        raise ArgumentError(
+            f"layer {layer.name!r} was called with different output sizes in one mini-batch, and cannot be read as one "
+            "map; serve it by a part without statistics, e.g. ByLayer({'name': Identity(), 'default': ...})"
+        )
+    if adapters:
+        layer = replace(layer, adapter=adapters.pop())
     if len(calls) == 1:
         return _of_one_call(layer, calls[0], sums, loss_reduction)
     passes = _by_pass(calls)

@@ -24,6 +24,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "seed": (int, "any whole number will do"),
     "strict": (bool, "strict=True refuses parameters that no part serves"),
     "backend": (str, "take 'hooks', 'func' or 'backpack'"),
+    "certify_records": (Literal["always", "start", "never"], "choose how often records are compared with gradients"),
     "grad_scaler": (torch.amp.GradScaler | None, "pass the loop's torch.amp.GradScaler, or leave it out"),
 }
 

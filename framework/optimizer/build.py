@@ -33,6 +33,7 @@ def build(
     grad_scaler: torch.amp.GradScaler | None = None,
     backend: str = "hooks",
     process_group: Any = "auto",
+    certify_records: str = "start",
     **options: Any,
 ) -> SecondOrder:
     """Build an optimizer.
@@ -59,6 +60,8 @@ def build(
         process_group: the processes that share a mini-batch: ``"auto"`` (the world group, if ``torch.distributed`` is
             initialised), ``None`` (every process for itself) or a group. Methods that look back take the
             ``DistributedDataParallel`` itself as ``model``.
+        certify_records: when what was recorded of the layers is compared, along a random direction, with the gradients
+            that it must explain: ``"always"``, ``"start"`` (the first ten steps, and every hundredth) or ``"never"``.
         **options: options of the registered method, e.g. ``memory=20`` for ``kbfgs-l``.
 
     Example:
@@ -98,4 +101,5 @@ def build(
         grad_scaler=grad_scaler,
         backend=backend,
         process_group=process_group,
+        certify_records=certify_records,
     )

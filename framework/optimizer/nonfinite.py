@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...curvature.records.statistics import LayerStatistics
-from ...errors import NumericalError
+from ...errors import ArgumentError, NumericalError
 from .blocks import Block
 from .stepping import StepRule
 from .team import Team
@@ -29,7 +29,12 @@ __all__ = ["Undo", "describe_trouble", "find_trouble", "require_finite_loss", "s
 Statistics = Mapping[str, LayerStatistics]
 
 
-def find_trouble(loss: Tensor | None, gradients: Sequence[Tensor], statistics: Iterable[LayerStatistics]) -> bool:
+def find_trouble(
+    loss: Tensor | None,
+    gradients: Sequence[Tensor],
+    statistics: Iterable[LayerStatistics],
+    doubts: Mapping[str, Tensor],
+) -> bool:
     """Whether something is not finite before a step: loss, gradients, records, or the squares that second moments take.
 
     One synchronisation; one pass over gradients and records.
@@ -38,12 +43,36 @@ def find_trouble(loss: Tensor | None, gradients: Sequence[Tensor], statistics: I
         loss: of the closure, if there was one.
         gradients: of all parameters that take part.
         statistics: of all layers.
+        doubts: of the layers whose records were compared with their gradients, see :class:`.certificate.Certificate`;
+            fetched with the same number.
+
+    Raises:
+        ArgumentError: if a layer's records do not explain its gradient.
     """
     values = list(gradients)
     for entry in statistics:
         values += [value for value in entry.recorded() if value.is_floating_point()]
     total = _sum_of_squares(values)
-    return not math.isfinite((total if loss is None else total + loss).item())
+    total = total if loss is None else total + loss
+    if not doubts:
+        return not math.isfinite(total.item())
+    number, *found = torch.stack([total.double(), *(value.to(total.device) for value in doubts.values())]).tolist()
+    if not math.isfinite(number):
+        return True
+    bad = [name for name, doubt in zip(doubts, found, strict=True) if not doubt <= 1.0]
+    if bad:
+        raise ArgumentError(_UNEXPLAINED.format(layers=", ".join(map(repr, bad))))
+    return False
+
+
+_UNEXPLAINED = (
+    "what was recorded of layers {layers} does not explain their gradients, so their curvature would be wrong. Likely "
+    "causes: the gradient was set to zero without optimizer.zero_grad(), the weight is also used outside the module's "
+    "own call, the module's forward is not that of its class (or a hook changes what goes in or out), or the loss contains "
+    "derivatives of the model. Serve these layers by a part without statistics, ByLayer({{'name': Identity(), "
+    "'default': ...}}), take backend='func', or, if the difference is meant, build with certify_records='never'; no "
+    "parameter and no state was changed"
+)
 
 
 def describe_trouble(loss: Tensor | None, team: Team, gradients: Sequence[Tensor], statistics: Statistics) -> str:

@@ -66,6 +66,8 @@ class SecondOrder(Session):
         backend: who measures, a name of :data:`osculate.curvature.backends.table.BACKENDS`; all record the same.
         process_group: the processes that share a mini-batch: ``"auto"`` (the world group, if ``torch.distributed`` is
             initialised), ``None`` or a group.
+        certify_records: when what was recorded of the layers is compared with the gradients that it must explain:
+            ``"always"``, ``"start"`` (the first ten steps, and every hundredth) or ``"never"``.
 
     Raises:
         ArgumentError: for values out of range.
@@ -93,6 +95,7 @@ class SecondOrder(Session):
         grad_scaler: torch.amp.GradScaler | None = None,
         backend: str = "hooks",
         process_group: Any = "auto",
+        certify_records: str = "start",
     ):
         require_arguments(locals())
         values = method.hyperparameters({"lr": lr, "damping": damping, "weight_decay": weight_decay})
@@ -112,6 +115,7 @@ class SecondOrder(Session):
             require_matching_keys(method.preconditioner, layers)
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
         self.blocks = make_blocks(layers, method.preconditioner, method.fallback, strict=strict)
+        self.certify_records = certify_records
         self._strict, self.grad_scaler, self.ranks = strict, grad_scaler, Ranks(process_group, wrapper)
         self.plan = Plan(method, self.blocks, layers)
         super().__init__(split_into_groups(model, layers, groups), values)
@@ -211,7 +215,7 @@ class SecondOrder(Session):
         team, gradients = self._present()
         if not gradients:
             raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
-        if find_trouble(loss, gradients, statistics.values()):
+        if find_trouble(loss, gradients, statistics.values(), self.capture.doubts):
             trouble = spoiled_parameters(self.blocks) or describe_trouble(loss, team, gradients, statistics)
             return self._refuse(trouble, loss)
         if due.measures_scores:
@@ -407,4 +411,11 @@ class SecondOrder(Session):
         self.capture.clear()
         self.capture.step, self.capture.stream = self._step, self.ranks.rank
         self.due = self.plan.at(self._step, self._warm)
+        self.capture.certifies = self._certifies()
         self.capture.arm(self.due.records)
+
+    def _certifies(self) -> bool:
+        """Whether the records of the coming step are compared with its gradients; not beside other processes."""
+        if self.certify_records == "never" or self.ranks.wrapper is not None:
+            return False
+        return self.certify_records == "always" or self._step < 10 or self._step % 100 == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -135,9 +135,12 @@ class TransposedConvolutionAdapter(_Sites):
 
     Attributes:
         dimensions: 1, 2 or 3.
+        output_padding: of one call that was given ``output_size``; ``None``: the module's.
     """
 
     dimensions: int
+    output_padding: tuple[int, ...] | None = None
+    reads_calls = True
 
     @property
     def kind(self) -> str:
@@ -148,6 +151,18 @@ class TransposedConvolutionAdapter(_Sites):
         """The torch class and subclasses that keep its forward."""
         expected = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[self.dimensions - 1]
         return isinstance(module, expected) and type(module).forward is expected.forward
+
+    def of_call(self, module: nn.Module, value: Tensor, output: Tensor) -> TransposedConvolutionAdapter:
+        """With the output padding that makes this output of this input."""
+        conv = _convolution(module)
+        axes = zip(
+            value.shape[2:], output.shape[2:], conv.stride, conv.padding, conv.dilation, conv.kernel_size, strict=True
+        )
+        found = tuple(
+            after - ((before - 1) * stride - 2 * padding + dilation * (size - 1) + 1)
+            for before, after, stride, padding, dilation, size in axes
+        )
+        return self if found == tuple(conv.output_padding) else replace(self, output_padding=found)
 
     def has_matrix(self, module: nn.Module) -> bool:
         """One group, or one input channel per group."""
@@ -162,10 +177,10 @@ class TransposedConvolutionAdapter(_Sites):
         sites: tuple[Any, ...] = (..., *(slice(None, None, step) for step in conv.stride))
         spread[sites] = value
         reach = [dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True)]
-        sides: list[int] = []
+        added, sides = self.output_padding or conv.output_padding, list[int]()
         for axis in reversed(range(d)):
             before = reach[axis] - conv.padding[axis]
-            sides += [before, before + conv.output_padding[axis]]
+            sides += [before, before + added[axis]]
         windows = _windows(functional.pad(spread, sides), conv.kernel_size, conv.dilation, (1,) * d)
         return self._patches(windows.flip(tuple(range(2 + d, 2 + 2 * d))), conv.groups)
 
@@ -174,7 +189,14 @@ class TransposedConvolutionAdapter(_Sites):
         conv = _convolution(module)
         kernel = torch.zeros_like(conv.weight) if weight is None else weight
         result: Tensor = _TRANSPOSED[self.dimensions - 1](
-            value, kernel, bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+            value,
+            kernel,
+            bias,
+            conv.stride,
+            conv.padding,
+            self.output_padding or conv.output_padding,
+            conv.groups,
+            conv.dilation,
         )
         return result
 

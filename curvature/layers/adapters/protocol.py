@@ -8,7 +8,7 @@ rows per position, the group fastest.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,17 @@ __all__ = ["Expanded", "LayerAdapter", "MatrixAdapter", "PatchAdapter", "ScaleAd
 
 
 class LayerAdapter(Protocol):
-    """How to read one kind of module as a linear map at shared positions. The adapters here inherit from it."""
+    """How to read one kind of module as a linear map at shared positions. The adapters here inherit from it.
+
+    Attributes:
+        reads_calls: whether arguments of a call change how it is to be read: :meth:`of_call` is asked then.
+    """
+
+    reads_calls: ClassVar[bool] = False
+
+    def of_call(self, module: nn.Module, value: Tensor, output: Tensor) -> LayerAdapter:
+        """The adapter that reads one call with this input and output."""
+        return self
 
     @property
     @abstractmethod

@@ -1,0 +1,107 @@
+"""Whether what was recorded of a layer explains the gradient that autograd put into its parameters.
+
+A record says that the layer is a map h(theta) applied to the recorded inputs, and that g came back at h. If that is all
+there is to the layer, then along every direction D of its parameters
+
+    sum over calls of <g, h'(a) D>  =  <theta.grad, D>.
+
+One random direction per mini-batch finds every way in which a record can be incomplete: a weight that is used elsewhere
+too, a forward of its own, a gradient that was dropped, a loss that contains derivatives of the network. It costs the
+layer's own forward product once more, and is asked at some steps only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layers.layer import Layer
+from .calls import Call
+
+__all__ = ["Certificate"]
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Of the difference, in units of |g| |h'(a) D|, which rounding does not reach; half precision: 3e-2."""
+
+
+class Certificate:
+    """One layer's question at one mini-batch.
+
+    Args:
+        layer: with an adapter.
+        generator: of the direction, on the parameters' device.
+    """
+
+    def __init__(self, layer: Layer, generator: torch.Generator):
+        self.layer = layer
+        self.directions: dict[str, Tensor] = {}
+        self._actual: dict[str, Tensor] = {}
+        for name, parameter in layer.parameters.items():
+            if parameter.requires_grad:
+                self.directions[name] = _direction(layer, name, parameter, generator)
+
+    def attach(self) -> list[Any]:
+        """Look at every gradient the moment it is complete: a user may clip it later. Returns handles."""
+        return [
+            self.layer.parameters[name].register_post_accumulate_grad_hook(self._taker(name))
+            for name in self.directions
+        ]
+
+    def _taker(self, name: str) -> Any:
+        def take(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                direction = self.directions[name]
+                self._actual[name] = torch.sum(parameter.grad.detach().to(direction.dtype) * direction)
+
+        return take
+
+    @torch.no_grad()
+    def add(self, call: Call, gradient: Tensor) -> None:
+        """Take in the gradient at the output of one call."""
+        adapter = call.adapter or self.layer.adapter
+        if call.input is None or adapter is None:
+            return
+        value = gradient.detach() if call.arrange is None else call.arrange(gradient.detach())
+        half = value.dtype in (torch.float16, torch.bfloat16)
+        seen = call.input.float() if call.input.dtype in (torch.float16, torch.bfloat16) else call.input
+        directions = self.directions
+        if seen.is_floating_point():
+            directions = {name: entry.to(seen.dtype) for name, entry in directions.items()}
+        moved = adapter.directional(self.layer.module, seen, directions.get("weight"), directions.get("bias"))
+        value = value.to(moved.dtype)
+        if moved.numel() != value.numel():
+            call.explained = (value.new_full((), torch.inf), value.new_zeros(()))
+            return
+        value = value.reshape(moved.shape)
+        tolerance = 3e-2 if half else _TOLERANCE.get(moved.dtype, 1e-4)
+        size = torch.linalg.vector_norm(value) * torch.linalg.vector_norm(moved)
+        explained, allowed = call.explained or (0.0, 0.0)
+        call.explained = explained + torch.sum(moved * value), allowed + tolerance * size
+
+    def doubt(self, calls: list[Call]) -> Tensor | None:
+        """How far the calls are from explaining the gradient, 0-dimensional; above 1: they do not.
+
+        ``None`` if there is nothing to compare.
+        """
+        if not self._actual or any(call.explained is None for call in calls):
+            return None
+        explained = sum(call.explained[0] for call in calls if call.explained is not None)
+        allowed = sum(call.explained[1] for call in calls if call.explained is not None)
+        actual = sum(self._actual.values())
+        found: Tensor = torch.as_tensor(explained - actual).abs() / (allowed + torch.finfo(torch.float32).tiny)
+        return found.double()
+
+
+def _direction(layer: Layer, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Random: of a weight that is a matrix the product of two vectors, which is cheap to draw."""
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=parameter.device, dtype=dtype)
+
+    if name == "weight" and layer.is_matrix and layer.adapter is not None:
+        rows, columns = layer.weight_shape
+        return layer.adapter.matrix_as_weight(layer.module, drawn(rows, 1) @ drawn(1, columns))
+    return drawn(*parameter.shape)
