@@ -231,6 +231,22 @@ def compute_many(requests: Sequence[Request]) -> list[Computed]:
         found = operation.compute([requests[index] for index in indices])
         for index, result in zip(indices, found, strict=True):
             results[index] = result
+    return _with_own_memory(results)
+
+
+def _with_own_memory(results: list[Computed]) -> list[Computed]:
+    """Slices of a batch as matrices of their own: products with a slice round otherwise than with a loaded copy."""
+    slices = [
+        index
+        for index, result in enumerate(results)
+        if result.value is not None and result.value.untyped_storage().nbytes() > result.value.nbytes
+    ]
+    values = [value for index in slices if (value := results[index].value) is not None]
+    if values:
+        copies = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in values]
+        torch._foreach_copy_(copies, values)
+        for index, copy in zip(slices, copies, strict=True):
+            results[index] = replace(results[index], value=copy)
     return results
 
 

@@ -52,6 +52,8 @@ def find_trouble(
     values = list(gradients)
     for entry in statistics:
         values += [value for value in entry.recorded() if value.is_floating_point()]
+    if not values:
+        return False
     total = _sum_of_squares(values)
     total = total if loss is None else total + loss
     if not doubts:
@@ -68,8 +70,8 @@ def find_trouble(
 _UNEXPLAINED = (
     "what was recorded of layers {layers} does not explain their gradients, so their curvature would be wrong. Likely "
     "causes: the gradient was set to zero without optimizer.zero_grad(), the weight is also used outside the module's "
-    "own call, the module's forward is not that of its class (or a hook changes what goes in or out), or the loss contains "
-    "derivatives of the model. Serve these layers by a part without statistics, ByLayer({{'name': Identity(), "
+    "own call, the module's forward is not that of its class (or a hook changes what goes in or out), or the loss "
+    "contains derivatives of the model. Serve these layers by a part without statistics, ByLayer({{'name': Identity(), "
     "'default': ...}}), take backend='func', or, if the difference is meant, build with certify_records='never'; no "
     "parameter and no state was changed"
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...curvature.estimators import Estimator
 from ...curvature.records.statistics import LayerStatistics
-from ...errors import ArgumentError
+from ...errors import ArgumentError, NumericalError
 from ...preconditioners.averages import PlainAverage
 from ...preconditioners.damping.split import SideDamping
 from ...preconditioners.operations import Request, compute_many
@@ -18,6 +18,7 @@ from ..methods.momentum import WeightDecay
 from .arguments import require_callable
 from .blocks import Block
 from .closure import Closure, preserved
+from .nonfinite import find_trouble
 from .recording import fill, records_for_forward, require_filled, require_pairs
 from .session import Session
 from .team import BlockStep, MiniBatch
@@ -129,7 +130,13 @@ def warm_up(session: Session, estimator: Estimator, closures: Iterable[Closure])
             capture.step = 2**31 + count - 1
             with torch.enable_grad():
                 closure()
-            warm |= _average_in(blocks, estimator, session.collect())
+            statistics = session.collect()
+            if statistics and find_trouble(None, (), statistics.values(), {}):
+                raise NumericalError(
+                    f"mini-batch {count - 1} of the warm start: what the model recorded is not finite, or its square "
+                    "is not; no statistic was changed. Look at the data of that mini-batch"
+                )
+            warm |= _average_in(blocks, estimator, statistics)
     if not warm and any(block.asked.anything for block in blocks):
         found = "is empty (a generator that was used before?)" if not count else f"ran {count} times without effect"
         raise ArgumentError(

@@ -212,7 +212,7 @@ class SecondOrder(Session):
             statistics = with_hessians(
                 statistics, self.layers, products, self.capture.loss_reduction, self._inverse_scale
             )
-        team, gradients = self._present()
+        team, gradients = self._with_gradients()
         if not gradients:
             raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
         if find_trouble(loss, gradients, statistics.values(), self.capture.doubts):
@@ -221,7 +221,7 @@ class SecondOrder(Session):
         if due.measures_scores:
             require_sampled(statistics, team.layers)
         decays = self.decays(team)
-        steps = self._steps(team, gradients, decays)
+        steps = self._block_steps(team, gradients, decays)
         batch = MiniBatch(loss, statistics, products, team, gradients, steps, decays is not team.none)
         undo = self._undo(team) if due.risky else None
         try:
@@ -272,7 +272,7 @@ class SecondOrder(Session):
             self._rule.remember(proposal, fraction)
         return report
 
-    def _present(self) -> tuple[Team, list[Tensor]]:
+    def _with_gradients(self) -> tuple[Team, list[Tensor]]:
         """The blocks that have a gradient, and the gradients of all their parameters, half precision as float32."""
         team = self.plan.everyone
         gradients: list[Tensor] = []
@@ -286,7 +286,7 @@ class SecondOrder(Session):
         team = self.plan.team(tuple(values is not None for values in found))
         return team, [value for values in found if values is not None for value in values]
 
-    def _steps(self, team: Team, gradients: list[Tensor], decays: list[tuple[float, ...]]) -> list[BlockStep]:
+    def _block_steps(self, team: Team, gradients: list[Tensor], decays: list[tuple[float, ...]]) -> list[BlockStep]:
         steps: list[BlockStep] = []
         position = 0
         for block, place, own in zip(team.blocks, team.places, decays, strict=True):
@@ -351,6 +351,7 @@ class SecondOrder(Session):
         Raises:
             ArgumentError: if the method has no warm start, training has begun, or the closures are none or record
                 nothing; no statistic has changed.
+            NumericalError: if a mini-batch records something that is not finite; no statistic has changed.
         """
         estimator = self.method.warm_start
         if estimator is None or not self.has_warm_start:

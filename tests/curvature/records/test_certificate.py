@@ -1,4 +1,4 @@
-"""Records that do not explain the gradient are refused before a step, by whatever way they went wrong; others are not."""
+"""Records that do not explain the gradient are refused before a step, however they went wrong; others are not."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_records_that_miss_a_part_of_the_gradient_are_refused(
     torch.manual_seed(0)
     net = model()
     before = [parameter.detach().clone() for parameter in net.parameters()]
-    with pytest.raises(osc.ArgumentError, match=f"'{layer}'.* does not explain"):
+    with pytest.raises(osc.ArgumentError, match=rf"'{layer}'.* does not explain"):
         step(method, net, loss)
     assert all(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
     if loss is plain:
@@ -90,7 +90,7 @@ def test_records_that_miss_a_part_of_the_gradient_are_refused(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_hook_of_somebody_else_is_seen(method: str) -> None:
-    with pytest.raises(osc.ArgumentError, match="'line'.* a hook changes what"):
+    with pytest.raises(osc.ArgumentError, match=r"'line'.* a hook changes what"):
         step(method, Hooked(), plain)
 
 
@@ -134,7 +134,7 @@ def test_one_buffer_for_several_micro_batches_is_refused(method: str) -> None:
     optimizer = osc.build(method, net, likelihood="categorical")
     for _ in range(2):
         plain(net, buffer.copy_(torch.randn(4, 3)), torch.tensor([0, 1, 0, 1])).backward()
-    with pytest.raises(osc.ArgumentError, match="changed in place.*clone"):
+    with pytest.raises(osc.ArgumentError, match=r"changed in place.*clone"):
         optimizer.step()
     optimizer.zero_grad()
     for _ in range(2):
