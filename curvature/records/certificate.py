@@ -85,7 +85,11 @@ class Certificate:
 
         ``None`` if there is nothing to compare.
         """
-        if not self._actual or any(call.explained is None for call in calls):
+        parameters = self.layer.parameters
+        moving = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        if moving != set(self.directions) or moving != set(self._actual):
+            return None  # something was frozen, or came back, since the question was put
+        if any(call.explained is None for call in calls):
             return None
         explained = sum(call.explained[0] for call in calls if call.explained is not None)
         allowed = sum(call.explained[1] for call in calls if call.explained is not None)
