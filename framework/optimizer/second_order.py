@@ -128,6 +128,7 @@ class SecondOrder(Session):
         self.guard_state = method.guard.init()
         self._look_back = LookBack(self)
         self._unowned = unowned_parameters(model, layers)
+        self._require_same_model()
         self._arm()
 
     # -- what a user asks --------------------------------------------------------------------------------------------
@@ -351,6 +352,7 @@ class SecondOrder(Session):
         estimator = self.method.warm_start
         if estimator is None or not self.has_warm_start:
             raise ArgumentError("this method has no warm start (or it samples labels and no likelihood was given)")
+        self._require_same_model()
         if self._step:
             raise ArgumentError(f"warm_start must come before the first step, {self._step} steps have been taken")
         undo = Undo(self.blocks, self._rule, [], self._step, False)
@@ -366,6 +368,7 @@ class SecondOrder(Session):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit: tensors, numbers and nested dictionaries keyed by layer name."""
+        self._require_same_model()
         return saved_state(self, super().state_dict()["param_groups"])
 
     @torch.no_grad()
@@ -378,6 +381,7 @@ class SecondOrder(Session):
         Raises:
             ArgumentError: if layers or parts are missing or unknown, or a shape differs; nothing has been written.
         """
+        self._require_same_model()
         restore_state(self, state_dict)
         self.plan = Plan(self.method, self.blocks, self.layers)
         self._arm()
@@ -396,6 +400,7 @@ class SecondOrder(Session):
                     f"the model moved from {block.storage[0].device} to {block.parameters[0].device} after "
                     "osculate.build, which made states where the parameters were; build after model.to(...)"
                 )
+        self._require_same_model()
         if self.capture.pauses.depth:
             raise ArgumentError("step() inside optimizer.paused() would see no statistics; leave the context before it")
         if closure is None or not callable(closure):
