@@ -91,6 +91,16 @@ class Capture(Backend):
         self._calls.discard_complete()
         self._forget_abandoned_sums()
 
+    def complete_passes(self) -> list[Any]:
+        """Calls that have a gradient."""
+        return [call for call in self._calls.alive() if call.complete] if self._calls.made else []
+
+    def forget_passes(self, entries: list[Any]) -> None:
+        """Forget the gradients of these calls."""
+        if entries:
+            self._calls.discard(entries)
+            self._forget_abandoned_sums()
+
     def collect(self) -> dict[str, LayerStatistics]:
         """Statistics per layer name from all complete calls since the last time; forgets every call."""
         every, done = self._kind == "forward", set()

@@ -83,9 +83,16 @@ class ReplayBackend(Backend):
 
     def discard_complete(self) -> None:
         """Forget passes that already have a gradient: the user threw that gradient away (``zero_grad``)."""
-        for entry in self._passes:
-            if entry.gradient is not None:
-                entry.gradient, entry.discarded = None, True
+        self.forget_passes(self.complete_passes())
+
+    def complete_passes(self) -> list[Any]:
+        """Passes that have a gradient."""
+        return [entry for entry in self._passes if entry.gradient is not None]
+
+    def forget_passes(self, entries: list[Any]) -> None:
+        """Forget the gradients of these passes."""
+        for entry in entries:
+            entry.gradient, entry.discarded = None, True
         self._kept[:] = [entry for entry in self._kept if not entry.discarded]  # hooks hold this very list
 
     @property

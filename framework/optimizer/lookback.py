@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,6 +120,8 @@ class LookBack:
     def __init__(self, session: Session):
         self.session = session
         self._before: Snapshot | None = None
+        self._guard: dict[str, Any] | None = None
+        self._damping: list[Any] = []
         self._differentiates = False
         self._parameters: list[Tensor] = []
         self._copies: list[Tensor] = []
@@ -128,7 +131,9 @@ class LookBack:
 
     def prepare(self) -> None:
         """Remember random state and buffers before the first evaluation."""
-        self._before = Snapshot.take(self.session.model)
+        self._before, session = Snapshot.take(self.session.model), self.session
+        self._guard = None if session.guard_state is None else deepcopy(dict(session.guard_state.to_dict()))
+        self._damping = [group["damping"] for group in session.param_groups]
 
     def remember(self, proposal: Proposal) -> None:
         """What a guard and structures compare with; and the parameters: to subtract a huge step is not exact."""
@@ -147,6 +152,21 @@ class LookBack:
         """Let go of what was remembered: the step is over."""
         self._before, self._points, self._slope = None, _NOWHERE, None
         self._parameters, self._copies = [], []
+        self._guard, self._damping = None, []
+
+    def take_back(self) -> None:
+        """Undo what a guarded step has done to the parameters, and what this phase has written elsewhere."""
+        if self._copies:
+            torch._foreach_copy_(self._parameters, self._copies)
+        if self._guard is not None:
+            self.session.guard_state.load_dict(self._guard)
+        for group, value in zip(self.session.param_groups, self._damping, strict=False):
+            group["damping"] = value
+
+    def rewind(self) -> None:
+        """Random state and buffers as they were before the first evaluation."""
+        if self._before is not None:
+            self._before.restore()
 
     def run(self, closure: Closure, batch: MiniBatch, proposal: Proposal) -> Outcome:
         """Evaluate again, shorten the step while the guard refuses it, and let the structures observe it."""

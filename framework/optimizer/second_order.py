@@ -23,8 +23,9 @@ from ...preconditioners.structures.by_layer import ByLayer, require_matching_key
 from ..methods.method import Method
 from .arguments import require_arguments, require_closure, require_values
 from .blocks import full_precision, make_blocks
-from .closure import Closure, run_closure
+from .closure import Closure, loss_of
 from .distributed import Ranks, unwrapped
+from .earlier import EarlierGradients, require_whole_batch
 from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
 from .lookback import LookBack
 from .nonfinite import Undo, describe_trouble, find_trouble, require_finite_loss, spoiled_parameters
@@ -174,8 +175,9 @@ class SecondOrder(Session):
         """One step.
 
         Args:
-            closure: clears the gradients, runs the model and ``loss.backward()``, and returns the loss. May be left out
-                (after an ordinary ``loss.backward()``) for methods with ``needs_closure == False``.
+            closure: clears the gradients, runs the model and ``loss.backward()``, and returns the loss; or returns
+                ``None`` and makes no gradient, which skips the mini-batch, counted by ``skipped_steps``. May be left
+                out (after an ordinary ``loss.backward()``) for methods with ``needs_closure == False``.
 
         Returns:
             The mini-batch loss before the step (``None`` without a closure).
@@ -183,13 +185,15 @@ class SecondOrder(Session):
         Raises:
             ClosureRequiredError: if the method evaluates the loss itself.
             ArgumentError: if no parameter has a gradient, the optimizer is closed or paused, or nothing was recorded of
-                a layer that measures (``torch.autograd.grad`` in the place of ``loss.backward()``).
+                a layer that measures (``torch.autograd.grad`` in the place of ``loss.backward()``); if the model's
+                layers are not those of ``build``; if a method that evaluates the mini-batch again finds gradients that
+                the closure did not clear, or another mini-batch.
             NumericalError: if a loss, gradient, statistic or step size is not finite (``on_nonfinite="raise"``); no
                 parameter and no state has changed.
         """
         self._require_ready(closure)
         due = self.due
-        scaling = None
+        evaluations, scaling = self.gradient_evaluations, None
         if self.grad_scaler is not None or "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
             scaling = Scaling(self, self.grad_scaler)
         if due.looks_back:
@@ -197,6 +201,8 @@ class SecondOrder(Session):
         if closure is not None and scaling is not None:
             scaling.before_closure()
         loss, products = self._evaluate(closure)
+        if loss is None and closure is not None:
+            return self._skip("the closure returned None, and no gradient: this mini-batch is skipped", None)
         if self._unowned:
             require_nobody_left_out(self._unowned)
         if scaling is not None:
@@ -220,14 +226,25 @@ class SecondOrder(Session):
         decays = self.decays(team)
         steps = self._steps(team, gradients, decays)
         batch = MiniBatch(loss, statistics, products, team, gradients, steps, decays is not team.none)
-        undo = self._undo(team) if due.risky else None
+        undo = self._undo(team) if due.risky or due.looks_back else None
         try:
             self.last_report = self._advance(closure, batch)
         except NumericalError as error:
             if undo is None:
                 raise
             undo.roll_back()
+            if due.looks_back:
+                self._look_back.take_back()
             return self._refuse(str(error), loss)
+        except BaseException:  # an interrupt from the keyboard as well
+            if undo is not None:
+                undo.roll_back()
+            if due.looks_back:
+                self._look_back.take_back()
+                self._look_back.rewind()
+                self.gradient_evaluations = evaluations
+                self._arm()
+            raise
         finally:
             if due.looks_back:
                 self._look_back.forget()
@@ -297,23 +314,42 @@ class SecondOrder(Session):
         return Undo(self.blocks, self._rule, team.parameters if unguarded else [], self._step, self._warm)
 
     def _evaluate(self, closure: Closure | None) -> tuple[Tensor | None, GraphKeepingBackward | None]:
-        self.gradient_evaluations += 1 + self.due.samples_labels
+        """Loss and, where they are asked for, Hessian products; no loss without a closure, or if it skips the batch."""
+        due, capture = self.due, self.capture
         if closure is None:
+            self.gradient_evaluations += 1 + due.samples_labels
             return None, None
-        if not self.capture.is_armed(self.due.records):
+        if not capture.is_armed(due.records):
             self._arm()  # an interrupted look back or warm start has left the hooks in another mode
-        self.capture.clear()
-        if not self.due.products:
-            loss, products = run_closure(closure, self.device), None
-        else:
-            require_plain_loss(self.ranks.count, self.grad_scaler)
-            with GraphKeepingBackward(self.layers) as products:
-                loss = run_closure(closure, self.device)
+        again = due.looks_back or due.products
+        passes = [] if again else capture.complete_passes()
+        if not passes:
+            capture.clear()
+        earlier, products = EarlierGradients(self.plan.everyone.parameters, again or bool(passes)), None
+        try:
+            with torch.enable_grad():
+                if not due.products:
+                    loss = closure()
+                else:
+                    require_plain_loss(self.ranks.count, self.grad_scaler)
+                    with GraphKeepingBackward(self.layers) as products:
+                        loss = closure()
+        finally:
+            earlier.finish()
+        if loss is None and not earlier.joined():
+            return None, None
+        loss, kept = loss_of(loss, self.device), earlier.kept()
+        if again:
+            require_whole_batch(kept)
+        elif not kept:
+            capture.forget_passes(passes)  # cleared by somebody else, else zero_grad has told the capture
+        self.gradient_evaluations += 1 + due.samples_labels
         return self.ranks.mean(loss) if self.ranks.count > 1 else loss, products
 
     def _skip(self, trouble: str, loss: Tensor | None) -> Tensor | None:
         """Count and report a step that is not taken."""
         self._arm()
+        self._look_back.forget()
         self.skipped_steps += 1
         self.last_report = StepReport(self._step, loss, damping=self.damping, skipped=trouble)
         return loss

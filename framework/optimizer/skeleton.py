@@ -40,7 +40,7 @@ class Skeleton:
         holders: list[dict[str, Any]] = []
         self._owned: list[tuple[str, nn.Module, str, nn.Parameter]] = []
         for path, module in model.named_modules():
-            holders += [module._modules, module._parameters]  # type: ignore[list-item]
+            holders += [module._modules, module._parameters]
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) in owned:
                     self._owned.append((f"{path}.{name}" if path else name, module, name, parameter))
