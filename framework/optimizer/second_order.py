@@ -228,7 +228,7 @@ class SecondOrder(Session):
         batch = MiniBatch(loss, statistics, products, team, gradients, steps, decays is not team.none)
         undo = self._undo(team) if due.risky or due.looks_back else None
         try:
-            self.last_report = self._advance(closure, batch)
+            self.last_report = self._advance(closure, batch, [] if undo is None else undo.copies)
         except NumericalError as error:
             if undo is None:
                 raise
@@ -252,8 +252,13 @@ class SecondOrder(Session):
         self._arm()
         return loss
 
-    def _advance(self, closure: Closure | None, batch: MiniBatch) -> StepReport:
+    def _advance(self, closure: Closure | None, batch: MiniBatch, copies: Sequence[Tensor]) -> StepReport:
         """Observe, propose, apply, look back.
+
+        Args:
+            closure: the user's.
+            batch: what its first evaluation left.
+            copies: of the parameters that the team moves, if the step looks back.
 
         Raises:
             NumericalError: if a step size, or the loss after an unguarded step, is not finite.
@@ -268,7 +273,7 @@ class SecondOrder(Session):
         proposal = self._propose(batch)
         damping = self._numbers[0]["damping"] if len(self.param_groups) == 1 else self.damping
         if looks_back:
-            self._look_back.remember(proposal)
+            self._look_back.remember(proposal, batch.team.parameters, copies)
         self.take(proposal, 1.0)
         sides = {block.key: self.sides(block) for block in self.blocks} if self.observers else {}
         report = StepReport(
@@ -305,13 +310,15 @@ class SecondOrder(Session):
         position = 0
         for block, place, own in zip(team.blocks, team.places, decays, strict=True):
             end = position + len(block.names)
-            steps.append(BlockStep(block, tuple(gradients[position:end]), self.due.due[place], own))
+            due = self.due
+            steps.append(BlockStep(block, tuple(gradients[position:end]), due.due[place], own, due.waits[place]))
             position = end
         return steps
 
     def _undo(self, team: Team) -> Undo:
         unguarded = self.due.looks_back and self.method.guard.attempts == 0
-        return Undo(self.blocks, self._rule, team.parameters if unguarded else [], self._step, self._warm)
+        moved, waits = team.parameters if self.due.looks_back else [], () if unguarded else self.due.waits
+        return Undo(self.blocks, self._rule, moved, self._step, self._warm, waits)
 
     def _evaluate(self, closure: Closure | None) -> tuple[Tensor | None, GraphKeepingBackward | None]:
         """Loss and, where they are asked for, Hessian products; no loss without a closure, or if it skips the batch."""
@@ -325,7 +332,8 @@ class SecondOrder(Session):
         passes = [] if again else capture.complete_passes()
         if not passes:
             capture.clear()
-        earlier, products = EarlierGradients(self.plan.everyone.parameters, again or bool(passes)), None
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        earlier, products = EarlierGradients(parameters, again or bool(passes)), None
         try:
             with torch.enable_grad():
                 if not due.products:
