@@ -23,6 +23,7 @@ from ..records.needs import Record
 from ..records.statistics import LayerStatistics, SampleGradients, Tensors
 from .backend import Backend
 from .capture import Hook
+from .hook_tables import after
 from .passes import OWN, Pauses, accumulates, extra_backward
 from .sampling import label_generator, require_predictive
 
@@ -101,7 +102,7 @@ class ReplayBackend(Backend):
         return [entry for entry in (reference() for reference in self._references) if entry is not None]
 
     def _attach(self) -> list[Any]:
-        return [self.model.register_forward_hook(RootHook(self), with_kwargs=True)]
+        return [after(self.model, RootHook(self), with_kwargs=True)]
 
     def collect(self) -> dict[str, LayerStatistics]:
         """Measure all complete passes since the last time; forgets every pass."""

@@ -39,6 +39,7 @@ from .saving import restore_state, saved_state
 from .session import Session
 from .stepping import Proposal, StepRule
 from .team import BlockStep, MiniBatch, Team
+from .torch_protocols import asked_for_checkpoint, by_parameter, from_parameters, numbered_groups, require_local
 
 __all__ = ["SecondOrder"]
 
@@ -106,6 +107,7 @@ class SecondOrder(Session):
             )
         model, wrapper = unwrapped(model)
         require_values(model)
+        require_local(model)
         layers = discover_layers(model)
         if not layers:
             raise ArgumentError(f"{type(model).__name__} has no trainable parameters")
@@ -130,6 +132,7 @@ class SecondOrder(Session):
         self._look_back = LookBack(self)
         self._unowned = unowned_parameters(model, layers)
         self._require_same_model()
+        self._show_state()
         self._arm()
 
     # -- what a user asks --------------------------------------------------------------------------------------------
@@ -411,9 +414,20 @@ class SecondOrder(Session):
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue bit for bit: tensors, numbers and nested dictionaries keyed by layer name."""
+        """Everything needed to continue bit for bit: tensors, numbers and nested dictionaries keyed by layer name.
+
+        ``torch.distributed.checkpoint``'s ``get_optimizer_state_dict`` gets the same, keyed by parameter.
+        """
         self._require_same_model()
-        return saved_state(self, super().state_dict()["param_groups"])
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        saved = saved_state(self, numbered_groups(self.param_groups))
+        if asked_for_checkpoint():
+            saved = by_parameter(saved, self)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, saved)
+            saved = saved if replaced is None else replaced
+        return saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -426,9 +440,15 @@ class SecondOrder(Session):
             ArgumentError: if layers or parts are missing or unknown, or a shape differs; nothing has been written.
         """
         self._require_same_model()
-        restore_state(self, state_dict)
+        saved = state_dict
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, saved)
+            saved = saved if replaced is None else replaced
+        restore_state(self, from_parameters(saved, lambda: saved_state(self, numbered_groups(self.param_groups))))
         self.plan = Plan(self.method, self.blocks, self.layers)
         self._arm()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 

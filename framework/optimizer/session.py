@@ -5,6 +5,7 @@ The phases of a step take a session; torch's face on it is in ``second_order``.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .precision import widened
 from .skeleton import Skeleton
 from .stepping import Proposal, StepRule
 from .team import Team
+from .torch_protocols import shown_state
 
 __all__ = ["Session"]
 
@@ -71,12 +73,13 @@ class Session(torch.optim.Optimizer):
         """Everything, the model included, so that a copy or a pickle is whole; step hooks stay behind, as in torch."""
         own = self.__dict__.items()
         kept = {name: value for name, value in own if name != "step" and not name.startswith("_optimizer_")}
-        return kept | {"observers": [], "_skeleton": None}
+        return kept | {"observers": [], "_skeleton": None, "state": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; here every default is a number of the method
+        self._show_state()
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +171,12 @@ class Session(torch.optim.Optimizer):
         self._rule.grow(layers)
         self._unowned = unowned_parameters(self.model, layers)
         self._skeleton = Skeleton(self.model, layers)
+        self._show_state()
         self._arm()
+
+    def _show_state(self) -> None:
+        """``state``, which torch's own tools look at."""
+        self.state = defaultdict(dict, shown_state(self.blocks))
 
     def _require_same_model(self) -> None:
         """Check that the model still has the modules and parameters that are served.
