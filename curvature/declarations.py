@@ -159,6 +159,10 @@ class StructureDeclarations(Declarations):
     dtypes: tuple[Any, ...] = ()
     """Precisions beyond float32 and float64."""
 
+    waits: bool = False
+    """Whether nobody reads what ``update`` writes before the step is looked back at, unless inverses are renewed: it is
+    then called after the second evaluation, and a look back that fails has nothing to undo in its state."""
+
     scaling: Any = None
     """Its ``ScalingLaw``; ``None``: it states none."""
 
@@ -220,6 +224,9 @@ class FactorDeclarations(Declarations):
     """As for structures."""
 
     dtypes: tuple[Any, ...] = ()
+    """As for structures."""
+
+    waits: bool = False
     """As for structures."""
 
     scaling: Callable[..., Any] | None = None

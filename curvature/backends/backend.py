@@ -62,6 +62,14 @@ class Backend(ABC):
         """Forget passes whose gradient has arrived: the user threw that gradient away (``zero_grad``)."""
 
     @abstractmethod
+    def complete_passes(self) -> list[Any]:
+        """What was recorded of passes whose gradient has arrived, for :meth:`forget_passes`."""
+
+    @abstractmethod
+    def forget_passes(self, entries: list[Any]) -> None:
+        """Forget some of what :meth:`complete_passes` gave earlier: its gradient is gone."""
+
+    @abstractmethod
     def _forget(self) -> None:
         """Fresh containers of records: of a new backend, or of a copy."""
 

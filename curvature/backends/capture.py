@@ -5,8 +5,8 @@ accumulation and checkpointing, where ``register_full_backward_hook`` does not. 
 output never received a gradient (an evaluation pass, the first of two passes under checkpointing) is dropped.
 
 The hooks hold their capture weakly, and belong to the modules they were placed on. When the capture's optimizer is gone
-they do nothing. A copy of the model (a teacher, an exponential moving average) and a pickled model carry hooks without
-a capture, which do nothing either.
+they do nothing. A copy of the model (a teacher, an exponential moving average) and a pickled model carry none, or hooks
+that do nothing where somebody else has hooks on the same module.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..records.joining import combine
 from ..records.needs import PassKind, Record
 from ..records.statistics import LayerStatistics
 from .backend import Backend
+from .hook_tables import NOTHING, after, before_call
 from .passes import OWN, Pauses, accumulates
 from .sampling import label_generator, require_predictive, roots_backward, sampled_backward, seeded_generator
 from .uses import Use, attention_modules, use_of, watch_attention
@@ -130,6 +131,16 @@ class Capture(Backend):
         self._calls.discard_complete()
         self._forget_abandoned_sums()
 
+    def complete_passes(self) -> list[Any]:
+        """Calls that have a gradient."""
+        return [call for call in self._calls.alive() if call.complete] if self._calls.made else []
+
+    def forget_passes(self, entries: list[Any]) -> None:
+        """Forget the gradients of these calls."""
+        if entries:
+            self._calls.discard(entries)
+            self._forget_abandoned_sums()
+
     def collect(self) -> dict[str, LayerStatistics]:
         """Statistics per layer name from all complete calls since the last time; forgets every call."""
         every, done = self._kind == "forward", set()
@@ -195,16 +206,16 @@ class Capture(Backend):
         for layer in self.layers:
             if layer.kind != "Attention" and layer.name in fresh:
                 hook = LayerHook(self, layer)
-                handles += [module.register_forward_hook(hook, with_kwargs=True) for module in layer.modules]
+                handles += [after(module, hook, with_kwargs=True) for module in layer.modules]
         for module, layers in attention_modules(self.layers).items():
             names = {layer.name for layer in layers}
             if names & fresh and not names & before:
                 watch = AttentionHooks(self, module, layers)
-                handles.append(module.register_forward_pre_hook(watch.enter))
-                handles.append(module.register_forward_hook(watch.leave, always_call=True))
+                handles.append(before_call(module, watch.enter))
+                handles.append(after(module, watch.leave, always_call=True))
         if fresh and not before:
-            handles.append(self.model.register_forward_pre_hook(BeginHook(self)))
-            handles.append(self.model.register_forward_hook(EndHook(self)))
+            handles.append(before_call(self.model, BeginHook(self)))
+            handles.append(after(self.model, EndHook(self)))
         return handles
 
     # -- what the hooks tell -----------------------------------------------------------------------------------------
@@ -335,12 +346,16 @@ class Hook:
         self._layer = layer
 
     def capture(self) -> Any:
-        """The capture, if it is still there and what runs now is the user's."""
-        return None if self._capture is None or OWN.running else self._capture()
+        """The capture, if it is still there, and what runs now is the user's and no recording of a program."""
+        if self._capture is None or OWN.running or torch.compiler.is_exporting():
+            return None
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return None
+        return self._capture()
 
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        """A copy of the model, or the model in a file, is nobody's model."""
-        return type(self), ()
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """A copy of the model, or the model in a file, is nobody's model: nothing of ours is in it."""
+        return NOTHING
 
 
 class LayerHook(Hook):
@@ -367,6 +382,10 @@ class AttentionHooks(Hook):
         super().__init__(capture)
         self._module, self._layers = module, layers
         self._watches: list[ProjectionWatch] = []
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """Two methods of it are hooks: a copy of it must have them."""
+        return type(self), ()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Watch, if anything is to be recorded."""

@@ -23,6 +23,7 @@ from ..records.needs import Record
 from ..records.statistics import LayerStatistics, SampleGradients, Tensors
 from .backend import Backend
 from .capture import Hook
+from .hook_tables import after
 from .passes import OWN, Pauses, accumulates, extra_backward
 from .sampling import label_generator, require_predictive
 
@@ -83,9 +84,16 @@ class ReplayBackend(Backend):
 
     def discard_complete(self) -> None:
         """Forget passes that already have a gradient: the user threw that gradient away (``zero_grad``)."""
-        for entry in self._passes:
-            if entry.gradient is not None:
-                entry.gradient, entry.discarded = None, True
+        self.forget_passes(self.complete_passes())
+
+    def complete_passes(self) -> list[Any]:
+        """Passes that have a gradient."""
+        return [entry for entry in self._passes if entry.gradient is not None]
+
+    def forget_passes(self, entries: list[Any]) -> None:
+        """Forget the gradients of these passes."""
+        for entry in entries:
+            entry.gradient, entry.discarded = None, True
         self._kept[:] = [entry for entry in self._kept if not entry.discarded]  # hooks hold this very list
 
     @property
@@ -94,7 +102,7 @@ class ReplayBackend(Backend):
         return [entry for entry in (reference() for reference in self._references) if entry is not None]
 
     def _attach(self) -> list[Any]:
-        return [self.model.register_forward_hook(RootHook(self), with_kwargs=True)]
+        return [after(self.model, RootHook(self), with_kwargs=True)]
 
     def collect(self) -> dict[str, LayerStatistics]:
         """Measure all complete passes since the last time; forgets every pass."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -168,10 +168,13 @@ class Calls:
 
     def discard_complete(self) -> None:
         """Forget the gradients that have arrived; a call lives on if its graph does, for another backward."""
-        self._kept = [call for call in self._kept if not call.complete]
-        for call in self.alive():
-            if call.complete:
-                call.forget_gradient()
+        self.discard([call for call in self.alive() if call.complete])
+
+    def discard(self, calls: Iterable[Call]) -> None:
+        """Forget the gradients of these calls."""
+        for call in calls:
+            call.forget_gradient()
+        self._kept = [call for call in self._kept if call.kept]
         self.made = [reference for reference in self.made if reference() is not None]
 
     def clear(self) -> None:

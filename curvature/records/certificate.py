@@ -61,7 +61,7 @@ class Certificate:
     def add(self, call: Call, gradient: Tensor) -> None:
         """Take in the gradient at the output of one call."""
         adapter = call.adapter or self.layer.adapter
-        if call.input is None or adapter is None:
+        if call.input is None or adapter is None or not self.directions:
             return
         value = gradient.detach() if call.arrange is None else call.arrange(gradient.detach())
         half = value.dtype in (torch.float16, torch.bfloat16)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError
 
-__all__ = ["Closure", "Snapshot", "preserved", "run_closure"]
+__all__ = ["Closure", "Snapshot", "loss_of", "preserved", "run_closure"]
 
 Closure = Callable[[], Any]
 
@@ -82,7 +82,15 @@ def run_closure(closure: Closure, device: torch.device) -> Tensor:
         ArgumentError: if it returns no scalar loss.
     """
     with torch.enable_grad():
-        loss = closure()
+        return loss_of(closure(), device)
+
+
+def loss_of(loss: Any, device: torch.device) -> Tensor:
+    """The scalar that a closure has returned, detached.
+
+    Raises:
+        ArgumentError: if it is none.
+    """
     if isinstance(loss, float | int):
         loss = torch.full((), float(loss), device=device)
     if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -226,7 +226,7 @@ def late_layers(model: nn.Module, layers: Sequence[Layer], chosen: Sequence[nn.P
 
 
 def unowned_parameters(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """Parameters of the model that no layer has (frozen ones), by name."""
+    """Parameters of the model that no layer has (frozen ones, and those that joined it later), by name."""
     owned = {id(parameter) for layer in layers for parameter in layer.parameters.values()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in owned}
 
@@ -240,6 +240,7 @@ def require_nobody_left_out(unowned: dict[str, Tensor]) -> None:
     waiting = [name for name, parameter in unowned.items() if parameter.requires_grad and parameter.grad is not None]
     if waiting:
         raise ArgumentError(
-            f"parameters {', '.join(waiting)} have a gradient, but were frozen when the optimizer was built and would "
-            'never be trained; call optimizer.add_param_group({"params": [...]}) after unfreezing them, or freeze them'
+            f"parameters {', '.join(waiting)} have a gradient, but were frozen when the optimizer was built, or not "
+            'in the model yet, and would never be trained; call optimizer.add_param_group({"params": [...]}) after '
+            "unfreezing them, or freeze them"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from ...stepsize.guard import Trial
 from .blocks import full_precision
 from .closure import Closure, Snapshot, preserved, run_closure
 from .distributed import Ranks
+from .observing import observe_waiting
 from .report import StepReport
 from .session import Session
 from .stepping import Proposal
@@ -119,6 +121,8 @@ class LookBack:
     def __init__(self, session: Session):
         self.session = session
         self._before: Snapshot | None = None
+        self._guard: dict[str, Any] | None = None
+        self._damping: list[Any] = []
         self._differentiates = False
         self._parameters: list[Tensor] = []
         self._copies: list[Tensor] = []
@@ -128,25 +132,44 @@ class LookBack:
 
     def prepare(self) -> None:
         """Remember random state and buffers before the first evaluation."""
-        self._before = Snapshot.take(self.session.model)
+        self._before, session = Snapshot.take(self.session.model), self.session
+        self._guard = None if session.guard_state is None else deepcopy(dict(session.guard_state.to_dict()))
+        self._damping = [group["damping"] for group in session.param_groups]
 
-    def remember(self, proposal: Proposal) -> None:
-        """What a guard and structures compare with; and the parameters: to subtract a huge step is not exact."""
+    def remember(self, proposal: Proposal, parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+        """What a guard and structures compare with; and the parameters: to subtract a huge step is not exact.
+
+        Args:
+            proposal: the step that will be taken.
+            parameters: all that it moves.
+            copies: of these.
+        """
         method, changing = self.session.method, self.session.plan.second_look.changing
         if method.guard.attempts > 0:
-            self._parameters = [parameter for move in proposal.moves for parameter in move.parameters]
-            self._copies = [torch.empty_like(parameter.detach()) for parameter in self._parameters]
-            torch._foreach_copy_(self._copies, self._parameters)
+            self._parameters, self._copies = list(parameters), list(copies)
             if Needs.SLOPES in method.guard.needs:
                 self._slope, self._penalty = proposal.slope(method.weight_decay), self.session.penalty()
         if changing:
-            saved = dict(zip(map(id, self._parameters), self._copies, strict=True))
+            saved = dict(zip(map(id, parameters), copies, strict=True))
             self._points = Points.before(changing, saved)
 
     def forget(self) -> None:
         """Let go of what was remembered: the step is over."""
         self._before, self._points, self._slope = None, _NOWHERE, None
         self._parameters, self._copies = [], []
+        self._guard, self._damping = None, []
+
+    def take_back(self) -> None:
+        """Undo what this phase has written beside parameters and blocks."""
+        if self._guard is not None:
+            self.session.guard_state.load_dict(self._guard)
+        for group, value in zip(self.session.param_groups, self._damping, strict=False):
+            group["damping"] = value
+
+    def rewind(self) -> None:
+        """Random state and buffers as they were before the first evaluation."""
+        if self._before is not None:
+            self._before.restore()
 
     def run(self, closure: Closure, batch: MiniBatch, proposal: Proposal) -> Outcome:
         """Evaluate again, shorten the step while the guard refuses it, and let the structures observe it."""
@@ -161,11 +184,12 @@ class LookBack:
             shortened += 1
             torch._foreach_copy_(self._parameters, self._copies)
             if shortened == guard.attempts:
+                observe_waiting(batch)
                 self._adapt_damping(loss, whole, proposal)
                 return Outcome(loss, {}, shortened, 0.0)
             fraction *= guard.shrink
             self.session.take(proposal, fraction)
-        events = self._observe(self._points.into(batch.statistics), after)
+        events = self._observe(batch, self._points.into(batch.statistics), after)
         self._adapt_damping(loss, whole, proposal)
         return Outcome(loss_after, events, shortened, fraction)
 
@@ -230,7 +254,9 @@ class LookBack:
                 return loss, _NOWHERE
             return loss, Points.after(look.changing, session._inverse_scale, session.ranks)
 
-    def _observe(self, before: Mapping[str, LayerStatistics], after: Mapping[str, LayerStatistics]) -> Events:
+    def _observe(
+        self, batch: MiniBatch, before: Mapping[str, LayerStatistics], after: Mapping[str, LayerStatistics]
+    ) -> Events:
         observed: list[tuple[Any, ...]] = []
         for block in self.session.blocks:
             record = before.get(block.layer.name)
@@ -244,4 +270,5 @@ class LookBack:
                     "the closure must evaluate the same mini-batch each time it is called (take the batch outside it)"
                 )
             observed.append((block.part, block.state, record, later, self.session.sides(block)))
+        observe_waiting(batch)
         return observe_steps(*zip(*observed, strict=True)) if observed else {}

@@ -124,20 +124,32 @@ class Undo:
     Args:
         blocks: all blocks; a state is copied only if this step writes it.
         rule: the step-size rule.
-        parameters: what the step moves and a failed look back must restore.
+        parameters: what the step moves, if it looks back: a failed look back and a guard restore them.
         step: number of the step.
         warm: whether statistics were warm-started.
+        waits: of every block, whether its state is written only when all that can fail is over; none: of no block.
 
     Memory: as much as the copied states, until the step is over.
     """
 
-    def __init__(self, blocks: Iterable[Block], rule: StepRule, parameters: Sequence[Tensor], step: int, warm: bool):
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        rule: StepRule,
+        parameters: Sequence[Tensor],
+        step: int,
+        warm: bool,
+        waits: Sequence[bool] = (),
+    ):
         # Numbers are values in these dictionaries, tensors are the originals: the copies stand beside them.
-        self._rule, self._rule_state = rule, dict(rule.own_state())  # last steps change when all is over
+        # Last steps, the rest of what a rule keeps, change when all is over.
+        self._rule, self._rule_state = rule, {} if rule.state is None else dict(rule.state.to_dict())
         self._parameters = list(parameters)
         self._blocks: list[tuple[Block, dict[str, Any]]] = []
-        for block in blocks:
-            written = block.statistics_due(step, warm) or block.inverses_due(step) or block.asked.looks_back
+        for block, waiting in zip(blocks, waits or (False,) * len(blocks), strict=True):
+            written = not waiting and (
+                block.statistics_due(step, warm) or block.inverses_due(step) or block.asked.looks_back
+            )
             self._blocks.append((block, block.to_dict(state=written)))
         self._originals: list[Tensor] = [parameter.detach() for parameter in parameters]
         left: list[Any] = [self._rule_state, *(values for _, values in self._blocks)]
@@ -152,6 +164,11 @@ class Undo:
         self._copies = [torch.empty_like(value) for value in self._originals]
         if self._copies:
             torch._foreach_copy_(self._copies, self._originals)
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """Of the parameters, in their order."""
+        return self._copies[: len(self._parameters)]
 
     def roll_back(self) -> None:
         """Everything as it was, bit for bit."""

@@ -21,9 +21,9 @@ from .closure import Closure, preserved
 from .nonfinite import find_trouble
 from .recording import fill, records_for_forward, require_filled, require_pairs
 from .session import Session
-from .team import BlockStep, MiniBatch
+from .team import BlockStep, Crew, MiniBatch
 
-__all__ = ["observe", "refine", "refresh", "warm_up"]
+__all__ = ["observe", "observe_waiting", "refine", "refresh", "warm_up"]
 
 
 def observe(session: Session, batch: MiniBatch) -> None:
@@ -56,6 +56,7 @@ def observe(session: Session, batch: MiniBatch) -> None:
     coupled = coupled or team.none
     for crew in team.crews:
         chosen: list[BlockStep] = []
+        waiting: list[BlockStep] = []
         for member in crew.members if crew.learns else ():
             step = batch.steps[member]
             if step.due:
@@ -63,10 +64,22 @@ def observe(session: Session, batch: MiniBatch) -> None:
                 step.observation = Observation(
                     step.record, step.gradients, block.vector, coupled[member], block.parameters
                 )
-                chosen.append(step)
-        if chosen:
-            states, seen = [step.block.state for step in chosen], [step.observation for step in chosen]
-            crew.structure.update_blocks(states, seen)
+                (waiting if step.waits else chosen).append(step)
+        _update(crew, chosen)
+        if waiting:
+            batch.waiting.append((crew, waiting))
+
+
+def _update(crew: Crew, steps: Sequence[BlockStep]) -> None:
+    """The statistics of some blocks of a crew."""
+    if steps:
+        crew.structure.update_blocks([step.block.state for step in steps], [step.observation for step in steps])
+
+
+def observe_waiting(batch: MiniBatch) -> None:
+    """Statistics that nobody has needed before the second evaluation."""
+    for crew, steps in batch.waiting:
+        _update(crew, steps)
 
 
 def _coupled(decay: WeightDecay, steps: Sequence[BlockStep]) -> list[tuple[float, ...]] | None:

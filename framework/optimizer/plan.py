@@ -37,6 +37,7 @@ class StepPlan:
         measures_scores: whether the step-size or damping rule measures curvature with sampled labels.
         records_gradients: whether some record holds gradients of the user's loss.
         products: whether Hessian products are needed.
+        waits: of every block, whether its statistics are updated after the second evaluation only.
         looks_back: whether the mini-batch is evaluated again after the step.
         risky: whether the step can break down after its states have been written.
     """
@@ -48,6 +49,7 @@ class StepPlan:
     measures_scores: bool
     records_gradients: bool
     products: bool
+    waits: tuple[bool, ...]
     looks_back: bool
     risky: bool
 
@@ -135,6 +137,10 @@ class Plan:
             bool(measures & (Needs.SCORES | Needs.BATCH_SCORES)),
             any(record & (Record.GRADIENTS | Record.MEANS) for record in records.values()),
             Needs.PRODUCTS in measures or (Needs.PRODUCTS in method.asks and matrices),
+            tuple(
+                looks_back and block.structure.waits and not inverses and not method.balances_eigenvalues
+                for block, (_, inverses) in zip(self.blocks, times, strict=True)
+            ),
             looks_back,
             (looks_back and method.guard.attempts == 0) or not isinstance(method.step_size, ConstantStep),
         )

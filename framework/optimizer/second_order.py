@@ -23,8 +23,9 @@ from ...preconditioners.structures.by_layer import ByLayer, require_matching_key
 from ..methods.method import Method
 from .arguments import require_arguments, require_closure, require_values
 from .blocks import full_precision, make_blocks
-from .closure import Closure, run_closure
+from .closure import Closure, loss_of
 from .distributed import Ranks, unwrapped
+from .earlier import EarlierGradients, require_whole_batch
 from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
 from .lookback import LookBack
 from .nonfinite import Undo, describe_trouble, find_trouble, require_finite_loss, spoiled_parameters
@@ -38,6 +39,7 @@ from .saving import restore_state, saved_state
 from .session import Session
 from .stepping import Proposal, StepRule
 from .team import BlockStep, MiniBatch, Team
+from .torch_protocols import asked_for_checkpoint, by_parameter, from_parameters, numbered_groups, require_local
 
 __all__ = ["SecondOrder"]
 
@@ -108,6 +110,7 @@ class SecondOrder(Session):
             )
         model, wrapper = unwrapped(model)
         require_values(model)
+        require_local(model)
         layers = discover_layers(model)
         if not layers:
             raise ArgumentError(f"{type(model).__name__} has no trainable parameters")
@@ -132,6 +135,8 @@ class SecondOrder(Session):
         self.guard_state = method.guard.init()
         self._look_back = LookBack(self)
         self._unowned = unowned_parameters(model, layers)
+        self._require_same_model()
+        self._show_state()
         self._arm()
 
     # -- what a user asks --------------------------------------------------------------------------------------------
@@ -177,8 +182,9 @@ class SecondOrder(Session):
         """One step.
 
         Args:
-            closure: clears the gradients, runs the model and ``loss.backward()``, and returns the loss. May be left out
-                (after an ordinary ``loss.backward()``) for methods with ``needs_closure == False``.
+            closure: clears the gradients, runs the model and ``loss.backward()``, and returns the loss; or returns
+                ``None`` and makes no gradient, which skips the mini-batch, counted by ``skipped_steps``. May be left
+                out (after an ordinary ``loss.backward()``) for methods with ``needs_closure == False``.
 
         Returns:
             The mini-batch loss before the step (``None`` without a closure).
@@ -186,13 +192,15 @@ class SecondOrder(Session):
         Raises:
             ClosureRequiredError: if the method evaluates the loss itself.
             ArgumentError: if no parameter has a gradient, the optimizer is closed or paused, or nothing was recorded of
-                a layer that measures (``torch.autograd.grad`` in the place of ``loss.backward()``).
+                a layer that measures (``torch.autograd.grad`` in the place of ``loss.backward()``); if the model's
+                layers are not those of ``build``; if a method that evaluates the mini-batch again finds gradients that
+                the closure did not clear, or another mini-batch.
             NumericalError: if a loss, gradient, statistic or step size is not finite (``on_nonfinite="raise"``); no
                 parameter and no state has changed.
         """
         self._require_ready(closure)
         due = self.due
-        scaling = None
+        evaluations, scaling = self.gradient_evaluations, None
         if self.grad_scaler is not None or "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
             scaling = Scaling(self, self.grad_scaler)
         if due.looks_back:
@@ -200,6 +208,8 @@ class SecondOrder(Session):
         if closure is not None and scaling is not None:
             scaling.before_closure()
         loss, products = self._evaluate(closure)
+        if loss is None and closure is not None:
+            return self._skip("the closure returned None, and no gradient: this mini-batch is skipped", None)
         if self._unowned:
             require_nobody_left_out(self._unowned)
         if scaling is not None:
@@ -223,14 +233,25 @@ class SecondOrder(Session):
         decays = self.decays(team)
         steps = self._block_steps(team, gradients, decays)
         batch = MiniBatch(loss, statistics, products, team, gradients, steps, decays is not team.none)
-        undo = self._undo(team) if due.risky else None
+        undo = self._undo(team) if due.risky or due.looks_back else None
         try:
-            self.last_report = self._advance(closure, batch)
+            self.last_report = self._advance(closure, batch, [] if undo is None else undo.copies)
         except NumericalError as error:
             if undo is None:
                 raise
             undo.roll_back()
+            if due.looks_back:
+                self._look_back.take_back()
             return self._refuse(str(error), loss)
+        except BaseException:  # an interrupt from the keyboard as well
+            if undo is not None:
+                undo.roll_back()
+            if due.looks_back:
+                self._look_back.take_back()
+                self._look_back.rewind()
+                self.gradient_evaluations = evaluations
+                self._arm()
+            raise
         finally:
             if due.looks_back:
                 self._look_back.forget()
@@ -238,8 +259,13 @@ class SecondOrder(Session):
         self._arm()
         return loss
 
-    def _advance(self, closure: Closure | None, batch: MiniBatch) -> StepReport:
+    def _advance(self, closure: Closure | None, batch: MiniBatch, copies: Sequence[Tensor]) -> StepReport:
         """Observe, propose, apply, look back.
+
+        Args:
+            closure: the user's.
+            batch: what its first evaluation left.
+            copies: of the parameters that the team moves, if the step looks back.
 
         Raises:
             NumericalError: if a step size, or the loss after an unguarded step, is not finite.
@@ -254,7 +280,7 @@ class SecondOrder(Session):
         proposal = self._propose(batch)
         damping = self._numbers[0]["damping"] if len(self.param_groups) == 1 else self.damping
         if looks_back:
-            self._look_back.remember(proposal)
+            self._look_back.remember(proposal, batch.team.parameters, copies)
         self.take(proposal, 1.0)
         sides = {block.key: self.sides(block) for block in self.blocks} if self.observers else {}
         report = StepReport(
@@ -291,32 +317,54 @@ class SecondOrder(Session):
         position = 0
         for block, place, own in zip(team.blocks, team.places, decays, strict=True):
             end = position + len(block.names)
-            steps.append(BlockStep(block, tuple(gradients[position:end]), self.due.due[place], own))
+            due = self.due
+            steps.append(BlockStep(block, tuple(gradients[position:end]), due.due[place], own, due.waits[place]))
             position = end
         return steps
 
     def _undo(self, team: Team) -> Undo:
         unguarded = self.due.looks_back and self.method.guard.attempts == 0
-        return Undo(self.blocks, self._rule, team.parameters if unguarded else [], self._step, self._warm)
+        moved, waits = team.parameters if self.due.looks_back else [], () if unguarded else self.due.waits
+        return Undo(self.blocks, self._rule, moved, self._step, self._warm, waits)
 
     def _evaluate(self, closure: Closure | None) -> tuple[Tensor | None, GraphKeepingBackward | None]:
-        self.gradient_evaluations += 1 + self.due.samples_labels
+        """Loss and, where they are asked for, Hessian products; no loss without a closure, or if it skips the batch."""
+        due, capture = self.due, self.capture
         if closure is None:
+            self.gradient_evaluations += 1 + due.samples_labels
             return None, None
-        if not self.capture.is_armed(self.due.records):
+        if not capture.is_armed(due.records):
             self._arm()  # an interrupted look back or warm start has left the hooks in another mode
-        self.capture.clear()
-        if not self.due.products:
-            loss, products = run_closure(closure, self.device), None
-        else:
-            require_plain_loss(self.ranks.count, self.grad_scaler)
-            with GraphKeepingBackward(self.layers) as products:
-                loss = run_closure(closure, self.device)
+        again = due.looks_back or due.products
+        passes = [] if again else capture.complete_passes()
+        if not passes:
+            capture.clear()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        earlier, products = EarlierGradients(parameters, again or bool(passes)), None
+        try:
+            with torch.enable_grad():
+                if not due.products:
+                    loss = closure()
+                else:
+                    require_plain_loss(self.ranks.count, self.grad_scaler)
+                    with GraphKeepingBackward(self.layers) as products:
+                        loss = closure()
+        finally:
+            earlier.finish()
+        if loss is None and not earlier.joined():
+            return None, None
+        loss, kept = loss_of(loss, self.device), earlier.kept()
+        if again:
+            require_whole_batch(kept)
+        elif not kept:
+            capture.forget_passes(passes)  # cleared by somebody else, else zero_grad has told the capture
+        self.gradient_evaluations += 1 + due.samples_labels
         return self.ranks.mean(loss) if self.ranks.count > 1 else loss, products
 
     def _skip(self, trouble: str, loss: Tensor | None) -> Tensor | None:
         """Count and report a step that is not taken."""
         self._arm()
+        self._look_back.forget()
         self.skipped_steps += 1
         self.last_report = StepReport(self._step, loss, damping=self.damping, skipped=trouble)
         return loss
@@ -356,6 +404,7 @@ class SecondOrder(Session):
         estimator = self.method.warm_start
         if estimator is None or not self.has_warm_start:
             raise ArgumentError("this method has no warm start (or it samples labels and no likelihood was given)")
+        self._require_same_model()
         if self._step:
             raise ArgumentError(f"warm_start must come before the first step, {self._step} steps have been taken")
         undo = Undo(self.blocks, self._rule, [], self._step, False)
@@ -370,8 +419,20 @@ class SecondOrder(Session):
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue bit for bit: tensors, numbers and nested dictionaries keyed by layer name."""
-        return saved_state(self, super().state_dict()["param_groups"])
+        """Everything needed to continue bit for bit: tensors, numbers and nested dictionaries keyed by layer name.
+
+        ``torch.distributed.checkpoint``'s ``get_optimizer_state_dict`` gets the same, keyed by parameter.
+        """
+        self._require_same_model()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        saved = saved_state(self, numbered_groups(self.param_groups))
+        if asked_for_checkpoint():
+            saved = by_parameter(saved, self)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, saved)
+            saved = saved if replaced is None else replaced
+        return saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -383,9 +444,16 @@ class SecondOrder(Session):
         Raises:
             ArgumentError: if layers or parts are missing or unknown, or a shape differs; nothing has been written.
         """
-        restore_state(self, state_dict)
+        self._require_same_model()
+        saved = state_dict
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, saved)
+            saved = saved if replaced is None else replaced
+        restore_state(self, from_parameters(saved, lambda: saved_state(self, numbered_groups(self.param_groups))))
         self.plan = Plan(self.method, self.blocks, self.layers)
         self._arm()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
@@ -401,6 +469,7 @@ class SecondOrder(Session):
                     f"the model moved from {block.storage[0].device} to {block.parameters[0].device} after "
                     "osculate.build, which made states where the parameters were; build after model.to(...)"
                 )
+        self._require_same_model()
         if self.capture.pauses.depth:
             raise ArgumentError("step() inside optimizer.paused() would see no statistics; leave the context before it")
         if closure is None or not callable(closure):

@@ -5,6 +5,7 @@ The phases of a step take a session; torch's face on it is in ``second_order``.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from .distributed import Ranks
 from .groups import GroupValues, chosen_parameters, late_layers, numbers_of, unowned_parameters
 from .plan import Plan, StepPlan
 from .precision import widened
+from .skeleton import Skeleton
 from .stepping import Proposal, StepRule
 from .team import Team
+from .torch_protocols import shown_state
 
 __all__ = ["Session"]
 
@@ -57,6 +60,7 @@ class Session(torch.optim.Optimizer):
     _numbers: list[dict[str, float]]
     _rule: StepRule
     _unowned: dict[str, Tensor]
+    _skeleton: Skeleton | None = None
 
     def __init__(self, groups: list[dict[str, Any]], numbers: dict[str, float]):
         self._values, self._building = GroupValues(), True
@@ -69,12 +73,13 @@ class Session(torch.optim.Optimizer):
         """Everything, the model included, so that a copy or a pickle is whole; step hooks stay behind, as in torch."""
         own = self.__dict__.items()
         kept = {name: value for name, value in own if name != "step" and not name.startswith("_optimizer_")}
-        return kept | {"observers": []}
+        return kept | {"observers": [], "_skeleton": None, "state": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; here every default is a number of the method
+        self._show_state()
 
     @property
     def device(self) -> torch.device:
@@ -145,6 +150,7 @@ class Session(torch.optim.Optimizer):
         if self._building:
             super().add_param_group(param_group)
             return
+        self._require_same_model()
         chosen = chosen_parameters(self.model, param_group)
         added = late_layers(self.model, self.layers, chosen)
         numbers = {name: as_number(name, param_group.get(name, self.defaults[name])) for name in self.defaults}
@@ -164,7 +170,24 @@ class Session(torch.optim.Optimizer):
         self.capture = self.capture.extended(layers)
         self._rule.grow(layers)
         self._unowned = unowned_parameters(self.model, layers)
+        self._skeleton = Skeleton(self.model, layers)
+        self._show_state()
         self._arm()
+
+    def _show_state(self) -> None:
+        """``state``, which torch's own tools look at."""
+        self.state = defaultdict(dict, shown_state(self.blocks))
+
+    def _require_same_model(self) -> None:
+        """Check that the model still has the modules and parameters that are served.
+
+        Raises:
+            ArgumentError: naming those that it has not.
+        """
+        if self._skeleton is None:  # just built, or a copy
+            self._skeleton = Skeleton(self.model, self.layers)
+        elif not self._skeleton.unchanged():
+            self._skeleton = self._skeleton.updated(self.model, self.layers, self._unowned)
 
     def decays(self, team: Team) -> list[tuple[float, ...]]:
         """Weight decay of every parameter of a team; 0 for one that is frozen."""

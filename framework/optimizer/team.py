@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class BlockStep:
         gradients: of the user's loss, one per parameter, half precision as float32; zeros for one that is frozen.
         due: whether its statistics are updated.
         decays: weight decay of each parameter; 0 for one that is frozen.
+        waits: whether its statistics are updated after the second evaluation only.
         record: what was measured of its layer, with the estimator's choice of curvature; ``None``: nothing.
         observation: what its structure was given, if it was updated.
         directions: preconditioned momentum, in the shapes of the parameters. May share memory with the momentum.
@@ -37,6 +38,7 @@ class BlockStep:
     gradients: Tensors
     due: bool
     decays: tuple[float, ...]
+    waits: bool = False
     record: LayerStatistics | None = None
     observation: Observation | None = None
     directions: Tensors = ()
@@ -162,6 +164,7 @@ class MiniBatch:
         gradients: of the team's parameters, one after another.
         steps: of the team's blocks.
         decays: whether some parameter has weight decay.
+        waiting: blocks whose statistics are updated after the second evaluation, by crew.
     """
 
     loss: Tensor | None
@@ -171,3 +174,4 @@ class MiniBatch:
     gradients: list[Tensor]
     steps: list[BlockStep]
     decays: bool = False
+    waiting: list[tuple[Crew, list[BlockStep]]] = field(default_factory=list)

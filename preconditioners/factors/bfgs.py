@@ -57,6 +57,7 @@ class BFGS(WithoutMatrices):
     average: Average = field(default_factory=lambda: ZeroStartAverage(0.9))
     skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("outputs",))
+    waits = True
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -138,6 +139,7 @@ class HessianActionBFGS(AveragedMatrix):
     average: Average = field(default_factory=lambda: MovingAverage(0.9))
     skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("inputs",))
+    waits = True
 
     def __post_init__(self) -> None:
         require_fields(self)

@@ -229,6 +229,7 @@ class IdentityFactor(WithoutMatrices):
     """No curvature on this side: H = I. Memory: none."""
 
     sides = frozenset[Side](("inputs", "outputs"))
+    waits = True
 
     def needs(self, side: Side) -> Needs:
         """Nothing."""

@@ -127,6 +127,7 @@ class LBFGS(WithoutMatrices):
     initial: float = 1.0
     skip: SkipRule = field(default_factory=CurvatureTest)
     sides = frozenset[Side](("outputs",))
+    waits = True
 
     def __post_init__(self) -> None:
         require_fields(self)

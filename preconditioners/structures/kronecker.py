@@ -103,6 +103,11 @@ class Kronecker(StructureDeclarations):
         return all(factor.additive for factor in self.factors)
 
     @derived
+    def waits(self) -> bool:
+        """Both sides."""
+        return all(factor.waits for factor in self.factors)
+
+    @derived
     def dtypes(self) -> tuple[Any, ...]:
         """Of the side that states more than the usual ones."""
         inner, outer = self.factors

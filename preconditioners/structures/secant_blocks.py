@@ -111,6 +111,7 @@ class SecantBlocks(StructureDeclarations):
     skip: SkipRule = field(default_factory=AngleTest)
     scale: InitialScale = field(default_factory=NewestPair)
     needs = Needs.CHANGES
+    waits = True
     schedule = Schedule(inverses=None)
 
     def __post_init__(self) -> None:
