@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
@@ -32,10 +32,13 @@ class Backend(ABC):
         step: number of the step, from which labels are drawn.
         stream: of the sampled labels: one per process that shares a mini-batch.
         pauses: while they last nothing is recorded.
+        samples: the axis of the model's output that counts the samples, or a function that brings the output into the
+            form (N, ...).
     """
 
     name: ClassVar[str]
     cannot: ClassVar[Mapping[Record, str]] = {}
+    samples: int | Callable[[Any], Tensor] = 0
 
     def __init__(
         self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood | None, loss_reduction: str, seed: int
@@ -84,11 +87,19 @@ class Backend(ABC):
         """Whether gradients of these records are what the next passes are for."""
         return self._wanted is wanted and self._kind == "gradient"
 
+    def samples_first(self, output: Any) -> Any:
+        """The model's output with the axis first that counts the samples."""
+        if self.samples == 0:
+            return output
+        if not isinstance(self.samples, int):
+            return self.samples(output)
+        return output.movedim(self.samples, 0) if isinstance(output, Tensor) else output
+
     def extended(self, layers: Sequence[Layer]) -> Self:
         """A backend for more layers in place of this one, whose hooks are removed and whose records are dropped."""
         self.close()
         result = type(self)(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
-        result.step, result.pauses = self.step, self.pauses
+        result.step, result.pauses, result.samples = self.step, self.pauses, self.samples
         return result
 
     def close(self) -> None:

@@ -12,22 +12,25 @@ a capture, which do nothing either.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import functional_call
 
+from ...errors import ArgumentError
 from ..layers.attention import ProjectionWatch
 from ..layers.layer import Layer
 from ..records.calls import Call, Calls, ParameterSum, column_sum
-from ..records.joining import combine
 from ..records.needs import PassKind, Record
+from ..records.owned import combine
 from ..records.statistics import LayerStatistics
 from .backend import Backend
 from .passes import OWN, Pauses, accumulates
+from .probing import Probes, batch_of, is_square
 from .sampling import label_generator, require_predictive, roots_backward, sampled_backward
 from .uses import Use, attention_modules, use_of, watch_attention
 
@@ -61,7 +64,15 @@ class Capture(Backend):
     """See :class:`~.backend.Backend`."""
 
     name: ClassVar[str] = "hooks"
-    _original: ClassVar[tuple[str, ...]] = (*Backend._original, "_calls", "_arms", "_parameter_sums", "_leaves")
+    _original: ClassVar[tuple[str, ...]] = (
+        *Backend._original,
+        "_calls",
+        "_arms",
+        "_parameter_sums",
+        "_leaves",
+        "_edges",
+        "_probes",
+    )
 
     _asked: Mapping[str, _Asked] = MappingProxyType({})
     _hooked: frozenset[str] = frozenset()  # names of layers with hooks
@@ -104,6 +115,8 @@ class Capture(Backend):
             name: [entry for entry in entries if every or entry.pass_index in done]
             for name, entries in self._parameter_sums.items()
         }
+        if self._uneven:
+            self._require_settled(calls.values())
         self.clear()
         result: dict[str, LayerStatistics] = {}
         for layer in self.layers if calls or sums else ():
@@ -119,6 +132,12 @@ class Capture(Backend):
         self._parameter_sums: dict[str, list[ParameterSum]] = {}
         self._pass, self._inside = 0, False
         self._leaves: dict[int, list[Tensor]] = {}  # artificial ones of each pass
+        self._axes: set[int] = set()  # sizes of the first axes of the calls of this pass
+        self._square = False  # whether a shape of this pass leaves open which axis counts samples
+        self._uneven: dict[int, int] = {}  # N of passes that have other first axes too
+        self._watchful = True  # whether calls keep what a probe needs: until a pass did without
+        self._edges: dict[int, GradientEdge] = {}  # for a probe, by the id of the call
+        self._probes = Probes(self.model)
 
     def clear(self) -> None:
         """Forget every call."""
@@ -126,6 +145,10 @@ class Capture(Backend):
             self._calls.clear()
         self._parameter_sums.clear()
         self._pass, self._inside, self._leaves = 0, False, {}
+        if self._axes:
+            self._axes, self._square = set(), False
+        if self._edges or self._uneven:
+            self._edges, self._uneven = {}, {}
 
     def _attach(self) -> list[Any]:
         return self._hooks_beyond(frozenset())
@@ -150,7 +173,7 @@ class Capture(Backend):
                 handles.append(module.register_forward_hook(watch.leave, always_call=True))
         if fresh and not before:
             handles.append(self.model.register_forward_pre_hook(BeginHook(self)))
-            handles.append(self.model.register_forward_hook(EndHook(self)))
+            handles.append(self.model.register_forward_hook(EndHook(self), with_kwargs=True))
         return handles
 
     # -- what the hooks tell -----------------------------------------------------------------------------------------
@@ -158,10 +181,15 @@ class Capture(Backend):
     def begin_pass(self) -> None:
         """The model is called: a new pass."""
         self._pass, self._inside = self._pass + 1, True
+        if self._axes or self._edges:
+            self._axes, self._square, self._edges = set(), False, {}
 
-    def end_pass(self, output: Any) -> None:
+    def end_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The model has returned ``output``: run the backwards of our own, while its graph is alive."""
         self._inside = False
+        output = self.samples_first(output)
+        if self._axes:
+            self._settle(args, kwargs, output)
         if not self._extra or not torch.is_grad_enabled():
             return
         likelihood, output = require_predictive(self.likelihood, output)
@@ -180,6 +208,51 @@ class Capture(Backend):
                 self._parameter_sums.setdefault(name, []).append(entry)
         for call in rooted:
             call.edge = None
+
+    def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Find out whose the rows of this pass are, if the shapes of its calls do not say it.
+
+        Raises:
+            ArgumentError: if it cannot be found out, naming a layer.
+        """
+        batch = batch_of(output)
+        if len(self._axes) == 1 and not self._square and (batch is None or batch.shape[0] in self._axes):
+            self._watchful, self._edges = False, {}
+            return
+        calls = [call for call in self._calls.alive() if call.pass_index == self._pass and not call.complete]
+        layers = {layer.name: layer for layer in self.layers}
+        calls = [call for call in calls if layers[call.layer].adapter is not None]
+        edges, self._edges, self._watchful = self._edges, {}, True
+        if not calls:
+            return
+        if batch is None:
+            raise ArgumentError(
+                f"layer {calls[0].layer!r} was called on {calls[0].samples} entries of the first axis and others on "
+                f"{sorted(self._axes - {calls[0].samples})}, and the model's output has no axis that counts the "
+                "samples; return the outputs beside the loss, or build with samples=, a function of the output"
+            )
+        self._uneven[self._pass] = batch.shape[0]
+
+        def replay(buffers: dict[str, Tensor]) -> Any:
+            return self.samples_first(functional_call(self.model, buffers, args, kwargs))
+
+        self._probes.settle(layers, batch, calls, edges, replay)
+
+    def _require_settled(self, calls: Iterable[Sequence[Call]]) -> None:
+        """Check that calls which were made outside of the model's forward have a sample per entry.
+
+        Raises:
+            ArgumentError: naming a layer that has not.
+        """
+        for entry in calls:
+            for call in entry:
+                samples = self._uneven.get(call.pass_index, call.samples)
+                if call.ownership is None and call.samples != samples:
+                    raise ArgumentError(
+                        f"layer {call.layer!r} was called on {call.samples} entries of the first axis, in a mini-batch "
+                        f"of {samples} samples, outside of the model's own forward, so whose they are is unknown; use "
+                        "checkpoint(..., use_reentrant=False), and run the whole model"
+                    )
 
     def watch(self, layers: Sequence[Layer]) -> ProjectionWatch | None:
         """What records the projections of one call of an attention module; ``None`` if there is nothing to record."""
@@ -241,6 +314,12 @@ class Capture(Backend):
             call.output_sum = column_sum(adapter.expand_output(layer.module, call.arranged(output.detach())))
         if (asked.sampled or asked.roots) and output.requires_grad:
             call.edge = get_gradient_edge(output)
+        if self._inside:
+            self._axes.add(call.samples)
+            if self._watchful and output.requires_grad:
+                self._edges[id(call)] = get_gradient_edge(output)
+            if call.samples > 1 and call.positions >= call.samples and call.arrange is None:
+                self._square |= is_square(layer, output)
         return call
 
     def _forget_abandoned_sums(self) -> None:
@@ -337,11 +416,11 @@ class BeginHook(Hook):
 class EndHook(Hook):
     """Forward hook of the model."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The pass is complete: its output is the model's."""
         capture: Capture | None = self.capture()
         if capture is not None and module is capture.model and not capture.pauses.depth:
-            capture.end_pass(output)
+            capture.end_pass(args, kwargs, output)
 
 
 class GradientHook:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .ownership import Ownership
+
 __all__ = ["EMPTY", "Arrange", "BatchSecond", "Call", "Calls", "ParameterSum", "column_sum"]
 
 
@@ -45,13 +47,15 @@ class Call:
     Attributes:
         layer: its name.
         pass_index: number of the forward pass of the whole model.
-        samples: N.
+        samples: size R of the first axis: N, unless ``ownership`` says more.
         positions: S of this call.
         arrange: how tensors in the output's shape are read; ``None``: as they are.
         group: number of the module's call that this is a part of (attention calls several maps of one weight).
         complete: its gradient has arrived.
         labelled: it belongs to a pass of the whole model for which labels were drawn.
         kept: :class:`Calls` holds it.
+        ownership: the sample of every row, where the first axis does not count the samples.
+        copies: how often its rows stand in the record, once for every sample, where all samples share them.
     """
 
     layer: str
@@ -70,6 +74,8 @@ class Call:
     complete: bool = False
     labelled: bool = False
     kept: bool = False
+    ownership: Ownership | None = None
+    copies: int = 1
 
     def take_gradient(self, gradient: Tensor) -> None:
         """Keep the gradient of one backward; several through one forward add up, as they do in ``.grad``."""
