@@ -12,6 +12,7 @@ import pytest
 import torch
 from measuring import close, generator_of
 from osculate.curvature import Record
+from osculate.curvature.backends import probing
 from osculate.curvature.backends.table import make_backend
 from osculate.curvature.likelihoods import Categorical
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ class Halves(nn.Module):
         self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.net(x[:2, 0]), 2 * self.net(x[2:, 1])])
+        return torch.cat([self.net(x[:1, 0]), 2 * self.net(x[1:, 1])])
 
 
 CASES: dict[str, Callable[[], nn.Module]] = {
@@ -314,3 +315,223 @@ def test_methods_step_with_learned_positions(name: str) -> None:
 
     losses = [float(optimizer.step(closure)) for _ in range(12)]
     assert losses[-1] < losses[0]
+
+
+def counted(model: nn.Module, layers: list[osc.Layer], monkeypatch: pytest.MonkeyPatch) -> tuple[object, list[int]]:
+    """A device of hooks, and how many probes it has run."""
+    runs: list[int] = []
+    inner = probing.Probes._probe
+    monkeypatch.setattr(probing.Probes, "_probe", lambda self, *given: runs.append(1) or inner(self, *given))
+    device = make_backend("hooks", model, layers, Categorical(), "mean", 0)
+    device.arm({layer.name: WHOLE for layer in layers})
+    return device, runs
+
+
+@pytest.mark.parametrize("one_frame", [False, True])
+def test_models_with_an_entry_per_sample_are_never_probed(one_frame: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Unflatten(0, (-1, 1)) if one_frame else nn.Tanh(), Last()).double()
+    device, runs = counted(model, osc.discover_layers(model), monkeypatch)
+    for count in (N, 1, 2 * N):
+        loss_of(model(torch.randn(count, 3, dtype=torch.float64))).backward()
+        assert all(entry.samples == count for entry in device.collect().values())
+    assert not runs
+    device.close()
+
+
+class Last(nn.Module):
+    """One frame per clip: N * T is N."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(3, 3)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        return self.line(clip.flatten(0, -2)).view(len(clip), -1, 3).sum(1)
+
+
+def test_a_signature_of_shapes_is_probed_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = made("frames"), inputs("frames")
+    device, runs = counted(model, osc.discover_layers(model), monkeypatch)
+    for _ in range(40):
+        loss_of(model(x)).backward()
+        assert device.collect()["frame"].samples == N
+    assert len(runs) == 6  # passes 1, 2, 4, 8, 16, 32
+    loss_of(model(x[:2])).backward()
+    assert device.collect()["frame"].samples == 2 and len(runs) == 7
+    device.close()
+
+
+def test_what_data_decide_is_probed_in_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("experts")
+    layers = osc.discover_layers(model)
+    device, _ = counted(model, layers, monkeypatch)
+    for index in range(12):
+        x = torch.randn(N, T, 3, generator=generator_of(index), dtype=torch.float64)
+        loss_of(model(x)).backward()
+        for name, entry in device.collect().items():
+            parameters = list(model.get_submodule(name).parameters())
+            for value, right in zip(entry.loss_vectors(), own_gradients(model, x, parameters), strict=True):
+                close(value, right)
+    device.close()
+
+
+def test_routing_of_equal_shapes_is_noticed() -> None:
+    """Two tokens each, of one sample or of both: shapes that look regular in the first pass."""
+
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert, self.out = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.flatten(0, 1)
+            (places,) = (rows[:, 0] > 0).nonzero(as_tuple=True)
+            hidden = rows.index_copy(0, places, torch.tanh(self.expert(rows[places])))
+            return self.out(hidden.view_as(x).sum(1))
+
+    torch.manual_seed(1)
+    model = Chosen().double()
+    layers = osc.discover_layers(model)
+    device = make_backend("hooks", model, layers, Categorical(), "mean", 0)
+    device.arm({layer.name: WHOLE for layer in layers})
+    for first in ([1, -1, -1, 1, 1, 1], [1, 1, 1, -1, -1, 1], [-1, -1, 1, 1, 1, 1], [1, 1, 1, 1, -1, -1]):
+        x = torch.randn(3, 2, 3, dtype=torch.float64)
+        x[..., 0] = x[..., 0].abs() * torch.tensor(first).view(3, 2)
+        loss_of(model(x)).backward()
+        for name, entry in device.collect().items():
+            parameters = list(model.get_submodule(name).parameters())
+            for value, right in zip(entry.loss_vectors(), own_gradients(model, x, parameters), strict=True):
+                close(value, right)
+    device.close()
+
+
+@pytest.mark.parametrize("case", ["frames", "recurrent", "windows"])
+def test_as_many_tokens_as_samples(case: str) -> None:
+    model, x = made(case), inputs(case, 4, 4)
+    found = measured(model, x, WHOLE)
+    for name, entry in found.items():
+        if entry.layer.adapter is not None:
+            parameters = list(entry.layer.parameters.values())
+            assert entry.samples == 4, name
+            for value, right in zip(entry.loss_vectors(), own_gradients(model, x, parameters), strict=True):
+                close(value, right)
+
+
+def test_batch_norm_on_frames_keeps_samples_apart() -> None:
+    torch.manual_seed(0)
+    model, x = Video(nn.BatchNorm2d(2)).double(), inputs("video")
+    state, random = {key: value.clone() for key, value in model.state_dict().items()}, torch.get_rng_state()
+    found = measured(model, x, Record.INPUTS | Record.GRADIENTS | Record.MEANS)
+    assert torch.equal(random, torch.get_rng_state()) and int(model.norm.num_batches_tracked) == 1
+    positions = {"conv": 4 * T, "norm": 4 * T, "out": 1}
+    for name, entry in found.items():
+        assert entry.samples == N and entry.positions == positions[name] and not entry.ragged
+        total = [value.mean(0) for value in entry.loss_vectors()]
+        for value, parameter in zip(total, entry.layer.parameters.values(), strict=True):
+            close(value, parameter.grad)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items() if "weight" in key)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("sizes", [(3, 3), (4, 2)])
+def test_micro_batches_add_up(case: str, sizes: tuple[int, int]) -> None:
+    model, x = made(case), inputs(case)
+    layers = osc.discover_layers(model)
+    device = make_backend("hooks", model, layers, Categorical(), "mean", 0)
+    device.arm({layer.name: Record.INPUTS | Record.GRADIENTS | Record.MEANS for layer in layers})
+    own: dict[str, list[list[Tensor]]] = {}
+    for piece in x.split(sizes):
+        (loss_of(model(piece)) * len(piece) / N).backward()
+        for layer in layers:
+            found = own_gradients(model, piece, list(layer.parameters.values()))
+            own.setdefault(layer.name, []).append(found)
+    for name, entry in device.collect().items():
+        if entry.layer.adapter is None:
+            continue
+        assert entry.samples == N
+        for value, *right in zip(entry.loss_vectors(), *own[name], strict=True):
+            close(value, torch.cat(right))
+        close(entry.mean_gradient, entry.gradient_rows().sum(0) * N / entry.rows)
+    device.close()
+
+
+class TimeMajor(nn.Module):
+    """Logits with the time first, as loops around ``nn.LSTM`` have them; or with tokens in one long list."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.line, self.out, self.flat = nn.Linear(3, 4), nn.Linear(4, 3), flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.out(torch.tanh(self.line(x)))
+        return logits.flatten(0, 1) if self.flat else logits
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_user_says_where_samples_are(flat: bool) -> None:
+    torch.manual_seed(0)
+    model, x = TimeMajor(flat).double(), torch.randn(*((N, T) if flat else (T, N)), 3, dtype=torch.float64)
+    where = (lambda out: out.unflatten(0, (N, T))) if flat else 1
+    optimizer = osc.build(
+        osc.Method(osc.Dense(), osc.ExactGGN(), defaults={"lr": 1.0, "damping": 0.1}),
+        model,
+        likelihood="categorical",
+        samples=where,
+    )
+    target = torch.arange(N * T).view(N, T) % 3
+
+    def loss(out: Tensor) -> Tensor:
+        out = out.unflatten(0, (N, T)) if flat else out.transpose(0, 1)
+        return nn.functional.cross_entropy(out.flatten(0, 1), target.flatten(), reduction="sum") / N
+
+    loss(model(x)).backward()
+    found = optimizer.collect()
+    optimizer.close()
+    for layer in ("line", "out"):
+        entry, parameters = found[layer], list(model.get_submodule(layer).parameters())
+        assert entry.samples == N and entry.positions == T
+        output = model(x)
+        rows = [torch.autograd.grad(o, parameters, retain_graph=True) for o in output.flatten()]
+        jacobian = torch.stack([torch.cat([value.flatten() for value in row]) for row in rows])
+        along = lambda o, like=output: loss(o.view_as(like))  # noqa: E731
+        hessian = torch.autograd.functional.hessian(along, output.detach().flatten())
+        close(osc.ExactGGN().fill(entry).matrix(), jacobian.T @ hessian @ jacobian)
+
+
+def test_samples_elsewhere_are_for_hooks() -> None:
+    with pytest.raises(osc.CompatibilityError, match="samples="):
+        osc.build("ngd-exact", nn.Linear(3, 3), likelihood="categorical", backend="func", samples=1)
+    with pytest.raises(osc.ArgumentError, match="samples"):
+        osc.build("kfac", nn.Linear(3, 3), likelihood="categorical", samples="first")
+
+
+def test_a_forward_that_returns_its_loss_says_nothing_about_samples() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Places(True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return loss_of(self.inner(x))
+
+    model, x = Whole(), inputs("frames").float()
+    optimizer = osc.build("kbfgs", model)
+    with pytest.raises(osc.ArgumentError, match=r"samples=, a function"):
+        optimizer.step(lambda: model(x))
+
+
+def test_points_of_two_calls_are_one_mini_batch() -> None:
+    """Inside and edge of a physics-informed network: N is their sum, a sample's own gradient N times what it got."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    inside, edge = torch.randn(5, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    layers = osc.discover_layers(model)
+    device = make_backend("hooks", model, layers, Categorical(), "mean", 0)
+    device.arm({layer.name: Record.INPUTS | Record.GRADIENTS for layer in layers})
+    (loss_of(model(inside)) + 3 * loss_of(model(edge))).backward()
+    for name, entry in device.collect().items():
+        parameters = list(model.get_submodule(name).parameters())
+        first, second = own_gradients(model, inside, parameters), own_gradients(model, edge, parameters)
+        for value, a, b in zip(entry.loss_vectors(), first, second, strict=True):
+            close(value, torch.cat([a * 7 / 5, b * 3 * 7 / 2]))
+    device.close()
