@@ -24,7 +24,7 @@ from torch.func import functional_call
 from ...errors import ArgumentError
 from ..layers.attention import ProjectionWatch
 from ..layers.layer import Layer
-from ..records.calls import Call, Calls, ParameterSum, column_sum
+from ..records.calls import EMPTY, Call, Calls, ParameterSum, column_sum
 from ..records.needs import PassKind, Record
 from ..records.owned import combine
 from ..records.statistics import LayerStatistics
@@ -117,6 +117,7 @@ class Capture(Backend):
         }
         if self._uneven:
             self._require_settled(calls.values())
+        unseen = self._empty - calls.keys() - sums.keys() if self._empty else ()
         self.clear()
         result: dict[str, LayerStatistics] = {}
         for layer in self.layers if calls or sums else ():
@@ -124,6 +125,8 @@ class Capture(Backend):
                 record = combine(layer, calls.get(layer.name, []), sums.get(layer.name, []), self.loss_reduction)
                 if record is not None:
                     result[layer.name] = record
+            elif layer.name in unseen:
+                result[layer.name] = LayerStatistics(layer, 1, 1, unseen=True)
         return result
 
     def _forget(self) -> None:
@@ -134,6 +137,7 @@ class Capture(Backend):
         self._leaves: dict[int, list[Tensor]] = {}  # artificial ones of each pass
         self._axes: set[int] = set()  # sizes of the first axes of the calls of this pass
         self._square = False  # whether a shape of this pass leaves open which axis counts samples
+        self._empty: set[str] = set()  # layers that were called on nothing: experts without a token
         self._uneven: dict[int, int] = {}  # N of passes that have other first axes too
         self._watchful = True  # whether calls keep what a probe needs: until a pass did without
         self._edges: dict[int, GradientEdge] = {}  # for a probe, by the id of the call
@@ -147,8 +151,8 @@ class Capture(Backend):
         self._pass, self._inside, self._leaves = 0, False, {}
         if self._axes:
             self._axes, self._square = set(), False
-        if self._edges or self._uneven:
-            self._edges, self._uneven = {}, {}
+        if self._edges or self._uneven or self._empty:
+            self._edges, self._uneven, self._empty = {}, {}, set()
 
     def _attach(self) -> list[Any]:
         return self._hooks_beyond(frozenset())
@@ -188,6 +192,8 @@ class Capture(Backend):
         """The model has returned ``output``: run the backwards of our own, while its graph is alive."""
         self._inside = False
         output = self.samples_first(output)
+        if self._empty:
+            self._require_samples(output)
         if self._axes:
             self._settle(args, kwargs, output)
         if not self._extra or not torch.is_grad_enabled():
@@ -238,6 +244,18 @@ class Capture(Backend):
 
         self._probes.settle(layers, batch, calls, edges, replay)
 
+    def _require_samples(self, output: Any) -> None:
+        """Check that layers which were called on nothing are parts of a pass that has samples.
+
+        Raises:
+            ArgumentError: naming a layer.
+        """
+        batch = batch_of(output)
+        if batch is None or not batch.shape[0]:
+            name = min(self._empty)
+            self._empty.clear()
+            raise ArgumentError(f"layer {name!r} was called on a batch of 0 samples; {EMPTY}")
+
     def _require_settled(self, calls: Iterable[Sequence[Call]]) -> None:
         """Check that calls which were made outside of the model's forward have a sample per entry.
 
@@ -270,6 +288,9 @@ class Capture(Backend):
             return self._with_leaf(output)
         if not self._inside and any(call.complete and call.pass_index == self._pass for call in self._calls.alive()):
             self._pass += 1  # parts of the model are called one by one, and a backward has ended the last pass
+        if output.ndim and not output.shape[0] and self._inside:
+            self._empty.update(use.layer.name for use in uses)  # whether the whole batch is empty is seen at the end
+            return self._with_leaf(output) if self._kind == "look back" else None
         if self._kind == "forward":
             for use in uses:
                 self._calls.keep(self._new_call(use, output))

@@ -83,6 +83,7 @@ class LayerStatistics:
             every sample independently the outer product of the sum is an unbiased estimate of the sum of outer
             products; nothing else can be had of such rows.
         mixed: some rows belong to one sample and some to several.
+        unseen: the layer was called on nothing (an expert that no sample was sent to): there is nothing else in here.
         row_count: number of rows N*S if S was rounded down (``ragged``); ``None``: as the shapes say.
         vectors: per parameter a tensor (V, *shape): V gradient vectors whose mean outer product is the curvature.
         matrix: builds the dense curvature matrix (P, P) over the P parameters of the layer, in the layer's order, each
@@ -114,6 +115,7 @@ class LayerStatistics:
     owners: Tensor | None = None
     shared_by: float = 1.0
     mixed: bool = False
+    unseen: bool = False
     row_count: int | None = None
     matrix: Callable[[], Tensor] | None = None
 

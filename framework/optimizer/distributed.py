@@ -32,7 +32,7 @@ _OWN, _SHARED, _UNEVEN = range(3)
 
 def _kind_of_rows(entry: LayerStatistics) -> int:
     """Rows of one sample each, as many for all; rows shared by samples; anything else."""
-    if entry.ragged or entry.mixed:
+    if entry.ragged or entry.mixed or entry.unseen:
         return _UNEVEN
     return _SHARED if entry.shared_by > 1.0 else _OWN
 

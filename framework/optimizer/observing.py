@@ -37,6 +37,9 @@ def observe(session: Session, batch: MiniBatch) -> None:
         measured = step.record = batch.statistics.get(block.layer.name)
         if not block.asked.anything:
             continue  # who needs nothing of the estimator is shown the gradients alone, which it is given in any case
+        if measured is not None and measured.unseen:
+            step.due, step.record = False, None
+            continue
         known = step.gradients if block.whole and not team.half else None
         record = step.record = fill(method.curvature, block.layer, measured, known)
         if record is None:
@@ -142,7 +145,10 @@ def _average_in(blocks: Sequence[Block], estimator: Estimator, statistics: Mappi
     """One mini-batch of the warm start."""
     found = False
     for block in blocks:
-        record = fill(estimator, block.layer, statistics.get(block.layer.name))
+        measured = statistics.get(block.layer.name)
+        if measured is not None and measured.unseen:
+            continue
+        record = fill(estimator, block.layer, measured)
         if record is not None and block.asked.anything:
             require_filled(block, record)
             block.part.update(block.state, Observation(record, (), block.storage), PlainAverage())

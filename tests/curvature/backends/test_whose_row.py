@@ -535,3 +535,29 @@ def test_points_of_two_calls_are_one_mini_batch() -> None:
         for value, a, b in zip(entry.loss_vectors(), first, second, strict=True):
             close(value, torch.cat([a * 7 / 5, b * 3 * 7 / 2]))
     device.close()
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "kbfgs", "soap", "mbf", "joint-kfac"])
+def test_an_expert_that_no_token_is_sent_to_sits_the_step_out(name: str) -> None:
+    torch.manual_seed(2)
+    model = Experts()
+    optimizer = osc.build(name, model, likelihood="categorical")
+    for index in range(6):
+        x = inputs("experts").float()
+        x[..., 0] = x[..., 0].abs() + 1 if index % 2 else x[..., 0]
+
+        def closure(x: Tensor = x) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model(x))
+            loss.backward()
+            return loss
+
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        try:
+            optimizer.step(closure)
+        except osc.ArgumentError as error:
+            assert name == "joint-kfac" and "experts.0" in str(error)
+            assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    if name in ("kfac", "kbfgs"):  # the others place no hooks
+        with pytest.raises(osc.ArgumentError, match="0 samples"):
+            optimizer.step(lambda: model(x[:0]).sum())
