@@ -6,9 +6,9 @@ gradient at a row is linear in the weights, ``g(w) = sum over n of w_n g_n``. If
 belongs to one sample; rows that belong to several samples show no digit, and rows without influence no gradient. One
 more probe with random weights checks what was read.
 
-It runs once per signature of shapes, and is repeated at the 2nd, 4th, 8th, ... pass of that signature: what a model
-decides by its data (experts, packed sequences, graphs) differs then, or samples have different numbers of rows, and
-such signatures are probed in every pass. A model all of whose calls have N entries on the first axis is never probed.
+It runs once per signature of shapes, and again at the 2nd, 8th, 64th, 512th, ... pass of that signature: where data
+decide (experts, packed sequences, graphs), two passes differ, or samples have different numbers of rows, and such
+signatures are probed in every pass. A model all of whose calls have N entries on the first axis is never probed.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Probes:
         known = self.known.get(key)
         if known is not None:
             known.passes += 1
-        if known is None or not known.fixed or not known.passes & (known.passes - 1):
+        if known is None or not known.fixed or _is_due(known.passes):
             found = self._probe(layers, output, calls, edges, replay)
             regular = all(entry is None or entry.regular for entry in found)
             if known is None:
@@ -208,6 +208,15 @@ class Probes:
                 "layer a part that needs no statistics (ByLayer with Identity() or Diagonal())"
             )
         return second, [edge for _, edge in found], [call.arranged for call, _ in found]
+
+
+def _is_due(passes: int) -> bool:
+    """Whether a signature that was probed before is probed again at its pass of this number: 2, 8, 64, 512, ..."""
+    if passes == 2:
+        return True
+    while passes % 8 == 0:
+        passes //= 8
+    return passes == 1
 
 
 def read_owners(
