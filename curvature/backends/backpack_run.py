@@ -102,7 +102,8 @@ class Run:
         if gradient.shape[0] != self.entry.samples:
             raise CompatibilityError(
                 f"backend='backpack' cannot measure layer {layer.name!r}: it was called on {gradient.shape[0]} entries "
-                f"of the first axis in a mini-batch of {self.entry.samples} samples; use backend='hooks' or backend='func'"
+                f"of the first axis in a mini-batch of {self.entry.samples} samples; use backend='hooks' or "
+                "backend='func'"
             )
         positions = layer.adapter.positions(layer.module, gradient)
         call = Call(layer.name, self.entry.index, gradient.shape[0], positions)

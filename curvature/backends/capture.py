@@ -138,6 +138,7 @@ class Capture(Backend):
         self._axes: set[int] = set()  # sizes of the first axes of the calls of this pass
         self._square = False  # whether a shape of this pass leaves open which axis counts samples
         self._empty: set[str] = set()  # layers that were called on nothing: experts without a token
+        self._ended = (-1, 0)  # the last pass of the whole model, and its N
         self._uneven: dict[int, int] = {}  # N of passes that have other first axes too
         self._watchful = True  # whether calls keep what a probe needs: until a pass did without
         self._edges: dict[int, GradientEdge] = {}  # for a probe, by the id of the call
@@ -148,7 +149,7 @@ class Capture(Backend):
         if self._calls.made:
             self._calls.clear()
         self._parameter_sums.clear()
-        self._pass, self._inside, self._leaves = 0, False, {}
+        self._pass, self._inside, self._leaves, self._ended = 0, False, {}, (-1, 0)
         if self._axes:
             self._axes, self._square = set(), False
         if self._edges or self._uneven or self._empty:
@@ -224,6 +225,7 @@ class Capture(Backend):
         batch = batch_of(output)
         if len(self._axes) == 1 and not self._square and (batch is None or batch.shape[0] in self._axes):
             self._watchful, self._edges = False, {}
+            self._ended = self._pass, self._axes.pop()
             return
         calls = [call for call in self._calls.alive() if call.pass_index == self._pass and not call.complete]
         layers = {layer.name: layer for layer in self.layers}
@@ -238,6 +240,7 @@ class Capture(Backend):
                 "samples; return the outputs beside the loss, or build with samples=, a function of the output"
             )
         self._uneven[self._pass] = batch.shape[0]
+        self._ended = self._pass, batch.shape[0]
 
         def replay(buffers: dict[str, Tensor]) -> Any:
             return self.samples_first(functional_call(self.model, buffers, args, kwargs))
@@ -341,6 +344,10 @@ class Capture(Backend):
                 self._edges[id(call)] = get_gradient_edge(output)
             if call.samples > 1 and call.positions >= call.samples and call.arrange is None:
                 self._square |= is_square(layer, output)
+        elif self._ended[1] not in (0, call.samples) and (
+            self._ended[0] == self._pass or torch._C._current_graph_task_id() != -1
+        ):  # inside a reentrant checkpoint the call belongs to the pass whose backward runs now
+            self._uneven[self._pass] = self._ended[1]
         return call
 
     def _forget_abandoned_sums(self) -> None:

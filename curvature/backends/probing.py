@@ -278,12 +278,13 @@ def _direction(output: Tensor) -> Tensor:
 def _ownership(layer: Layer, call: Call, owners: Tensor, samples: int) -> Ownership | None:
     """What is made of the readings (R, S) of one call; ``None``: one entry of the first axis per sample.
 
-    Rows that show nothing (a dead unit, a token that is cut off) are filled in where all others follow a pattern.
+    Rows that show nothing (a dead unit, a token that is cut off), and a few that rounding has blurred, are filled in
+    where all others follow a pattern.
     """
     entries, positions = owners.shape
     several, told = owners == SEVERAL, owners >= 0
     for pattern in _patterns(entries, positions, samples):
-        if told.any() and bool((pattern == owners)[told].all()) and int(several.sum()) * 100 <= int(told.sum()):
+        if told.any() and bool((pattern == owners)[told].all()) and int(several.sum()) * 10 <= int(told.sum()):
             plain = entries == samples and torch.equal(pattern[:, 0], torch.arange(samples))
             return None if plain and not bool((pattern != pattern[:, :1]).any()) else Ownership(samples, pattern)
     if bool(several.any()) or not bool(told.any()):

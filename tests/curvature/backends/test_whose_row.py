@@ -16,6 +16,7 @@ from osculate.curvature.backends import probing
 from osculate.curvature.backends.table import make_backend
 from osculate.curvature.likelihoods import Categorical
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 N, T = 6, 4
 
@@ -570,3 +571,50 @@ def test_backpack_refuses_rows_that_are_no_samples() -> None:
     )
     with pytest.raises(osc.CompatibilityError, match="backend='hooks'"):
         measured(model.double(), inputs("frames"), Record.INPUTS | Record.GRADIENTS, "backpack")
+
+
+class Repeated(Frames):
+    """Frames inside a checkpoint, which runs its part again during the backward pass."""
+
+    reentrant = True
+
+    def forward(self, clip: Tensor) -> Tensor:
+        part = lambda rows: torch.tanh(self.frame(rows))  # noqa: E731
+        rows = clip.reshape(-1, 3).clone().requires_grad_()
+        hidden = checkpoint(part, rows, use_reentrant=self.reentrant)
+        return self.out(hidden.view(len(clip), -1, 2).sum(1))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["kfac", "kbfgs"])
+def test_checkpoints_are_refused_or_right(name: str, reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Repeated(), inputs("frames").float()
+    model.reentrant = reentrant
+    optimizer = osc.build(name, model, likelihood="categorical")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model(x))
+        loss.backward()
+        return loss
+
+    if not reentrant:
+        optimizer.step(closure)
+        return
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(osc.ArgumentError, match=r"use_reentrant=False|nothing was recorded"):
+        optimizer.step(closure)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("count", [17, 300])
+@pytest.mark.parametrize("case", ["frames", "frames, time first", "windows", "video, group norm", "two calls"])
+def test_many_samples_in_single_precision(case: str, count: int) -> None:
+    model, x = made(case).float(), inputs(case, count).float()
+    found = measured(model, x, Record.INPUTS | Record.GRADIENTS)
+    for name, entry in found.items():
+        assert entry.samples == count and not entry.ragged and entry.shared_by == 1.0, name
+        parameters = list(entry.layer.parameters.values())
+        for value, right in zip(entry.loss_vectors(), own_gradients(model, x, parameters), strict=True):
+            close(value, right, 1e-4)
