@@ -151,6 +151,7 @@ class EmpiricalFisher(EstimatorDeclarations):
         """Rows of the user's backward with the factor that makes them per-sample."""
         if statistics.output_gradient is None:
             return _with_whole(statistics, statistics.sample_gradients.loss, statistics.loss_vectors)
+        statistics.require_own_rows()
         roots = statistics.gradient_rows(), statistics.gradient_scale
         return statistics.with_vectors(statistics.loss_vectors, roots=roots)
 
@@ -159,7 +160,9 @@ class EmpiricalFisher(EstimatorDeclarations):
 class SampledFisher(EstimatorDeclarations):
     """Per-sample gradients with one label per sample drawn from the model: unbiased for the Fisher (= GGN).
 
-    One extra backward to the pre-activations only, about 0.27 of a gradient on the MNIST autoencoder.
+    One extra backward to the pre-activations only, about 0.27 of a gradient on the MNIST autoencoder. Where a row
+    belongs to several samples (learned positions) it holds the sum of their gradients: labels are drawn for each sample
+    independently, so the outer product of the sum is unbiased as well.
     """
 
     provides = Needs.INPUTS | Needs.ROOTS | Needs.VECTORS | Needs.MATRIX | Needs.SCORES
@@ -182,6 +185,8 @@ class SampledFisher(EstimatorDeclarations):
         """Rows of the sampled backward; they are per-sample already."""
         if statistics.sampled_gradient is None:
             return _with_whole(statistics, statistics.sample_gradients.sampled, statistics.sampled_vectors)
+        if statistics.mixed:
+            statistics.require_own_rows()
         return statistics.with_vectors(statistics.sampled_vectors, roots=(statistics.sampled_rows(), 1.0))
 
 
@@ -242,6 +247,7 @@ class ExactGGN(EstimatorDeclarations):
 
         if statistics.curvature_roots is None:
             return _with_whole(statistics, statistics.sample_gradients.roots, vectors)
+        statistics.require_own_rows()
         return statistics.with_vectors(vectors, roots=(statistics.root_rows(), 1.0))
 
 

@@ -81,12 +81,19 @@ def _inner(left: Tensors, right: Tensors) -> Tensor:
     return torch.stack(products).sum()
 
 
+def _slopes_of_shared(statistics: LayerStatistics, direction: Tensors) -> Tensor:
+    """(passes,) Slopes along a direction of a layer whose rows belong to several samples; their mean square counts."""
+    vectors = statistics.sampled_vectors()
+    return torch.stack([(v * d).flatten(1).sum(1) for v, d in zip(vectors, direction, strict=True)]).sum(0)
+
+
 @dataclass(frozen=True)
 class SampledScores(FormDeclarations):
     """(a) Sampled Fisher: M = mean_i s(i) s(i)' from per-sample scores s_l(i); one backward, one product per layer.
 
     Unbiased for d' F d including the blocks between layers. A layer without an adapter has no scores: its diagonal
     entry comes from the mean gradient as in (a') and its row is zero elsewhere, but for other directions of that layer.
+    So it is with a layer whose rows belong to several samples (learned positions).
     """
 
     needs = Needs.SCORES
@@ -97,16 +104,19 @@ class SampledScores(FormDeclarations):
         """One product of the (L, N) score matrix with itself."""
         rows: dict[int, Tensor] = {}
         known: dict[int, LayerStatistics] = {}
-        extra: dict[int, list[tuple[int, int, Tensor]]] = {}
+        extra: dict[int, list[tuple[int, float, Tensor]]] = {}
         measured = [evidence.statistics[name] for name in evidence.names if name in evidence.statistics]
         samples = next((entry.samples for entry in measured if entry.sampled_gradient is not None), 1)
         for index, name in enumerate(evidence.names):
             statistics, direction = evidence.statistics.get(name), evidence.directions[name]
-            if statistics is not None and statistics.sampled_gradient is not None:
+            if statistics is not None and statistics.sampled_gradient is not None and statistics.shared_by == 1.0:
                 known[index] = statistics
                 continue
             rows[index] = direction[0].new_zeros(samples)
-            if statistics is not None and statistics.sampled_parameter_gradients is not None:
+            if statistics is not None and statistics.sampled_gradient is not None:
+                slopes = _slopes_of_shared(statistics, direction)
+                extra.setdefault(id(statistics), []).append((index, 1.0 / len(slopes), slopes))
+            elif statistics is not None and statistics.sampled_parameter_gradients is not None:
                 slope = _inner(statistics.sampled_parameter_gradients, direction)
                 extra.setdefault(id(statistics), []).append((index, statistics.samples, slope))
         found = scores_of_many(list(known.values()), [evidence.directions[evidence.names[index]] for index in known])
@@ -116,7 +126,8 @@ class SampledScores(FormDeclarations):
         for of_layer in extra.values():
             for row, count, slope in of_layer:
                 for column, _, along in of_layer:
-                    result[row, column] = count * (slope * along)
+                    product = slope * along
+                    result[row, column] = count * (product if product.ndim == 0 else product.sum())
         return result
 
 

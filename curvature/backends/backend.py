@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -34,10 +34,13 @@ class Backend(ABC):
         pauses: while they last nothing is recorded.
         certifies: whether the records of the next mini-batch are compared with the gradients they must explain.
         doubts: by layer how far the last :meth:`collect` was from that, 0-dimensional; above 1: its records are wrong.
+        samples: the axis of the model's output that counts the samples, or a function that brings the output into the
+            form (N, ...).
     """
 
     name: ClassVar[str]
     cannot: ClassVar[Mapping[Record, str]] = {}
+    samples: int | Callable[[Any], Tensor] = 0
 
     def __init__(
         self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood | None, loss_reduction: str, seed: int
@@ -96,11 +99,19 @@ class Backend(ABC):
         """Whether gradients of these records are what the next passes are for."""
         return self._wanted is wanted and self._kind == "gradient"
 
+    def samples_first(self, output: Any) -> Any:
+        """The model's output with the axis first that counts the samples."""
+        if self.samples == 0:
+            return output
+        if not isinstance(self.samples, int):
+            return self.samples(output)
+        return output.movedim(self.samples, 0) if isinstance(output, Tensor) else output
+
     def extended(self, layers: Sequence[Layer]) -> Self:
         """A backend for more layers in place of this one, whose hooks are removed and whose records are dropped."""
         self.close()
         result = type(self)(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
-        result.step, result.pauses = self.step, self.pauses
+        result.step, result.pauses, result.samples = self.step, self.pauses, self.samples
         return result
 
     def close(self) -> None:

@@ -87,7 +87,11 @@ class Run:
             )
 
     def start(self, layer: Layer, watch: Watch, record: Record) -> None:
-        """The one call of a layer, with its input."""
+        """The one call of a layer, with its input.
+
+        Raises:
+            CompatibilityError: if its first axis does not count the samples.
+        """
         key = id(self.twin(layer))
         if key not in watch.gradients:
             return
@@ -95,6 +99,12 @@ class Run:
             self.result[layer.name].calls = [Call(layer.name, self.entry.index, self.entry.samples, 1)]
             return
         gradient = watch.gradients[key]
+        if gradient.shape[0] != self.entry.samples:
+            raise CompatibilityError(
+                f"backend='backpack' cannot measure layer {layer.name!r}: it was called on {gradient.shape[0]} entries "
+                f"of the first axis in a mini-batch of {self.entry.samples} samples; use backend='hooks' or "
+                "backend='func'"
+            )
         positions = layer.adapter.positions(layer.module, gradient)
         call = Call(layer.name, self.entry.index, gradient.shape[0], positions)
         if Record.INPUTS in record:

@@ -12,25 +12,27 @@ that do nothing where somebody else has hooks on the same module.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import functional_call
 
 from ...errors import ArgumentError
 from ..layers.attention import ProjectionWatch
 from ..layers.layer import Layer
-from ..records.calls import Call, Calls, ParameterSum, column_sum
+from ..records.calls import EMPTY, Call, Calls, ParameterSum, column_sum
 from ..records.certificate import Certificate
-from ..records.joining import combine
 from ..records.needs import PassKind, Record
+from ..records.owned import combine
 from ..records.statistics import LayerStatistics
 from .backend import Backend
 from .hook_tables import NOTHING, after, before_call
 from .passes import OWN, Pauses, accumulates
+from .probing import Probes, batch_of, is_square
 from .sampling import label_generator, require_predictive, roots_backward, sampled_backward, seeded_generator
 from .uses import Use, attention_modules, use_of, watch_attention
 
@@ -72,6 +74,8 @@ class Capture(Backend):
         "_certified",
         "_parameter_sums",
         "_leaves",
+        "_edges",
+        "_probes",
     )
 
     _asked: Mapping[str, _Asked] = MappingProxyType({})
@@ -87,6 +91,14 @@ class Capture(Backend):
         self._parameter_sums: dict[str, list[ParameterSum]] = {}
         self._pass, self._inside = 0, False
         self._leaves: dict[int, list[Tensor]] = {}  # artificial ones of each pass
+        self._axes: set[int] = set()  # sizes of the first axes of the calls of this pass
+        self._square = False  # whether a shape of this pass leaves open which axis counts samples
+        self._empty: set[str] = set()  # layers that were called on nothing: experts without a token
+        self._ended = (-1, 0)  # the last pass of the whole model, and its N
+        self._uneven: dict[int, int] = {}  # N of passes that have other first axes too
+        self._watchful = True  # whether calls keep what a probe needs: until a pass did without
+        self._edges: dict[int, GradientEdge] = {}  # for a probe, by the id of the call
+        self._probes = Probes(self.model)
 
     def arm(self, wanted: Mapping[str, Record], kind: PassKind = "gradient") -> None:
         """Choose what the following forward passes record; see the base class."""
@@ -159,6 +171,9 @@ class Capture(Backend):
             doubt = certificate.doubt(calls[name]) if calls.get(name) else None
             if doubt is not None:
                 self.doubts[name] = doubt
+        if self._uneven:
+            self._require_settled(calls.values())
+        unseen = self._empty - calls.keys() - sums.keys() if self._empty else ()
         self.clear()
         self._require_unchanged(calls)
         result: dict[str, LayerStatistics] = {}
@@ -167,6 +182,8 @@ class Capture(Backend):
                 record = combine(layer, calls.get(layer.name, []), sums.get(layer.name, []), self.loss_reduction)
                 if record is not None:
                     result[layer.name] = record
+            elif layer.name in unseen:
+                result[layer.name] = LayerStatistics(layer, 1, 1, unseen=True)
         return result
 
     @staticmethod
@@ -190,7 +207,11 @@ class Capture(Backend):
         if self._calls.made:
             self._calls.clear()
         self._parameter_sums.clear()
-        self._pass, self._inside, self._leaves = 0, False, {}
+        self._pass, self._inside, self._leaves, self._ended = 0, False, {}, (-1, 0)
+        if self._axes:
+            self._axes, self._square = set(), False
+        if self._edges or self._uneven or self._empty:
+            self._edges, self._uneven, self._empty = {}, {}, set()
 
     def _attach(self) -> list[Any]:
         return self._hooks_beyond(frozenset())
@@ -215,7 +236,7 @@ class Capture(Backend):
                 handles.append(after(module, watch.leave, always_call=True))
         if fresh and not before:
             handles.append(before_call(self.model, BeginHook(self)))
-            handles.append(after(self.model, EndHook(self)))
+            handles.append(after(self.model, EndHook(self), with_kwargs=True))
         return handles
 
     # -- what the hooks tell -----------------------------------------------------------------------------------------
@@ -225,10 +246,17 @@ class Capture(Backend):
         if self._calls.made and self._kind == "gradient":
             self._calls.discard_thrown_away(self._by_name)
         self._pass, self._inside = self._pass + 1, True
+        if self._axes or self._edges:
+            self._axes, self._square, self._edges = set(), False, {}
 
-    def end_pass(self, output: Any) -> None:
+    def end_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The model has returned ``output``: run the backwards of our own, while its graph is alive."""
         self._inside = False
+        output = self.samples_first(output)
+        if self._empty:
+            self._require_samples(output)
+        if self._axes:
+            self._settle(args, kwargs, output)
         if not self._extra or not torch.is_grad_enabled():
             return
         likelihood, output = require_predictive(self.likelihood, output)
@@ -248,6 +276,65 @@ class Capture(Backend):
         for call in rooted:
             call.edge = None
 
+    def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Find out whose the rows of this pass are, if the shapes of its calls do not say it.
+
+        Raises:
+            ArgumentError: if it cannot be found out, naming a layer.
+        """
+        batch = batch_of(output)
+        if len(self._axes) == 1 and not self._square and (batch is None or batch.shape[0] in self._axes):
+            self._watchful, self._edges = False, {}
+            self._ended = self._pass, self._axes.pop()
+            return
+        calls = [call for call in self._calls.alive() if call.pass_index == self._pass and not call.complete]
+        layers = {layer.name: layer for layer in self.layers}
+        calls = [call for call in calls if layers[call.layer].adapter is not None]
+        edges, self._edges, self._watchful = self._edges, {}, True
+        if not calls:
+            return
+        if batch is None:
+            raise ArgumentError(
+                f"layer {calls[0].layer!r} was called on {calls[0].samples} entries of the first axis and others on "
+                f"{sorted(self._axes - {calls[0].samples})}, and the model's output has no axis that counts the "
+                "samples; return the outputs beside the loss, or build with samples=, a function of the output"
+            )
+        self._uneven[self._pass] = batch.shape[0]
+        self._ended = self._pass, batch.shape[0]
+
+        def replay(buffers: dict[str, Tensor]) -> Any:
+            return self.samples_first(functional_call(self.model, buffers, args, kwargs))
+
+        self._probes.settle(layers, batch, calls, edges, replay)
+
+    def _require_samples(self, output: Any) -> None:
+        """Check that layers which were called on nothing are parts of a pass that has samples.
+
+        Raises:
+            ArgumentError: naming a layer.
+        """
+        batch = batch_of(output)
+        if batch is None or not batch.shape[0]:
+            name = min(self._empty)
+            self._empty.clear()
+            raise ArgumentError(f"layer {name!r} was called on a batch of 0 samples; {EMPTY}")
+
+    def _require_settled(self, calls: Iterable[Sequence[Call]]) -> None:
+        """Check that calls which were made outside of the model's forward have a sample per entry.
+
+        Raises:
+            ArgumentError: naming a layer that has not.
+        """
+        for entry in calls:
+            for call in entry:
+                samples = self._uneven.get(call.pass_index, call.samples)
+                if call.ownership is None and call.samples != samples:
+                    raise ArgumentError(
+                        f"layer {call.layer!r} was called on {call.samples} entries of the first axis, in a mini-batch "
+                        f"of {samples} samples, outside of the model's own forward, so whose they are is unknown; use "
+                        "checkpoint(..., use_reentrant=False), and run the whole model"
+                    )
+
     def watch(self, layers: Sequence[Layer]) -> ProjectionWatch | None:
         """What records the projections of one call of an attention module; ``None`` if there is nothing to record."""
         wanted = [layer for layer in layers if layer.name in self._asked]
@@ -264,6 +351,9 @@ class Capture(Backend):
             return self._with_leaf(output)
         if not self._inside and any(call.complete and call.pass_index == self._pass for call in self._calls.alive()):
             self._pass += 1  # parts of the model are called one by one, and a backward has ended the last pass
+        if output.ndim and not output.shape[0] and self._inside:
+            self._empty.update(use.layer.name for use in uses)  # whether the whole batch is empty is seen at the end
+            return self._with_leaf(output) if self._kind == "look back" else None
         if self._kind == "forward":
             for use in uses:
                 self._calls.keep(self._new_call(use, output))
@@ -314,6 +404,16 @@ class Capture(Backend):
             call.output_sum = column_sum(adapter.expand_output(layer.module, call.arranged(output.detach())))
         if (asked.sampled or asked.roots) and output.requires_grad:
             call.edge = get_gradient_edge(output)
+        if self._inside:
+            self._axes.add(call.samples)
+            if self._watchful and output.requires_grad:
+                self._edges[id(call)] = get_gradient_edge(output)
+            if call.samples > 1 and call.positions >= call.samples and call.arrange is None:
+                self._square |= is_square(layer, output)
+        elif self._ended[1] not in (0, call.samples) and (
+            self._ended[0] == self._pass or torch._C._current_graph_task_id() != -1
+        ):  # inside a reentrant checkpoint the call belongs to the pass whose backward runs now
+            self._uneven[self._pass] = self._ended[1]
         return call
 
     def _forget_abandoned_sums(self) -> None:
@@ -418,11 +518,11 @@ class BeginHook(Hook):
 class EndHook(Hook):
     """Forward hook of the model."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The pass is complete: its output is the model's."""
         capture: Capture | None = self.capture()
         if capture is not None and module is capture.model and not capture.pauses.depth:
-            capture.end_pass(output)
+            capture.end_pass(args, kwargs, output)
 
 
 class GradientHook:

@@ -20,6 +20,7 @@ from ...errors import ArgumentError
 from ..layers.layer import Layer
 from ..records.calls import Call, ParameterSum, column_sum
 from ..records.needs import Record
+from ..records.ownership import Ownership
 from ..records.statistics import SampleGradients
 from .replay import Measured, Pass, ReplayBackend
 from .sampling import require_predictive
@@ -44,19 +45,44 @@ class FuncBackend(ReplayBackend):
     chunk: int = 64
 
     def measure(self, entry: Pass, wanted: Mapping[str, Record]) -> dict[str, Measured]:
-        """Everything the layers want of one pass."""
+        """Everything the layers want of one pass.
+
+        Raises:
+            ArgumentError: if the model cannot be repeated, or not sample by sample.
+        """
         layers = [layer for layer in self.layers if layer.name in wanted]
         model = Model(self.model, layers, entry)
         result = {layer.name: Measured() for layer in layers}
         model.require_same_output(entry.output, self.name)
         for layer in layers:
             result[layer.name].calls = model.calls(layer, wanted[layer.name])
+        self._settle(entry, layers, result)
         cotangents = self._cotangents(entry, wanted.values())
-        self._fill_rows(model, entry, wanted, result, cotangents)
-        for record, cotangent in cotangents.items():
-            self._fill_whole(model, entry, wanted, result, record, cotangent)
-        self._fill_sums(model, entry, wanted, result, cotangents)
+        try:
+            self._fill_rows(model, entry, wanted, result, cotangents)
+            for record, cotangent in cotangents.items():
+                self._fill_whole(model, entry, wanted, result, record, cotangent)
+            self._fill_sums(model, entry, wanted, result, cotangents)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch.func's own refusals: shapes that depend on data, packed sequences
+            raise _not_by_sample(f"torch.func refuses it: {str(error).partition('. ')[0]}") from error
         return result
+
+    def _settle(self, entry: Pass, layers: Sequence[Layer], result: Mapping[str, Measured]) -> None:
+        """Whose the rows of every call are, as the ``hooks`` backend finds it out where shapes do not say it."""
+        named = {layer.name: layer for layer in layers if layer.adapter is not None}
+        calls = [call for name in named for call in result[name].calls]
+        if all(call.samples == entry.samples and call.positions % call.samples for call in calls):
+            return
+
+        def replay(buffers: Named) -> Any:
+            return functional_call(self.model, buffers, entry.args, entry.kwargs)
+
+        self._probes.settle(named, entry.output, calls, {}, replay)
+        for call in calls:
+            if call.ownership is not None and call.ownership.owners is None and call.arrange is None:
+                _give_each_sample_its_own(call)
 
     def _cotangents(self, entry: Pass, wanted: Iterable[Record]) -> dict[Record, Tensor]:
         """Per quantity the (N, K, ...) vectors that are pulled back from the model's output."""
@@ -87,6 +113,13 @@ class FuncBackend(ReplayBackend):
         """Gradients and roots at the pre-activations, from one linearisation with respect to the layers' outputs."""
         rows = Record.GRADIENTS | Record.MEANS | Record.SAMPLED | Record.CURVATURE_ROOTS
         names = [layer.name for layer in model.layers if model.was_seen(layer) and wanted[layer.name] & rows]
+        apart = [name for name in names if result[name].calls and all(call.copies > 1 for call in result[name].calls)]
+        names = [name for name in names if name not in apart]
+        for record, cotangent in cotangents.items() if apart else ():
+            shared = model.rows_of_each(apart, cotangent, self.chunk)
+            for name in apart:
+                for call, value in zip(result[name].calls, shared[name], strict=True):
+                    _store(model.layer(name), call, wanted[name], record, value.transpose(0, 1).flatten(1, 2))
         if not names or not cotangents:
             return
         _, pull = _linearised(lambda shifts: model.run({}, shifts), model.zeros(names))
@@ -146,6 +179,18 @@ def _linearised(function: Callable[[Any], Tensor], at: Any) -> tuple[Tensor, Cal
     """Value of a function and its pull-back."""
     output, pull = vjp(function, at)[:2]
     return output, pull
+
+
+def _give_each_sample_its_own(call: Call) -> None:
+    """Make rows that belong to all samples into as many copies: gradients are measured for each."""
+    samples, entries = call.ownership.samples if call.ownership is not None else 1, call.samples
+    owners = torch.arange(samples).repeat_interleave(entries)
+    call.samples, call.copies = samples * entries, samples
+    call.ownership = Ownership(samples, owners[:, None].repeat(1, call.positions))
+    if call.input is not None:
+        call.input = call.input.repeat(samples, *[1] * (call.input.ndim - 1))
+    if call.output_sum is not None:
+        call.output_sum = call.output_sum * samples
 
 
 def _store(layer: Layer, call: Call, wanted: Record, record: Record, value: Tensor) -> None:
@@ -211,6 +256,26 @@ class Model:
         with self._shifted(shifts):
             return self._call(self._constants | chosen, self._leaves)
 
+    def rows_of_each(self, names: Sequence[str], cotangent: Tensor, chunk: int) -> dict[str, tuple[Tensor, ...]]:
+        """(N, K, ...) per call of layers that see no samples: K vectors pulled back through each sample's output."""
+        at = self.zeros(names)
+
+        def one(constants: Named, leaves: list[Any], vectors: Tensor) -> tuple[Shifts, Tensor]:
+            batch = [leaf.unsqueeze(0) if single else leaf for leaf, single in zip(leaves, self._batched, strict=True)]
+
+            def run(shifts: Shifts) -> Tensor:
+                with self._shifted(shifts):
+                    return self._call(constants, batch)
+
+            output, pull = _linearised(run, at)
+            found: Shifts = vmap(lambda vector: pull(vector.unsqueeze(0))[0])(vectors)
+            return found, output.squeeze(0)
+
+        axes = [0 if single else None for single in self._batched]
+        each = {name: value.expand(len(cotangent), *value.shape) for name, value in self._constants.items()}
+        found = self._one_by_one(one, axes, each, cotangent, chunk)
+        return {name: tuple(value.detach() for value in values) for name, values in found.items()}
+
     def per_sample(self, layers: Sequence[Layer], cotangent: Tensor, chunk: int) -> Named:
         """(N, K, *shape) per parameter: K vectors (N, K, ...) pulled back through each sample's own output."""
 
@@ -224,9 +289,21 @@ class Model:
         axes = [0 if single else None for single in self._batched]
         # One view of the parameters per sample: recurrent layers add in place to what they made of parameters alone.
         each = {name: value.expand(len(cotangent), *value.shape) for name, value in self._constants.items()}
-        found, output = vmap(one, in_dims=(0, axes, 0), chunk_size=chunk)(each, self._leaves, cotangent)
-        _require_equal(output, self._output, "its output for one sample depends on the other samples")
+        found = self._one_by_one(one, axes, each, cotangent, chunk)
         return {name: value.detach() for name, value in found.items()}
+
+    def _one_by_one(
+        self, one: Callable[..., Any], axes: list[int | None], constants: Named, cotangent: Tensor, chunk: int
+    ) -> Any:
+        """``one`` for all samples, vectorised.
+
+        Raises:
+            ArgumentError: if the model's samples depend on each other.
+        """
+        run = vmap(one, in_dims=(0, axes, 0), chunk_size=chunk)
+        found, output = run(constants, self._leaves, cotangent)
+        _require_equal(output, self._output, "its output for one sample depends on the other samples")
+        return found
 
     def require_same_output(self, output: Tensor, backend: str) -> None:
         """Check that the pass can be repeated. One synchronisation with the device."""
@@ -275,7 +352,11 @@ class Model:
 def _require_equal(found: Tensor, expected: Tensor, reason: str) -> None:
     tolerance = 1e3 * torch.finfo(expected.dtype).eps
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
-        raise ArgumentError(
-            f"the model cannot be measured sample by sample: {reason} (random numbers, statistics of the batch, or an "
-            "input without a batch axis first); put it into eval mode, or use backend='hooks'"
-        )
+        raise _not_by_sample(reason)
+
+
+def _not_by_sample(reason: str) -> ArgumentError:
+    return ArgumentError(
+        f"the model cannot be measured sample by sample: {reason} (random numbers, statistics of the batch, or an "
+        "input without a batch axis first); put it into eval mode, or use backend='hooks'"
+    )

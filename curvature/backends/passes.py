@@ -52,12 +52,12 @@ class Pauses:
 
 @contextmanager
 def extra_backward() -> Iterator[None]:
-    """Mark every gradient that arrives inside as not the user's."""
-    OWN.running = True
+    """Mark every gradient that arrives inside as not the user's; may be nested."""
+    before, OWN.running = OWN.running, True
     try:
         yield
     finally:
-        OWN.running = False
+        OWN.running = before
 
 
 @contextmanager

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError, CompatibilityError
 from ..records.calls import EMPTY, Call, ParameterSum
-from ..records.joining import combine
 from ..records.needs import Record
+from ..records.owned import combine
 from ..records.statistics import LayerStatistics, SampleGradients, Tensors
 from .backend import Backend
 from .capture import Hook
 from .hook_tables import after
 from .passes import OWN, Pauses, accumulates, extra_backward
+from .probing import Probes
 from .sampling import label_generator, require_predictive
 
 __all__ = ["Measured", "Pass", "ReplayBackend", "RootHook", "require_replayable"]
@@ -67,12 +68,14 @@ class ReplayBackend(Backend):
     The model must return one tensor whose first axis counts the samples.
     """
 
-    _original: ClassVar[tuple[str, ...]] = (*Backend._original, "_references", "_kept")
+    _original: ClassVar[tuple[str, ...]] = (*Backend._original, "_references", "_kept", "_probes")
 
     def _forget(self) -> None:
         self._references: list[weakref.ref[Pass]] = []
         self._kept: list[Pass] = []
         self._count = 0
+        if "_probes" not in self.__dict__:
+            self._probes = Probes(self.model)
 
     @abstractmethod
     def measure(self, entry: Pass, wanted: Mapping[str, Record]) -> dict[str, Measured]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import CompatibilityError, UnknownNameError
 from ..layers.layer import Layer
@@ -28,15 +29,24 @@ def make_backend(
     likelihood: Likelihood | None,
     loss_reduction: str,
     seed: int,
+    samples: int | Callable[[Any], Tensor] = 0,
 ) -> Backend:
     """A backend by name, its hooks placed on the model.
 
     Raises:
         UnknownNameError: for an unknown name; near misses are listed.
+        CompatibilityError: if the samples are not on the output's first axis, and the backend runs them one by one.
     """
     if name not in BACKENDS:
         raise UnknownNameError("backend", name, BACKENDS)
-    return BACKENDS[name](model, layers, likelihood, loss_reduction, seed)
+    if samples != 0 and name != Capture.name:
+        raise CompatibilityError(
+            f"backend={name!r} takes the samples of a mini-batch from the first axis of the model's output, and "
+            "samples= says that they are elsewhere; use backend='hooks', or a model that returns the samples first"
+        )
+    backend = BACKENDS[name](model, layers, likelihood, loss_reduction, seed)
+    backend.samples = samples
+    return backend
 
 
 def require_supported(backend: Backend, wanted: Mapping[str, Record]) -> None:

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 
 from ..layers.adapters import LayerAdapter
 from ..layers.layer import Layer
+from .ownership import Ownership
 
 __all__ = ["EMPTY", "Arrange", "BatchSecond", "Call", "Calls", "ParameterSum", "column_sum"]
 
@@ -49,7 +50,7 @@ class Call:
     Attributes:
         layer: its name.
         pass_index: number of the forward pass of the whole model.
-        samples: N.
+        samples: size R of the first axis: N, unless ``ownership`` says more.
         positions: S of this call.
         arrange: how tensors in the output's shape are read; ``None``: as they are.
         group: number of the module's call that this is a part of (attention calls several maps of one weight).
@@ -60,6 +61,8 @@ class Call:
         version: of its input when it was recorded: a later change in place would change the record.
         adapter: how it is read, where its arguments decide that; ``None``: as the layer.
         explained: what its record says of the gradient along a random direction, and what rounding may make of it.
+        ownership: the sample of every row, where the first axis does not count the samples.
+        copies: how often its rows stand in the record, once for every sample, where all samples share them.
     """
 
     layer: str
@@ -82,6 +85,8 @@ class Call:
     version: int = 0
     explained: tuple[Tensor, Tensor] | None = None
     adapter: LayerAdapter | None = None
+    ownership: Ownership | None = None
+    copies: int = 1
 
     def take_gradient(self, gradient: Tensor) -> None:
         """Keep the gradient of one backward; several through one forward add up, as they do in ``.grad``."""

@@ -15,12 +15,13 @@ from ..layers.layer import Layer
 from .calls import EMPTY, Call, ParameterSum
 from .statistics import LayerStatistics, Tensors
 
-__all__ = ["combine", "mean_of_sums"]
+__all__ = ["FIELDS", "combine", "mean_of_sums", "position_form", "total"]
 
 Pass = list[list[Call]]
 """The calls of one forward pass: one list per call of the module, with one entry but for attention's packed weights."""
 
-_FIELDS = {"input": "inputs", "gradient": "output_gradient", "sampled": "sampled_gradient", "roots": "curvature_roots"}
+FIELDS = {"input": "inputs", "gradient": "output_gradient", "sampled": "sampled_gradient", "roots": "curvature_roots"}
+"""Attributes of a call, with the names that they have in a record."""
 
 
 def combine(
@@ -56,8 +57,8 @@ def combine(
         raise ArgumentError(f"layer {layer.name!r} saw a batch of 0 samples; {EMPTY}")
     scale = float(samples) if loss_reduction == "mean" else 1.0
     rows = sum(call.samples * call.positions for call in calls)
-    output_sum = _total([call.output_sum for call in calls])
-    gradient_sum = _total([call.gradient_sum for call in calls])
+    output_sum = total([call.output_sum for call in calls])
+    gradient_sum = total([call.gradient_sum for call in calls])
     record = LayerStatistics(
         layer=layer,
         samples=samples,
@@ -107,10 +108,10 @@ def _with_tensors(record: LayerStatistics, passes: Sequence[Pass], rows: int) ->
     sizes = [tuple(sum(part.positions for part in parts) for parts in entry) for entry in passes]
     common = all(call.samples == entry[0][0].samples for entry in passes for parts in entry for call in parts)
     if adapter is None or (common and _alike(passes)):
-        values: dict[str, Any] = {name: _stacked(passes, field) for field, name in _FIELDS.items()}
+        values: dict[str, Any] = {name: _stacked(passes, field) for field, name in FIELDS.items()}
         return replace(record, calls=sizes[0], **values)
     ragged = not common or len(set(sizes)) > 1
-    values = {name: _in_positions(record.layer, adapter, passes, field, ragged) for field, name in _FIELDS.items()}
+    values = {name: _in_positions(record.layer, adapter, passes, field, ragged) for field, name in FIELDS.items()}
     layer = replace(record.layer, adapter=adapter.of_positions())
     return replace(record, layer=layer, calls=sizes[0], ragged=ragged, row_count=rows, **values)
 
@@ -130,8 +131,7 @@ def _alike(passes: Sequence[Pass]) -> bool:
         return False
     calls = [parts[0] for entry in passes for parts in entry]
     return all(
-        len({value.shape[1:] for call in calls if (value := getattr(call, field)) is not None}) <= 1
-        for field in _FIELDS
+        len({value.shape[1:] for call in calls if (value := getattr(call, field)) is not None}) <= 1 for field in FIELDS
     )
 
 
@@ -156,7 +156,7 @@ def _in_positions(
         values: list[Any] = [getattr(call, field) for parts in entry for call in parts]
         if any(value is None for value in values):
             return None
-        forms = [_position_form(layer, adapter, field, value) for value in values]
+        forms = [position_form(layer, adapter, field, value) for value in values]
         if ragged:
             groups = layer.groups if field == "input" else 1
             pieces += [_rows(form, axis, groups) for form in forms]
@@ -165,7 +165,7 @@ def _in_positions(
     return torch.cat(pieces)
 
 
-def _position_form(layer: Layer, adapter: LayerAdapter, field: str, value: Tensor) -> Tensor:
+def position_form(layer: Layer, adapter: LayerAdapter, field: str, value: Tensor) -> Tensor:
     """Inputs (N, S G, ...), gradients (N, S, d_out), roots (N, V, S, d_out)."""
     if field == "input":
         return adapter.as_positions(layer.module, value)
@@ -182,7 +182,7 @@ def _rows(value: Tensor, axis: int, groups: int) -> Tensor:
     return moved if axis == 1 else moved.movedim(1, -2)
 
 
-def _total(values: Sequence[Tensor | None]) -> Tensor | None:
+def total(values: Sequence[Tensor | None]) -> Tensor | None:
     """The sum of all values; ``None`` if one is missing or there are none."""
     present = [value for value in values if value is not None]
     return sum(present[1:], present[0]) if present and len(present) == len(values) else None

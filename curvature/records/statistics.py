@@ -7,6 +7,7 @@ loss is a mean over samples, 1 when it is a sum. Nothing in the record is divide
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -74,7 +75,15 @@ class LayerStatistics:
             the exact Gauss-Newton matrix).
         calls: positions of each call of the module in one pass, S in all; ``None``: one call.
         ragged: the calls have no samples in common, or micro-batches differ in their positions: the rows stand for
-            outer products only, and nothing can be had sample by sample.
+            outer products only, and nothing can be had sample by sample unless ``owners`` says whose they are.
+        owners: (rows,) the sample of every row, -1 for a row without influence, where samples have different numbers of
+            rows (experts, packed sequences, nodes of graphs).
+        shared_by: number of samples that each row belongs to. Above 1 (learned positions, tables that all samples look
+            into) the gradients at a row are sums over them, and the first axis counts passes. With labels drawn for
+            every sample independently the outer product of the sum is an unbiased estimate of the sum of outer
+            products; nothing else can be had of such rows.
+        mixed: some rows belong to one sample and some to several.
+        unseen: the layer was called on nothing (an expert that no sample was sent to): there is nothing else in here.
         row_count: number of rows N*S if S was rounded down (``ragged``); ``None``: as the shapes say.
         vectors: per parameter a tensor (V, *shape): V gradient vectors whose mean outer product is the curvature.
         matrix: builds the dense curvature matrix (P, P) over the P parameters of the layer, in the layer's order, each
@@ -103,6 +112,10 @@ class LayerStatistics:
     vectors: Callable[[], Tensors] | None = None
     calls: tuple[int, ...] | None = None
     ragged: bool = False
+    owners: Tensor | None = None
+    shared_by: float = 1.0
+    mixed: bool = False
+    unseen: bool = False
     row_count: int | None = None
     matrix: Callable[[], Tensor] | None = None
 
@@ -141,6 +154,11 @@ class LayerStatistics:
         """Number of pairs of a sample and a position."""
         return self.samples * self.positions if self.row_count is None else self.row_count
 
+    @property
+    def input_weight(self) -> float:
+        """Factor from a sum over :meth:`input_rows` to the mean over samples and groups of sums over positions."""
+        return self.shared_by / (self.samples * self.layer.groups)
+
     def input_rows(self) -> Tensor:
         """Inputs of the linear map, (N*S*G, d_in), without the homogeneous 1; the group (mostly G = 1) is fastest."""
         adapter, value = self._adapter(), self._require(self.inputs, "inputs")
@@ -153,7 +171,7 @@ class LayerStatistics:
 
     def preactivation_gradients(self) -> Tensor:
         """Per-sample gradients of the user's loss at the pre-activations, (N, S, d_out)."""
-        self._require_samples()
+        self._require_samples(owned=False)
         rows: Tensor = self.gradient_rows().unflatten(0, (self.samples, -1))
         return rows * self.gradient_scale
 
@@ -182,9 +200,17 @@ class LayerStatistics:
         return tuple(value * self.gradient_scale for value in measured)
 
     def sampled_vectors(self) -> Tensors:
-        """Gradient of every sample's -log p(sampled label) with respect to each parameter, (N, *shape)."""
+        """Gradient of every sample's -log p(sampled label) with respect to each parameter, (N, *shape).
+
+        Of shared rows: one vector per pass, whose outer product estimates the mean over samples as well.
+        """
         measured = self.sample_gradients.sampled
-        return self.per_sample_gradients(self.sampled_rows()) if measured is None else measured
+        if measured is not None:
+            return measured
+        if self.shared_by == 1.0:
+            return self.per_sample_gradients(self.sampled_rows())
+        sums = self._summed_in(self.sampled_rows().unflatten(0, (-1, self.positions)), self.inputs)
+        return tuple(value / math.sqrt(self.shared_by) for value in sums)
 
     def root_vectors(self) -> Tensors:
         """The V roots of the output's curvature times the Jacobian, (V*N, *shape) per parameter, the root slowest."""
@@ -218,7 +244,7 @@ class LayerStatistics:
         if self.layer.has_bias:
             inputs = torch.cat([inputs, inputs.new_ones(inputs.shape[0], 1)], 1)
         rows, factor = self._require(self.roots, "roots")
-        return inputs.T @ inputs / (self.samples * self.layer.groups), rows.T @ rows * (factor**2 / self.rows)
+        return inputs.T @ inputs * self.input_weight, rows.T @ rows * (factor**2 / self.rows)
 
     def per_sample_gradients(self, rows: Tensor) -> Tensors:
         """Gradient of every sample's own loss with respect to each parameter, built on demand.
@@ -230,15 +256,33 @@ class LayerStatistics:
             One tensor (N, *parameter.shape) per parameter of the layer. Memory N times the layer.
         """
         self._require_samples()
+        if self.owners is None:
+            return self._summed_in(rows.unflatten(0, (self.samples, -1)), self.inputs)
+        places, missing = self._places
+        upstream = rows[places].masked_fill(missing.unsqueeze(-1), 0.0)
+        return self._summed_in(upstream, None if self.inputs is None else self.inputs[places].flatten(1, 2))
+
+    def _summed_in(self, upstream: Tensor, inputs: Tensor | None) -> Tensors:
+        """Parameter gradients (N, *shape) from gradients (N, S, d_out) at the pre-activations and recorded inputs."""
         adapter, module = self._adapter(), self.layer.module
-        upstream: Tensor = rows.unflatten(0, (self.samples, -1))
         result: list[Tensor] = []
         for name, parameter in self.layer.parameters.items():
             if name == "bias":
                 result.append(upstream.sum(1).reshape(-1, *parameter.shape))
             else:
-                result.append(adapter.per_sample(module, self._require(self.inputs, "inputs"), upstream))
+                result.append(adapter.per_sample(module, self._require(inputs, "inputs"), upstream))
         return tuple(result)
+
+    @property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """(N, S') The rows of every sample, and which entries stand for none: samples have different numbers."""
+        assert self.owners is not None
+        own = torch.where(self.owners < 0, self.samples, self.owners)
+        counts = torch.bincount(own, minlength=self.samples + 1)
+        order, first = own.argsort(stable=True), counts.cumsum(0) - counts
+        slots = torch.arange(max(1, int(counts[: self.samples].max())), device=own.device)
+        missing = slots >= counts[: self.samples, None]
+        return order[(first[: self.samples, None] + slots).masked_fill(missing, 0)], missing
 
     def scores(self, directions: Tensors) -> Tensor:
         """Per-sample derivative of -log p(sampled label) along a direction of this layer's parameters, (N,).
@@ -252,8 +296,35 @@ class LayerStatistics:
         (found,) = scores_of_many([self], [directions])
         return found
 
-    def _require_samples(self) -> None:
-        if self.ragged:
+    def require_own_rows(self, exact: bool = True) -> None:
+        """Check that the outer products of the rows are the curvature.
+
+        Args:
+            exact: not on average over sampled labels only.
+
+        Raises:
+            ArgumentError: if rows belong to several samples, naming the layer and the ways out.
+        """
+        if self.mixed or (exact and self.shared_by > 1.0):
+            raise self._shared_rows()
+
+    def _shared_rows(self) -> ArgumentError:
+        several = "every row belongs to all samples of its pass"
+        if self.mixed:
+            several = (
+                "it was called on different numbers of samples or positions, and some rows belong to one sample, some "
+                "to several"
+            )
+        return ArgumentError(
+            f"layer {self.layer.name!r}: {several} (as learned positions do), so what its rows received is a sum over "
+            "samples and no sample's own; measure with backend='func', take SampledFisher() for a layer all of whose "
+            "rows are shared, or give the layer Identity(), or Diagonal() with BatchMean(), by ByLayer"
+        )
+
+    def _require_samples(self, owned: bool = True) -> None:
+        if self.mixed or self.shared_by > 1.0:
+            raise self._shared_rows()
+        if self.ragged and (self.owners is None or not owned):
             raise ArgumentError(
                 f"layer {self.layer.name!r} was called on different numbers of samples or positions, so per-sample "
                 "quantities do not exist; pad the micro-batches to one length, or serve it by a part that needs none"
@@ -282,7 +353,7 @@ def scores_of_many(records: Sequence[LayerStatistics], directions: Sequence[Tens
     for record, values in zip(records, directions, strict=True):
         layer, inputs, gradient = record.layer, record.inputs, record.sampled_gradient
         named = dict(zip(layer.parameters, values, strict=True))
-        if record.ragged or layer.adapter is None or inputs is None or gradient is None:
+        if record.ragged or record.shared_by > 1.0 or layer.adapter is None or inputs is None or gradient is None:
             record._require_samples()
             record._adapter()
             inputs = record._require(inputs, "inputs")
@@ -292,4 +363,13 @@ def scores_of_many(records: Sequence[LayerStatistics], directions: Sequence[Tens
         gradients.append(gradient.reshape(moved[-1].shape))
     if moved:
         torch._foreach_mul_(moved, gradients)
-    return [product.reshape(record.samples, -1).sum(1) for record, product in zip(records, moved, strict=True)]
+    return [_by_sample(record, product) for record, product in zip(records, moved, strict=True)]
+
+
+def _by_sample(record: LayerStatistics, product: Tensor) -> Tensor:
+    """(N,) sums over all positions of every sample."""
+    if record.owners is None:
+        return product.reshape(record.samples, -1).sum(1)
+    own = torch.where(record.owners < 0, record.samples, record.owners)
+    sums = product.new_zeros(record.samples + 1)
+    return sums.index_add_(0, own, product.reshape(len(own), -1).sum(1))[: record.samples]

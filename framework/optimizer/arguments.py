@@ -25,6 +25,10 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "strict": (bool, "strict=True refuses parameters that no part serves"),
     "backend": (str, "take 'hooks', 'func' or 'backpack'"),
     "certify_records": (Literal["always", "start", "never"], "choose how often records are compared with gradients"),
+    "samples": (
+        int | Callable,
+        "give the axis of the model's output that counts the samples, or a function of the output",
+    ),
     "grad_scaler": (torch.amp.GradScaler | None, "pass the loop's torch.amp.GradScaler, or leave it out"),
 }
 

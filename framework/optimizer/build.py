@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...curvature.likelihoods import Likelihood
 from ...errors import ArgumentError
@@ -32,6 +32,7 @@ def build(
     groups: Sequence[Mapping[str, Any]] | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     backend: str = "hooks",
+    samples: int | Callable[[Any], Tensor] = 0,
     process_group: Any = "auto",
     certify_records: str = "start",
     **options: Any,
@@ -57,6 +58,9 @@ def build(
         grad_scaler: the ``torch.amp.GradScaler`` of the loop, if there is one.
         backend: who measures the curvature: ``"hooks"`` (fast), ``"func"`` (``torch.func``, exact, any module) or
             ``"backpack"`` (BackPACK, for the layers it knows).
+        samples: which axis of the model's output counts the samples of a mini-batch (1 for a time-major output), or a
+            function of the output that returns it as (N, ...), e.g. ``lambda out: out.unflatten(0, (-1, tokens))``.
+            From there the sample of every row of every layer is found out. Likelihoods read the output in that form.
         process_group: the processes that share a mini-batch: ``"auto"`` (the world group, if ``torch.distributed`` is
             initialised), ``None`` (every process for itself) or a group. Methods that look back take the
             ``DistributedDataParallel`` itself as ``model``.
@@ -100,6 +104,7 @@ def build(
         groups=groups,
         grad_scaler=grad_scaler,
         backend=backend,
+        samples=samples,
         process_group=process_group,
         certify_records=certify_records,
     )

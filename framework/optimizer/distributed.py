@@ -27,6 +27,16 @@ from ...errors import ArgumentError
 __all__ = ["Ranks", "unwrapped"]
 
 
+_OWN, _SHARED, _UNEVEN = range(3)
+
+
+def _kind_of_rows(entry: LayerStatistics) -> int:
+    """Rows of one sample each, as many for all; rows shared by samples; anything else."""
+    if entry.ragged or entry.mixed or entry.unseen:
+        return _UNEVEN
+    return _SHARED if entry.shared_by > 1.0 else _OWN
+
+
 def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
     """The module inside ``torch.compile`` and ``DistributedDataParallel``, and the latter if there is one."""
     wrapper: DistributedDataParallel | None = None
@@ -97,15 +107,19 @@ class Ranks:
             own: what this rank recorded.
 
         Raises:
-            ArgumentError: on every rank, if some layer was recorded on some ranks only.
+            ArgumentError: on every rank, if some layer was recorded on some ranks only, or has other numbers of rows on
+                each.
         """
         if self.count == 1:
             return dict(own)
         device = next(iter(layers[0].parameters.values())).device
-        samples = torch.tensor([own[layer.name].samples if layer.name in own else 0 for layer in layers], device=device)
-        table = torch.stack(self._gather(samples)).tolist()
+        found = [own.get(layer.name) for layer in layers]
+        samples = [0 if entry is None else entry.samples for entry in found]
+        kinds = [_OWN if entry is None else _kind_of_rows(entry) for entry in found]
+        table = torch.stack(self._gather(torch.tensor([samples, kinds], device=device))).transpose(1, 2).tolist()
         result: dict[str, LayerStatistics] = {}
-        for layer, counts in zip(layers, zip(*table, strict=True), strict=True):
+        for layer, ranks in zip(layers, zip(*table, strict=True), strict=True):
+            counts = [int(samples) for samples, _ in ranks]
             if not any(counts):
                 continue
             if not all(counts):
@@ -113,17 +127,30 @@ class Ranks:
                     f"layer {layer.name!r} saw a mini-batch on some ranks only ({counts} samples); every rank must use "
                     "the same layers in a step"
                 )
-            result[layer.name] = self._joined(own[layer.name], [int(count) for count in counts])
+            if {kind for _, kind in ranks} not in ({_OWN}, {_SHARED}):
+                raise ArgumentError(
+                    f"the samples of layer {layer.name!r} have different numbers of rows (experts, packed sequences, "
+                    "micro-batches of different lengths, one sample on one rank and several on another), which several "
+                    "processes cannot put together; pad them to one length, build with process_group=None, or give the "
+                    "layer Identity(), or Diagonal() with BatchMean()"
+                )
+            result[layer.name] = self._joined(own[layer.name], counts)
         return result
 
     def _joined(self, entry: LayerStatistics, counts: list[int]) -> LayerStatistics:
-        weight = entry.samples / sum(counts)
+        weight, samples = entry.samples / sum(counts), sum(counts)
+        shared_by = 1.0
+        if entry.shared_by > 1.0:  # the first axis counts passes then, as many on every rank
+            passes = round(entry.samples / entry.shared_by)
+            counts = [passes] * len(counts)
+            shared_by = samples / sum(counts)
         rows = None if entry.output_gradient is None else entry.output_gradient * entry.gradient_scale
         sums, measured, hessian = entry.sampled_parameter_gradients, entry.sample_gradients, entry.hessian
         raw = None if measured.loss is None else tuple(value * entry.gradient_scale for value in measured.loss)
         return replace(
             entry,
-            samples=sum(counts),
+            samples=samples,
+            shared_by=shared_by,
             gradient_scale=1.0,
             inputs=self._concatenated(entry.inputs, counts),
             output_gradient=self._concatenated(rows, counts),

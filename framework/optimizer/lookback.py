@@ -260,7 +260,7 @@ class LookBack:
         observed: list[tuple[Any, ...]] = []
         for block in self.session.blocks:
             record = before.get(block.layer.name)
-            if record is None or not block.asked.looks_back:
+            if record is None or record.unseen or not block.asked.looks_back:
                 continue
             later = after.get(block.layer.name)
             if later is None or later.samples != record.samples:

@@ -36,10 +36,15 @@ def observe(session: Session, batch: MiniBatch) -> None:
     for step in batch.steps:
         block = step.block
         measured = step.record = batch.statistics.get(block.layer.name)
+        if not block.asked.anything:
+            continue  # who needs nothing of the estimator is shown the gradients alone, which it is given in any case
+        if measured is not None and measured.unseen:
+            step.due, step.record = False, None
+            continue
         if looks_back and block.asked.looks_back:
             require_pairs(block, measured)
-        if not (step.due and block.asked.anything):
-            continue  # who needs nothing of the estimator is shown the gradients alone, which it is given in any case
+        if not step.due:
+            continue
         known = step.gradients if block.whole and not team.half else None
         record = step.record = fill(method.curvature, block.layer, measured, known)
         if record is None:
@@ -49,7 +54,7 @@ def observe(session: Session, batch: MiniBatch) -> None:
     coupled = _coupled(method.weight_decay, batch.steps) if batch.decays else None
     for step in batch.steps:
         measured = batch.statistics.get(step.block.layer.name)
-        if measured is not None:
+        if measured is not None and not measured.unseen:
             step.block.positions = measured.positions
     flat = None if coupled is None else [value for values in coupled for value in values]
     team.accumulate(method.momentum, batch.gradients, flat)
@@ -163,7 +168,10 @@ def _average_in(blocks: Sequence[Block], estimator: Estimator, statistics: Mappi
     """One mini-batch of the warm start."""
     found = False
     for block in blocks:
-        record = fill(estimator, block.layer, statistics.get(block.layer.name))
+        measured = statistics.get(block.layer.name)
+        if measured is not None and measured.unseen:
+            continue
+        record = fill(estimator, block.layer, measured)
         if record is not None and block.asked.anything:
             require_filled(block, record)
             block.part.update(block.state, Observation(record, (), block.storage), PlainAverage())

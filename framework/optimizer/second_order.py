@@ -6,7 +6,7 @@ error before it leaves the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -66,6 +66,9 @@ class SecondOrder(Session):
         grad_scaler: the ``torch.amp.GradScaler`` that scales the loss; needed by methods that read gradients inside the
             model if the gradients are unscaled for clipping, and by closures.
         backend: who measures, a name of :data:`osculate.curvature.backends.table.BACKENDS`; all record the same.
+        samples: which axis of the model's output counts the samples of a mini-batch (1 for a time-major output), or a
+            function of the output that returns it as (N, ...), e.g. ``lambda out: out.unflatten(0, (-1, tokens))``.
+            From there the sample of every row of every layer is found out. Likelihoods read the output in that form.
         process_group: the processes that share a mini-batch: ``"auto"`` (the world group, if ``torch.distributed`` is
             initialised), ``None`` or a group.
         certify_records: when what was recorded of the layers is compared with the gradients that it must explain:
@@ -96,6 +99,7 @@ class SecondOrder(Session):
         groups: Sequence[Mapping[str, Any]] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         backend: str = "hooks",
+        samples: int | Callable[[Any], Tensor] = 0,
         process_group: Any = "auto",
         certify_records: str = "start",
     ):
@@ -123,7 +127,7 @@ class SecondOrder(Session):
         self.plan = Plan(method, self.blocks, layers)
         super().__init__(split_into_groups(model, layers, groups), values)
         self._check_values()
-        self.capture = make_backend(backend, model, layers, resolved, loss_reduction, seed)
+        self.capture = make_backend(backend, model, layers, resolved, loss_reduction, seed, samples)
         wanted = all_records(self.blocks, layers, method)
         require_supported(self.capture, wanted)
         self.capture.arm(wanted)  # places the hooks that any step will need

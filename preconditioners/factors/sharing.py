@@ -41,7 +41,7 @@ class Expand:
 
     def inputs(self, statistics: LayerStatistics) -> tuple[Tensor, float]:
         """All rows."""
-        return statistics.input_rows(), 1.0 / (statistics.samples * statistics.layer.groups)
+        return statistics.input_rows(), statistics.input_weight
 
     def outputs(self, statistics: LayerStatistics) -> tuple[Tensor, float]:
         """All rows."""
@@ -60,7 +60,7 @@ class Reduce:
     def inputs(self, statistics: LayerStatistics) -> tuple[Tensor, float]:
         """One row per sample (and group)."""
         rows = _per_position(statistics.input_rows(), statistics, statistics.layer.groups)
-        return rows.mean(1).flatten(0, 1), 1.0 / (statistics.samples * statistics.layer.groups)
+        return rows.mean(1).flatten(0, 1), statistics.input_weight
 
     def outputs(self, statistics: LayerStatistics) -> tuple[Tensor, float]:
         """One row per sample (and root)."""
@@ -79,7 +79,7 @@ class Sum:
         """One row per sample and call (and group)."""
         rows = _per_position(statistics.input_rows(), statistics, statistics.layer.groups)
         means = [piece.mean(1) for piece in rows.split(list(_calls(statistics)), 1)]
-        return torch.stack(means, 1).flatten(0, 2), 1.0 / (statistics.samples * statistics.layer.groups)
+        return torch.stack(means, 1).flatten(0, 2), statistics.input_weight
 
     def outputs(self, statistics: LayerStatistics) -> tuple[Tensor, float]:
         """One row per sample and call (and root)."""

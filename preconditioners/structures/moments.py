@@ -76,7 +76,8 @@ class LayerMoments:
         """Mean over samples of (U_g' G_n U_a)^2, G_n the sum over positions of g a'; never all G_n at a time."""
         assert statistics.roots is not None
         rows, factor = statistics.roots
-        if statistics.layer.groups > 1 or rows.shape[0] != statistics.samples * statistics.positions:
+        uneven = statistics.ragged or rows.shape[0] != statistics.samples * statistics.positions
+        if statistics.layer.groups > 1 or uneven:
             return self._squares_of_vectors(statistics, inputs_basis, outputs_basis)
         left = rows.to(outputs_basis.dtype) @ outputs_basis
         inputs = statistics.input_rows().to(inputs_basis.dtype)
