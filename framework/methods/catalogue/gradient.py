@@ -78,7 +78,7 @@ def tnt(
     )
 
 
-def soap(*, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10) -> Method:
+def soap(*, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10, largest: int = 4096) -> Method:
     """SOAP (arXiv:2409.11321v2, Algorithm 3): Adam in the slowly renewed eigenbasis of Shampoo's matrices.
 
     The damping is Adam's epsilon. lr, betas, decay and the renewal every 10 steps are the paper's; see
@@ -88,6 +88,8 @@ def soap(*, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10) -> 
         beta1: decay in [0, 1) of the momentum.
         beta2: decay in [0, 1) of the squares and of Shampoo's matrices.
         basis_every: steps between renewals by one power iteration and QR, >= 1.
+        largest: a longer side (a vocabulary) keeps its coordinates, as in the authors' code beyond 10000; >= 1. Here
+            a basis of that order takes 128 MiB in float32, and on a CPU a renewal takes seconds.
     """
     average = MovingAverage(beta2)
     return Method(
@@ -97,6 +99,8 @@ def soap(*, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10) -> 
             average=average,
             sides=average,
             schedule=Schedule(inverses=basis_every, eager=1),
+            limit=2**31,
+            turned=largest,
         ),
         BatchMean(),
         damping=ConstantDamping(),
