@@ -26,6 +26,7 @@ from .blocks import full_precision, make_blocks
 from .closure import Closure, run_closure
 from .distributed import Ranks, unwrapped
 from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
+from .kinds_of_numbers import require_dense_gradients, require_real_and_dense
 from .lookback import LookBack
 from .nonfinite import Undo, describe_trouble, find_trouble, require_finite_loss, spoiled_parameters
 from .observers import Observer, StepTrace
@@ -69,6 +70,7 @@ class SecondOrder(Session):
 
     Raises:
         ArgumentError: for values out of range.
+            Also if a trainable parameter is complex or sparse, or a module is built to get sparse gradients.
         CompatibilityError: if parts do not fit, or ``strict`` and a parameter is left over.
     """
 
@@ -105,6 +107,7 @@ class SecondOrder(Session):
             )
         model, wrapper = unwrapped(model)
         require_values(model)
+        require_real_and_dense(model)
         layers = discover_layers(model)
         if not layers:
             raise ArgumentError(f"{type(model).__name__} has no trainable parameters")
@@ -183,6 +186,7 @@ class SecondOrder(Session):
             ClosureRequiredError: if the method evaluates the loss itself.
             ArgumentError: if no parameter has a gradient, the optimizer is closed or paused, or nothing was recorded of
                 a layer that measures (``torch.autograd.grad`` in the place of ``loss.backward()``).
+            ArgumentError: also if a gradient is sparse; no parameter and no state has changed.
             NumericalError: if a loss, gradient, statistic or step size is not finite (``on_nonfinite="raise"``); no
                 parameter and no state has changed.
         """
@@ -211,7 +215,12 @@ class SecondOrder(Session):
         team, gradients = self._present()
         if not gradients:
             raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
-        if find_trouble(loss, gradients, statistics.values()):
+        try:
+            troubled = find_trouble(loss, gradients, statistics.values())
+        except (RuntimeError, TypeError):
+            require_dense_gradients(self.blocks, statistics)
+            raise
+        if troubled:
             trouble = spoiled_parameters(self.blocks) or describe_trouble(loss, team, gradients, statistics)
             return self._refuse(trouble, loss)
         if due.measures_scores:

@@ -19,6 +19,7 @@ from .arguments import as_number
 from .blocks import Block, full_precision, make_blocks
 from .distributed import Ranks
 from .groups import GroupValues, chosen_parameters, late_layers, numbers_of, unowned_parameters
+from .kinds_of_numbers import require_real_and_dense
 from .plan import Plan, StepPlan
 from .precision import widened
 from .stepping import Proposal, StepRule
@@ -146,6 +147,7 @@ class Session(torch.optim.Optimizer):
             super().add_param_group(param_group)
             return
         chosen = chosen_parameters(self.model, param_group)
+        require_real_and_dense(self.model, chosen)
         added = late_layers(self.model, self.layers, chosen)
         numbers = {name: as_number(name, param_group.get(name, self.defaults[name])) for name in self.defaults}
         self.method.check_values(**numbers)
