@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.backends.table import make_backend, require_supported
-from ...curvature.layers.discovery import discover_layers
+from ...curvature.layers.discovery import discover_layers, last_matrix
 from ...curvature.likelihoods import Likelihood, resolve_likelihood
 from ...curvature.products import GraphKeepingBackward
 from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, NumericalError
-from ...preconditioners.structures.by_layer import ByLayer, require_matching_keys
+from ...preconditioners.structures.by_layer import ByLayer, require_matching_keys, with_last
 from ..methods.method import Method
 from .arguments import require_arguments, require_closure, require_values
 from .blocks import full_precision, make_blocks
@@ -111,10 +111,11 @@ class SecondOrder(Session):
         layers = discover_layers(model)
         if not layers:
             raise ArgumentError(f"{type(model).__name__} has no trainable parameters")
-        if isinstance(method.preconditioner, ByLayer):
-            require_matching_keys(method.preconditioner, layers)
+        self.structures = with_last(method.preconditioner, last_matrix(model, layers))
+        if isinstance(self.structures, ByLayer):
+            require_matching_keys(self.structures, layers)
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
-        self.blocks = make_blocks(layers, method.preconditioner, method.fallback, strict=strict)
+        self.blocks = make_blocks(layers, self.structures, method.fallback, strict=strict)
         self._strict, self.grad_scaler, self.ranks = strict, grad_scaler, Ranks(process_group, wrapper)
         self.plan = Plan(method, self.blocks, layers)
         super().__init__(split_into_groups(model, layers, groups), values)

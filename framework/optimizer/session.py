@@ -14,6 +14,8 @@ from ...curvature.backends.backend import Backend
 from ...curvature.layers.layer import Layer
 from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.damping.split import SideDamping, TwoSided
+from ...preconditioners.protocol import Preconditioner
+from ...preconditioners.structures.by_layer import ByLayer
 from ..methods.method import Method
 from .arguments import as_number
 from .blocks import Block, full_precision, make_blocks
@@ -42,6 +44,7 @@ class Session(torch.optim.Optimizer):
     method: Method
     layers: list[Layer]
     blocks: list[Block]
+    structures: Preconditioner | ByLayer
     capture: Backend
     ranks: Ranks
     plan: Plan
@@ -151,7 +154,7 @@ class Session(torch.optim.Optimizer):
         added = late_layers(self.model, self.layers, chosen)
         numbers = {name: as_number(name, param_group.get(name, self.defaults[name])) for name in self.defaults}
         self.method.check_values(**numbers)
-        blocks = make_blocks(added, self.method.preconditioner, self.method.fallback, strict=self._strict)
+        blocks = make_blocks(added, self.structures, self.method.fallback, strict=self._strict)
         super().add_param_group({**param_group, "params": chosen})
         for block in blocks:
             block.born = self._step

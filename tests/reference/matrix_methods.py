@@ -167,7 +167,10 @@ class SOAP(Method):
 
 
 class Muon(Method):
-    """Jordan's Muon on the weight, AdamW with the same Nesterov momentum on the bias."""
+    """Jordan's Muon on the weight, AdamW with the same Nesterov momentum on the bias and on all of the output layer.
+
+    That is the one with ``output_rows`` rows; 0: there is none, every weight is orthogonalised.
+    """
 
     def __init__(self, shape: tuple[int, int], hyper: Mapping[str, Any]) -> None:
         """Nothing gathered."""
@@ -178,13 +181,15 @@ class Muon(Method):
         """B = mu B + (1 - mu) G, and the vector mu B + (1 - mu) G."""
         mu, G = self.hyper["momentum"], seen.gradient
         ahead = mu * self.averaged(G) + (1 - mu) * G
+        adam = ahead / (np.sqrt(self.V.add(G**2)) + 1e-8)
+        if len(G) == self.hyper["output_rows"]:
+            return adam
         X = ahead[:, :-1] / np.linalg.norm(ahead[:, :-1])
         for _ in range(5):
             A = X @ X.T
             X = 3.4445 * X - 4.7750 * A @ X + 2.0315 * A @ A @ X
         scale = 0.2 * np.sqrt(max(X.shape))
-        bias = ahead[:, -1] / (np.sqrt(self.V.add(G[:, -1] ** 2)) + 1e-8)
-        return np.concatenate([scale * X, bias[:, None]], axis=1)
+        return np.concatenate([scale * X, adam[:, -1:]], axis=1)
 
 
 class EKFAC(Method):
