@@ -339,6 +339,9 @@ class StepSizeDeclarations(Declarations):
     recalls: bool = False
     """Whether steps go along the layers' last steps too."""
 
+    uses_loss: bool = False
+    """Whether it takes the loss of the mini-batch into account, where that is known."""
+
 
 class SignDeclarations(Declarations):
     """Of a sign rule."""

@@ -162,6 +162,8 @@ class Capture(Backend):
     def end_pass(self, output: Any) -> None:
         """The model has returned ``output``: run the backwards of our own, while its graph is alive."""
         self._inside = False
+        if self.seen is not None and isinstance(output, Tensor):
+            self.seen.watch(output, self.pauses)
         if not self._extra or not torch.is_grad_enabled():
             return
         likelihood, output = require_predictive(self.likelihood, output)

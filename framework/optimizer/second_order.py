@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...curvature.backends.loss_seen import SeenLoss
 from ...curvature.backends.table import make_backend, require_supported
+from ...curvature.declarations import StepSizeDeclarations, declared
 from ...curvature.layers.discovery import discover_layers, last_matrix
-from ...curvature.likelihoods import Likelihood, resolve_likelihood
+from ...curvature.likelihoods import Categorical, Likelihood, resolve_likelihood
 from ...curvature.products import GraphKeepingBackward
 from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, NumericalError
@@ -128,6 +130,8 @@ class SecondOrder(Session):
         self.gradient_evaluations = self.skipped_steps = 0
         self._step, self._warm = 0, False
         self.observers: list[Observer] = []
+        if isinstance(resolved, Categorical) and declared(method.step_size, StepSizeDeclarations).uses_loss:
+            self.capture.seen = SeenLoss([parameter for layer in layers for parameter in layer.parameters.values()])
         self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping)
         self.guard_state = method.guard.init()
         self._look_back = LookBack(self)
@@ -168,6 +172,8 @@ class SecondOrder(Session):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics that belong to them."""
         self.capture.discard_complete()
+        if self.capture.seen is not None:
+            self.capture.seen.take()
         super().zero_grad(set_to_none)
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -228,7 +234,9 @@ class SecondOrder(Session):
             require_sampled(statistics, team.layers)
         decays = self.decays(team)
         steps = self._steps(team, gradients, decays)
-        batch = MiniBatch(loss, statistics, products, team, gradients, steps, decays is not team.none)
+        batch = MiniBatch(
+            loss, statistics, products, team, gradients, steps, decays is not team.none, self._seen_loss()
+        )
         undo = self._undo(team) if due.risky else None
         try:
             self.last_report = self._advance(closure, batch)
@@ -309,6 +317,8 @@ class SecondOrder(Session):
         self.gradient_evaluations += 1 + self.due.samples_labels
         if closure is None:
             return None, None
+        if self.capture.seen is not None:
+            self.capture.seen.idle = True
         if not self.capture.is_armed(self.due.records):
             self._arm()  # an interrupted look back or warm start has left the hooks in another mode
         self.capture.clear()
@@ -318,7 +328,18 @@ class SecondOrder(Session):
             require_plain_loss(self.ranks.count, self.grad_scaler)
             with GraphKeepingBackward(self.layers) as products:
                 loss = run_closure(closure, self.device)
+        if self.capture.seen is not None:
+            self.capture.seen.idle = False
         return self.ranks.mean(loss) if self.ranks.count > 1 else loss, products
+
+    def _seen_loss(self) -> Tensor | None:
+        """The loss that the output's gradient tells of; a rule that has no use for it reads none."""
+        found = None if self.capture.seen is None else self.capture.seen.take()
+        if found is None:
+            return None
+        if self._inverse_scale is not None:
+            found = found * self._inverse_scale
+        return self.ranks.mean(found)
 
     def _skip(self, trouble: str, loss: Tensor | None) -> Tensor | None:
         """Count and report a step that is not taken."""

@@ -162,6 +162,7 @@ class MiniBatch:
         gradients: of the team's parameters, one after another.
         steps: of the team's blocks.
         decays: whether some parameter has weight decay.
+        seen: what the output's gradient tells of the loss, where no closure returned it.
     """
 
     loss: Tensor | None
@@ -171,3 +172,4 @@ class MiniBatch:
     gradients: list[Tensor]
     steps: list[BlockStep]
     decays: bool = False
+    seen: Tensor | None = None
