@@ -165,6 +165,9 @@ class StructureDeclarations(Declarations):
     numbers: Callable[..., int | None] | None = None
     """``numbers(layer)``: how many numbers its state holds; ``None``: not stated."""
 
+    declines: Callable[..., str] | None = None
+    """``declines(layer)``: why a limit of size keeps a layer out, with the bytes that it would take; else empty."""
+
     bounds: Callable[..., Any] | None = None
     """``bounds(state, layer, damping)``: lowest and highest eigenvalue of ``to_dense``; ``None``: not stated."""
 

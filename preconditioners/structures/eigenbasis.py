@@ -20,7 +20,7 @@ from ..linalg import Computed
 from ..protocol import Observation, Request, ScalingLaw, Schedule
 from ..state import State
 from .identity import Stateless
-from .kronecker import in_layer_order
+from .kronecker import in_layer_order, too_long
 from .moments import LayerMoments, Moments, turned
 
 __all__ = ["Eigenbasis", "EigenbasisState"]
@@ -114,6 +114,10 @@ class Eigenbasis(Stateless):
     def serves(self, layer: Layer) -> tuple[str, ...]:
         """Weight and bias of layers that are matrices within the limit."""
         return tuple(layer.parameters) if layer.is_matrix and max(layer.matrix_shape) <= self.limit else ()
+
+    def declines(self, layer: Layer) -> str:
+        """A side beyond the limit."""
+        return too_long(layer, self.limit, self.numbers(layer)) if layer.is_matrix else ""
 
     def init(self, layer: Layer, parameters: Tensors) -> EigenbasisState:
         """Nothing gathered: the original coordinates, every square 1."""

@@ -23,7 +23,7 @@ from ..linalg import Computed
 from ..protocol import Events, Observation, Request, ScalingLaw, Schedule, count_events
 from ..state import State
 
-__all__ = ["Kronecker", "KroneckerState", "in_layer_order"]
+__all__ = ["Kronecker", "KroneckerState", "in_layer_order", "too_long"]
 
 
 @dataclass
@@ -123,6 +123,10 @@ class Kronecker(StructureDeclarations):
         """Weight and bias of layers that are matrices within the limit."""
         return tuple(layer.parameters) if layer.is_matrix and max(layer.matrix_shape) <= self.limit else ()
 
+    def declines(self, layer: Layer) -> str:
+        """A side beyond the limit."""
+        return too_long(layer, self.limit, self.numbers(layer)) if layer.is_matrix else ""
+
     def init(self, layer: Layer, parameters: Tensors) -> KroneckerState:
         """Fresh states of both sides."""
         rows, columns = layer.matrix_shape
@@ -188,6 +192,22 @@ def in_layer_order(layer: Layer, dense: Tensor) -> Tensor:
     """A matrix over [W | b] row by row as one over the parameters' own entries (weight, then bias)."""
     order = layer.entries().to(dense.device)
     return dense[order][:, order]
+
+
+def too_long(layer: Layer, limit: int, numbers: int | None) -> str:
+    """Why a layer with a side beyond the limit is declined, and what its state would take; empty for others.
+
+    Args:
+        layer: a layer with a matrix.
+        limit: largest order of a side.
+        numbers: how many numbers the state would hold; ``None``: not stated.
+    """
+    longest = max(layer.matrix_shape)
+    if longest <= limit:
+        return ""
+    size = 0 if numbers is None else numbers * layer.parameters["weight"].element_size()
+    taken = f", and its state would take {size / 2**20:,.0f} MiB" if size else ""
+    return f"a side of {longest} is beyond limit={limit}{taken}"
 
 
 def _dense(factor: Factor, state: State, damping: float, size: int, like: Tensor) -> Tensor:
