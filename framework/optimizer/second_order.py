@@ -26,6 +26,7 @@ from ..methods.method import Method
 from .arguments import require_arguments, require_closure, require_values
 from .blocks import full_precision, make_blocks
 from .closure import Closure, run_closure
+from .declined import warn_of_declined
 from .distributed import Ranks, unwrapped
 from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
 from .kinds_of_numbers import require_dense_gradients, require_real_and_dense
@@ -118,6 +119,7 @@ class SecondOrder(Session):
             require_matching_keys(self.structures, layers)
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
         self.blocks = make_blocks(layers, self.structures, method.fallback, strict=strict)
+        warn_of_declined(self.blocks)
         self._strict, self.grad_scaler, self.ranks = strict, grad_scaler, Ranks(process_group, wrapper)
         self.plan = Plan(method, self.blocks, layers)
         super().__init__(split_into_groups(model, layers, groups), values)

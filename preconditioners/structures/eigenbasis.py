@@ -69,9 +69,9 @@ class Eigenbasis(Stateless):
         sides: rule over steps for the matrices.
         schedule: when statistics and basis are renewed.
         limit: layers with a side of more than this order are declined (the method's fallback takes them, visibly).
-            Default 8192: 256 MiB in float32. >= 1.
+            Default 5120: 100 MiB a matrix in float32. >= 1.
         turned: a side of more than this order keeps its original coordinates, as in SOAP's code (its 10000), visibly in
-            the layer table: no matrix of it is kept. Default 8192: the limit's. >= 1.
+            the layer table: no matrix of it is kept. Default 5120: the limit's. >= 1.
 
     Memory: 2 (d_in^2 + d_out^2) + d_in d_out numbers, without the squares of sides that are not turned.
     """
@@ -81,8 +81,8 @@ class Eigenbasis(Stateless):
     average: Average = field(default_factory=lambda: MovingAverage(0.9))
     sides: Average = field(default_factory=lambda: MovingAverage(0.9))
     schedule: Schedule = field(default_factory=Schedule)
-    limit: int = 8192
-    turned: int = 8192
+    limit: int = 5120
+    turned: int = 5120
     joint = True
 
     def __post_init__(self) -> None:

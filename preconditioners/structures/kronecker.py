@@ -46,7 +46,8 @@ class Kronecker(StructureDeclarations):
         outputs: factor over its outputs (order d_out).
         schedule: when statistics and inverses are renewed.
         limit: layers with a side of more than this order are declined (the method's fallback takes them, visibly):
-            a matrix of order 8192, the default, is 256 MiB in float32. >= 1.
+            a matrix of order 5120, the default, is 100 MiB in float32, and a side has two or three. Kernels of 512
+            channels (4609) pass, vocabularies do not. >= 1.
 
     Raises:
         CompatibilityError: if a factor makes no sense on its side.
@@ -57,7 +58,7 @@ class Kronecker(StructureDeclarations):
     inputs: Factor
     outputs: Factor
     schedule: Schedule = field(default_factory=Schedule)
-    limit: int = 8192
+    limit: int = 5120
     joint = True
 
     def __post_init__(self) -> None:

@@ -147,6 +147,21 @@ def test_dense_takes_indefinite_curvature_only_with_a_rule_for_it() -> None:
     assert Dense(osc.Absolute()).takes_indefinite and not Dense().takes_indefinite
 
 
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "kbfgs", "shampoo"])
+def test_a_vocabulary_is_left_out_with_one_warning(name: str) -> None:
+    """Named, with its bytes, before anything of it is allocated; kernels of 512 channels are no vocabulary."""
+    model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 6000))
+    with pytest.warns(
+        UserWarning, match=r"fallback.*2 .*a side of 6000 is beyond limit=5120.* MiB.*higher limit"
+    ) as seen:
+        rows = osc.build(name, model, likelihood="categorical").layer_table()
+    assert len(seen) == 1
+    assert [row.layer for row in rows if row.fallback] == ["2"]
+    assert sum(row.bytes for row in rows) < 2**20
+    deep = nn.Sequential(nn.Conv2d(512, 2, 3))
+    assert not osc.build("kfac", deep, likelihood="categorical").layer_table()[0].fallback
+
+
 @pytest.mark.parametrize(
     ("part", "words"),
     [
