@@ -169,6 +169,9 @@ class StructureDeclarations(Declarations):
     numbers: Callable[..., int | None] | None = None
     """``numbers(layer)``: how many numbers its state holds; ``None``: not stated."""
 
+    declines: Callable[..., str] | None = None
+    """``declines(layer)``: why a limit of size keeps a layer out, with the bytes that it would take; else empty."""
+
     bounds: Callable[..., Any] | None = None
     """``bounds(state, layer, damping)``: lowest and highest eigenvalue of ``to_dense``; ``None``: not stated."""
 
@@ -345,6 +348,9 @@ class StepSizeDeclarations(Declarations):
 
     recalls: bool = False
     """Whether steps go along the layers' last steps too."""
+
+    uses_loss: bool = False
+    """Whether it takes the loss of the mini-batch into account, where that is known."""
 
 
 class SignDeclarations(Declarations):

@@ -185,7 +185,7 @@ class PowerIteration:
         dtype = factorisation_dtype(request.matrix.dtype)
         start, matrix = request.start.to(dtype), request.matrix.to(dtype)
         moved = matrix @ start
-        moved += self.shift * _noise(matrix) * start
+        moved.addcmul_(start, torch.linalg.matrix_norm(matrix), value=self.shift * _unit(matrix))
         return moved
 
     def _one(self, request: Request, moved: Tensor) -> Computed:
@@ -253,7 +253,12 @@ def _with_own_memory(results: list[Computed]) -> list[Computed]:
 def _noise(matrix: Tensor) -> Tensor:
     """sqrt(u) |M|_F, (...): far above the rounding errors of M's entries, far below what matters of its spectrum."""
     norm: Tensor = torch.linalg.matrix_norm(matrix)
-    return norm * math.sqrt(torch.finfo(matrix.dtype).eps)
+    return norm * _unit(matrix)
+
+
+def _unit(matrix: Tensor) -> float:
+    """sqrt(u)."""
+    return math.sqrt(torch.finfo(matrix.dtype).eps)
 
 
 def _finite(tensors: Sequence[Tensor]) -> list[bool]:

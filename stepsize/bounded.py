@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checking import require_fields
-from ..curvature.declarations import StepSizeDeclarations
+from ..curvature.declarations import StepSizeDeclarations, declared, derived
 from ..curvature.quadratic_forms import QuadraticForm
 from ..curvature.records.needs import Needs
 from ..errors import require_interval
@@ -29,15 +30,27 @@ class RelativeBound(StepSizeDeclarations, forwards="rule"):
     Args:
         rule: the rule to bound.
         limit: > 0, largest ratio |alpha_l d_l| / |theta_l|. A layer whose parameters are all zero is not bounded.
+        decrease: > 0 (``inf``: no bound), in units of the mini-batch loss: all layers' steps are shortened by one
+            factor until the decrease that the slopes promise, sum_l alpha_l <momentum_l, d_l>, is no more than this.
+            A loss of a likelihood cannot fall below zero, so a step that promises more follows a curvature that is not
+            there: where probabilities saturate, at 0 or 1, sampled labels see none. A loss that is not known bounds
+            nothing, a negative one bounds by its size; one that is exactly 0 lets nothing move.
     """
 
     rule: StepSize = field(default_factory=ConstantStep)
     limit: float = 0.25
+    decrease: float = math.inf
     proportional = False
 
     def __post_init__(self) -> None:
         require_fields(self)
         require_interval("limit of a relative step bound", self.limit, 0.0, float("inf"), closed="(]")
+        require_interval("decrease of a relative step bound", self.decrease, 0.0, float("inf"), closed="(]")
+
+    @derived
+    def uses_loss(self) -> bool:
+        """Where a decrease is bounded."""
+        return self.decrease < math.inf or declared(self.rule, StepSizeDeclarations).uses_loss
 
     @property
     def needs(self) -> Needs:
@@ -62,12 +75,20 @@ class RelativeBound(StepSizeDeclarations, forwards="rule"):
         assert evidence.squared_norms is not None and evidence.parameter_norms is not None
         proposed = self.rule.propose(state, evidence)
         if self.recalls:
-            return self._both(proposed, evidence.squared_norms, evidence.parameter_norms)
+            return self._possible(self._both(proposed, evidence.squared_norms, evidence.parameter_norms), evidence)
         cap = self.limit * evidence.parameter_norms / evidence.squared_norms.sqrt()
         # A layer whose parameters are zero, or whose quotient is no number, has no bound.
         cap.masked_fill_(evidence.parameter_norms <= 0, torch.inf).nan_to_num_(torch.inf, torch.inf)
         sizes = proposed.to(cap) if isinstance(proposed, Tensor) else torch.full_like(cap, proposed)
-        return torch.minimum(sizes, cap)
+        return self._possible(torch.minimum(sizes, cap), evidence)
+
+    def _possible(self, sizes: Tensor, evidence: StepEvidence) -> Tensor:
+        """All sizes shortened by one factor until they promise no more than the loss can give."""
+        if self.decrease == math.inf or evidence.loss is None or evidence.slopes is None:
+            return sizes
+        promised = torch.dot(sizes, evidence.slopes).clamp_(min=torch.finfo(sizes.dtype).tiny)  # uphill: no bound
+        share = self.decrease * evidence.loss.abs().to(promised) / promised
+        return sizes * share.clamp_(max=1.0)
 
     def _both(self, proposed: float | Tensor, squared_norms: Tensor, parameter_norms: Tensor) -> Tensor:
         """(2L,) bounded alpha and beta."""

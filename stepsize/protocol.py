@@ -36,6 +36,8 @@ class StepEvidence:
         squared_norms: (K,) |d_l|^2; None unless asked.
         parameter_norms: (L,) |theta_l|; None unless asked.
         forms: (K, K) matrix M with M_ll = d_l' C_l d_l, or None when curvature is not renewed at this step.
+        loss: 0-dimensional, of the mini-batch: what the closure returned, or what the output and its gradient tell of
+            it; None where neither is known.
     """
 
     names: Sequence[str]
@@ -45,6 +47,7 @@ class StepEvidence:
     squared_norms: Tensor | None = None
     parameter_norms: Tensor | None = None
     forms: Tensor | None = None
+    loss: Tensor | None = None
 
 
 class StepSize(Protocol):

@@ -12,6 +12,7 @@ from ..layers.layer import Layer
 from ..likelihoods import Likelihood
 from ..records.needs import PassKind, Record
 from ..records.statistics import LayerStatistics
+from .loss_seen import SeenLoss
 from .passes import Pauses
 
 __all__ = ["Backend"]
@@ -39,6 +40,8 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    seen: SeenLoss | None = None
+    """What reads the loss of plain loops off the output's gradient, where a step-size rule wants it."""
     cannot: ClassVar[Mapping[Record, str]] = {}
     samples: int | Callable[[Any], Tensor] = 0
 
@@ -123,7 +126,7 @@ class Backend(ABC):
         """For copies: hooks belong to the original."""
         return {name: value for name, value in self.__dict__.items() if name not in self._original}
 
-    _original: ClassVar[tuple[str, ...]] = ("_handles", "pauses")
+    _original: ClassVar[tuple[str, ...]] = ("_handles", "pauses", "seen")
     """Attributes that a copy does not take along."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -257,6 +257,8 @@ class Capture(Backend):
             self._require_samples(output)
         if self._axes:
             self._settle(args, kwargs, output)
+        if self.seen is not None and isinstance(output, Tensor):
+            self.seen.watch(output, self.pauses)
         if not self._extra or not torch.is_grad_enabled():
             return
         likelihood, output = require_predictive(self.likelihood, output)

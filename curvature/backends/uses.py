@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
@@ -64,6 +65,8 @@ def use_of(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Us
     value = args[0] if args else next(iter(kwargs.values()), None)
     if value is None:
         return None
+    if isinstance(value, Tensor) and value.layout is not torch.strided:
+        value = value.detach().to_dense()  # records are matrices that are multiplied with each other
     return Use(layer, value.transpose(0, 1), BatchSecond()) if layer.batch_axis else Use(layer, value)
 
 

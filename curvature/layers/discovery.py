@@ -12,7 +12,7 @@ from .adapters import ADAPTERS, LayerAdapter
 from .attention import attention_parts, is_attention, sequence_first
 from .layer import Layer
 
-__all__ = ["discover_layers", "has_plain_weights"]
+__all__ = ["discover_layers", "has_plain_weights", "last_matrix"]
 
 _ROLES = ("weight", "bias", "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -45,6 +45,27 @@ def discover_layers(model: nn.Module, adapters: Sequence[LayerAdapter] = ADAPTER
             layers.append(_layer(name, module, own, owners, adapters, id(module) in sequences))
         seen.update(id(parameter) for parameter in own.values())
     return layers
+
+
+def last_matrix(model: nn.Module, layers: Sequence[Layer]) -> str | None:
+    """Name of the layer that owns the last matrix of a model, in the order of its modules: usually its output layer.
+
+    A weight that the last module shares with an earlier one (an output layer tied to an embedding) is owned by that.
+
+    Args:
+        model: the model.
+        layers: its layers.
+
+    Returns:
+        ``None`` if no trainable weight has two axes or more.
+    """
+    owners = {id(parameter): layer.name for layer in layers for parameter in layer.parameters.values()}
+    found = None
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim > 1:
+                found = owners.get(id(parameter), found)
+    return found
 
 
 def _layer(

@@ -16,6 +16,7 @@ from ...analysis.quality.compared_structures import StructureQuality, compare_st
 from ...analysis.quality.exact_blocks import Target
 from ...analysis.quality.quality_plots import structure_plots
 from ...errors import ArgumentError
+from ...framework.optimizer.second_order import SecondOrder
 from ..problems import get_problem
 from ..report.tables import print_table, write_rows
 from ..runs.environment import prepare_process
@@ -28,6 +29,9 @@ from .flags import Place, ProblemFlags
 from .screen import say
 
 __all__ = ["CompareStructures"]
+
+_ROOM = 4 * 2**30
+"""Bytes that the exact matrix of one layer may take."""
 
 _MEANS = ("error_frobenius", "error_scaled", "cosine", "condition_before", "condition_after")
 _SHOWN = {
@@ -82,6 +86,7 @@ class CompareStructures(ProblemFlags):
         require_folder(out, "structures.csv", "structures.png")
         chosen = self._structures()
         run = self._checkpoint()
+        self._require_room(run)
         probe, *history = probes(run.problem, run.data, self.samples, 1 + self.history)
         effort = Effort(dense=self.largest, largest=self.largest)
         with console.status("measuring") as status:
@@ -102,6 +107,17 @@ class CompareStructures(ProblemFlags):
         save_figure(plots_figure(structure_plots(found, self.targets[0])), out / "structures")
         say(console, f"table and figure lie in {out}")
         return 0
+
+    def _require_room(self, run: TrainingRun) -> None:
+        """Refuse exact matrices that would not fit, before any is made."""
+        for layer in run.optimizer.layers if isinstance(run.optimizer, SecondOrder) else ():
+            count = sum(parameter.numel() for parameter in layer.parameters.values())
+            size = 8 * count**2
+            if count <= self.largest and size > _ROOM:
+                raise ArgumentError(
+                    f"the exact matrix of layer {layer.name!r} ({count} parameters) takes {size / 1e9:,.0f} GB in "
+                    f"double precision; leave it out with --largest {math.isqrt(_ROOM // 8)} or less"
+                )
 
     def _structures(self) -> dict[str, Any]:
         table = registry.examples()["structure"]

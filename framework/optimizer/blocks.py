@@ -17,7 +17,7 @@ from ...errors import ArgumentError, CompatibilityError
 from ...preconditioners.damping.split import SideDamping
 from ...preconditioners.protocol import Preconditioner
 from ...preconditioners.state import State
-from ...preconditioners.structures.by_layer import ByLayer, select
+from ...preconditioners.structures.by_layer import ByLayer, leaves, select
 from ...preconditioners.structures.kronecker import Kronecker
 from .report import LayerRow
 
@@ -62,6 +62,7 @@ class Block:
     ``views`` shows the same memory in the shapes of the parameters, so nothing is packed or unpacked in a step.
     ``needs`` and ``asked`` say what its part asks for, ``whole`` whether it has all parameters of its layer.
     ``damped`` keeps the damping of its sides with the numbers that it follows from.
+    ``note`` says why a limit of size has sent the block to the fallback, if one has.
     ``born`` is the step before which the block was added: its schedule counts from there.
     ``vector`` is what is preconditioned: the storage itself, unless the momentum blends in the gradient.
     ``structure`` is the part with all that a structure may declare: itself, or a third party's taken in.
@@ -77,6 +78,7 @@ class Block:
     updates: int = 0
     positions: int = 1
     born: int = 0
+    note: str = ""
     structure: StructureDeclarations = field(init=False)
     parameters: Tensors = field(init=False)
     views: Tensors = field(init=False)
@@ -147,7 +149,9 @@ class Block:
             shape = (sum(parameter.numel() for parameter in self.parameters),)
         size = self.state.bytes() + sum(value.numel() * value.element_size() for value in self.storage)
         layer = self.layer
-        return LayerRow(layer.name, layer.kind, self.names, shape, describe(self.part), self.fallback, size, layer.note)
+        return LayerRow(
+            layer.name, layer.kind, self.names, shape, describe(self.part), self.fallback, size, self.note or layer.note
+        )
 
     def to_dict(self, state: bool = True) -> dict[str, Any]:
         """State (on request without that of the structure), momentum and counters."""
@@ -226,16 +230,28 @@ def make_blocks(
             key = layer.name if index == 0 else f"{layer.name}:{'+'.join(names)}"
             blocks.append(_block(key, layer, names, part, False))
         if rest:
-            note = f" ({layer.note})" if layer.note else ""
+            reason = layer.note if chosen or layer.note else _declined(preconditioner, layer)
+            note = f" ({reason})" if reason else ""
             left.append(f"{layer.name} ({type(layer.module).__name__}): {', '.join(rest)}{note}")
             key = layer.name if not chosen else f"{layer.name}:{'+'.join(rest)}"
             blocks.append(_block(key, layer, rest, fallback, True))
+            blocks[-1].note = reason
     if strict and left:
         raise CompatibilityError(
             f"strict=True, but these parameters would get the fallback {describe(fallback)}: {'; '.join(left)}; give "
             "them a part with ByLayer, freeze them, or build with strict=False"
         )
     return blocks
+
+
+def _declined(preconditioner: Preconditioner | ByLayer, layer: Layer) -> str:
+    """Why a limit of size of some structure keeps a layer out; empty if none does."""
+    for part in leaves(preconditioner):
+        declines = declared(part, StructureDeclarations).declines
+        reason = "" if declines is None else declines(layer)
+        if reason:
+            return f"{describe(part)}: {reason}"
+    return ""
 
 
 def _block(key: str, layer: Layer, names: tuple[str, ...], part: Preconditioner, fallback: bool) -> Block:

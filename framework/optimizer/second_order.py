@@ -13,20 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...curvature.backends.loss_seen import SeenLoss
 from ...curvature.backends.table import make_backend, require_supported
-from ...curvature.layers.discovery import discover_layers
-from ...curvature.likelihoods import Likelihood, resolve_likelihood
+from ...curvature.declarations import StepSizeDeclarations, declared
+from ...curvature.layers.discovery import discover_layers, last_matrix
+from ...curvature.likelihoods import Categorical, Likelihood, resolve_likelihood
 from ...curvature.products import GraphKeepingBackward
 from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, NumericalError
-from ...preconditioners.structures.by_layer import ByLayer, require_matching_keys
+from ...preconditioners.structures.by_layer import ByLayer, require_matching_keys, with_last
 from ..methods.method import Method
 from .arguments import require_arguments, require_closure, require_values
 from .blocks import full_precision, make_blocks
 from .closure import Closure, loss_of
+from .declined import warn_of_declined
 from .distributed import Ranks, unwrapped
 from .earlier import EarlierGradients, require_whole_batch
 from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
+from .kinds_of_numbers import require_dense_gradients, require_real_and_dense
 from .lookback import LookBack
 from .nonfinite import Undo, describe_trouble, find_trouble, require_finite_loss, spoiled_parameters
 from .observers import Observer, StepTrace
@@ -76,6 +80,7 @@ class SecondOrder(Session):
 
     Raises:
         ArgumentError: for values out of range.
+            Also if a trainable parameter is complex or sparse, or a module is built to get sparse gradients.
         CompatibilityError: if parts do not fit, or ``strict`` and a parameter is left over.
     """
 
@@ -115,14 +120,17 @@ class SecondOrder(Session):
         model, wrapper = unwrapped(model)
         require_values(model)
         require_local(model)
+        require_real_and_dense(model)
         layers = discover_layers(model)
         if not layers:
             raise ArgumentError(f"{type(model).__name__} has no trainable parameters")
-        if isinstance(method.preconditioner, ByLayer):
-            require_matching_keys(method.preconditioner, layers)
+        self.structures = with_last(method.preconditioner, last_matrix(model, layers))
+        if isinstance(self.structures, ByLayer):
+            require_matching_keys(self.structures, layers)
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
-        self.blocks = make_blocks(layers, method.preconditioner, method.fallback, strict=strict)
+        self.blocks = make_blocks(layers, self.structures, method.fallback, strict=strict)
         self.certify_records = certify_records
+        warn_of_declined(self.blocks)
         self._strict, self.grad_scaler, self.ranks = strict, grad_scaler, Ranks(process_group, wrapper)
         self.plan = Plan(method, self.blocks, layers)
         super().__init__(split_into_groups(model, layers, groups), values)
@@ -135,6 +143,8 @@ class SecondOrder(Session):
         self.gradient_evaluations = self.skipped_steps = 0
         self._step, self._warm = 0, False
         self.observers: list[Observer] = []
+        if isinstance(resolved, Categorical) and declared(method.step_size, StepSizeDeclarations).uses_loss:
+            self.capture.seen = SeenLoss([parameter for layer in layers for parameter in layer.parameters.values()])
         self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping)
         self.guard_state = method.guard.init()
         self._look_back = LookBack(self)
@@ -177,6 +187,8 @@ class SecondOrder(Session):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics that belong to them."""
         self.capture.discard_complete()
+        if self.capture.seen is not None:
+            self.capture.seen.take()
         super().zero_grad(set_to_none)
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -198,7 +210,8 @@ class SecondOrder(Session):
             ArgumentError: if no parameter has a gradient, the optimizer is closed or paused, or nothing was recorded of
                 a layer that measures (``torch.autograd.grad`` in the place of ``loss.backward()``); if the model's
                 layers are not those of ``build``; if a method that evaluates the mini-batch again finds gradients that
-                the closure did not clear, or another mini-batch.
+                the closure did not clear, or another mini-batch; if a gradient is sparse. No parameter and no state
+                has changed.
             NumericalError: if a loss, gradient, statistic or step size is not finite (``on_nonfinite="raise"``); no
                 parameter and no state has changed.
         """
@@ -229,14 +242,21 @@ class SecondOrder(Session):
         team, gradients = self._with_gradients()
         if not gradients:
             raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
-        if find_trouble(loss, gradients, statistics.values(), self.capture.doubts):
+        try:
+            troubled = find_trouble(loss, gradients, statistics.values(), self.capture.doubts)
+        except (RuntimeError, TypeError):
+            require_dense_gradients(self.blocks, statistics)
+            raise
+        if troubled:
             trouble = spoiled_parameters(self.blocks) or describe_trouble(loss, team, gradients, statistics)
             return self._refuse(trouble, loss)
         if due.measures_scores:
             require_sampled(statistics, team.layers)
         decays = self.decays(team)
         steps = self._block_steps(team, gradients, decays)
-        batch = MiniBatch(loss, statistics, products, team, gradients, steps, decays is not team.none)
+        batch = MiniBatch(
+            loss, statistics, products, team, gradients, steps, decays is not team.none, seen=self._seen_loss()
+        )
         undo = self._undo(team) if due.risky or due.looks_back else None
         try:
             self.last_report = self._advance(closure, batch, [] if undo is None else undo.copies)
@@ -345,6 +365,8 @@ class SecondOrder(Session):
             capture.clear()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         earlier, products = EarlierGradients(parameters, again or bool(passes)), None
+        if capture.seen is not None:
+            capture.seen.idle = True  # the closure tells its loss
         try:
             with torch.enable_grad():
                 if not due.products:
@@ -355,6 +377,8 @@ class SecondOrder(Session):
                         loss = closure()
         finally:
             earlier.finish()
+            if capture.seen is not None:
+                capture.seen.idle = False
         if loss is None and not earlier.joined():
             return None, None
         loss, kept = loss_of(loss, self.device), earlier.kept()
@@ -364,6 +388,15 @@ class SecondOrder(Session):
             capture.forget_passes(passes)  # cleared by somebody else, else zero_grad has told the capture
         self.gradient_evaluations += 1 + due.samples_labels
         return self.ranks.mean(loss) if self.ranks.count > 1 else loss, products
+
+    def _seen_loss(self) -> Tensor | None:
+        """The loss that the output's gradient tells of; a rule that has no use for it reads none."""
+        found = None if self.capture.seen is None else self.capture.seen.take()
+        if found is None:
+            return None
+        if self._inverse_scale is not None:
+            found = found * self._inverse_scale
+        return self.ranks.mean(found)
 
     def _skip(self, trouble: str, loss: Tensor | None) -> Tensor | None:
         """Count and report a step that is not taken."""

@@ -15,11 +15,14 @@ from ...curvature.backends.backend import Backend
 from ...curvature.layers.layer import Layer
 from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.damping.split import SideDamping, TwoSided
+from ...preconditioners.protocol import Preconditioner
+from ...preconditioners.structures.by_layer import ByLayer
 from ..methods.method import Method
 from .arguments import as_number
 from .blocks import Block, full_precision, make_blocks
 from .distributed import Ranks
 from .groups import GroupValues, chosen_parameters, late_layers, numbers_of, unowned_parameters
+from .kinds_of_numbers import require_real_and_dense
 from .plan import Plan, StepPlan
 from .precision import widened
 from .skeleton import Skeleton
@@ -44,6 +47,7 @@ class Session(torch.optim.Optimizer):
     method: Method
     layers: list[Layer]
     blocks: list[Block]
+    structures: Preconditioner | ByLayer
     capture: Backend
     ranks: Ranks
     plan: Plan
@@ -152,10 +156,11 @@ class Session(torch.optim.Optimizer):
             return
         self._require_same_model()
         chosen = chosen_parameters(self.model, param_group)
+        require_real_and_dense(self.model, chosen)
         added = late_layers(self.model, self.layers, chosen)
         numbers = {name: as_number(name, param_group.get(name, self.defaults[name])) for name in self.defaults}
         self.method.check_values(**numbers)
-        blocks = make_blocks(added, self.method.preconditioner, self.method.fallback, strict=self._strict)
+        blocks = make_blocks(added, self.structures, self.method.fallback, strict=self._strict)
         super().add_param_group({**param_group, "params": chosen})
         for block in blocks:
             block.born = self._step

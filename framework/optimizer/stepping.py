@@ -252,7 +252,8 @@ class StepRule:
         if self.needs or judged:
             directions = {entry.block.key: entry.directions for entry in batch.steps}
             pieces = _pieces(self.layers, batch.team.blocks, directions, momentum, self.last)
-        evidence = self._evidence(step, lr, pieces, batch.statistics, batch.products)
+        loss = batch.seen if batch.loss is None else batch.loss
+        evidence = self._evidence(step, lr, pieces, batch.statistics, batch.products, loss)
         sizes, by_name, events = self._checked(self.rule.propose(self.state, evidence), self.names)
         moves = []
         for entry in batch.steps:
@@ -333,6 +334,7 @@ class StepRule:
         pieces: _Pieces,
         statistics: Mapping[str, LayerStatistics],
         products: GraphKeepingBackward | None,
+        loss: Tensor | None,
     ) -> StepEvidence:
         names = self.names
         if not self.needs:
@@ -347,6 +349,7 @@ class StepRule:
             squared_norms=squares,
             parameter_norms=self._norms() if Needs.NORMS in self.needs else None,
             forms=None if form is None else self._forms(form, step, pieces, statistics, products),
+            loss=loss,
         )
 
     def _forms(

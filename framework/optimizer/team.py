@@ -165,6 +165,7 @@ class MiniBatch:
         steps: of the team's blocks.
         decays: whether some parameter has weight decay.
         waiting: blocks whose statistics are updated after the second evaluation, by crew.
+        seen: what the output's gradient tells of the loss, where no closure returned it.
     """
 
     loss: Tensor | None
@@ -175,3 +176,4 @@ class MiniBatch:
     steps: list[BlockStep]
     decays: bool = False
     waiting: list[tuple[Crew, list[BlockStep]]] = field(default_factory=list)
+    seen: Tensor | None = None

@@ -14,7 +14,10 @@ from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, UnknownNameError
 from ..protocol import Preconditioner
 
-__all__ = ["ByLayer", "leaves", "require_matching_keys", "select"]
+__all__ = ["LAST", "ByLayer", "leaves", "require_matching_keys", "select", "with_last"]
+
+LAST = "(last)"
+"""In a table: the layer that owns the last matrix of the model, in the order of its modules."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class ByLayer:
         table: from a layer's kind (``"Linear"``, ``"Conv1d"``, ``"ConvTranspose2d"``, ``"Embedding"``, ``"LayerNorm"``,
             ``"Attention"``, ``"Other"``, ...; ``osculate.curvature.layers.adapters.KINDS``) or a shell pattern of its
             qualified name (``"encoder.*"``) to a structure, or a table of them. Names win over kinds; among names the
-            first match wins.
+            first match wins. The name ``"(last)"`` (:data:`LAST`) stands for the layer that owns the last matrix of the
+            model, its output layer, which is found when the optimizer is built.
         otherwise: the structure for every parameter that its layer's entry does not serve (a convolution's bias under
             kernel blocks) and for layers without an entry. ``None``: they get the method's fallback.
 
@@ -81,6 +85,28 @@ def select(preconditioner: Preconditioner | ByLayer, layer: Layer) -> list[tuple
     if rest and other is not None and _can_take(other, layer, rest):
         chosen.append((other, rest))
     return chosen
+
+
+def with_last(preconditioner: Preconditioner | ByLayer, last: str | None) -> Preconditioner | ByLayer:
+    """The same table with a layer's name in the place of ``"(last)"``.
+
+    Args:
+        preconditioner: a structure, or a table of them.
+        last: the name; ``None``: the model has no matrix.
+
+    Raises:
+        ArgumentError: if there is no such layer, and no other entry in its table.
+    """
+    if not isinstance(preconditioner, ByLayer):
+        return preconditioner
+    table: dict[str, Preconditioner | ByLayer] = {}
+    for key, part in preconditioner.table.items():
+        name = last if key == LAST else key
+        if name is not None:
+            table.setdefault(name, with_last(part, last))
+    if not table:
+        raise ArgumentError(f"ByLayer has an entry for {LAST!r} alone, and the model has no trainable matrix")
+    return ByLayer(table, preconditioner.otherwise)
 
 
 def require_matching_keys(table: ByLayer, layers: Sequence[Layer]) -> None:

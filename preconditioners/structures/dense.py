@@ -116,6 +116,14 @@ class Dense(Stateless):
         size = sum(parameter.numel() for parameter in layer.parameters.values())
         return tuple(layer.parameters) if layer.adapter is not None and size <= self.limit else ()
 
+    def declines(self, layer: Layer) -> str:
+        """More parameters than the limit."""
+        size = sum(parameter.numel() for parameter in layer.parameters.values())
+        if layer.adapter is None or size <= self.limit:
+            return ""
+        taken = 2 * size**2 * next(iter(layer.parameters.values())).element_size() / 2**20
+        return f"{size} parameters are beyond limit={self.limit}, and its state would take {taken:,.0f} MiB"
+
     def numbers(self, layer: Layer) -> int:
         """Matrix and inverse."""
         return 2 * sum(parameter.numel() for parameter in layer.parameters.values()) ** 2

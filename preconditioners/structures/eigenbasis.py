@@ -20,8 +20,8 @@ from ..linalg import Computed
 from ..protocol import Observation, Request, ScalingLaw, Schedule
 from ..state import State
 from .identity import Stateless
-from .kronecker import in_layer_order
-from .moments import LayerMoments, Moments
+from .kronecker import in_layer_order, too_long
+from .moments import LayerMoments, Moments, turned
 
 __all__ = ["Eigenbasis", "EigenbasisState"]
 
@@ -55,8 +55,12 @@ class Eigenbasis(Stateless):
       ``CorrectedEMA`` momentum, which stays in the original space; the damping is Adam's epsilon.
 
     Departs from SOAP's published code: its first step only fills the matrices, to keep the current gradient out of the
-    basis. Here that gradient is kept out as well, but the step is taken, in the original coordinates (as Adam's); the
-    next refresh computes the first basis and starts the squares afresh. The bias is the last column of the matrix.
+    basis. Here that gradient is kept out as well, but the step is taken, in the original coordinates (as Adam's), and
+    the next refresh computes the first basis. Momentum remembers what squares must remember too, or a direction that
+    has gone out of the gradients is divided by nearly nothing; so squares are carried over into each new basis as
+    variances of independent entries, S <- (U_g' V_g)^2' S (U_a' V_a)^2 with V the new bases. The published code leaves
+    them where they are and relies on its first step, whose gradient never enters the momentum. The bias is the last
+    column of the matrix.
 
     Args:
         moments: rule for the matrices whose eigenvectors are the basis, and for S.
@@ -65,9 +69,11 @@ class Eigenbasis(Stateless):
         sides: rule over steps for the matrices.
         schedule: when statistics and basis are renewed.
         limit: layers with a side of more than this order are declined (the method's fallback takes them, visibly).
-            Default 8192: 256 MiB in float32. >= 1.
+            Default 5120: 100 MiB a matrix in float32. >= 1.
+        turned: a side of more than this order keeps its original coordinates, as in SOAP's code (its 10000), visibly in
+            the layer table: no matrix of it is kept. Default 5120: the limit's. >= 1.
 
-    Memory: 2 (d_in^2 + d_out^2) + d_in d_out numbers.
+    Memory: 2 (d_in^2 + d_out^2) + d_in d_out numbers, without the squares of sides that are not turned.
     """
 
     moments: Moments = field(default_factory=LayerMoments)
@@ -75,7 +81,8 @@ class Eigenbasis(Stateless):
     average: Average = field(default_factory=lambda: MovingAverage(0.9))
     sides: Average = field(default_factory=lambda: MovingAverage(0.9))
     schedule: Schedule = field(default_factory=Schedule)
-    limit: int = 8192
+    limit: int = 5120
+    turned: int = 5120
     joint = True
 
     def __post_init__(self) -> None:
@@ -83,6 +90,7 @@ class Eigenbasis(Stateless):
         if self.power not in (0.5, 1.0):
             raise ArgumentError(f"power must be 0.5 or 1, got {self.power!r}")
         require_positive_integer("limit", self.limit)
+        require_positive_integer("turned", self.turned)
 
     @property
     def needs(self) -> Needs:
@@ -97,7 +105,7 @@ class Eigenbasis(Stateless):
     def numbers(self, layer: Layer) -> int:
         """Matrices and bases of both sides, and the squares."""
         rows, columns = layer.matrix_shape
-        return 2 * (rows**2 + columns**2) + rows * columns
+        return 2 * sum(size**2 for size in (rows, columns) if size <= self.turned) + rows * columns
 
     def bounds(self, state: EigenbasisState, layer: Layer, damping: SideDamping) -> tuple[float, float]:
         """(lambda, infinity)."""
@@ -107,11 +115,16 @@ class Eigenbasis(Stateless):
         """Weight and bias of layers that are matrices within the limit."""
         return tuple(layer.parameters) if layer.is_matrix and max(layer.matrix_shape) <= self.limit else ()
 
+    def declines(self, layer: Layer) -> str:
+        """A side beyond the limit."""
+        return too_long(layer, self.limit, self.numbers(layer)) if layer.is_matrix else ""
+
     def init(self, layer: Layer, parameters: Tensors) -> EigenbasisState:
         """Nothing gathered: the original coordinates, every square 1."""
         rows, columns = layer.matrix_shape
         like = parameters[0]
-        inner, outer = (torch.eye(size, dtype=like.dtype, device=like.device) for size in (columns, rows))
+        orders = [size if size <= self.turned else 0 for size in (columns, rows)]
+        inner, outer = (torch.eye(order, dtype=like.dtype, device=like.device) for order in orders)
         zeros = torch.zeros_like(inner), torch.zeros_like(outer)
         return EigenbasisState(*zeros, inner, outer, like.new_ones(rows, columns), 0.0, 0.0, 0, 0.0)
 
@@ -130,36 +143,43 @@ class Eigenbasis(Stateless):
             self._accumulate(state, observation, self.sides)
 
     def matrices(self, state: EigenbasisState, damping: SideDamping) -> Sequence[Request]:
-        """Inputs first."""
+        """Inputs first; none of a side that is not turned."""
         operation = self.moments.renewal if state.renewals else self.moments.first
-        return (
-            Request(state.inputs, damping.whole, operation, state.inputs_basis),
-            Request(state.outputs, damping.whole, operation, state.outputs_basis),
-        )
+        state.damping = damping.whole
+        sides = (state.inputs, state.inputs_basis), (state.outputs, state.outputs_basis)
+        return [Request(matrix, damping.whole, operation, basis) for matrix, basis in sides if matrix.numel()]
 
     def install(self, state: EigenbasisState, results: Sequence[Computed]) -> None:
         """Both bases or, if one failed or nothing was gathered yet, neither."""
-        inner, outer = results
-        state.damping = inner.damping
-        if inner.value is None or outer.value is None or state.weight == 0.0:
+        for found in results[:1]:
+            state.damping = found.damping
+        if state.weight == 0.0 or any(found.value is None for found in results):
             return
-        assert inner.spectrum is not None and outer.spectrum is not None
-        state.inputs_basis, state.outputs_basis = inner.value, outer.value
-        initial = self.moments.initial(state.squares, inner.spectrum, outer.spectrum, state.renewals == 0)
+        given = iter(results)
+        sides = state.inputs_basis, state.outputs_basis
+        inner, outer = (next(given) if basis.numel() else Computed(basis, 0) for basis in sides)
+        assert inner.value is not None and outer.value is not None
+        initial = None
+        if inner.spectrum is not None and outer.spectrum is not None:
+            initial = self.moments.initial(state.squares, inner.spectrum, outer.spectrum, state.renewals == 0)
         if initial is not None:
             state.squares, state.squares_weight = initial
+        else:
+            state.squares = _carried(state, inner.value, outer.value)
+        state.inputs_basis, state.outputs_basis = inner.value, outer.value
         state.renewals += 1
 
     def precondition(self, state: EigenbasisState, momentum: Tensors) -> Tensors:
         """Into the basis, divide, and back."""
         (matrix,) = momentum
-        inside = state.outputs_basis.T @ matrix @ state.inputs_basis
-        inside /= self._scale(state.squares, state.damping)
-        return (state.outputs_basis @ inside @ state.inputs_basis.T,)
+        inside = turned(matrix, state.inputs_basis, state.outputs_basis)
+        inside = inside / self._scale(state.squares, state.damping)
+        return (turned(inside, state.inputs_basis.T, state.outputs_basis.T),)
 
     def to_dense(self, state: EigenbasisState, layer: Layer, damping: SideDamping) -> Tensor:
         """U diag(S^power + damping) U' with U the Kronecker product of the bases."""
-        basis = torch.kron(state.outputs_basis, state.inputs_basis)
+        sides = zip((state.outputs_basis, state.inputs_basis), state.squares.shape, strict=True)
+        basis = torch.kron(*(side if side.numel() else torch.eye(size).to(state.squares) for side, size in sides))
         scale = self._scale(state.squares, damping.whole).flatten()
         return in_layer_order(layer, (basis * scale) @ basis.T)
 
@@ -170,3 +190,10 @@ class Eigenbasis(Stateless):
 
     def _scale(self, squares: Tensor, damping: float) -> Tensor:
         return (squares.sqrt() if self.power == 0.5 else squares.clone()).add_(damping)
+
+
+def _carried(state: EigenbasisState, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Squares in other bases than the state's: those of independent entries with these variances, in its bases."""
+    left = (state.outputs_basis.T @ outputs).square_()
+    right = (state.inputs_basis.T @ inputs).square_()
+    return turned(state.squares, right, left)

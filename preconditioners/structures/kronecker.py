@@ -23,7 +23,7 @@ from ..linalg import Computed
 from ..protocol import Events, Observation, Request, ScalingLaw, Schedule, count_events
 from ..state import State
 
-__all__ = ["Kronecker", "KroneckerState", "in_layer_order"]
+__all__ = ["Kronecker", "KroneckerState", "in_layer_order", "too_long"]
 
 
 @dataclass
@@ -46,7 +46,8 @@ class Kronecker(StructureDeclarations):
         outputs: factor over its outputs (order d_out).
         schedule: when statistics and inverses are renewed.
         limit: layers with a side of more than this order are declined (the method's fallback takes them, visibly):
-            a matrix of order 8192, the default, is 256 MiB in float32. >= 1.
+            a matrix of order 5120, the default, is 100 MiB in float32, and a side has two or three. Kernels of 512
+            channels (4609) pass, vocabularies do not. >= 1.
 
     Raises:
         CompatibilityError: if a factor makes no sense on its side.
@@ -57,7 +58,7 @@ class Kronecker(StructureDeclarations):
     inputs: Factor
     outputs: Factor
     schedule: Schedule = field(default_factory=Schedule)
-    limit: int = 8192
+    limit: int = 5120
     joint = True
 
     def __post_init__(self) -> None:
@@ -128,6 +129,10 @@ class Kronecker(StructureDeclarations):
         """Weight and bias of layers that are matrices within the limit."""
         return tuple(layer.parameters) if layer.is_matrix and max(layer.matrix_shape) <= self.limit else ()
 
+    def declines(self, layer: Layer) -> str:
+        """A side beyond the limit."""
+        return too_long(layer, self.limit, self.numbers(layer)) if layer.is_matrix else ""
+
     def init(self, layer: Layer, parameters: Tensors) -> KroneckerState:
         """Fresh states of both sides."""
         rows, columns = layer.matrix_shape
@@ -193,6 +198,22 @@ def in_layer_order(layer: Layer, dense: Tensor) -> Tensor:
     """A matrix over [W | b] row by row as one over the parameters' own entries (weight, then bias)."""
     order = layer.entries().to(dense.device)
     return dense[order][:, order]
+
+
+def too_long(layer: Layer, limit: int, numbers: int | None) -> str:
+    """Why a layer with a side beyond the limit is declined, and what its state would take; empty for others.
+
+    Args:
+        layer: a layer with a matrix.
+        limit: largest order of a side.
+        numbers: how many numbers the state would hold; ``None``: not stated.
+    """
+    longest = max(layer.matrix_shape)
+    if longest <= limit:
+        return ""
+    size = 0 if numbers is None else numbers * layer.parameters["weight"].element_size()
+    taken = f", and its state would take {size / 2**20:,.0f} MiB" if size else ""
+    return f"a side of {longest} is beyond limit={limit}{taken}"
 
 
 def _dense(factor: Factor, state: State, damping: float, size: int, like: Tensor) -> Tensor:

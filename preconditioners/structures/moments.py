@@ -14,7 +14,7 @@ from ...curvature.records.statistics import LayerStatistics
 from ..factors.factor import accumulate_gradient_products, accumulate_second_moment
 from ..operations import Eigenvectors, Operation, PowerIteration
 
-__all__ = ["GradientMoments", "LayerMoments", "Moments"]
+__all__ = ["GradientMoments", "LayerMoments", "Moments", "turned"]
 
 _CHUNK = 2**24
 """Numbers of per-sample gradients that are held at a time, where a layer has several positions per sample."""
@@ -44,13 +44,13 @@ class Moments(Protocol):
         """Of every basis but the first."""
 
     def accumulate(self, inputs: Tensor, outputs: Tensor, statistics: LayerStatistics, keep: float, add: float) -> None:
-        """Add a step's statistics to the matrices of both sides, in place."""
+        """Add a step's statistics to the matrices of both sides, in place; an empty one is of a side not turned."""
 
     def squares(self, statistics: LayerStatistics, inputs_basis: Tensor, outputs_basis: Tensor) -> Tensor:
-        """(d_out, d_in [+1]) mean squares of the gradients in the basis."""
+        """(d_out, d_in [+1]) mean squares of the gradients in the basis; an empty basis leaves its side as it is."""
 
     def initial(self, squares: Tensor, inputs: Tensor, outputs: Tensor, first: bool) -> tuple[Tensor, float] | None:
-        """Squares and their weight right after a renewal, from the spectra of both sides; ``None``: they go on."""
+        """Squares and their weight right after a renewal, from the spectra; ``None``: they go on, carried over."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,10 @@ class LayerMoments:
 
     def accumulate(self, inputs: Tensor, outputs: Tensor, statistics: LayerStatistics, keep: float, add: float) -> None:
         """Second moments of the layer's inputs and of the gradients at its outputs."""
-        accumulate_second_moment(inputs, statistics, "inputs", keep, add)
-        accumulate_second_moment(outputs, statistics, "outputs", keep, add)
+        if inputs.numel():
+            accumulate_second_moment(inputs, statistics, "inputs", keep, add)
+        if outputs.numel():
+            accumulate_second_moment(outputs, statistics, "outputs", keep, add)
 
     def squares(self, statistics: LayerStatistics, inputs_basis: Tensor, outputs_basis: Tensor) -> Tensor:
         """Mean over samples of (U_g' G_n U_a)^2, G_n the sum over positions of g a'; never all G_n at a time."""
@@ -79,11 +81,15 @@ class LayerMoments:
         uneven = statistics.ragged or rows.shape[0] != statistics.samples * statistics.positions
         if statistics.layer.groups > 1 or uneven:
             return self._squares_of_vectors(statistics, inputs_basis, outputs_basis)
-        left = rows.to(outputs_basis.dtype) @ outputs_basis
-        inputs = statistics.input_rows().to(inputs_basis.dtype)
-        right = inputs @ inputs_basis[: inputs.shape[1]]
-        if statistics.layer.has_bias:
-            right += inputs_basis[-1]
+        left, right = rows.to(outputs_basis.dtype), statistics.input_rows().to(inputs_basis.dtype)
+        if outputs_basis.numel():
+            left = left @ outputs_basis
+        if inputs_basis.numel():
+            right = right @ inputs_basis[: right.shape[1]]
+            if statistics.layer.has_bias:
+                right += inputs_basis[-1]
+        elif statistics.layer.has_bias:
+            right = torch.cat([right, right.new_ones(right.shape[0], 1)], 1)
         scale = factor**2 / statistics.samples
         if left.shape[0] == statistics.samples:
             flat: Tensor = (left.square().T @ right.square()).mul_(scale)
@@ -101,7 +107,7 @@ class LayerMoments:
         gradients = statistics.layer.joint_matrix(statistics.vectors()).to(inputs_basis.dtype)
         total = torch.zeros_like(gradients[0])
         for some in gradients.split(max(1, _CHUNK // total.numel())):
-            total += (outputs_basis.T @ some @ inputs_basis).square_().sum(0)
+            total += turned(some, inputs_basis, outputs_basis).square().sum(0)
         return total / gradients.shape[0]
 
     def initial(self, squares: Tensor, inputs: Tensor, outputs: Tensor, first: bool) -> tuple[Tensor, float]:
@@ -131,15 +137,24 @@ class GradientMoments:
 
     def accumulate(self, inputs: Tensor, outputs: Tensor, statistics: LayerStatistics, keep: float, add: float) -> None:
         """G' G and G G'."""
-        accumulate_gradient_products(inputs, statistics, "inputs", keep, add)
-        accumulate_gradient_products(outputs, statistics, "outputs", keep, add)
+        if inputs.numel():
+            accumulate_gradient_products(inputs, statistics, "inputs", keep, add)
+        if outputs.numel():
+            accumulate_gradient_products(outputs, statistics, "outputs", keep, add)
 
     def squares(self, statistics: LayerStatistics, inputs_basis: Tensor, outputs_basis: Tensor) -> Tensor:
         """(Q_L' G Q_R)^2; its mean where the estimator has several gradients."""
         assert statistics.vectors is not None
         gradients = statistics.layer.joint_matrix(statistics.vectors()).to(inputs_basis.dtype)
-        return (outputs_basis.T @ gradients @ inputs_basis).square_().mean(0)
+        return turned(gradients, inputs_basis, outputs_basis).square().mean(0)
 
     def initial(self, squares: Tensor, inputs: Tensor, outputs: Tensor, first: bool) -> tuple[Tensor, float] | None:
-        """The first basis starts a new average; later ones are close to their predecessors."""
-        return (torch.ones_like(squares), 0.0) if first else None
+        """The average goes on, as momentum does."""
+        return None
+
+
+def turned(matrix: Tensor, inputs_basis: Tensor, outputs_basis: Tensor) -> Tensor:
+    """U_g' M U_a of (..., d_out, d_in) matrices; an empty U leaves its side in the coordinates that it has."""
+    if outputs_basis.numel():
+        matrix = outputs_basis.T @ matrix
+    return matrix @ inputs_basis if inputs_basis.numel() else matrix

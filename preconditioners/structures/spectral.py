@@ -107,8 +107,8 @@ class Spectral(Stateless):
     make five iterations enough for singular values between about 0.7 and 1.2, not exactly 1.
 
     Not linear in the momentum: there is no matrix behind it, and ``to_dense`` raises. Biases are left to ``otherwise``
-    or the method's fallback. Jordan keeps first and last layers out as well: which those are is the user's choice, with
-    ``ByLayer`` and the layers' names.
+    or the method's fallback. Its authors keep embeddings and the output layer out as well, as the method ``muon`` does:
+    ``ByLayer({"(last)": Diagonal(), "*": Spectral()}, otherwise=Diagonal())``.
 
     Args:
         scale: rule for the size of the direction.

@@ -135,11 +135,12 @@ class SOAP(Method):
     def step(self, k: int, seen: Seen) -> Array:
         """Renewal at the end of iteration k - 1, lines 13-15, stands at the beginning of iteration k here."""
         if k == 1:
-            self.QL, self.QR = (
+            QL, QR = (
                 np.linalg.eigh(P.value + tiny(P.value) * np.diag(np.linspace(0, 1, len(P.value))))[1][:, ::-1]
                 for P in (self.L, self.R)
             )
-            self.V = Average(self.hyper["beta2"])
+            self.carry(QL, QR)
+            self.QL, self.QR = QL, QR
         elif k > 1 and k % self.hyper["every"] == 0:
             self.renew()
         G = seen.gradient
@@ -151,20 +152,25 @@ class SOAP(Method):
         return self.QL @ inside @ self.QR.T  # line 8
 
     def renew(self) -> None:
-        """Algorithm 4 on sorted columns, as the published code has it: V is sorted with them."""
-        for axis, (P, Q) in enumerate(((self.L.value, self.QL), (self.R.value, self.QR))):
+        """Algorithm 4 on sorted columns, as the published code has it."""
+        found = []
+        for P, Q in ((self.L.value, self.QL), (self.R.value, self.QR)):
             S = P @ Q + tiny(P) * Q
             order = np.argsort(-np.sum(Q * S, axis=0))
-            new = np.linalg.qr(S[:, order])[0]
-            self.V.value = np.take(self.V.value, order, axis=axis)
-            if axis == 0:
-                self.QL = new
-            else:
-                self.QR = new
+            found.append(np.linalg.qr(S[:, order])[0])
+        self.carry(*found)
+        self.QL, self.QR = found
+
+    def carry(self, QL: Array, QR: Array) -> None:
+        """V in new bases, its entries taken for independent: ours, the published code sorts V with the columns."""
+        self.V.value = ((self.QL.T @ QL) ** 2).T @ self.V.value @ (self.QR.T @ QR) ** 2
 
 
 class Muon(Method):
-    """Jordan's Muon on the weight, AdamW with the same Nesterov momentum on the bias."""
+    """Jordan's Muon on the weight, AdamW with the same Nesterov momentum on the bias and on all of the output layer.
+
+    That is the one with ``output_rows`` rows; 0: there is none, every weight is orthogonalised.
+    """
 
     def __init__(self, shape: tuple[int, int], hyper: Mapping[str, Any]) -> None:
         """Nothing gathered."""
@@ -175,13 +181,15 @@ class Muon(Method):
         """B = mu B + (1 - mu) G, and the vector mu B + (1 - mu) G."""
         mu, G = self.hyper["momentum"], seen.gradient
         ahead = mu * self.averaged(G) + (1 - mu) * G
+        adam = ahead / (np.sqrt(self.V.add(G**2)) + 1e-8)
+        if len(G) == self.hyper["output_rows"]:
+            return adam
         X = ahead[:, :-1] / np.linalg.norm(ahead[:, :-1])
         for _ in range(5):
             A = X @ X.T
             X = 3.4445 * X - 4.7750 * A @ X + 2.0315 * A @ A @ X
         scale = 0.2 * np.sqrt(max(X.shape))
-        bias = ahead[:, -1] / (np.sqrt(self.V.add(G[:, -1] ** 2)) + 1e-8)
-        return np.concatenate([scale * X, bias[:, None]], axis=1)
+        return np.concatenate([scale * X, adam[:, -1:]], axis=1)
 
 
 class EKFAC(Method):

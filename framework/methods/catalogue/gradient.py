@@ -8,6 +8,7 @@ from ....preconditioners.damping.split import ConstantDamping
 from ....preconditioners.factors.gradient_products import Root
 from ....preconditioners.gradient_covariance import GradientCovariance
 from ....preconditioners.protocol import Schedule
+from ....preconditioners.structures.by_layer import LAST, ByLayer
 from ....preconditioners.structures.diagonal import Diagonal
 from ....preconditioners.structures.eigenbasis import Eigenbasis
 from ....preconditioners.structures.kronecker import Kronecker
@@ -78,7 +79,7 @@ def tnt(
     )
 
 
-def soap(*, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10) -> Method:
+def soap(*, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10, largest: int = 4096) -> Method:
     """SOAP (arXiv:2409.11321v2, Algorithm 3): Adam in the slowly renewed eigenbasis of Shampoo's matrices.
 
     The damping is Adam's epsilon. lr, betas, decay and the renewal every 10 steps are the paper's; see
@@ -88,6 +89,8 @@ def soap(*, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10) -> 
         beta1: decay in [0, 1) of the momentum.
         beta2: decay in [0, 1) of the squares and of Shampoo's matrices.
         basis_every: steps between renewals by one power iteration and QR, >= 1.
+        largest: a longer side (a vocabulary) keeps its coordinates, as in the authors' code beyond 10000; >= 1. Here
+            a basis of that order takes 128 MiB in float32, and on a CPU a renewal takes seconds.
     """
     average = MovingAverage(beta2)
     return Method(
@@ -97,6 +100,8 @@ def soap(*, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10) -> 
             average=average,
             sides=average,
             schedule=Schedule(inverses=basis_every, eager=1),
+            limit=2**31,
+            turned=largest,
         ),
         BatchMean(),
         damping=ConstantDamping(),
@@ -110,26 +115,31 @@ def soap(*, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10) -> 
 _SCALES: dict[str, type[UpdateScale]] = {"match-adam": MatchAdam, "aspect-ratio": AspectRatio}
 
 
-def muon(*, momentum: float = 0.95, beta2: float = 0.95, scale: str = "match-adam", iterations: int = 5) -> Method:
-    """Muon (Jordan et al. 2024; ``torch.optim.Muon``): orthogonalised Nesterov momentum on every weight matrix.
+def muon(
+    *, momentum: float = 0.95, beta2: float = 0.95, scale: str = "match-adam", iterations: int = 5, output: str = LAST
+) -> Method:
+    """Muon (Jordan et al. 2024; ``torch.optim.Muon``): orthogonalised Nesterov momentum on hidden weight matrices.
 
-    Biases, normalisation layers and everything else get AdamW with the same Nesterov momentum. The authors give the
-    first and the last layer to AdamW as well: that is your choice, with
-    ``ByLayer({"head": Diagonal(average=MovingAverage(0.95)), "Linear": Spectral(MatchAdam())})``.
-    One lr serves both kinds because a step is scaled to the size of Adam's (arXiv:2502.16982v1); with ``aspect-ratio``,
-    the original rule, steps are smaller by about 0.2 sqrt(max side). Default lr: between the two best of a 1-3-10 grid
-    on the small curves-autoencoder and mnist-cnn.
+    The output layer, embeddings, biases, normalisation layers and everything else get AdamW with the same Nesterov
+    momentum, as its authors use it. One lr serves both kinds because a step is scaled to the size of Adam's
+    (arXiv:2502.16982v1); with ``aspect-ratio``, the original rule, steps are smaller by about 0.2 sqrt(max side).
 
     Args:
         momentum: decay in [0, 1).
         beta2: decay in [0, 1) of the squared gradients of AdamW.
         scale: ``match-adam`` or ``aspect-ratio``.
         iterations: of Newton and Schulz, >= 1.
+        output: layers whose matrices AdamW takes: patterns of names, separated by commas (``actor,critic``).
+            ``(last)``: the layer that owns the model's last matrix, as the layer table shows. Empty: none, so that
+            every matrix is orthogonalised.
     """
+    adam = Diagonal(average=MovingAverage(beta2))
+    hidden = Spectral(chosen("scale", scale, _SCALES), iterations=iterations)
+    names = [name.strip() for name in output.split(",") if name.strip()]
     return Method(
-        Spectral(chosen("scale", scale, _SCALES), iterations=iterations),
+        ByLayer({**dict.fromkeys(names, adam), "*": hidden}, otherwise=adam),
         momentum=Nesterov(EMA(momentum)),
         weight_decay=Decoupled(),
-        fallback=Diagonal(average=MovingAverage(beta2)),
+        fallback=adam,
         defaults={"lr": 0.02, "weight_decay": 1e-2},
     )

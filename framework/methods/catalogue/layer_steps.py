@@ -32,7 +32,7 @@ __all__ = [
 
 def layerwise_rule(curvature: str, curvature_every: int) -> RelativeBound:
     """The layer-wise rule with its bound: no step moves a layer by more than 3 % of its norm."""
-    return RelativeBound(LayerwiseQuadratic(quadratic_form(curvature), curvature_every), limit=0.03)
+    return RelativeBound(LayerwiseQuadratic(quadratic_form(curvature), curvature_every), limit=0.03, decrease=0.5)
 
 
 def joint_rule(curvature_every: int) -> RelativeBound:
@@ -40,7 +40,7 @@ def joint_rule(curvature_every: int) -> RelativeBound:
 
     The first steps, from curvature averaged over few mini-batches, can otherwise move a layer by twice its norm.
     """
-    return RelativeBound(JointLayerwise(every=curvature_every), limit=0.25)
+    return RelativeBound(JointLayerwise(every=curvature_every), limit=0.25, decrease=0.5)
 
 
 def layerwise_sgdm(*, momentum: float = 0.9, curvature: str = "sampled", curvature_every: int = 1) -> Method:
@@ -138,7 +138,7 @@ def joint_kfac_momentum(
         inverses_every=inverses_every,
         eager=eager,
     )
-    return replace(base, step_size=RelativeBound(JointWithLastStep(every=curvature_every), limit=0.25))
+    return replace(base, step_size=RelativeBound(JointWithLastStep(every=curvature_every), limit=0.25, decrease=0.5))
 
 
 def joint_kbfgs(*, momentum: float = 0.9, growth: float = 1.1, curvature_every: int = 1) -> Method:

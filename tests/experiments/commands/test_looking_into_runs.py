@@ -143,3 +143,13 @@ def test_microscope_refuses_bad_numbers(
 ) -> None:
     assert execute(["microscope", str(run), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_compare_structures_refuses_matrices_that_do_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any is made: the first layer of the full autoencoder has 314 000 parameters."""
+    words = ["compare-structures", "--problem", "curves-autoencoder", "--largest", "400000", "--train-steps", "0"]
+    assert execute([*words, "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    shown = " ".join("".join(capsys.readouterr()).split())
+    assert "789 GB" in shown and "--largest 23170" in shown

@@ -122,7 +122,7 @@ CASES: dict[str, tuple[Any, dict[str, float], dict[str, Any]]] = {
     ),
     "muon": (
         matrix_methods.Muon,
-        {"lr": 0.05, "damping": 0.0, "momentum": 0.9, "beta2": 0.8, "gamma": 0.3},
+        {"lr": 0.05, "damping": 0.0, "momentum": 0.9, "beta2": 0.8, "gamma": 0.3, "output_rows": SIZES[-1]},
         {"momentum": 0.9, "beta2": 0.8},
     ),
     "ekfac": (
@@ -143,6 +143,19 @@ CASES: dict[str, tuple[Any, dict[str, float], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_dense(name: str, warm: bool, seed: int) -> None:
     make, hyper, options = CASES[name]
+    against_transcription(name, warm, seed, make, hyper, options)
+
+
+@pytest.mark.parametrize(("output", "rows"), [("", 0), ("2", 5), ("4", 6)])
+def test_muon_with_another_output_layer(output: str, rows: int) -> None:
+    """None: every matrix is orthogonalised. Or the one that the user names; the layers are 0, 2 and 4."""
+    make, hyper, options = CASES["muon"]
+    against_transcription("muon", False, 0, make, hyper | {"output_rows": rows}, options | {"output": output})
+
+
+def against_transcription(
+    name: str, warm: bool, seed: int, make: Any, hyper: dict[str, float], options: dict[str, Any]
+) -> None:
     arrays, model = dense(seed, warm and make.samples)
     meta = {"algorithm": name, "loss": CATEGORICAL, "activations": ("tanh", "tanh", "linear"), "hyper": hyper}
     results = run(meta, arrays, make, kfac.drawing(CATEGORICAL, seed))

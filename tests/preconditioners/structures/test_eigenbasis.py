@@ -1,5 +1,7 @@
 """Theorems about eigenbases, and what every structure with an order limit does with layers beyond it."""
 
+import re
+
 import osculate as osc
 import pytest
 import torch
@@ -143,3 +145,40 @@ def test_limits_and_powers_out_of_range_are_refused(make: object) -> None:
 
 def test_dense_takes_indefinite_curvature_only_with_a_rule_for_it() -> None:
     assert Dense(osc.Absolute()).takes_indefinite and not Dense().takes_indefinite
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "kbfgs", "shampoo"])
+def test_a_vocabulary_is_left_out_with_one_warning(name: str) -> None:
+    """Named, with its bytes, before anything of it is allocated; kernels of 512 channels are no vocabulary."""
+    model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 6000))
+    with pytest.warns(
+        UserWarning, match=r"fallback.*2 .*a side of 6000 is beyond limit=5120.* MiB.*higher limit"
+    ) as seen:
+        rows = osc.build(name, model, likelihood="categorical").layer_table()
+    assert len(seen) == 1
+    assert [row.layer for row in rows if row.fallback] == ["2"]
+    assert sum(row.bytes for row in rows) < 2**20
+    deep = nn.Sequential(nn.Conv2d(512, 2, 3))
+    assert not osc.build("kfac", deep, likelihood="categorical").layer_table()[0].fallback
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (Kronecker(Covariance(), Covariance(), limit=500), "a side of 3000 is beyond limit=500.* 69 MiB"),
+        (Eigenbasis(limit=500), "a side of 3000 is beyond limit=500.* 69 MiB"),
+        (Dense(limit=500), "15000 parameters are beyond limit=500.* 1,717 MiB"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_declined_layer_says_what_it_would_take(part: osc.Preconditioner, words: str) -> None:
+    """A vocabulary: in the table and in the refusal of strict=True, with its bytes; nothing of it is allocated."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3000))
+    for method in (
+        osc.Method(table, osc.SampledFisher(), defaults={"damping": 0.1}) for table in (part, osc.ByLayer({"*": part}))
+    ):
+        first, second = osc.build(method, model, likelihood="categorical").layer_table()
+        assert not first.note and second.fallback
+        assert re.search(words, second.note)
+        with pytest.raises(osc.CompatibilityError, match=words):
+            osc.build(method, model, likelihood="categorical", strict=True)
