@@ -33,7 +33,7 @@ WIDTHS = (78, 100, 50, 25, 8, 25, 50, 100, 78)
 
 _BATCH = 32
 _STEPS = 45  # two renewals of the rarest schedule among the methods' defaults, of every 20 steps
-_SETTLED = 5  # earlier steps fill memories and start averages
+_SETTLED = 10  # earlier steps fill memories, start averages and certify records
 
 _WAITING = {
     "_linalg_check_errors",
