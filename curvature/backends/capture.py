@@ -141,7 +141,7 @@ class Capture(Backend):
         for layer in self.layers:
             if layer.kind != "Attention" and layer.name in fresh:
                 hook = LayerHook(self, layer)
-                handles += [module.register_forward_hook(hook, with_kwargs=True) for module in layer.modules]
+                handles += [own.register_forward_hook(hook, with_kwargs=True, prepend=True) for own in layer.modules]
         for module, layers in attention_modules(self.layers).items():
             names = {layer.name for layer in layers}
             if names & fresh and not names & before:

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from ...checking import require_fields
-from ...curvature.layers.adapters import KINDS
 from ...curvature.layers.layer import Layer
+from ...curvature.layers.recognition import known_kinds
 from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, UnknownNameError
 from ..protocol import Preconditioner
@@ -89,10 +89,10 @@ def require_matching_keys(table: ByLayer, layers: Sequence[Layer]) -> None:
     Raises:
         UnknownNameError: naming the near misses; a misspelt key would silently leave its layers to the fallback.
     """
-    names = [layer.name for layer in layers]
+    names, kinds = [layer.name for layer in layers], known_kinds()
     for key in table.table:
-        if key not in KINDS and not any(fnmatchcase(name, key) for name in names):
-            raise UnknownNameError("layer kind or name in ByLayer", key, [*KINDS, *names])
+        if key not in kinds and not any(fnmatchcase(name, key) for name in names):
+            raise UnknownNameError("layer kind or name in ByLayer", key, [*kinds, *names])
 
 
 def _can_take(part: Preconditioner, layer: Layer, names: tuple[str, ...]) -> bool:

@@ -2,7 +2,8 @@
 
 from .convolution import ConvolutionAdapter, TransposedConvolutionAdapter
 from .embedding import ONE_HOT_LIMIT, EmbeddingAdapter
-from .linear import LinearAdapter, ProjectionAdapter, ProjectionBiasAdapter
+from .forwards import keeps_forward, own_forward
+from .linear import LinearAdapter, ProjectionAdapter, ProjectionBiasAdapter, TransposedLinearAdapter
 from .normalisation import BatchNormAdapter, GroupNormAdapter, InstanceNormAdapter, LayerNormAdapter, RMSNormAdapter
 from .protocol import LayerAdapter, MatrixAdapter, PatchAdapter, ScaleAdapter
 
@@ -25,6 +26,9 @@ __all__ = [
     "RMSNormAdapter",
     "ScaleAdapter",
     "TransposedConvolutionAdapter",
+    "TransposedLinearAdapter",
+    "keeps_forward",
+    "own_forward",
 ]
 
 ADAPTERS: tuple[LayerAdapter, ...] = (
