@@ -47,7 +47,8 @@ def build(
             labels from the model.
         loss_reduction: ``"mean"`` or ``"sum"`` over samples.
         seed: of the sampled labels.
-        strict: refuse parameters that no part serves.
+        strict: refuse parameters that no part serves, and matrices that ``ByLayer`` serves by its ``otherwise``.
+            Otherwise a :class:`~osculate.FallbackWarning` names them if they are more than a fifth of the model.
         on_nonfinite: ``"raise"`` or ``"skip"``.
         groups: torch's parameter groups, ``[{"params": ["*.bias"], "weight_decay": 0.0}, ...]``: ``"params"`` holds
             parameters or shell patterns of their names; ``lr``, ``damping`` and ``weight_decay`` default to the

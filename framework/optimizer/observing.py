@@ -38,7 +38,7 @@ def observe(session: Session, batch: MiniBatch) -> None:
         if not block.asked.anything:
             continue  # who needs nothing of the estimator is shown the gradients alone, which it is given in any case
         known = step.gradients if block.whole and not team.half else None
-        record = step.record = fill(method.curvature, block.layer, measured, known)
+        record = step.record = fill(method.curvature, block.seen, measured if block.alone is None else None, known)
         if record is None:
             step.due = False
         elif step.due:
@@ -142,7 +142,7 @@ def _average_in(blocks: Sequence[Block], estimator: Estimator, statistics: Mappi
     """One mini-batch of the warm start."""
     found = False
     for block in blocks:
-        record = fill(estimator, block.layer, statistics.get(block.layer.name))
+        record = None if block.alone else fill(estimator, block.layer, statistics.get(block.layer.name))
         if record is not None and block.asked.anything:
             require_filled(block, record)
             block.part.update(block.state, Observation(record, (), block.storage), PlainAverage())

@@ -24,6 +24,7 @@ from ..methods.method import Method
 from .arguments import require_arguments, require_closure, require_values
 from .blocks import full_precision, make_blocks
 from .closure import Closure, run_closure
+from .coverage import warn_of_fallback
 from .distributed import Ranks, unwrapped
 from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
 from .lookback import LookBack
@@ -55,7 +56,7 @@ class SecondOrder(Session):
             object; needed by methods that sample labels.
         loss_reduction: ``"mean"`` or ``"sum"``, how the user's loss combines samples (summed over output coordinates).
         seed: of the sampled labels; the global random state is never used.
-        strict: refuse parameters that would get the fallback.
+        strict: refuse parameters that would get the fallback, and matrices that ``ByLayer`` serves by ``otherwise``.
         on_nonfinite: ``"raise"`` (default) or ``"skip"`` when a loss, gradient, statistic or step size is not finite:
             no state changes, ``skipped_steps`` counts it. One number is fetched from the device per step for this
             check, and one more where an unguarded method looks back.
@@ -111,7 +112,10 @@ class SecondOrder(Session):
         if isinstance(method.preconditioner, ByLayer):
             require_matching_keys(method.preconditioner, layers)
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
-        self.blocks = make_blocks(layers, method.preconditioner, method.fallback, strict=strict)
+        self.blocks = make_blocks(
+            layers, method.preconditioner, method.fallback, strict=strict, estimator=method.curvature
+        )
+        warn_of_fallback(self.blocks, method.preconditioner)
         self._strict, self.grad_scaler, self.ranks = strict, grad_scaler, Ranks(process_group, wrapper)
         self.plan = Plan(method, self.blocks, layers)
         super().__init__(split_into_groups(model, layers, groups), values)

@@ -14,7 +14,7 @@ from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, UnknownNameError
 from ..protocol import Preconditioner
 
-__all__ = ["ByLayer", "leaves", "require_matching_keys", "select"]
+__all__ = ["ByLayer", "by_default", "leaves", "require_matching_keys", "select", "serving_order"]
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,36 @@ def select(preconditioner: Preconditioner | ByLayer, layer: Layer) -> list[tuple
     if not isinstance(preconditioner, ByLayer):
         served = preconditioner.serves(layer)
         return [(preconditioner, served)] if served else []
-    candidates = [part for key, part in preconditioner.table.items() if fnmatchcase(layer.name, key)]
-    if layer.kind in preconditioner.table:
-        candidates.append(preconditioner.table[layer.kind])
-    chosen = select(candidates[0], layer) if candidates else []
+    entry = _entry(preconditioner, layer)
+    chosen = [] if entry is None else select(entry, layer)
     taken = {name for _, names in chosen for name in names}
     rest = tuple(name for name in layer.parameters if name not in taken)
     other = preconditioner.otherwise
     if rest and other is not None and _can_take(other, layer, rest):
         chosen.append((other, rest))
     return chosen
+
+
+def serving_order(preconditioner: Preconditioner | ByLayer, layer: Layer) -> Iterator[Preconditioner]:
+    """The structures that are asked for a layer's parameters, in turn; the method's fallback comes after them."""
+    if not isinstance(preconditioner, ByLayer):
+        yield preconditioner
+        return
+    entry = _entry(preconditioner, layer)
+    if entry is not None:
+        yield from serving_order(entry, layer)
+    if preconditioner.otherwise is not None:
+        yield preconditioner.otherwise
+
+
+def by_default(preconditioner: Preconditioner | ByLayer, layer: Layer) -> set[str]:
+    """Parameters of a layer that a table serves by its ``otherwise``: nobody has named a structure for them."""
+    if not isinstance(preconditioner, ByLayer):
+        return set()
+    entry = _entry(preconditioner, layer)
+    own = set() if entry is None else {name for _, names in select(entry, layer) for name in names}
+    inner = set() if entry is None else by_default(entry, layer)
+    return inner | ({name for _, names in select(preconditioner, layer) for name in names} - own)
 
 
 def require_matching_keys(table: ByLayer, layers: Sequence[Layer]) -> None:
@@ -93,6 +113,14 @@ def require_matching_keys(table: ByLayer, layers: Sequence[Layer]) -> None:
     for key in table.table:
         if key not in kinds and not any(fnmatchcase(name, key) for name in names):
             raise UnknownNameError("layer kind or name in ByLayer", key, [*kinds, *names])
+
+
+def _entry(table: ByLayer, layer: Layer) -> Preconditioner | ByLayer | None:
+    """What a table names for a layer: names win over kinds, the first name over the others."""
+    for key, part in table.table.items():
+        if fnmatchcase(layer.name, key):
+            return part
+    return table.table.get(layer.kind)
 
 
 def _can_take(part: Preconditioner, layer: Layer, names: tuple[str, ...]) -> bool:

@@ -3,7 +3,7 @@
 from .convolution import ConvolutionAdapter, TransposedConvolutionAdapter
 from .embedding import ONE_HOT_LIMIT, EmbeddingAdapter
 from .forwards import keeps_forward, own_forward
-from .linear import LinearAdapter, ProjectionAdapter, ProjectionBiasAdapter, TransposedLinearAdapter
+from .linear import LinearAdapter, ProjectionAdapter, ProjectionBiasAdapter, TensorAdapter, TransposedLinearAdapter
 from .normalisation import BatchNormAdapter, GroupNormAdapter, InstanceNormAdapter, LayerNormAdapter, RMSNormAdapter
 from .protocol import LayerAdapter, MatrixAdapter, PatchAdapter, ScaleAdapter
 
@@ -25,6 +25,7 @@ __all__ = [
     "ProjectionBiasAdapter",
     "RMSNormAdapter",
     "ScaleAdapter",
+    "TensorAdapter",
     "TransposedConvolutionAdapter",
     "TransposedLinearAdapter",
     "keeps_forward",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,7 +11,7 @@ from torch.nn import functional
 from .forwards import keeps_forward
 from .protocol import LayerAdapter, MatrixAdapter
 
-__all__ = ["LinearAdapter", "ProjectionAdapter", "ProjectionBiasAdapter", "TransposedLinearAdapter"]
+__all__ = ["LinearAdapter", "ProjectionAdapter", "ProjectionBiasAdapter", "TensorAdapter", "TransposedLinearAdapter"]
 
 
 class LinearAdapter(MatrixAdapter):
@@ -84,3 +85,30 @@ class ProjectionBiasAdapter(ProjectionAdapter):
     def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """The first feature; only its shape (N, S) matters."""
         return value[..., :1]
+
+
+@dataclass(frozen=True)
+class TensorAdapter(LinearAdapter):
+    """A parameter alone, whatever its module does with it: a matrix of numbers, nothing of which is recorded.
+
+    What needs the gradient of a mini-batch and no rows (Shampoo, SOAP, Muon) can serve it.
+
+    Attributes:
+        shape: of the parameter; what follows the first axis is flattened.
+    """
+
+    shape: tuple[int, ...]
+    kind = "Other"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Nothing: it is made for a parameter, not found for a module."""
+        return False
+
+    def weight_as_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Everything behind the first axis in a row."""
+        return weight.flatten(-(len(self.shape) - 1))
+
+    def matrix_as_weight(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        """Rows in the shape of the parameter."""
+        rows: Tensor = matrix.unflatten(-1, self.shape[1:])
+        return rows
