@@ -12,6 +12,7 @@ from ..layers.layer import Layer
 from ..likelihoods import Likelihood
 from ..records.needs import PassKind, Record
 from ..records.statistics import LayerStatistics
+from .outputs import Choice
 from .passes import Pauses
 
 __all__ = ["Backend"]
@@ -32,8 +33,10 @@ class Backend(ABC):
         step: number of the step, from which labels are drawn.
         stream: of the sampled labels: one per process that shares a mini-batch.
         pauses: while they last nothing is recorded.
+        output: which tensor of what the model returns the likelihood reads, as the user says; ``None``: the obvious.
     """
 
+    output: Choice = None
     name: ClassVar[str]
     cannot: ClassVar[Mapping[Record, str]] = {}
 
@@ -88,7 +91,7 @@ class Backend(ABC):
         """A backend for more layers in place of this one, whose hooks are removed and whose records are dropped."""
         self.close()
         result = type(self)(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
-        result.step, result.pauses = self.step, self.pauses
+        result.step, result.pauses, result.output = self.step, self.pauses, self.output
         return result
 
     def close(self) -> None:

@@ -139,7 +139,7 @@ class BackpackBackend(ReplayBackend):
 
     def _slope(self, entry: Pass) -> Tensor:
         """Gradient of -log p(sampled label) at the output."""
-        likelihood, _ = require_predictive(self.likelihood, entry.output)
+        likelihood, _ = require_predictive(entry.likelihood, entry.output)
         if entry.targets is None:
             raise ArgumentError("no labels were sampled in this pass; arm the backend with Record.SAMPLED")
         output = entry.output.detach().requires_grad_(True)
@@ -147,7 +147,7 @@ class BackpackBackend(ReplayBackend):
         return slope
 
     def _curvature_roots(self, entry: Pass) -> Tensor:
-        likelihood, output = require_predictive(self.likelihood, entry.output)
+        likelihood, output = require_predictive(entry.likelihood, entry.output)
         return likelihood.curvature_root(output)
 
 

@@ -164,7 +164,7 @@ class Capture(Backend):
         self._inside = False
         if not self._extra or not torch.is_grad_enabled():
             return
-        likelihood, output = require_predictive(self.likelihood, output)
+        likelihood, output = require_predictive(self.likelihood, output, self.output)
         if not output.requires_grad:
             return
         calls = [call for call in self._calls.alive() if call.pass_index == self._pass and call.edge is not None]
