@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ...errors import ArgumentError
 from ..likelihoods import Likelihood, resolve_likelihood
@@ -189,10 +190,14 @@ def _obvious(output: Any) -> Tensor:
     if isinstance(logits, Tensor):
         return logits
     found: dict[Hashable, Tensor] = {key: value for key, value in entries.items() if _may_be_read(value)}
-    if len(found) == 1:
+    inside = [value for value in tree_leaves(list(entries.values())) if _may_be_read(value)]
+    if len(found) == len(inside) == 1:
         return next(iter(found.values()))
-    several = f"several tensors ({', '.join(map(repr, found))})" if found else "no tensor with a batch axis"
-    raise ArgumentError(f"the model returns {_shown(output)} with {several}; {_WAY_OUT}")
+    several = f"several tensors ({', '.join(map(repr, found))}{', and deeper' if len(inside) > len(found) else ''})"
+    raise ArgumentError(
+        f"the model returns {_shown(output)} with {several if inside else 'no tensor with a batch axis'}, and the "
+        f"likelihood reads one Tensor whose first axis counts samples; {_WAY_OUT}"
+    )
 
 
 def _entry(output: Any, key: str | int) -> Any:

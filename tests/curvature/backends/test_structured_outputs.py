@@ -176,6 +176,7 @@ def test_per_sample_gradients_of_two_heads_by_func_are_those_of_the_hooks() -> N
 WRONG: dict[str, tuple[Callable[[Tensor, Tensor], Any], Any, str]] = {
     "several": (lambda logits, hidden: {"a": logits, "b": hidden}, None, r"a dict \('a', 'b'\) with several tensors"),
     "a tuple of two": (lambda logits, hidden: (logits, hidden), None, r"a tuple \(0, 1\) with several tensors"),
+    "one and more inside": (lambda logits, hidden: (logits, [hidden]), None, r"several tensors \(0, and deeper\)"),
     "nothing": (lambda logits, hidden: {"loss": logits.sum()}, None, "no tensor with a batch axis"),
     "a loss": (lambda logits, hidden: logits.sum(), None, "a single number, which has no batch axis"),
     "no such key": (lambda logits, hidden: {"a": logits}, "logits", r"a dict \('a'\), which has no 'logits'"),
