@@ -35,6 +35,7 @@ class BackpackBackend(ReplayBackend):
     """
 
     name: ClassVar[str] = "backpack"
+    reads_heads: ClassVar[bool] = False
     cannot: ClassVar[Mapping[Record, str]] = {
         Record.MEANS: "secant pairs need the pre-activations of a pass with frozen parameters, which BackPACK skips",
     }

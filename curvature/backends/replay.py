@@ -25,7 +25,7 @@ from ..records.needs import Record
 from ..records.statistics import LayerStatistics, SampleGradients, Tensors
 from .backend import Backend
 from .capture import Hook
-from .outputs import Read, read_output
+from .outputs import Heads, Read, read_output
 from .passes import OWN, Pauses, accumulates, extra_backward
 from .sampling import label_generator, require_predictive
 
@@ -79,6 +79,7 @@ class ReplayBackend(Backend):
     """
 
     _original: ClassVar[tuple[str, ...]] = (*Backend._original, "_references", "_kept")
+    reads_heads: ClassVar[bool] = True
 
     def _forget(self) -> None:
         self._references: list[weakref.ref[Pass]] = []
@@ -174,8 +175,19 @@ class ReplayBackend(Backend):
 
         Raises:
             ArgumentError: if it is not found, or a function has computed it.
+            CompatibilityError: if there are several heads and the backend reads one.
         """
-        if isinstance(output, Tensor) and output.ndim and self.output is None:
+        if isinstance(self.likelihood, Heads) and not self.reads_heads:
+            raise CompatibilityError(
+                f"backend={self.name!r} reads one tensor of what the model returns, and there is one likelihood for "
+                "each of several heads; use backend='hooks' or backend='func'"
+            )
+        if (
+            isinstance(output, Tensor)
+            and output.ndim
+            and self.output is None
+            and not isinstance(self.likelihood, Heads)
+        ):
             return Read(self.likelihood, output, ((output, 0),))
         read = read_output(self.likelihood, output, self.output)
         if callable(self.output) and not any(read.output is value for value in tree_leaves(output)):

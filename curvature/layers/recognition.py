@@ -58,7 +58,7 @@ def register_adapter(module_type: type[nn.Module], adapter: LayerAdapter) -> Reg
         adapter: how to read it: an object with the verbs of ``LayerAdapter``. One that ships may do, e.g.
             ``osculate.curvature.layers.adapters.LinearAdapter()`` for a module that computes ``x @ weight.T + bias`` of
             its last axis and ``TransposedLinearAdapter()`` for ``x @ weight + bias``. The parameters that it reads are
-            called ``weight`` and ``bias``.
+            called ``weight`` and ``bias``, and what it multiplies is the first argument of the forward.
 
     Returns:
         A handle whose ``remove()`` undoes it.
@@ -70,7 +70,7 @@ def register_adapter(module_type: type[nn.Module], adapter: LayerAdapter) -> Reg
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.weight = torch.nn.Parameter(torch.randn(3, 2))
-        ...     def forward(self, x, scale=1.0):
+        ...     def forward(self, x, step):
         ...         return x @ self.weight
         >>> handle = osc.register_adapter(Mix, TransposedLinearAdapter())
         >>> [layer.kind for layer in osc.discover_layers(Mix())]

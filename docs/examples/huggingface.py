@@ -36,7 +36,13 @@ from transformers import (
 )
 
 VOCABULARY, LENGTH, WIDTH = 24, 12, 64
-LR = {"kfac": 1.0, "lw-adamw": 1.0, "joint-kfac": 1.0, "soap": 3e-3, "muon": 0.02}
+OPTIONS = {
+    "kfac": {"lr": 0.3, "damping": 0.01},
+    "lw-adamw": {},  # this one and the next choose their steps themselves
+    "joint-kfac": {},
+    "soap": {"lr": 3e-3},
+    "muon": {"lr": 0.02},
+}
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
@@ -75,7 +81,7 @@ def bert() -> nn.Module:
 
 def train(method: str, model: nn.Module, data: Dataset[Any], epochs: int = 4) -> tuple[float, float, float]:
     """Train with the ``Trainer``. Returns the first loss, the last, and the share of parameters the method serves."""
-    optimizer = osc.build(method, model, lr=LR.get(method), likelihood="categorical")
+    optimizer = osc.build(method, model, likelihood="categorical", **OPTIONS.get(method, {}))
     steps = epochs * (len(data) // 16)  # type: ignore[arg-type]
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
     with tempfile.TemporaryDirectory() as folder:
@@ -111,4 +117,4 @@ def main(methods: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(LR))
+    main(sys.argv[1:] or list(OPTIONS))

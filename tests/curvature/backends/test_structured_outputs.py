@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -238,3 +239,35 @@ def test_a_function_that_computes_a_tensor_serves_the_hooks_only() -> None:
     with pytest.raises(osc.ArgumentError, match="computes another one from it"):
         model(X)
     optimizer.close()
+
+
+def test_backpack_reads_one_tensor_of_a_structure_and_refuses_several_heads() -> None:
+    ends = []
+    for backend in ("hooks", "backpack"):
+        model = Wrapped(PACKS["dict"][0])
+        step(
+            model, osc.build("kfac", model, likelihood="categorical", backend=backend), lambda result: result["logits"]
+        )
+        ends.append([value.detach() for value in model.parameters()])
+    for own, other in zip(*ends, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
+    actor = ActorCritic()
+    optimizer = osc.build("kfac", actor, likelihood={"policy": "categorical"}, backend="backpack")
+    with pytest.raises(osc.CompatibilityError, match="reads one tensor"):
+        actor(X)
+    optimizer.close()
+
+
+def test_a_function_by_which_the_optimizer_reads_is_kept_when_layers_join_and_in_copies() -> None:
+    model = Wrapped(PACKS["key"][0])
+    model.first.requires_grad_(False)
+    optimizer = osc.build("kfac", model, likelihood="categorical", output="a")
+    step(model, optimizer, lambda result: result["a"])
+    model.first.requires_grad_(True)
+    optimizer.add_param_group({"params": list(model.first.parameters())})
+    step(model, optimizer, lambda result: result["a"])
+    twin, other = copy.deepcopy((model, optimizer))
+    for own, chosen in ((model, optimizer), (twin, other)):
+        step(own, chosen, lambda result: result["a"])
+    for own, copied in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(own, copied)

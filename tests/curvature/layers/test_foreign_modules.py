@@ -228,6 +228,23 @@ def test_a_step_with_columns_is_the_step_with_the_same_rows(method: str) -> None
         close(other, plain)
 
 
+@pytest.mark.parametrize("backend", ["func", "backpack"])
+@pytest.mark.parametrize("method", ["kfac", "joint-kfac"])
+def test_every_backend_measures_a_recognised_module_alike(method: str, backend: str) -> None:
+    x, labels, ends = torch.randn(12, 4, dtype=torch.float64), torch.arange(12) % 3, []
+    for chosen in ("hooks", backend):
+        torch.manual_seed(4)
+        model = nn.Sequential(Columns(4, 5), nn.Tanh(), Rows(5, 3)).double()
+        optimizer = osc.build(method, model, likelihood="categorical", backend=chosen)
+        for _ in range(2):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+        ends.append([value.detach() for value in model.parameters()])
+    for own, other in zip(*ends, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-11)
+
+
 def test_trying_a_module_out_leaves_no_trace() -> None:
     class Counting(Rows):
         def __init__(self) -> None:
@@ -289,35 +306,47 @@ def test_a_pre_hook_that_changes_the_input_changes_the_rows_with_it() -> None:
         close(value, expected)
 
 
-class Gated(nn.Module):
-    """A linear map with a second argument: nothing that could be tried out."""
+class Logged(nn.Module):
+    """A linear map whose forward needs a second argument: nothing that could be tried out."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(4, 3))
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return (x * gate) @ self.weight
+    def forward(self, x: Tensor, step: int) -> Tensor:
+        return x @ self.weight
 
 
-class Ungated(Gated):
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return torch.tanh(super().forward(x, gate))
+class Squashed(Logged):
+    def forward(self, x: Tensor, step: int) -> Tensor:
+        return torch.tanh(super().forward(x, step))
 
 
 def test_an_adapter_can_be_registered_for_a_class_and_its_subclasses_that_keep_the_forward() -> None:
-    class Named(Gated):
+    class Named(Logged):
         pass
 
-    assert layer_of(Gated()).kind == "Other"
-    handle = osc.register_adapter(Gated, TransposedLinearAdapter())
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Named()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.inner(x, step=3))
+
+    assert layer_of(Logged()).kind == "Other"
+    handle = osc.register_adapter(Logged, TransposedLinearAdapter())
     try:
-        assert [layer_of(cls()).kind for cls in (Gated, Named, Ungated)] == ["Linear", "Linear", "Other"]
-        assert layer_of(Gated()).matrix_shape == (3, 4)
+        assert [layer_of(cls()).kind for cls in (Logged, Named, Squashed)] == ["Linear", "Linear", "Other"]
+        assert layer_of(Logged()).matrix_shape == (3, 4)
+        model, x = Net().double(), torch.randn(5, 4, dtype=torch.float64)
+        (entry,) = measure(model, [x]).values()
+        for value, expected in zip(entry.loss_vectors(), by_vmap(model, x), strict=True):
+            close(value, expected)
     finally:
         handle.remove()
         handle.remove()
-    assert layer_of(Gated()).kind == "Other"
+    assert layer_of(Logged()).kind == "Other"
 
 
 def test_a_registered_kind_is_a_key_of_by_layer_and_comes_before_what_ships() -> None:
