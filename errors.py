@@ -13,6 +13,7 @@ __all__ = [
     "ArgumentError",
     "ClosureRequiredError",
     "CompatibilityError",
+    "FallbackWarning",
     "NumericalError",
     "OsculateError",
     "UnknownNameError",
@@ -51,6 +52,10 @@ class ClosureRequiredError(OsculateError, TypeError):
 
 class NumericalError(OsculateError, ArithmeticError):
     """A computation broke down (non-finite loss, matrix that is not positive definite); nothing was written."""
+
+
+class FallbackWarning(UserWarning):
+    """Much of a model is served by a method's fallback, or a layer is because its forward is not the one it seems."""
 
 
 def require_interval(name: str, value: float, low: float, high: float, *, closed: str = "[)") -> None:

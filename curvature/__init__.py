@@ -15,6 +15,7 @@ from .estimators import (
 )
 from .layers.discovery import discover_layers
 from .layers.layer import Layer, LayerAdapter
+from .layers.recognition import register_adapter
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .quadratic_forms import (
     ExactHessian,
@@ -56,4 +57,5 @@ __all__ = [
     "SignedHessian",
     "WithPairs",
     "discover_layers",
+    "register_adapter",
 ]

@@ -226,7 +226,7 @@ def _own_matrix(block: Block, sides: SideDamping) -> Tensor:
     like, size = block.parameters[0], sum(parameter.numel() for parameter in block.parameters)
     if isinstance(block.part, Identity):  # made in its own size: the layer may be far too large for one
         return torch.eye(size, dtype=torch.float64, device=like.device)
-    matrix = block.part.to_dense(block.state, block.layer, sides).double()
+    matrix = block.part.to_dense(block.state, block.seen, sides).double()
     if matrix.shape[0] == size:
         return matrix
     marks = [torch.full((p.numel(),), name in block.names) for name, p in block.layer.parameters.items()]
@@ -243,7 +243,7 @@ def _product(block: Block, sides: SideDamping, inverse: SymmetricOperator, effor
             lambda v: conjugate_gradients(inverse, v, tolerance=0.1 * effort.tolerance, limit=200),
             inverse.device,
         )
-    rows, columns = block.layer.matrix_shape
+    rows, columns = block.seen.matrix_shape
     state: Any = block.state
     outer = _inverted(part.outputs.left(state.outputs, _eye(rows, inverse)))
     inner = _inverted(part.inputs.right(state.inputs, _eye(columns, inverse)))

@@ -13,6 +13,7 @@ from ..likelihoods import Likelihood
 from ..records.needs import PassKind, Record
 from ..records.statistics import LayerStatistics
 from .loss_seen import SeenLoss
+from .outputs import Choice
 from .passes import Pauses
 
 __all__ = ["Backend"]
@@ -37,8 +38,10 @@ class Backend(ABC):
         doubts: by layer how far the last :meth:`collect` was from that, 0-dimensional; above 1: its records are wrong.
         samples: the axis of the model's output that counts the samples, or a function that brings the output into the
             form (N, ...).
+        output: which tensor of what the model returns the likelihood reads, as the user says; ``None``: the obvious.
     """
 
+    output: Choice = None
     name: ClassVar[str]
     seen: SeenLoss | None = None
     """What reads the loss of plain loops off the output's gradient, where a step-size rule wants it."""
@@ -115,6 +118,7 @@ class Backend(ABC):
         self.close()
         result = type(self)(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
         result.step, result.pauses, result.samples = self.step, self.pauses, self.samples
+        result.output = self.output
         return result
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ class BackpackBackend(ReplayBackend):
     """
 
     name: ClassVar[str] = "backpack"
+    reads_heads: ClassVar[bool] = False
     cannot: ClassVar[Mapping[Record, str]] = {
         Record.MEANS: "secant pairs need the pre-activations of a pass with frozen parameters, which BackPACK skips",
     }
@@ -139,7 +140,7 @@ class BackpackBackend(ReplayBackend):
 
     def _slope(self, entry: Pass) -> Tensor:
         """Gradient of -log p(sampled label) at the output."""
-        likelihood, _ = require_predictive(self.likelihood, entry.output)
+        likelihood, _ = require_predictive(entry.likelihood, entry.output)
         if entry.targets is None:
             raise ArgumentError("no labels were sampled in this pass; arm the backend with Record.SAMPLED")
         output = entry.output.detach().requires_grad_(True)
@@ -147,7 +148,7 @@ class BackpackBackend(ReplayBackend):
         return slope
 
     def _curvature_roots(self, entry: Pass) -> Tensor:
-        likelihood, output = require_predictive(self.likelihood, entry.output)
+        likelihood, output = require_predictive(entry.likelihood, entry.output)
         return likelihood.curvature_root(output)
 
 

@@ -72,7 +72,7 @@ class Run:
         try:
             with warnings.catch_warnings(), tools().activate(watch.extension(), *active):
                 warnings.simplefilter("ignore")  # BackPACK warns of layers without a rule; what is missing is refused
-                output = self._model(*self.entry.args, **self.entry.kwargs)
+                output = self.entry.read(self._model(*self.entry.args, **self.entry.kwargs))
                 tools().extend(Seed(vector))(output).backward()
         except _REFUSALS as error:
             raise CompatibilityError(

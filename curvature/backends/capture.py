@@ -227,7 +227,7 @@ class Capture(Backend):
         for layer in self.layers:
             if layer.kind != "Attention" and layer.name in fresh:
                 hook = LayerHook(self, layer)
-                handles += [after(module, hook, with_kwargs=True) for module in layer.modules]
+                handles += [after(module, hook, with_kwargs=True, prepend=True) for module in layer.modules]
         for module, layers in attention_modules(self.layers).items():
             names = {layer.name for layer in layers}
             if names & fresh and not names & before:
@@ -261,7 +261,7 @@ class Capture(Backend):
             self.seen.watch(output, self.pauses)
         if not self._extra or not torch.is_grad_enabled():
             return
-        likelihood, output = require_predictive(self.likelihood, output)
+        likelihood, output = require_predictive(self.likelihood, output, self.output)
         if not output.requires_grad:
             return
         calls = [call for call in self._calls.alive() if call.pass_index == self._pass and call.edge is not None]

@@ -93,12 +93,12 @@ class FuncBackend(ReplayBackend):
         if entry.gradient is not None and asked & (Record.GRADIENTS | Record.MEANS):
             found[Record.GRADIENTS] = entry.gradient.unsqueeze(1)
         if entry.targets is not None:
-            likelihood, output = require_predictive(self.likelihood, entry.output)
+            likelihood, output = require_predictive(entry.likelihood, entry.output)
             targets = entry.targets
             slope: Tensor = grad(lambda value: likelihood.negative_log_likelihood(value, targets))(output)
             found[Record.SAMPLED] = slope.detach().unsqueeze(1)
         if Record.CURVATURE_ROOTS in asked:
-            likelihood, output = require_predictive(self.likelihood, entry.output)
+            likelihood, output = require_predictive(entry.likelihood, entry.output)
             found[Record.CURVATURE_ROOTS] = likelihood.curvature_root(output).transpose(0, 1)
         return found
 
@@ -325,8 +325,7 @@ class Model:
 
     def _call(self, values: Named, leaves: Sequence[Any]) -> Tensor:
         args, kwargs = tree_unflatten(list(leaves), self._spec)
-        output: Tensor = functional_call(self.model, values, args, kwargs)
-        return output
+        return self._pass.read(functional_call(self.model, values, args, kwargs))
 
     def _watched(self) -> AbstractContextManager[None]:
         """Keep copies of inputs and outputs of every call: a later operation may work in place."""

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ...errors import ArgumentError, CompatibilityError
+from ..likelihoods import Likelihood
 from ..records.calls import EMPTY, Call, ParameterSum
 from ..records.needs import Record
 from ..records.owned import combine
@@ -24,6 +26,7 @@ from ..records.statistics import LayerStatistics, SampleGradients, Tensors
 from .backend import Backend
 from .capture import Hook
 from .hook_tables import after
+from .outputs import Heads, Read, read_output
 from .passes import OWN, Pauses, accumulates, extra_backward
 from .probing import Probes
 from .sampling import label_generator, require_predictive
@@ -31,11 +34,18 @@ from .sampling import label_generator, require_predictive
 __all__ = ["Measured", "Pass", "ReplayBackend", "RootHook", "require_replayable"]
 
 
+def _whole(result: Any) -> Tensor:
+    """A model that returns one tensor."""
+    output: Tensor = result
+    return output
+
+
 @dataclass
 class Pass:
     """One forward pass of the whole model: ``output`` is (N, ...), ``gradient`` that of the user's loss there.
 
-    ``discarded``: the user has cleared the gradient, and may go backward again while the graph lives.
+    ``discarded``: the user has cleared the gradient, and may go backward again while the graph lives. ``output`` is
+    what ``read`` makes of the result of the model, and ``likelihood`` its distribution.
     """
 
     index: int
@@ -45,6 +55,8 @@ class Pass:
     targets: Tensor | None = None
     gradient: Tensor | None = None
     discarded: bool = False
+    likelihood: Likelihood | None = None
+    read: Callable[[Any], Tensor] = field(default=_whole, repr=False)
 
     @property
     def samples(self) -> int:
@@ -69,6 +81,7 @@ class ReplayBackend(Backend):
     """
 
     _original: ClassVar[tuple[str, ...]] = (*Backend._original, "_references", "_kept", "_probes")
+    reads_heads: ClassVar[bool] = True
 
     def _forget(self) -> None:
         self._references: list[weakref.ref[Pass]] = []
@@ -129,35 +142,71 @@ class ReplayBackend(Backend):
         """Record a pass; may replace the output by one that carries an artificial leaf."""
         if not self._wanted or not torch.is_grad_enabled():
             return None
+        structured = not isinstance(output, Tensor)
         if self.pauses.depth:
-            return self._with_leaf(output)[0] if isinstance(output, Tensor) else None
-        if not isinstance(output, Tensor) or output.ndim == 0:
-            raise ArgumentError(
-                f"backend={self.name!r} needs a model that returns one Tensor with a batch axis, got "
-                f"{type(output).__name__}; use backend='hooks'"
-            )
+            return None if structured else self._with_leaf(output)[0]
+        read = self._read(output)
+        output = read.output
         if output.shape[0] == 0:
             raise ArgumentError(f"the model was called on a batch of 0 samples; {EMPTY}")
         if torch.is_autocast_enabled(output.device.type):
             raise CompatibilityError(
                 f"backend={self.name!r} measures in full precision; leave torch.autocast, or use backend='hooks'"
             )
+        if structured and self._kind == "look back":
+            raise CompatibilityError(
+                f"backend={self.name!r} looks back at models that return one Tensor only; use backend='hooks'"
+            )
         replaced, leaves = self._with_leaf(output)
         output = output if replaced is None else replaced
         if self._kind != "forward":
             if not output.requires_grad:
                 return None
-            if replaced is None and output._is_view():
+            if replaced is None and not structured and output._is_view():
                 output = replaced = torch.ops.aten._unsafe_view(output, output.shape)
         self.check()
-        entry = Pass(self._count, args, kwargs, output.detach().clone(), self._labels(output))
+        entry = Pass(self._count, args, kwargs, output.detach().clone(), self._labels(read.likelihood, output))
+        entry.likelihood = read.likelihood
+        if structured:
+            entry.read = lambda result: read_output(self.likelihood, result, self.output).output
         self._count += 1
         self._references = [*(weakref.ref(other) for other in self._passes), weakref.ref(entry)]
         if self._kind == "forward":
             self._kept.append(entry)
-        elif output.requires_grad:
+        elif not structured:
             output.register_hook(_gradient_hook(entry, self._kept, self.pauses, leaves))
+        else:
+            for source, start in read.sources:
+                if source.requires_grad:
+                    source.register_hook(_gradient_hook(entry, self._kept, self.pauses, leaves, start))
         return replaced
+
+    def _read(self, output: Any) -> Read:
+        """The tensor that is read, which must be one of those that the user's loss is made of.
+
+        Raises:
+            ArgumentError: if it is not found, or a function has computed it.
+            CompatibilityError: if there are several heads and the backend reads one.
+        """
+        if isinstance(self.likelihood, Heads) and not self.reads_heads:
+            raise CompatibilityError(
+                f"backend={self.name!r} reads one tensor of what the model returns, and there is one likelihood for "
+                "each of several heads; use backend='hooks' or backend='func'"
+            )
+        if (
+            isinstance(output, Tensor)
+            and output.ndim
+            and self.output is None
+            and not isinstance(self.likelihood, Heads)
+        ):
+            return Read(self.likelihood, output, ((output, 0),))
+        read = read_output(self.likelihood, output, self.output)
+        if callable(self.output) and not any(read.output is value for value in tree_leaves(output)):
+            raise ArgumentError(
+                f"backend={self.name!r} needs a tensor that the model returns, and output={self.output!r} computes "
+                "another one from it; name the tensor itself, or use backend='hooks'"
+            )
+        return read
 
     def _with_leaf(self, output: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         """When looking back, the output with an artificial leaf; and what a backward must fill to count."""
@@ -171,12 +220,12 @@ class ReplayBackend(Backend):
         """Passes before this one that count, or still may."""
         return sum(not entry.discarded for entry in self._passes)
 
-    def _labels(self, output: Tensor) -> Tensor | None:
+    def _labels(self, likelihood: Likelihood | None, output: Tensor) -> Tensor | None:
         """Labels drawn from the model, the same that the ``hooks`` backend draws."""
         every = list(self._wanted.values())
         if not any(record & (Record.SAMPLED | Record.SAMPLED_PARAMETERS | Record.CURVATURE_ROOTS) for record in every):
             return None
-        likelihood, output = require_predictive(self.likelihood, output)
+        likelihood, output = require_predictive(likelihood, output)
         if not any(record & (Record.SAMPLED | Record.SAMPLED_PARAMETERS) for record in every):
             return None
         generator = label_generator(self.seed, self.step, self._earlier(), output.device, self.stream)
@@ -221,15 +270,22 @@ def _dropout(module: nn.Module) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _gradient_hook(entry: Pass, kept: list[Pass], pauses: Pauses, leaves: Sequence[Tensor]) -> Any:
+def _gradient_hook(
+    entry: Pass, kept: list[Pass], pauses: Pauses, leaves: Sequence[Tensor], start: int | None = None
+) -> Any:
     """The hook owns its pass until the gradient comes: with a graph that is thrown away, the pass vanishes.
 
-    Gradients of several backwards through one forward add up, as they do in ``.grad``.
+    Gradients of several backwards through one forward add up, as they do in ``.grad``. So do those of several heads,
+    each of which fills its own columns, from ``start``.
     """
 
     def hook(gradient: Tensor) -> None:
         if OWN.running or pauses.depth or not accumulates(leaves):
             return
+        if start is not None and gradient.shape != entry.output.shape:
+            columns = gradient.detach().reshape(len(gradient), -1)
+            gradient = torch.zeros_like(entry.output)
+            gradient[:, start : start + columns.shape[1]] = columns
         entry.gradient = gradient.detach().clone() if entry.gradient is None else entry.gradient + gradient.detach()
         entry.discarded = False
         if not any(entry is other for other in kept):

@@ -16,6 +16,7 @@ from ...errors import ArgumentError
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
 from ..records.calls import Call, ParameterSum
+from .outputs import Choice, read_output
 from .passes import extra_backward
 
 __all__ = [
@@ -47,19 +48,27 @@ def seeded_generator(seed: int, device: torch.device) -> torch.Generator:
     return generator
 
 
-def require_predictive(likelihood: Likelihood | None, output: object) -> tuple[Likelihood, Tensor]:
-    """The likelihood and the model's output, if labels can be drawn from them.
+def require_predictive(
+    likelihood: Likelihood | None, output: object, choice: Choice = None
+) -> tuple[Likelihood, Tensor]:
+    """The likelihood and the tensor of the model's output that it reads.
+
+    Args:
+        likelihood: the model's, or one per head.
+        output: what the model returned.
+        choice: the user's ``output`` of ``osculate.build``.
 
     Raises:
-        ArgumentError: if no likelihood is known or the model returns something else than one tensor.
+        ArgumentError: if no likelihood is known, or the tensor is not found.
     """
-    if likelihood is None or not isinstance(output, Tensor):
+    if likelihood is None:
         raise ArgumentError(
-            f"sampled labels need a likelihood and a model that returns one Tensor, got likelihood="
-            f"{likelihood} and an output of type {type(output).__name__}; pass likelihood='categorical', "
-            "'bernoulli' or 'gaussian' to osculate.build"
+            "sampled labels need a likelihood, and none was given; pass likelihood='categorical', 'bernoulli' or "
+            "'gaussian' to osculate.build"
         )
-    return likelihood, output
+    read = read_output(likelihood, output, choice)
+    assert read.likelihood is not None
+    return read.likelihood, read.output
 
 
 def sampled_backward(

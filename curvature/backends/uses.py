@@ -101,7 +101,8 @@ def observed(layers: Sequence[Layer], observer: Observer) -> Iterator[None]:
     handles: list[Any] = []
     for layer in layers:
         if layer.kind != "Attention":
-            handles += [m.register_forward_hook(_module_hook(layer, observer), with_kwargs=True) for m in layer.modules]
+            hook = _module_hook(layer, observer)
+            handles += [own.register_forward_hook(hook, with_kwargs=True, prepend=True) for own in layer.modules]
     for module, parts in attention_modules(layers).items():
         enter, leave = _attention_hooks(parts, observer)
         handles.append(module.register_forward_pre_hook(enter))

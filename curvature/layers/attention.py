@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import ArgumentError
 from .adapters import LayerAdapter, ProjectionAdapter, ProjectionBiasAdapter
+from .adapters.forwards import keeps_forward
 from .layer import Layer
 
 __all__ = ["Arrangement", "ProjectionCall", "ProjectionWatch", "attention_parts", "is_attention", "sequence_first"]
@@ -28,7 +29,7 @@ _SEPARATE = ("q_proj", "k_proj", "v_proj")
 
 def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """``nn.MultiheadAttention`` and subclasses that keep its forward."""
-    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+    return keeps_forward(module, nn.MultiheadAttention)
 
 
 def sequence_first(model: nn.Module) -> set[int]:

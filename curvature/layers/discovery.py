@@ -11,6 +11,7 @@ from ...errors import ArgumentError
 from .adapters import ADAPTERS, LayerAdapter
 from .attention import attention_parts, is_attention, sequence_first
 from .layer import Layer
+from .recognition import adapter_of, why_unread
 
 __all__ = ["discover_layers", "has_plain_weights", "last_matrix"]
 
@@ -76,8 +77,8 @@ def _layer(
     adapters: Sequence[LayerAdapter],
     sequence: bool,
 ) -> Layer:
-    adapter = next((entry for entry in adapters if entry.matches(module)), None)
-    note = ""
+    adapter = adapter_of(module, adapters)
+    note = "" if adapter is not None else why_unread(module)
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         note = "parameters of a reparametrised weight"
     elif (adapter is not None or is_attention(module)) and not has_plain_weights(module):
@@ -85,6 +86,8 @@ def _layer(
     users = list({id(user): user for parameter in own.values() for user in owners[id(parameter)]}.values())
     others = tuple(user for user in users if user is not module)
     if adapter is None or not all(_interchangeable(module, other) for other in others):
+        if adapter is not None:
+            note = f"shares parameters with a {type(others[0]).__name__} that uses them in another way"
         adapter, others = None, ()
     axis = int(sequence and adapter is not None)
     return Layer(name or "(root)", adapter.kind if adapter else "Other", module, own, adapter, others, axis, note)

@@ -12,14 +12,26 @@ from ...checking import require_kind
 from ...curvature.likelihoods import Likelihood
 from ...errors import ArgumentError, ClosureRequiredError
 
-__all__ = ["as_number", "require_arguments", "require_callable", "require_closure", "require_values"]
+__all__ = [
+    "as_number",
+    "require_arguments",
+    "require_callable",
+    "require_closure",
+    "require_one_choice",
+    "require_values",
+]
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "loss_reduction": (Literal["mean", "sum"], "say how your loss combines samples"),
     "on_nonfinite": (Literal["raise", "skip"], "choose what becomes of such a step"),
     "likelihood": (
-        str | Likelihood | None,
-        "name 'categorical', 'bernoulli' or 'gaussian', or pass an object as in osculate.curvature.likelihoods",
+        str | Likelihood | Mapping[Any, Any] | None,
+        "name 'categorical', 'bernoulli' or 'gaussian', pass an object as in osculate.curvature.likelihoods, or a "
+        "dictionary with one of these for each head of the model",
+    ),
+    "output": (
+        str | int | Callable | None,
+        "name the tensor that the likelihood reads: a key or attribute, an index, or a function of the model's output",
     ),
     "seed": (int, "any whole number will do"),
     "strict": (bool, "strict=True refuses parameters that no part serves"),
@@ -44,6 +56,18 @@ def require_arguments(given: Mapping[str, Any]) -> None:
     """
     for name, (kind, way_out) in _KINDS.items():
         require_kind(name, given[name], kind, way_out)
+
+
+def require_one_choice(likelihood: Any, output: Any) -> None:
+    """Check that a dictionary of likelihoods, whose keys say where the heads are, stands alone.
+
+    Raises:
+        ArgumentError: if ``output`` says it as well.
+    """
+    if isinstance(likelihood, Mapping) and output is not None:
+        raise ArgumentError(
+            f"the keys of likelihood say which heads are read, so output={output!r} says it twice; leave output out"
+        )
 
 
 def require_values(model: nn.Module) -> None:

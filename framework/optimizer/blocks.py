@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...curvature.declarations import StructureDeclarations, declared
+from ...curvature.estimators import Estimator
+from ...curvature.layers.adapters import TensorAdapter
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...curvature.records.statistics import Tensors
@@ -17,7 +19,7 @@ from ...errors import ArgumentError, CompatibilityError
 from ...preconditioners.damping.split import SideDamping
 from ...preconditioners.protocol import Preconditioner
 from ...preconditioners.state import State
-from ...preconditioners.structures.by_layer import ByLayer, leaves, select
+from ...preconditioners.structures.by_layer import ByLayer, by_default, leaves, select, serving_order
 from ...preconditioners.structures.kronecker import Kronecker
 from .report import LayerRow
 
@@ -66,6 +68,8 @@ class Block:
     ``born`` is the step before which the block was added: its schedule counts from there.
     ``vector`` is what is preconditioned: the storage itself, unless the momentum blends in the gradient.
     ``structure`` is the part with all that a structure may declare: itself, or a third party's taken in.
+    ``alone`` is a parameter read as a matrix for itself, where its layer cannot be read and its part needs nothing but
+    the gradient; the part sees it in the place of the layer, see ``seen``.
     """
 
     key: str
@@ -79,6 +83,8 @@ class Block:
     positions: int = 1
     born: int = 0
     note: str = ""
+    alone: Layer | None = None
+    seen: Layer = field(init=False)
     structure: StructureDeclarations = field(init=False)
     parameters: Tensors = field(init=False)
     views: Tensors = field(init=False)
@@ -90,12 +96,13 @@ class Block:
 
     def __post_init__(self) -> None:
         self.structure = declared(self.part, StructureDeclarations)
+        self.seen = self.alone or self.layer
         self.parameters = tuple(self.layer.parameters[name] for name in self.names)
         self.views = self.parameter_views(self.storage)
         self.vector = self.storage
         self.needs, self.asked = self.part.needs, Asked.of(self.part.needs)
         self.damped = None
-        self.whole = self.names == tuple(self.layer.parameters)
+        self.whole = self.alone is not None or self.names == tuple(self.layer.parameters)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views: a pickle would not keep their shared memory."""
@@ -112,11 +119,11 @@ class Block:
         if not self.part.joint:
             return storage
         (matrix,) = storage
-        return self.layer.parameter_views(matrix)
+        return self.seen.parameter_views(matrix)
 
     def statistics_due(self, step: int, warm: bool) -> bool:
-        """Whether step ``step`` updates the statistics; a block that was added later starts cold."""
-        return self.part.schedule.statistics_due(step - self.born, warm and not self.born)
+        """Whether step ``step`` updates the statistics; one that was added later, or is read alone, starts cold."""
+        return self.part.schedule.statistics_due(step - self.born, warm and not self.born and self.alone is None)
 
     def inverses_due(self, step: int) -> bool:
         """Whether step ``step`` recomputes the inverses."""
@@ -144,7 +151,7 @@ class Block:
     def row(self) -> LayerRow:
         """This block in the table of all parameters."""
         if self.part.joint:
-            shape: tuple[int, ...] = self.layer.matrix_shape
+            shape: tuple[int, ...] = self.seen.matrix_shape
         else:
             shape = (sum(parameter.numel() for parameter in self.parameters),)
         size = self.state.bytes() + sum(value.numel() * value.element_size() for value in self.storage)
@@ -213,9 +220,23 @@ def describe(part: Preconditioner) -> str:
 
 
 def make_blocks(
-    layers: Sequence[Layer], preconditioner: Preconditioner | ByLayer, fallback: Preconditioner, *, strict: bool
+    layers: Sequence[Layer],
+    preconditioner: Preconditioner | ByLayer,
+    fallback: Preconditioner,
+    *,
+    strict: bool,
+    estimator: Estimator | None = None,
 ) -> list[Block]:
     """Blocks of all layers; what the preconditioner leaves over goes to the fallback.
+
+    A matrix of numbers in a layer that cannot be read is served for itself by a structure that needs the gradient only.
+
+    Args:
+        layers: the layers.
+        preconditioner: the structure, or a table of them.
+        fallback: what serves the rest.
+        strict: refuse what would get the fallback, and matrices that a table serves by its ``otherwise``.
+        estimator: of the method, which says what a structure's needs take to be recorded.
 
     Raises:
         CompatibilityError: if ``strict`` and something is left over; the message lists it.
@@ -223,22 +244,34 @@ def make_blocks(
     blocks: list[Block] = []
     left: list[str] = []
     for layer in layers:
-        chosen = select(preconditioner, layer)
-        taken = {name for _, names in chosen for name in names}
+        pieces = list(_alone(layer, preconditioner, estimator))
+        served = {name for _, names, _ in pieces for name in names}
+        others = {name: parameter for name, parameter in layer.parameters.items() if name not in served}
+        if others:
+            remaining = replace(layer, parameters=others) if served else layer
+            pieces += [(part, names, None) for part, names in select(preconditioner, remaining)]
+        taken = {name for _, names, _ in pieces for name in names}
         rest = tuple(name for name in layer.parameters if name not in taken)
-        for index, (part, names) in enumerate(chosen):
+        for index, (part, names, alone) in enumerate(pieces):
             key = layer.name if index == 0 else f"{layer.name}:{'+'.join(names)}"
-            blocks.append(_block(key, layer, names, part, False))
+            blocks.append(_block(key, layer, names, part, False, alone))
         if rest:
-            reason = layer.note if chosen or layer.note else _declined(preconditioner, layer)
-            note = f" ({reason})" if reason else ""
-            left.append(f"{layer.name} ({type(layer.module).__name__}): {', '.join(rest)}{note}")
-            key = layer.name if not chosen else f"{layer.name}:{'+'.join(rest)}"
+            reason = layer.note if pieces or layer.note else _declined(preconditioner, layer)
+            key = layer.name if not pieces else f"{layer.name}:{'+'.join(rest)}"
             blocks.append(_block(key, layer, rest, fallback, True))
             blocks[-1].note = reason
+        unnamed = by_default(preconditioner, layer) - served
+        listed = (*rest, *(name for name in layer.parameters if name in unnamed and layer.parameters[name].ndim > 1))
+        if listed:
+            why = layer.note or (_declined(preconditioner, layer) if rest and not pieces else "")
+            note = f" ({why})" if why else ""
+            left.append(f"{layer.name} ({type(layer.module).__name__}): {', '.join(listed)}{note}")
     if strict and left:
+        by = f"the fallback {describe(fallback)}"
+        if isinstance(preconditioner, ByLayer) and preconditioner.otherwise is not None:
+            by += f" or what ByLayer takes otherwise, {describe(preconditioner.otherwise)}"
         raise CompatibilityError(
-            f"strict=True, but these parameters would get the fallback {describe(fallback)}: {'; '.join(left)}; give "
+            f"strict=True, but these parameters would get {by}: {'; '.join(left)}; give "
             "them a part with ByLayer, freeze them, or build with strict=False"
         )
     return blocks
@@ -254,11 +287,35 @@ def _declined(preconditioner: Preconditioner | ByLayer, layer: Layer) -> str:
     return ""
 
 
-def _block(key: str, layer: Layer, names: tuple[str, ...], part: Preconditioner, fallback: bool) -> Block:
+def _alone(
+    layer: Layer, preconditioner: Preconditioner | ByLayer, estimator: Estimator | None
+) -> Iterator[tuple[Preconditioner, tuple[str, ...], Layer | None]]:
+    """Matrices of numbers in a layer that cannot be read, with the structure that serves each for itself."""
+    if layer.adapter is not None or estimator is None:
+        return
+    for name, parameter in layer.parameters.items():
+        kernel = isinstance(layer.module, nn.modules.conv._ConvNd) and not layer.module.transposed and name == "weight"
+        if not kernel and (parameter.ndim != 2 or min(parameter.shape) < 2):
+            continue
+        adapter = TensorAdapter(tuple(parameter.shape))
+        alone = replace(layer, parameters={"weight": parameter}, adapter=adapter, others=(), batch_axis=0)
+        for part in serving_order(preconditioner, layer):
+            if name in part.serves(layer):
+                break
+            by_gradient = not part.needs & LOOKING_BACK and not estimator.records(part.needs)
+            if by_gradient and Needs.INPUTS not in part.needs and part.serves(alone) == ("weight",):
+                yield part, (name,), alone
+                break
+
+
+def _block(
+    key: str, layer: Layer, names: tuple[str, ...], part: Preconditioner, fallback: bool, alone: Layer | None = None
+) -> Block:
     parameters = tuple(full_precision(layer.parameters[name].detach()) for name in names)
+    seen = alone or layer
     storage: Tensors
     if part.joint:
-        storage = (torch.zeros(layer.matrix_shape, dtype=parameters[0].dtype, device=parameters[0].device),)
+        storage = (torch.zeros(seen.matrix_shape, dtype=parameters[0].dtype, device=parameters[0].device),)
     else:
         storage = tuple(torch.zeros_like(parameter) for parameter in parameters)
-    return Block(key, layer, names, part, fallback, part.init(layer, parameters), storage)
+    return Block(key, layer, names, part, fallback, part.init(seen, parameters), storage, alone=alone)

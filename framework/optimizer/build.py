@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...curvature.backends.outputs import Choice
 from ...curvature.likelihoods import Likelihood
 from ...errors import ArgumentError
 from ..methods import registry
@@ -24,7 +25,8 @@ def build(
     lr: float | None = None,
     damping: float | None = None,
     weight_decay: float | None = None,
-    likelihood: str | Likelihood | None = None,
+    likelihood: str | Likelihood | Mapping[str | int, str | Likelihood] | None = None,
+    output: Choice = None,
     loss_reduction: str = "mean",
     seed: int = 0,
     strict: bool = False,
@@ -46,10 +48,14 @@ def build(
         damping: lambda >= 0; ``None``: the default.
         weight_decay: >= 0; ``None``: the default.
         likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"`` or a ``Likelihood``, for methods that sample
-            labels from the model.
+            labels from the model. For a model with several heads a dictionary, from the name or index of each head in
+            what the model returns to its likelihood: ``{"policy": "categorical", "value": "gaussian"}``.
+        output: which tensor of what the model returns the likelihood reads: a name (a key or an attribute), an index,
+            or a function of what the model returns. ``None``: the only tensor, ``.logits`` or the key ``"logits"``.
         loss_reduction: ``"mean"`` or ``"sum"`` over samples.
         seed: of the sampled labels.
-        strict: refuse parameters that no part serves.
+        strict: refuse parameters that no part serves, and matrices that ``ByLayer`` serves by its ``otherwise``.
+            Otherwise a :class:`~osculate.FallbackWarning` names them if they are more than a fifth of the model.
         on_nonfinite: ``"raise"`` or ``"skip"``.
         groups: torch's parameter groups, ``[{"params": ["*.bias"], "weight_decay": 0.0}, ...]``: ``"params"`` holds
             parameters or shell patterns of their names; ``lr``, ``damping`` and ``weight_decay`` default to the
@@ -97,6 +103,7 @@ def build(
         damping=damping,
         weight_decay=weight_decay,
         likelihood=likelihood,
+        output=output,
         loss_reduction=loss_reduction,
         seed=seed,
         strict=strict,

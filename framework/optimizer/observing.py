@@ -46,7 +46,7 @@ def observe(session: Session, batch: MiniBatch) -> None:
         if not step.due:
             continue
         known = step.gradients if block.whole and not team.half else None
-        record = step.record = fill(method.curvature, block.layer, measured, known)
+        record = step.record = fill(method.curvature, block.seen, measured if block.alone is None else None, known)
         if record is None:
             step.due = False
         else:
@@ -171,7 +171,7 @@ def _average_in(blocks: Sequence[Block], estimator: Estimator, statistics: Mappi
         measured = statistics.get(block.layer.name)
         if measured is not None and measured.unseen:
             continue
-        record = fill(estimator, block.layer, measured)
+        record = None if block.alone else fill(estimator, block.layer, measured)
         if record is not None and block.asked.anything:
             require_filled(block, record)
             block.part.update(block.state, Observation(record, (), block.storage), PlainAverage())

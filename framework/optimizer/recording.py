@@ -185,7 +185,8 @@ def require_sampled(statistics: Mapping[str, LayerStatistics], active: Collectio
     if missing:
         raise ArgumentError(
             f"no labels were sampled for layers {', '.join(missing)}: run the whole model that was given to "
-            "osculate.build, not its parts one by one; the layer must influence the model's output, and must not run "
+            "osculate.build, not its parts one by one; the layer must be called as a module (not read by "
+            "F.linear(x, layer.weight)), must influence the model's output, and must not run "
             "inside checkpoint(..., use_reentrant=True), whose forward pass has no graph (use_reentrant=False has)"
         )
 

@@ -14,18 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.backends.loss_seen import SeenLoss
+from ...curvature.backends.outputs import Choice, resolve_heads
 from ...curvature.backends.table import make_backend, require_supported
 from ...curvature.declarations import StepSizeDeclarations, declared
 from ...curvature.layers.discovery import discover_layers, last_matrix
-from ...curvature.likelihoods import Categorical, Likelihood, resolve_likelihood
+from ...curvature.likelihoods import Categorical, Likelihood
 from ...curvature.products import GraphKeepingBackward
 from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.structures.by_layer import ByLayer, require_matching_keys, with_last
 from ..methods.method import Method
-from .arguments import require_arguments, require_closure, require_values
+from .arguments import require_arguments, require_closure, require_one_choice, require_values
 from .blocks import full_precision, make_blocks
 from .closure import Closure, loss_of
+from .coverage import warn_of_fallback
 from .declined import warn_of_declined
 from .distributed import Ranks, unwrapped
 from .earlier import EarlierGradients, require_whole_batch
@@ -58,10 +60,12 @@ class SecondOrder(Session):
         damping: lambda; ``None``: the method's default.
         weight_decay: tau or gamma >= 0; ``None``: the method's default.
         likelihood: the model's predictive distribution, ``"categorical"``, ``"bernoulli"``, ``"gaussian"`` or an
-            object; needed by methods that sample labels.
+            object; needed by methods that sample labels. A dictionary names one for each head.
+        output: which tensor of what the model returns the likelihood reads: a name, an index or a function; ``None``:
+            the obvious one (:mod:`osculate.curvature.backends.outputs`).
         loss_reduction: ``"mean"`` or ``"sum"``, how the user's loss combines samples (summed over output coordinates).
         seed: of the sampled labels; the global random state is never used.
-        strict: refuse parameters that would get the fallback.
+        strict: refuse parameters that would get the fallback, and matrices that ``ByLayer`` serves by ``otherwise``.
         on_nonfinite: ``"raise"`` (default) or ``"skip"`` when a loss, gradient, statistic or step size is not finite:
             no state changes, ``skipped_steps`` counts it. One number is fetched from the device per step for this
             check, and one more where an unguarded method looks back.
@@ -96,7 +100,8 @@ class SecondOrder(Session):
         lr: float | None = None,
         damping: float | None = None,
         weight_decay: float | None = None,
-        likelihood: str | Likelihood | None = None,
+        likelihood: str | Likelihood | Mapping[str | int, str | Likelihood] | None = None,
+        output: Choice = None,
         loss_reduction: str = "mean",
         seed: int = 0,
         strict: bool = False,
@@ -111,7 +116,8 @@ class SecondOrder(Session):
         require_arguments(locals())
         values = method.hyperparameters({"lr": lr, "damping": damping, "weight_decay": weight_decay})
         method.check_values(**values)
-        resolved = resolve_likelihood(likelihood)
+        resolved = resolve_heads(likelihood)
+        require_one_choice(likelihood, output)
         if method.needs_likelihood and resolved is None:
             raise ArgumentError(
                 "this method draws labels from the model's own distribution: pass likelihood='categorical', "
@@ -128,14 +134,16 @@ class SecondOrder(Session):
         if isinstance(self.structures, ByLayer):
             require_matching_keys(self.structures, layers)
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
-        self.blocks = make_blocks(layers, self.structures, method.fallback, strict=strict)
+        self.blocks = make_blocks(layers, self.structures, method.fallback, strict=strict, estimator=method.curvature)
         self.certify_records = certify_records
         warn_of_declined(self.blocks)
+        warn_of_fallback(self.blocks, self.structures)
         self._strict, self.grad_scaler, self.ranks = strict, grad_scaler, Ranks(process_group, wrapper)
         self.plan = Plan(method, self.blocks, layers)
         super().__init__(split_into_groups(model, layers, groups), values)
         self._check_values()
         self.capture = make_backend(backend, model, layers, resolved, loss_reduction, seed, samples)
+        self.capture.output = output
         wanted = all_records(self.blocks, layers, method)
         require_supported(self.capture, wanted)
         self.capture.arm(wanted)  # places the hooks that any step will need

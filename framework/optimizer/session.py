@@ -160,7 +160,9 @@ class Session(torch.optim.Optimizer):
         added = late_layers(self.model, self.layers, chosen)
         numbers = {name: as_number(name, param_group.get(name, self.defaults[name])) for name in self.defaults}
         self.method.check_values(**numbers)
-        blocks = make_blocks(added, self.structures, self.method.fallback, strict=self._strict)
+        blocks = make_blocks(
+            added, self.structures, self.method.fallback, strict=self._strict, estimator=self.method.curvature
+        )
         super().add_param_group({**param_group, "params": chosen})
         for block in blocks:
             block.born = self._step

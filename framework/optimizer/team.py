@@ -148,7 +148,7 @@ class Team:
                 found[member] = tuple(next(scaled) for _ in found[member])
         for member, block in enumerate(self.blocks):
             if block.part.joint:
-                found[member] = block.layer.parameter_views(found[member][0])
+                found[member] = block.seen.parameter_views(found[member][0])
         return found
 
 

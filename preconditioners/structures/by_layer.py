@@ -8,13 +8,22 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from ...checking import require_fields
-from ...curvature.layers.adapters import KINDS
 from ...curvature.layers.layer import Layer
+from ...curvature.layers.recognition import known_kinds
 from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, UnknownNameError
 from ..protocol import Preconditioner
 
-__all__ = ["LAST", "ByLayer", "leaves", "require_matching_keys", "select", "with_last"]
+__all__ = [
+    "LAST",
+    "ByLayer",
+    "by_default",
+    "leaves",
+    "require_matching_keys",
+    "select",
+    "serving_order",
+    "with_last",
+]
 
 LAST = "(last)"
 """In a table: the layer that owns the last matrix of the model, in the order of its modules."""
@@ -75,10 +84,8 @@ def select(preconditioner: Preconditioner | ByLayer, layer: Layer) -> list[tuple
     if not isinstance(preconditioner, ByLayer):
         served = preconditioner.serves(layer)
         return [(preconditioner, served)] if served else []
-    candidates = [part for key, part in preconditioner.table.items() if fnmatchcase(layer.name, key)]
-    if layer.kind in preconditioner.table:
-        candidates.append(preconditioner.table[layer.kind])
-    chosen = select(candidates[0], layer) if candidates else []
+    entry = _entry(preconditioner, layer)
+    chosen = [] if entry is None else select(entry, layer)
     taken = {name for _, names in chosen for name in names}
     rest = tuple(name for name in layer.parameters if name not in taken)
     other = preconditioner.otherwise
@@ -109,16 +116,46 @@ def with_last(preconditioner: Preconditioner | ByLayer, last: str | None) -> Pre
     return ByLayer(table, preconditioner.otherwise)
 
 
+def serving_order(preconditioner: Preconditioner | ByLayer, layer: Layer) -> Iterator[Preconditioner]:
+    """The structures that are asked for a layer's parameters, in turn; the method's fallback comes after them."""
+    if not isinstance(preconditioner, ByLayer):
+        yield preconditioner
+        return
+    entry = _entry(preconditioner, layer)
+    if entry is not None:
+        yield from serving_order(entry, layer)
+    if preconditioner.otherwise is not None:
+        yield preconditioner.otherwise
+
+
+def by_default(preconditioner: Preconditioner | ByLayer, layer: Layer) -> set[str]:
+    """Parameters of a layer that a table serves by its ``otherwise``: nobody has named a structure for them."""
+    if not isinstance(preconditioner, ByLayer):
+        return set()
+    entry = _entry(preconditioner, layer)
+    own = set() if entry is None else {name for _, names in select(entry, layer) for name in names}
+    inner = set() if entry is None else by_default(entry, layer)
+    return inner | ({name for _, names in select(preconditioner, layer) for name in names} - own)
+
+
 def require_matching_keys(table: ByLayer, layers: Sequence[Layer]) -> None:
     """Check that every key is a kind of layer, or a pattern that matches the name of one.
 
     Raises:
         UnknownNameError: naming the near misses; a misspelt key would silently leave its layers to the fallback.
     """
-    names = [layer.name for layer in layers]
+    names, kinds = [layer.name for layer in layers], known_kinds()
     for key in table.table:
-        if key not in KINDS and not any(fnmatchcase(name, key) for name in names):
-            raise UnknownNameError("layer kind or name in ByLayer", key, [*KINDS, *names])
+        if key not in kinds and not any(fnmatchcase(name, key) for name in names):
+            raise UnknownNameError("layer kind or name in ByLayer", key, [*kinds, *names])
+
+
+def _entry(table: ByLayer, layer: Layer) -> Preconditioner | ByLayer | None:
+    """What a table names for a layer: names win over kinds, the first name over the others."""
+    for key, part in table.table.items():
+        if fnmatchcase(layer.name, key):
+            return part
+    return table.table.get(layer.kind)
 
 
 def _can_take(part: Preconditioner, layer: Layer, names: tuple[str, ...]) -> bool:

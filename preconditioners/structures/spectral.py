@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...checking import require_fields
 from ...curvature.layers.layer import Layer
@@ -146,7 +146,8 @@ class Spectral(Stateless):
 
     def serves(self, layer: Layer) -> tuple[str, ...]:
         """The weight of layers that multiply by a matrix; an embedding looks rows up, it gets the fallback."""
-        return ("weight",) if layer.is_matrix and layer.kind != "Embedding" else ()
+        looked_up = isinstance(layer.module, nn.Embedding | nn.EmbeddingBag)
+        return ("weight",) if layer.is_matrix and not looked_up else ()
 
     def init(self, layer: Layer, parameters: Tensors) -> SpectralState:
         """Nothing gathered, ever; only the precision is chosen."""

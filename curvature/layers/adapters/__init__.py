@@ -2,7 +2,8 @@
 
 from .convolution import ConvolutionAdapter, TransposedConvolutionAdapter
 from .embedding import ONE_HOT_LIMIT, EmbeddingAdapter
-from .linear import LinearAdapter, ProjectionAdapter, ProjectionBiasAdapter
+from .forwards import keeps_forward, own_forward
+from .linear import LinearAdapter, ProjectionAdapter, ProjectionBiasAdapter, TensorAdapter, TransposedLinearAdapter
 from .normalisation import BatchNormAdapter, GroupNormAdapter, InstanceNormAdapter, LayerNormAdapter, RMSNormAdapter
 from .protocol import LayerAdapter, MatrixAdapter, PatchAdapter, ScaleAdapter
 
@@ -24,7 +25,11 @@ __all__ = [
     "ProjectionBiasAdapter",
     "RMSNormAdapter",
     "ScaleAdapter",
+    "TensorAdapter",
     "TransposedConvolutionAdapter",
+    "TransposedLinearAdapter",
+    "keeps_forward",
+    "own_forward",
 ]
 
 ADAPTERS: tuple[LayerAdapter, ...] = (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .forwards import keeps_forward
 from .protocol import LayerAdapter, MatrixAdapter, PatchAdapter
 
 __all__ = ["ConvolutionAdapter", "TransposedConvolutionAdapter"]
@@ -76,7 +77,7 @@ class ConvolutionAdapter(_Sites):
     def matches(self, module: nn.Module) -> bool:
         """The torch class and subclasses that keep its forward."""
         expected = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.dimensions - 1]
-        return isinstance(module, expected) and type(module).forward is expected.forward
+        return keeps_forward(module, expected)
 
     def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """The input, padded if the padding is not zeros given in numbers."""
@@ -150,7 +151,7 @@ class TransposedConvolutionAdapter(_Sites):
     def matches(self, module: nn.Module) -> bool:
         """The torch class and subclasses that keep its forward."""
         expected = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[self.dimensions - 1]
-        return isinstance(module, expected) and type(module).forward is expected.forward
+        return keeps_forward(module, expected)
 
     def of_call(self, module: nn.Module, value: Tensor, output: Tensor) -> TransposedConvolutionAdapter:
         """With the output padding that makes this output of this input."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ....errors import ArgumentError, CompatibilityError
+from .forwards import keeps_forward
 from .protocol import LayerAdapter, MatrixAdapter
 
 __all__ = ["ONE_HOT_LIMIT", "EmbeddingAdapter"]
@@ -29,7 +30,7 @@ class EmbeddingAdapter(MatrixAdapter):
         Raises:
             ArgumentError: for a trainable table with sparse gradients.
         """
-        if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward:
+        if not keeps_forward(module, nn.Embedding):
             return False
         if module.sparse:
             raise ArgumentError(

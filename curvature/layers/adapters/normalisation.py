@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .forwards import keeps_forward
 from .protocol import Expanded, LayerAdapter, ScaleAdapter
 
 __all__ = ["BatchNormAdapter", "GroupNormAdapter", "InstanceNormAdapter", "LayerNormAdapter", "RMSNormAdapter"]
@@ -53,8 +54,7 @@ class LayerNormAdapter(_Trailing):
 
     def matches(self, module: nn.Module) -> bool:
         """Any layer normalisation with a scale."""
-        own = isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
-        return own and module.weight is not None
+        return keeps_forward(module, nn.LayerNorm) and module.weight is not None
 
     def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """The normalised input."""
@@ -69,8 +69,7 @@ class RMSNormAdapter(_Trailing):
 
     def matches(self, module: nn.Module) -> bool:
         """Any root-mean-square normalisation with a scale."""
-        own = isinstance(module, nn.RMSNorm) and type(module).forward is nn.RMSNorm.forward
-        return own and module.weight is not None
+        return keeps_forward(module, nn.RMSNorm) and module.weight is not None
 
     def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """The normalised input."""
@@ -131,7 +130,8 @@ class BatchNormAdapter(_Channels):
 
     def matches(self, module: nn.Module) -> bool:
         """Any batch normalisation with affine parameters."""
-        return isinstance(module, nn.modules.batchnorm._BatchNorm) and bool(module.affine)
+        kept = keeps_forward(module, nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
+        return kept and bool(module.affine)
 
     def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """The normalised input, with the statistics that this call uses; buffers stay untouched."""
@@ -148,8 +148,7 @@ class GroupNormAdapter(_Channels):
 
     def matches(self, module: nn.Module) -> bool:
         """Any group normalisation with affine parameters."""
-        own = isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward
-        return own and bool(module.affine)
+        return keeps_forward(module, nn.GroupNorm) and bool(module.affine)
 
     def recorded_input(self, module: nn.Module, value: Tensor) -> Tensor:
         """The normalised input."""
@@ -164,7 +163,7 @@ class InstanceNormAdapter(_Channels):
 
     def matches(self, module: nn.Module) -> bool:
         """Any instance normalisation with affine parameters."""
-        return isinstance(module, nn.modules.instancenorm._InstanceNorm) and bool(module.affine)
+        return keeps_forward(module, nn.modules.instancenorm._InstanceNorm) and bool(module.affine)
 
     def batched_ndim(self, module: nn.Module) -> int:
         """Samples, channels, sites."""

@@ -1,0 +1,53 @@
+"""Models and loops of transformers, timm and PyG, each in an interpreter of its own; skipped where they are missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[2]
+EXAMPLE = TESTS.parent / "docs" / "examples" / "huggingface.py"
+
+
+def require(*packages: str) -> None:
+    """Skip where a package is missing or cannot be imported, and say why."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed (extra 'foreign')")
+    code = "; ".join(f"import {package}" for package in packages)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip(f"{', '.join(packages)} cannot be imported here: {found.stderr.strip().splitlines()[-1]}")
+
+
+def run(*words: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=600, check=False
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
+
+
+@pytest.mark.parametrize("package", ["transformers", "timm", "torch_geometric"])
+def test_records_of_foreign_models_are_those_of_torch_func(package: str) -> None:
+    """Per-sample gradients, Gauss-Newton blocks, and more than 95 % of the parameters served by K-FAC."""
+    require(package)
+    assert "right" in run(str(TESTS / "foreign_models.py"), package)
+
+
+def test_the_trainer_of_transformers_trains_both_models_by_every_method() -> None:
+    require("transformers", "accelerate")
+    lines = re.findall(r"(\S+) +(\w+): loss (\S+) to (\S+), (\S+) % served", run(str(EXAMPLE)))
+    assert {(method, model) for method, model, *_ in lines} == {
+        (method, model) for method in ("kfac", "lw-adamw", "joint-kfac", "soap", "muon") for model in ("gpt2", "bert")
+    }
+    for method, model, first, last, share in lines:
+        assert float(last) < float(first), (method, model, first, last)
+        assert float(share) > 95.0, (method, model, share)
