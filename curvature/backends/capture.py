@@ -136,6 +136,8 @@ class Capture(Backend):
 
     def discard_complete(self) -> None:
         """Forget calls that already have a gradient: the user threw that gradient away (``zero_grad``)."""
+        for certificate in self._certificates.values():
+            certificate.forget()
         if not (self._calls.made or self._parameter_sums):
             return
         if not self._inside and any(call.complete for call in self._calls.alive()):
@@ -171,6 +173,7 @@ class Capture(Backend):
             doubt = certificate.doubt(calls[name]) if calls.get(name) else None
             if doubt is not None:
                 self.doubts[name] = doubt
+        self._drop_certificates()
         if self._uneven:
             self._require_settled(calls.values())
         unseen = self._empty - calls.keys() - sums.keys() if self._empty else ()

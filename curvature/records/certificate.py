@@ -12,6 +12,8 @@ layer's own forward product once more, and is asked at some steps only.
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,34 +37,38 @@ class Certificate:
     """
 
     def __init__(self, layer: Layer, generator: torch.Generator):
-        self.layer = layer
+        self.layer, self._generator = layer, generator
+        self.names = [name for name, parameter in layer.parameters.items() if parameter.requires_grad]
         self.directions: dict[str, Tensor] = {}
         self._actual: dict[str, Tensor] = {}
-        for name, parameter in layer.parameters.items():
-            if parameter.requires_grad:
-                self.directions[name] = _direction(layer, name, parameter, generator)
 
     def attach(self) -> list[Any]:
         """Look at every gradient the moment it is complete: a user may clip it later. Returns handles."""
+        own = weakref.ref(self)  # a parameter outlives its optimizer
         return [
-            self.layer.parameters[name].register_post_accumulate_grad_hook(self._taker(name))
-            for name in self.directions
+            self.layer.parameters[name].register_post_accumulate_grad_hook(partial(_take, own, name))
+            for name in self.names
         ]
 
-    def _taker(self, name: str) -> Any:
-        def take(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                direction = self.directions[name]
-                self._actual[name] = torch.sum(parameter.grad.detach().to(direction.dtype) * direction)
+    def forget(self) -> None:
+        """The gradients were thrown away."""
+        self.directions, self._actual = {}, {}
 
-        return take
+    def take(self, name: str, parameter: Tensor) -> None:
+        """Take in the gradient of one parameter."""
+        direction = self.directions.get(name)
+        if parameter.grad is not None and direction is not None:
+            self._actual[name] = torch.sum(parameter.grad.detach().to(direction.dtype) * direction)
 
     @torch.no_grad()
     def add(self, call: Call, gradient: Tensor) -> None:
         """Take in the gradient at the output of one call."""
         adapter = call.adapter or self.layer.adapter
-        if call.input is None or adapter is None or not self.directions:
+        if call.input is None or adapter is None or not self.names:
             return
+        if not self.directions:  # drawn when a backward has come: evaluations leave nothing behind
+            for name in self.names:
+                self.directions[name] = _direction(self.layer, name, self.layer.parameters[name], self._generator)
         value = gradient.detach() if call.arrange is None else call.arrange(gradient.detach())
         half = value.dtype in (torch.float16, torch.bfloat16)
         seen = call.input.float() if call.input.dtype in (torch.float16, torch.bfloat16) else call.input
@@ -87,7 +93,7 @@ class Certificate:
         """
         parameters = self.layer.parameters
         moving = {name for name, parameter in parameters.items() if parameter.requires_grad}
-        if moving != set(self.directions) or moving != set(self._actual):
+        if moving != set(self.names) or moving != set(self._actual):
             return None  # something was frozen, or came back, since the question was put
         if any(call.explained is None for call in calls):
             return None
@@ -96,6 +102,12 @@ class Certificate:
         actual = sum(self._actual.values())
         found: Tensor = torch.as_tensor(explained - actual).abs() / (allowed + torch.finfo(torch.float32).tiny)
         return found.double()
+
+
+def _take(certificate: weakref.ref[Certificate], name: str, parameter: Tensor) -> None:
+    found = certificate()
+    if found is not None:
+        found.take(name, parameter)
 
 
 def _direction(layer: Layer, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:

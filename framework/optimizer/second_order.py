@@ -197,6 +197,8 @@ class SecondOrder(Session):
         self.capture.discard_complete()
         if self.capture.seen is not None:
             self.capture.seen.take()
+        if self.capture.seen is not None:
+            self.capture.seen.take()
         super().zero_grad(set_to_none)
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -524,6 +526,8 @@ class SecondOrder(Session):
     def _arm(self) -> None:
         """Tell the capture what the coming forward passes must record."""
         self.capture.clear()
+        if self.capture.seen is not None:
+            self.capture.seen.take()
         self.capture.step, self.capture.stream = self._step, self.ranks.rank
         self.due = self.plan.at(self._step, self._warm)
         self.capture.certifies = self._certifies()

@@ -116,7 +116,7 @@ _SCALES: dict[str, type[UpdateScale]] = {"match-adam": MatchAdam, "aspect-ratio"
 
 
 def muon(
-    *, momentum: float = 0.95, beta2: float = 0.95, scale: str = "match-adam", iterations: int = 5, output: str = LAST
+    *, momentum: float = 0.95, beta2: float = 0.95, scale: str = "match-adam", iterations: int = 5, heads: str = LAST
 ) -> Method:
     """Muon (Jordan et al. 2024; ``torch.optim.Muon``): orthogonalised Nesterov momentum on hidden weight matrices.
 
@@ -129,13 +129,13 @@ def muon(
         beta2: decay in [0, 1) of the squared gradients of AdamW.
         scale: ``match-adam`` or ``aspect-ratio``.
         iterations: of Newton and Schulz, >= 1.
-        output: layers whose matrices AdamW takes: patterns of names, separated by commas (``actor,critic``).
+        heads: layers whose matrices AdamW takes: patterns of names, separated by commas (``actor,critic``).
             ``(last)``: the layer that owns the model's last matrix, as the layer table shows. Empty: none, so that
             every matrix is orthogonalised.
     """
     adam = Diagonal(average=MovingAverage(beta2))
     hidden = Spectral(chosen("scale", scale, _SCALES), iterations=iterations)
-    names = [name.strip() for name in output.split(",") if name.strip()]
+    names = [name.strip() for name in heads.split(",") if name.strip()]
     return Method(
         ByLayer({**dict.fromkeys(names, adam), "*": hidden}, otherwise=adam),
         momentum=Nesterov(EMA(momentum)),

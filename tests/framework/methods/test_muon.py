@@ -60,12 +60,12 @@ def deep() -> nn.Module:
     ("make", "options", "expected"),
     [
         (deep, {}, ["0", "3"]),
-        (deep, {"output": ""}, ["0", "3", "5"]),
-        (deep, {"output": "0, (last)"}, ["3"]),
+        (deep, {"heads": ""}, ["0", "3", "5"]),
+        (deep, {"heads": "0, (last)"}, ["3"]),
         (Tied, {}, ["hidden"]),
         (ActorCritic, {}, ["actor", "body"]),
-        (ActorCritic, {"output": "actor,critic"}, ["body"]),
-        (ActorCritic, {"output": "*or, crit*"}, ["body"]),
+        (ActorCritic, {"heads": "actor,critic"}, ["body"]),
+        (ActorCritic, {"heads": "*or, crit*"}, ["body"]),
         (lambda: nn.Linear(3, 2), {}, []),
         (lambda: nn.LayerNorm(3), {}, []),
     ],
@@ -84,7 +84,7 @@ def test_an_attention_block_keeps_its_projections() -> None:
 
 def test_a_name_that_matches_nothing_is_refused() -> None:
     with pytest.raises(osc.ArgumentError, match="head"):
-        osc.build("muon", nn.Linear(3, 2), output="head")
+        osc.build("muon", nn.Linear(3, 2), heads="head")
 
 
 def test_the_last_entry_of_a_table_of_ones_own() -> None:
