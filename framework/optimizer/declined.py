@@ -13,8 +13,12 @@ _LARGE = 4096
 """A limit below this order is its user's choice, and needs no word."""
 
 
-def warn_of_declined(blocks: Sequence[Block]) -> None:
-    """One warning that names all large layers which a limit keeps out, and what their state would take."""
+def warn_of_declined(blocks: Sequence[Block]) -> bool:
+    """One warning that names all large layers which a limit keeps out, and what their state would take.
+
+    Returns:
+        Whether there was anything to say.
+    """
     found = [
         f"{block.key} ({block.note})"
         for block in blocks
@@ -28,3 +32,4 @@ def warn_of_declined(blocks: Sequence[Block]) -> None:
             "higher limit: osculate.Method, or dataclasses.replace(method, preconditioner=...(limit=...))",
             stacklevel=4,
         )
+    return bool(found)

@@ -136,8 +136,8 @@ class SecondOrder(Session):
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
         self.blocks = make_blocks(layers, self.structures, method.fallback, strict=strict, estimator=method.curvature)
         self.certify_records = certify_records
-        warn_of_declined(self.blocks)
-        warn_of_fallback(self.blocks, self.structures)
+        if not warn_of_declined(self.blocks):  # one warning tells of what the fallback serves
+            warn_of_fallback(self.blocks, self.structures)
         self._strict, self.grad_scaler, self.ranks = strict, grad_scaler, Ranks(process_group, wrapper)
         self.plan = Plan(method, self.blocks, layers)
         super().__init__(split_into_groups(model, layers, groups), values)

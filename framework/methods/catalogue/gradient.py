@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ....curvature.estimators import BatchMean, SampledBatchMean
+from ....curvature.layers.adapters import KINDS
 from ....preconditioners.averages import MovingAverage, RunningSum
 from ....preconditioners.damping.split import ConstantDamping
 from ....preconditioners.factors.gradient_products import Root
@@ -136,8 +137,9 @@ def muon(
     adam = Diagonal(average=MovingAverage(beta2))
     hidden = Spectral(chosen("scale", scale, _SCALES), iterations=iterations)
     names = [name.strip() for name in heads.split(",") if name.strip()]
+    kinds = {kind: adam if kind == "Embedding" else hidden for kind in KINDS}
     return Method(
-        ByLayer({**dict.fromkeys(names, adam), "*": hidden}, otherwise=adam),
+        ByLayer({**dict.fromkeys(names, adam), **kinds}, otherwise=adam),
         momentum=Nesterov(EMA(momentum)),
         weight_decay=Decoupled(),
         fallback=adam,

@@ -150,7 +150,7 @@ def test_dense(name: str, warm: bool, seed: int) -> None:
 def test_muon_with_another_output_layer(output: str, rows: int) -> None:
     """None: every matrix is orthogonalised. Or the one that the user names; the layers are 0, 2 and 4."""
     make, hyper, options = CASES["muon"]
-    against_transcription("muon", False, 0, make, hyper | {"output_rows": rows}, options | {"output": output})
+    against_transcription("muon", False, 0, make, hyper | {"output_rows": rows}, options | {"heads": output})
 
 
 def against_transcription(
