@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -52,7 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: words after the program's name; None takes those of this process.
     """
-    sys.exit(execute(arguments))
+    try:
+        sys.exit(execute(arguments))
+    except BrokenPipeError:  # whoever read the output has seen enough (`| head`); nothing is left to be flushed to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def execute(arguments: Sequence[str] | None = None) -> int:
