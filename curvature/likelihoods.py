@@ -133,7 +133,7 @@ def _require_logits(output: Tensor) -> None:
 
 def _diagonal_roots(values: Tensor) -> Tensor:
     """(D, N, ...) roots of a diagonal matrix with square roots ``values`` (N, ...), D coordinates per sample."""
-    flat = values.flatten(1)
+    flat = values.reshape(values.shape[0], -1)  # an output (N,) has one coordinate
     return torch.diag_embed(flat).transpose(0, 1).reshape(flat.shape[1], *values.shape)
 
 

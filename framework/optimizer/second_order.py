@@ -197,8 +197,6 @@ class SecondOrder(Session):
         self.capture.discard_complete()
         if self.capture.seen is not None:
             self.capture.seen.take()
-        if self.capture.seen is not None:
-            self.capture.seen.take()
         super().zero_grad(set_to_none)
 
     # -- the step ----------------------------------------------------------------------------------------------------

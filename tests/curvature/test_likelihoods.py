@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
+import osculate as osc
 import pytest
 import torch
 from measuring import FixedTargets, close, flat, generator_of, measure
@@ -157,3 +159,31 @@ def test_names_resolve_and_unknown_names_are_refused() -> None:
     assert resolve_likelihood(None) is None
     with pytest.raises(ArgumentError, match="categorical"):
         resolve_likelihood("categoric")
+
+
+@pytest.mark.parametrize("name", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("estimator", [osc.ExactGGN(), osc.EmpiricalFisher(), osc.SampledFisher()])
+def test_an_output_of_one_number_per_sample_has_one_coordinate(name: str, estimator: Any) -> None:
+    """(N,) and (N, 1) are one model: the same curvature, draw by draw."""
+    found = []
+    for squeezed in (True, False):
+        torch.manual_seed(0)
+        line = nn.Linear(3, 1).double()
+        model = nn.Sequential(line, nn.Flatten(0)) if squeezed else nn.Sequential(line)
+        inputs, targets = torch.randn(5, 3, dtype=torch.float64), torch.rand(5, dtype=torch.float64).round()
+        method = osc.Method(osc.Dense(), estimator, defaults={"lr": 1.0, "damping": 0.1})
+        optimizer = osc.build(method, model, likelihood=name)
+        output = model(inputs).reshape(-1)
+        if name == "gaussian":
+            loss = 0.5 * (output - targets).square().mean()
+        else:
+            loss = nn.functional.binary_cross_entropy_with_logits(output, targets)
+        loss.backward()
+        record = estimator.fill(optimizer.collect()["0"])
+        found.append(record.matrix())
+        if isinstance(estimator, osc.ExactGGN):
+            weights = torch.ones(5).double() if name == "gaussian" else output.sigmoid() * (1 - output.sigmoid())
+            rows = torch.cat([inputs, inputs.new_ones(5, 1)], 1)
+            torch.testing.assert_close(found[-1], (rows.T * weights.detach()) @ rows / 5)
+        optimizer.close()
+    torch.testing.assert_close(*found)
