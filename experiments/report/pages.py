@@ -71,7 +71,7 @@ def _text(value: Any, between: str = "=") -> str:
     """Plain values in words: x=1, y=2; a range as a study's dry run writes it: lr log [0.03, 1.0]."""
     if isinstance(value, Mapping):
         inner = {key: _text(entry, " ") if isinstance(entry, Mapping) else entry for key, entry in value.items()}
-        return ", ".join(f"{key}{between}{entry}" for key, entry in inner.items())
+        return ", ".join(f"{key}{between}{'none' if entry is None else entry}" for key, entry in inner.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
     return "" if value is None else str(value)
