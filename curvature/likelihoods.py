@@ -7,13 +7,14 @@ output of 784 pixels one *sample* is one image.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import ArgumentError, UnknownNameError
+from ..errors import ArgumentError, UnknownNameError, require_interval
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "resolve_likelihood"]
 
@@ -104,22 +105,34 @@ class Bernoulli:
 
 
 class Gaussian:
-    """Unit-variance normal coordinates: ``output`` (N, ...) means; the loss is half the squared error."""
+    """Normal coordinates of variance 1 / weight: ``output`` (N, ...) means; the loss is half the squared error.
+
+    Args:
+        weight: > 0, of half a squared error in a sample's loss, e.g. 2 / D for ``nn.MSELoss()`` over D outputs. The
+            gradient of a squared error does not tell it, so it has to be said.
+
+    Raises:
+        ArgumentError: if the weight is out of range.
+    """
 
     name = "gaussian"
 
+    def __init__(self, weight: float = 1.0):
+        require_interval("weight", weight, 0.0, math.inf, closed="()")
+        self.weight = weight
+
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Normal with mean ``output`` and unit variance."""
+        """Normal with mean ``output`` and variance 1 / weight."""
         noise = torch.randn(output.shape, generator=generator, device=output.device, dtype=output.dtype)
-        return output + noise
+        return output + noise / math.sqrt(self.weight)
 
     def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
-        """Half squared error, summed over samples and coordinates."""
-        return 0.5 * (output - target).square().sum()
+        """Weighted half squared error, summed over samples and coordinates."""
+        return 0.5 * self.weight * (output - target).square().sum()
 
     def curvature_root(self, output: Tensor) -> Tensor:
-        """V = coordinates roots e_v."""
-        return _diagonal_roots(torch.ones_like(output))
+        """V = coordinates roots sqrt(weight) e_v."""
+        return _diagonal_roots(torch.full_like(output, math.sqrt(self.weight)))
 
 
 def _require_logits(output: Tensor) -> None:

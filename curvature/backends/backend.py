@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
+from ..loss_weights import LossReader
 from ..records.needs import PassKind, Record
 from ..records.statistics import LayerStatistics
 from .loss_seen import SeenLoss
-from .outputs import Choice
+from .outputs import Choice, Heads
 from .passes import Pauses
 
 __all__ = ["Backend"]
@@ -38,10 +39,13 @@ class Backend(ABC):
         doubts: by layer how far the last :meth:`collect` was from that, 0-dimensional; above 1: its records are wrong.
         samples: the axis of the model's output that counts the samples, or a function that brings the output into the
             form (N, ...).
+        readers: of the weights that samples have in the user's loss, one per head.
+        inverse_scale: 1 / scale of the user's loss (0-dimensional) where a ``GradScaler`` multiplies it, for weights.
         output: which tensor of what the model returns the likelihood reads, as the user says; ``None``: the obvious.
     """
 
     output: Choice = None
+    inverse_scale: Tensor | None = None
     name: ClassVar[str]
     seen: SeenLoss | None = None
     """What reads the loss of plain loops off the output's gradient, where a step-size rule wants it."""
@@ -55,6 +59,8 @@ class Backend(ABC):
         self.loss_reduction, self.seed = loss_reduction, seed
         self.step = self.stream = 0
         self.pauses = Pauses()
+        parts: list[Any] = list(likelihood.parts.values()) if isinstance(likelihood, Heads) else [likelihood]
+        self.readers = [LossReader(part, loss_reduction) for part in parts]
         self.certifies = False
         self.doubts: dict[str, Tensor] = {}
         self._wanted: Mapping[str, Record] = {}
@@ -118,7 +124,7 @@ class Backend(ABC):
         self.close()
         result = type(self)(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
         result.step, result.pauses, result.samples = self.step, self.pauses, self.samples
-        result.output = self.output
+        result.output, result.readers = self.output, self.readers
         return result
 
     def close(self) -> None:

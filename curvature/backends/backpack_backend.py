@@ -22,7 +22,7 @@ from ..records.statistics import SampleGradients
 from .backpack_run import Run
 from .backpack_tools import EXTENSIONS, Watch, extension, mean_hessian, tools
 from .replay import Measured, Pass, ReplayBackend
-from .sampling import require_predictive
+from .sampling import require_predictive, slope_at
 
 __all__ = ["BackpackBackend"]
 
@@ -143,9 +143,7 @@ class BackpackBackend(ReplayBackend):
         likelihood, _ = require_predictive(entry.likelihood, entry.output)
         if entry.targets is None:
             raise ArgumentError("no labels were sampled in this pass; arm the backend with Record.SAMPLED")
-        output = entry.output.detach().requires_grad_(True)
-        (slope,) = torch.autograd.grad(likelihood.negative_log_likelihood(output, entry.targets), output)
-        return slope
+        return slope_at(likelihood, entry.output, entry.targets)
 
     def _curvature_roots(self, entry: Pass) -> Tensor:
         likelihood, output = require_predictive(entry.likelihood, entry.output)

@@ -11,6 +11,7 @@ that do nothing where somebody else has hooks on the same module.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -24,6 +25,7 @@ from torch.func import functional_call
 from ...errors import ArgumentError
 from ..layers.attention import ProjectionWatch
 from ..layers.layer import Layer
+from ..likelihoods import Likelihood
 from ..records.calls import EMPTY, Call, Calls, ParameterSum, column_sum
 from ..records.certificate import Certificate
 from ..records.needs import PassKind, Record
@@ -31,9 +33,11 @@ from ..records.owned import combine
 from ..records.statistics import LayerStatistics
 from .backend import Backend
 from .hook_tables import NOTHING, after, before_call
-from .passes import OWN, Pauses, accumulates
+from .output_pass import OutputHook, WaitingPass
+from .outputs import Heads, read_output
+from .passes import OWN, Pauses, accumulates, extra_backward
 from .probing import Probes, batch_of, is_square
-from .sampling import label_generator, require_predictive, roots_backward, sampled_backward, seeded_generator
+from .sampling import Labels, require_predictive, roots_backward, sampled_backward, seeded_generator
 from .uses import Use, attention_modules, use_of, watch_attention
 
 __all__ = ["Capture", "Hook"]
@@ -73,6 +77,7 @@ class Capture(Backend):
         "_certificates",
         "_certified",
         "_parameter_sums",
+        "received",
         "_leaves",
         "_edges",
         "_probes",
@@ -81,6 +86,8 @@ class Capture(Backend):
     _asked: Mapping[str, _Asked] = MappingProxyType({})
     _hooked: frozenset[str] = frozenset()  # names of layers with hooks
     _extra = False  # whether some layer asks for a backward of our own
+    _stacked: bool | None = None  # whether one head is computed from another; None: not looked at
+    discards = 0  # how often the user has cleared gradients
 
     def _forget(self) -> None:
         self._calls = Calls()
@@ -89,6 +96,7 @@ class Capture(Backend):
         self._certified: list[Any] = []
         self._arms: dict[int, tuple[Mapping[str, Record], dict[str, _Asked], bool]] = {}
         self._parameter_sums: dict[str, list[ParameterSum]] = {}
+        self.received: dict[int, WaitingPass] = {}  # passes for which a gradient has arrived at an output
         self._pass, self._inside = 0, False
         self._leaves: dict[int, list[Tensor]] = {}  # artificial ones of each pass
         self._axes: set[int] = set()  # sizes of the first axes of the calls of this pass
@@ -136,6 +144,8 @@ class Capture(Backend):
 
     def discard_complete(self) -> None:
         """Forget calls that already have a gradient: the user threw that gradient away (``zero_grad``)."""
+        self.discards += 1
+        self.received.clear()
         for certificate in self._certificates.values():
             certificate.forget()
         if not (self._calls.made or self._parameter_sums):
@@ -164,6 +174,8 @@ class Capture(Backend):
                 done.add(call.pass_index)
             if call.complete or every:
                 calls.setdefault(call.layer, []).append(call)
+        if self.received:
+            self._finish(done)
         sums = {
             name: [entry for entry in entries if every or entry.pass_index in done]
             for name, entries in self._parameter_sums.items()
@@ -210,6 +222,7 @@ class Capture(Backend):
         if self._calls.made:
             self._calls.clear()
         self._parameter_sums.clear()
+        self.received.clear()
         self._pass, self._inside, self._leaves, self._ended = 0, False, {}, (-1, 0)
         if self._axes:
             self._axes, self._square = set(), False
@@ -252,34 +265,97 @@ class Capture(Backend):
         if self._axes or self._edges:
             self._axes, self._square, self._edges = set(), False, {}
 
-    def end_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The model has returned ``output``: run the backwards of our own, while its graph is alive."""
+    def end_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """The model has returned ``output``: wait for the gradient there, or run our own backwards if none will come.
+
+        Returns what stands in the output's place, if anything.
+        """
         self._inside = False
-        output = self.samples_first(output)
+        ordered = self.samples_first(output)
         if self._empty:
-            self._require_samples(output)
+            self._require_samples(ordered)
         if self._axes:
-            self._settle(args, kwargs, output)
-        if self.seen is not None and isinstance(output, Tensor):
-            self.seen.watch(output, self.pauses)
+            self._settle(args, kwargs, ordered)
+        if self.seen is not None and isinstance(ordered, Tensor):
+            self.seen.watch(ordered, self.pauses)
         if not self._extra or not torch.is_grad_enabled():
-            return
-        likelihood, output = require_predictive(self.likelihood, output, self.output)
-        if not output.requires_grad:
-            return
+            return None
+        likelihood, read = require_predictive(self.likelihood, ordered, self.output)
+        if not read.requires_grad:
+            return None
         calls = [call for call in self._calls.alive() if call.pass_index == self._pass and call.edge is not None]
         rooted = [call for call in calls if self._asked[call.layer].roots]
-        if rooted:
-            roots_backward(output, likelihood, rooted)
         sampled = [call for call in calls if self._asked[call.layer].sampled]
         whole = [layer for layer in self.layers if layer.name in self._asked and self._asked[layer.name].whole]
+        if not (rooted or sampled or whole):
+            return None
+        heads = [] if self._kind == "forward" else self._heads(output)
+        if heads:
+            leaves = [p for layer in self.layers if layer.name in self._asked for p in layer.parameters.values()]
+            waiting = WaitingPass(self._pass, self._labels(), sampled, rooted, whole, leaves)
+            return self._wait(waiting, output, heads)
+        if rooted:
+            roots_backward(read, likelihood, rooted)
         if sampled or whole:
-            sums = sampled_backward(output, likelihood, self._generator(output.device), self._pass, sampled, whole)
+            sums = sampled_backward(read, likelihood, self._labels(), self._pass, sampled, whole)
             self._forget_abandoned_sums()
             for name, entry in sums.items():
                 self._parameter_sums.setdefault(name, []).append(entry)
         for call in rooted:
             call.edge = None
+        return None
+
+    def _heads(self, output: Any) -> list[tuple[Tensor, Likelihood]]:
+        """The tensors that the user's loss is made of, with their likelihoods.
+
+        Empty if there are none: a function has computed what the likelihood reads, or a head is computed from another.
+        """
+        given = None
+        if callable(self.samples):
+            given = "samples"
+        elif callable(self.output) and self.output(output) is not self.output(output):
+            given = "output"
+        if given is not None:
+            self.readers[0].unread = f"{given}= is a function that computes another tensor from the model's output"
+            return []
+        likelihood: Any = self.likelihood
+        found = [source for source, _ in read_output(likelihood, output, self.output).sources]
+        parts = list(likelihood.parts.values()) if isinstance(likelihood, Heads) else [likelihood]
+        if self._stacked is None:
+            self._stacked = len(found) > 1 and _are_stacked(found)
+        if self._stacked:
+            self.readers[0].unread = "one head of the model is computed from another"
+            return []
+        return list(zip(found, parts, strict=True))
+
+    def _wait(self, waiting: WaitingPass, output: Any, heads: Sequence[tuple[Tensor, Likelihood]]) -> Tensor | None:
+        """Hooks on the outputs."""
+        replaced, alone = None, isinstance(output, Tensor)
+        axis = self.samples if alone and isinstance(self.samples, int) else 0
+        for number, (source, likelihood) in enumerate(heads):
+            if not source.requires_grad:
+                continue
+            if alone and source._is_view():  # an operation in place would cut it off from the hook
+                source = replaced = torch.ops.aten._unsafe_view(source, source.shape)
+            source.register_hook(OutputHook(self, waiting.head(source, likelihood, number, axis), self.pauses))
+        return replaced
+
+    def _finish(self, done: set[int]) -> None:
+        """Give the calls of passes that count what the gradients at the outputs have told."""
+        received = [waiting for index, waiting in self.received.items() if index in done]
+        if not received:
+            return
+        scale = 1.0 if self.inverse_scale is None else self.inverse_scale.sqrt()
+        whole = {name: 0 for waiting in received for name in waiting.names}
+        for name in whole:
+            whole[name] = sum(waiting.samples for waiting in received if name in waiting.names)
+        for waiting in received:
+            mean = self.loss_reduction == "mean"
+            totals = {
+                name: scale * math.sqrt(whole[name] / waiting.samples) if mean else scale for name in waiting.names
+            }
+            for name, entry in waiting.finish(totals).items():
+                self._parameter_sums.setdefault(name, []).append(entry)
 
     def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Find out whose the rows of this pass are, if the shapes of its calls do not say it.
@@ -429,8 +505,8 @@ class Capture(Backend):
         for name, sums in self._parameter_sums.items():
             self._parameter_sums[name] = [entry for entry in sums if entry.pass_index in alive]
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """A generator that depends on (seed, step, number of earlier passes that count or still may).
+    def _labels(self) -> Labels:
+        """Labels that depend on (seed, step, number of earlier passes that count or still may).
 
         A pass whose graph was thrown away leaves no trace; two passes before one joint backward differ.
         """
@@ -440,7 +516,19 @@ class Capture(Backend):
                 call.labelled = True
             elif call.labelled or call.complete:
                 earlier.add(call.pass_index)
-        return label_generator(self.seed, self.step, len(earlier), device, self.stream)
+        return Labels(self.seed, self.step, len(earlier), self.stream)
+
+
+def _are_stacked(heads: Sequence[Tensor]) -> bool:
+    """Whether one output of a model depends on another."""
+    moving = [head for head in heads if head.requires_grad]
+    with extra_backward():
+        for head in moving:
+            others = [other for other in moving if other is not head]
+            zeros = torch.zeros_like(head)
+            if any(value is not None for value in torch.autograd.grad(head, others, zeros, True, allow_unused=True)):
+                return True
+    return False
 
 
 class Hook:
@@ -523,11 +611,12 @@ class BeginHook(Hook):
 class EndHook(Hook):
     """Forward hook of the model."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The pass is complete: its output is the model's."""
         capture: Capture | None = self.capture()
-        if capture is not None and module is capture.model and not capture.pauses.depth:
-            capture.end_pass(args, kwargs, output)
+        if capture is None or module is not capture.model or capture.pauses.depth:
+            return None
+        return capture.end_pass(args, kwargs, output)
 
 
 class GradientHook:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vjp, vmap
+from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...errors import ArgumentError
@@ -23,7 +23,7 @@ from ..records.needs import Record
 from ..records.ownership import Ownership
 from ..records.statistics import SampleGradients
 from .replay import Measured, Pass, ReplayBackend
-from .sampling import require_predictive
+from .sampling import require_predictive, slope_at
 from .uses import Use, observed
 
 __all__ = ["FuncBackend", "Model"]
@@ -94,9 +94,7 @@ class FuncBackend(ReplayBackend):
             found[Record.GRADIENTS] = entry.gradient.unsqueeze(1)
         if entry.targets is not None:
             likelihood, output = require_predictive(entry.likelihood, entry.output)
-            targets = entry.targets
-            slope: Tensor = grad(lambda value: likelihood.negative_log_likelihood(value, targets))(output)
-            found[Record.SAMPLED] = slope.detach().unsqueeze(1)
+            found[Record.SAMPLED] = slope_at(likelihood, output, entry.targets).unsqueeze(1)
         if Record.CURVATURE_ROOTS in asked:
             likelihood, output = require_predictive(entry.likelihood, entry.output)
             found[Record.CURVATURE_ROOTS] = likelihood.curvature_root(output).transpose(0, 1)

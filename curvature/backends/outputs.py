@@ -63,26 +63,27 @@ class JointLikelihood:
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Any:
         """One set of labels per head, drawn in turn."""
-        return tuple(part.sample(head, generator) for part, head in self._heads(output))
+        return tuple(part.sample(head, generator) for part, head in self.heads(output))
 
     def negative_log_likelihood(self, output: Tensor, target: Any) -> Tensor:
         """Sum over the heads."""
         found = [
             part.negative_log_likelihood(head, labels)
-            for (part, head), labels in zip(self._heads(output), target, strict=True)
+            for (part, head), labels in zip(self.heads(output), target, strict=True)
         ]
         return torch.stack(found).sum()
 
     def curvature_root(self, output: Tensor) -> Tensor:
         """Roots of each head in turn, zero in the columns of the others."""
         found, start, width = [], 0, output.shape[1]
-        for part, head in self._heads(output):
+        for part, head in self.heads(output):
             roots = part.curvature_root(head).flatten(2)
             found.append(torch.nn.functional.pad(roots, (start, width - start - roots.shape[2])))
             start += roots.shape[2]
         return torch.cat(found)
 
-    def _heads(self, output: Tensor) -> Iterator[tuple[Likelihood, Tensor]]:
+    def heads(self, output: Tensor) -> Iterator[tuple[Likelihood, Tensor]]:
+        """Per head its likelihood and its own columns in its own shape."""
         widths = [shape.numel() for shape in self.shapes]
         for part, shape, columns in zip(self.parts, self.shapes, output.split(widths, 1), strict=True):
             yield part, columns.reshape(-1, *shape)

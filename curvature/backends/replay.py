@@ -7,6 +7,7 @@ a step writes to the parameters only after the record has been collected.
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...errors import ArgumentError, CompatibilityError
 from ..likelihoods import Likelihood
+from ..loss_weights import Weighted, is_weighted
 from ..records.calls import EMPTY, Call, ParameterSum
 from ..records.needs import Record
 from ..records.owned import combine
@@ -26,12 +28,16 @@ from ..records.statistics import LayerStatistics, SampleGradients, Tensors
 from .backend import Backend
 from .capture import Hook
 from .hook_tables import after
-from .outputs import Heads, Read, read_output
+from .outputs import Heads, JointLikelihood, Read, read_output
 from .passes import OWN, Pauses, accumulates, extra_backward
 from .probing import Probes
-from .sampling import label_generator, require_predictive
+from .sampling import Labels, require_predictive
 
 __all__ = ["Measured", "Pass", "ReplayBackend", "RootHook", "require_replayable"]
+
+
+_LIKELY = Record.SAMPLED | Record.SAMPLED_PARAMETERS | Record.CURVATURE_ROOTS
+"""Records that come from the model's own distribution."""
 
 
 def _whole(result: Any) -> Tensor:
@@ -45,14 +51,17 @@ class Pass:
     """One forward pass of the whole model: ``output`` is (N, ...), ``gradient`` that of the user's loss there.
 
     ``discarded``: the user has cleared the gradient, and may go backward again while the graph lives. ``output`` is
-    what ``read`` makes of the result of the model, and ``likelihood`` its distribution.
+    what ``read`` makes of the result of the model, and ``likelihood`` its distribution; before a pass is measured it is
+    given the weights that the samples have in the user's loss. ``labels``: where those of this pass are drawn from, if
+    some layer wants any; ``targets``: these labels.
     """
 
     index: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
-    targets: Tensor | None = None
+    labels: Labels | None = None
+    targets: Any = None
     gradient: Tensor | None = None
     discarded: bool = False
     likelihood: Likelihood | None = None
@@ -126,7 +135,13 @@ class ReplayBackend(Backend):
         wanted = self._wanted
         self.clear()
         with extra_backward(), torch.enable_grad():
+            samples = sum(entry.samples for entry in passes)
+            weighted = [self._fit(entry, wanted, samples) for entry in passes]
             measured = [self.measure(entry, wanted) for entry in passes]
+        if self.loss_reduction == "mean" and len(passes) > 1:
+            for entry, found_in, has_weights in zip(passes, measured, weighted, strict=True):
+                if has_weights:
+                    self._rescale(entry, found_in, passes, measured)
         result: dict[str, LayerStatistics] = {}
         for layer in self.layers:
             found = [entry[layer.name] for entry in measured if layer.name in entry]
@@ -220,16 +235,81 @@ class ReplayBackend(Backend):
         """Passes before this one that count, or still may."""
         return sum(not entry.discarded for entry in self._passes)
 
-    def _labels(self, likelihood: Likelihood | None, output: Tensor) -> Tensor | None:
-        """Labels drawn from the model, the same that the ``hooks`` backend draws."""
+    def _fit(self, entry: Pass, wanted: Mapping[str, Record], samples: int) -> bool:
+        """Give a pass the weights of its loss, if something will carry them, and draw its labels.
+
+        Returns whether what is measured carries weights relative to the N of the pass.
+
+        Args:
+            entry: the pass.
+            wanted: by layer what is asked.
+            samples: of all passes.
+        """
+        if entry.likelihood is None or not any(record & _LIKELY for record in wanted.values()):
+            return False
+        likelihood, gradient = entry.likelihood, entry.gradient
+        if gradient is not None and self.inverse_scale is not None:
+            gradient = gradient * self.inverse_scale
+        if isinstance(likelihood, JointLikelihood):
+            entry.likelihood, weighted = self._fit_heads(likelihood, entry.output, gradient, samples)
+        else:
+            entry.likelihood = self.readers[0].fitted(likelihood, entry.output, gradient)
+            weighted = is_weighted(entry.likelihood)
+        if entry.labels is not None:
+            entry.targets = entry.labels.drawn(entry.likelihood, entry.output)
+        return weighted
+
+    def _fit_heads(
+        self, likelihood: JointLikelihood, output: Tensor, gradient: Tensor | None, samples: int
+    ) -> tuple[JointLikelihood, bool]:
+        """Every head has weights of its own; where one has none that can be read, its weight 1 is that of the whole."""
+        gradients = (
+            [None] * len(self.readers) if gradient is None else [value for _, value in likelihood.heads(gradient)]
+        )
+        parts = [
+            reader.fitted(part, values, own)
+            for reader, (part, values), own in zip(self.readers, likelihood.heads(output), gradients, strict=True)
+        ]
+        weighted = any(is_weighted(part) for part in parts)
+        if weighted and self.loss_reduction == "mean" and samples > len(output):
+            share = output.new_full((len(output),), len(output) / samples)
+            parts = [
+                part if is_weighted(part) else Weighted(part, share.reshape(-1, *[1] * (values.ndim - 1)))
+                for part, (_, values) in zip(parts, likelihood.heads(output), strict=True)
+            ]
+        return JointLikelihood(parts, likelihood.shapes), weighted
+
+    def _rescale(
+        self,
+        entry: Pass,
+        found: Mapping[str, Measured],
+        passes: Sequence[Pass],
+        measured: Sequence[Mapping[str, Measured]],
+    ) -> None:
+        """What carries the weights of a mean over its own pass, as part of a mean over the samples of all passes."""
+        for name, own in found.items():
+            seen = [
+                other.samples
+                for other, values in zip(passes, measured, strict=True)
+                if name in values and (values[name].calls or values[name].sums)
+            ]
+            factor = math.sqrt(sum(seen) / entry.samples)
+            for call in own.calls:
+                call.sampled = None if call.sampled is None else call.sampled * factor
+                call.roots = None if call.roots is None else call.roots * factor
+            own.sums = [replace(item, gradients=_times(item.gradients, factor)) for item in own.sums]
+            whole = own.whole
+            own.whole = replace(whole, sampled=_times(whole.sampled, factor), roots=_times(whole.roots, factor))
+
+    def _labels(self, likelihood: Likelihood | None, output: Tensor) -> Labels | None:
+        """Where labels are drawn from, the same that the ``hooks`` backend draws."""
         every = list(self._wanted.values())
-        if not any(record & (Record.SAMPLED | Record.SAMPLED_PARAMETERS | Record.CURVATURE_ROOTS) for record in every):
+        if not any(record & _LIKELY for record in every):
             return None
-        likelihood, output = require_predictive(likelihood, output)
+        require_predictive(likelihood, output)
         if not any(record & (Record.SAMPLED | Record.SAMPLED_PARAMETERS) for record in every):
             return None
-        generator = label_generator(self.seed, self.step, self._earlier(), output.device, self.stream)
-        return likelihood.sample(output.detach(), generator)
+        return Labels(self.seed, self.step, self._earlier(), self.stream)
 
 
 class RootHook(Hook):
@@ -292,6 +372,10 @@ def _gradient_hook(
             kept.append(entry)
 
     return hook
+
+
+def _times(values: Tensors | None, factor: float) -> Any:
+    return None if values is None else tuple(value * factor for value in values)
 
 
 def _join(pieces: Sequence[SampleGradients]) -> SampleGradients:

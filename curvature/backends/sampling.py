@@ -1,12 +1,13 @@
 """The extra backward passes of the ``hooks`` backend, from the model's output with a loss that is not the user's.
 
-They run while the user's graph is still alive, right after the model's forward pass, and stop at the pre-activations
-wherever no parameter gradient is wanted.
+They run while the user's graph is still alive, and stop at the pre-activations wherever no parameter gradient is
+wanted. Passes that are followed by a loss have theirs in :mod:`.output_pass`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +17,19 @@ from ...errors import ArgumentError
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
 from ..records.calls import Call, ParameterSum
-from .outputs import Choice, read_output
+from .outputs import Choice, JointLikelihood, read_output
 from .passes import extra_backward
 
 __all__ = [
+    "Labels",
     "label_generator",
+    "parameter_sums",
+    "pulled_back",
     "require_predictive",
     "roots_backward",
     "sampled_backward",
     "seeded_generator",
+    "slope_at",
 ]
 
 
@@ -71,20 +76,70 @@ def require_predictive(
     return read.likelihood, read.output
 
 
+@dataclass(frozen=True)
+class Labels:
+    """Where the labels of one pass are drawn from, see :func:`label_generator`."""
+
+    seed: int
+    step: int
+    passes: int
+    stream: int = 0
+
+    def of_head(self, likelihood: Likelihood, output: Tensor, head: int) -> Any:
+        """Labels of one of several heads, each of which draws its own; of the only one: number 0."""
+        stream = self.stream + (head << 20)
+        generator = label_generator(self.seed, self.step, self.passes, output.device, stream)
+        return likelihood.sample(output, generator)
+
+    def drawn(self, likelihood: Likelihood, output: Tensor) -> Any:
+        """Labels of one pass: whoever draws them draws the same ones."""
+        if isinstance(likelihood, JointLikelihood):
+            return tuple(
+                self.of_head(part, values, head) for head, (part, values) in enumerate(likelihood.heads(output))
+            )
+        return self.of_head(likelihood, output, 0)
+
+
+def slope_at(likelihood: Likelihood, output: Tensor, labels: Any) -> Tensor:
+    """Gradient of -log p(labels) at an output (N, ...) without a graph."""
+    with torch.enable_grad():
+        leaf = output.detach().requires_grad_(True)
+        (slope,) = torch.autograd.grad(likelihood.negative_log_likelihood(leaf, labels), leaf)
+    return slope
+
+
+def pulled_back(root: Any, inputs: Sequence[Any], vectors: Tensor, batched: bool) -> Sequence[Tensor | None]:
+    """Gradients at edges and parameters for one vector at the output, or for several at once (V, N, ...).
+
+    Call it inside :func:`.extra_backward`.
+
+    Args:
+        root: the output, or its edge.
+        inputs: edges and parameters.
+        vectors: at the output.
+        batched: whether there are several.
+    """
+    if not inputs:
+        return ()
+    if batched:
+        return _batched_backward(root, inputs, vectors)
+    return torch.autograd.grad(root, inputs, vectors, retain_graph=True, allow_unused=True)
+
+
 def sampled_backward(
     output: Tensor,
     likelihood: Likelihood,
-    generator: torch.Generator,
+    labels: Labels,
     pass_index: int,
     calls: Sequence[Call],
     layers: Sequence[Layer],
 ) -> dict[str, ParameterSum]:
-    """One extra backward with labels drawn from the model.
+    """One extra backward with labels drawn from the model, in a pass without a loss that could be read.
 
     Args:
         output: (N, ...) of the model, with its graph.
         likelihood: the distribution.
-        generator: of the labels.
+        labels: where they are drawn from.
         pass_index: number of the forward pass.
         calls: calls of this pass with an edge; their ``sampled`` is set and their edge dropped.
         layers: layers whose parameter gradients are wanted too.
@@ -94,22 +149,28 @@ def sampled_backward(
         are left out.
     """
     trainable = [p for layer in layers for p in layer.parameters.values() if p.requires_grad]
-    output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output  # autocast
-    targets = likelihood.sample(output.detach(), generator)
-    loss = likelihood.negative_log_likelihood(output, targets)
+    wide = output.detach().float() if output.dtype in (torch.float16, torch.bfloat16) else output.detach()  # autocast
+    slope = slope_at(likelihood, wide, labels.drawn(likelihood, wide)).to(output.dtype)
     inputs: list[Any] = [*(call.edge for call in calls), *trainable]
     with extra_backward():
-        gradients = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+        gradients = pulled_back(output, inputs, slope, batched=False)
     for call, gradient in zip(calls, gradients, strict=False):
         call.sampled, call.edge = None if gradient is None else call.arranged(gradient), None
-    rest = iter(gradients[len(calls) :])
+    found = dict(zip(map(id, trainable), gradients[len(calls) :], strict=True))
+    return parameter_sums(layers, found, pass_index, output.shape[0])
+
+
+def parameter_sums(
+    layers: Sequence[Layer], gradients: Mapping[int, Tensor | None], pass_index: int, samples: int
+) -> dict[str, ParameterSum]:
+    """By layer its parameter gradients, from gradients by the parameter's id."""
     sums: dict[str, ParameterSum] = {}
     for layer in layers:
-        found = [(p, next(rest) if p.requires_grad else None) for p in layer.parameters.values()]
+        found = [(p, gradients.get(id(p))) for p in layer.parameters.values()]
         if all(gradient is None for _, gradient in found):
             continue  # the layer is not in this graph (e.g. inside a reentrant checkpoint): zeros would be a guess
         values = tuple(torch.zeros_like(p) if gradient is None else gradient for p, gradient in found)
-        sums[layer.name] = ParameterSum(pass_index, output.shape[0], values)
+        sums[layer.name] = ParameterSum(pass_index, samples, values)
     return sums
 
 
@@ -130,7 +191,7 @@ def roots_backward(output: Tensor, likelihood: Likelihood, calls: Sequence[Call]
             call.roots = None if gradient is None else call.arranged_all(gradient).transpose(0, 1)
 
 
-def _batched_backward(output: Tensor, edges: Sequence[Any], roots: Tensor) -> Sequence[Tensor | None]:
+def _batched_backward(output: Any, edges: Sequence[Any], roots: Tensor) -> Sequence[Tensor | None]:
     """Gradients (V, ...) at each edge, one per root."""
     try:
         return torch.autograd.grad(output, edges, roots, retain_graph=True, allow_unused=True, is_grads_batched=True)

@@ -23,6 +23,7 @@ from .blocks import Block, full_precision, make_blocks
 from .distributed import Ranks
 from .groups import GroupValues, chosen_parameters, late_layers, numbers_of, unowned_parameters
 from .kinds_of_numbers import require_real_and_dense
+from .loss_reading import require_right_loss
 from .plan import Plan, StepPlan
 from .precision import widened
 from .skeleton import Skeleton
@@ -100,7 +101,11 @@ class Session(torch.optim.Optimizer):
 
     def collect(self) -> dict[str, LayerStatistics]:
         """What all processes have recorded, without loss scale and in full precision."""
+        self.capture.inverse_scale = self._inverse_scale
         found = self.capture.collect()
+        for reader in self.capture.readers:
+            if reader.found is not None or reader.unread:
+                require_right_loss(reader, self._inverse_scale)
         if found:
             found = widened(found, self._inverse_scale)
         return found if self.ranks.count == 1 else self.ranks.joint(self.layers, found)

@@ -1,0 +1,205 @@
+"""The backward passes of the ``hooks`` backend's own, run when the user's gradient arrives at the model's output.
+
+At that moment the graph below the output is still whole, and the gradient tells the weight of every sample and position
+in the user's loss: what is sent back carries these weights. A pass that nobody runs backward costs nothing.
+
+A model with several heads has several outputs. Given the model's output the heads are independent, so each head sends
+back its own vectors when its own gradient arrives, and what they give at the layers below adds up.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ..layers.layer import Layer
+from ..likelihoods import Likelihood
+from ..loss_weights import LossReader, is_weighted
+from ..records.calls import Call, ParameterSum
+from .passes import OWN, Pauses, accumulates, extra_backward
+from .sampling import Labels, parameter_sums, pulled_back, slope_at
+
+__all__ = ["OutputHook", "OutputPass", "WaitingPass"]
+
+
+class WaitingPass:
+    """What one forward pass of the model asks of the gradients at its outputs.
+
+    Args:
+        index: number of the forward pass.
+        labels: where they are drawn from.
+        sampled: calls that want rows of sampled labels.
+        rooted: calls that want all roots.
+        whole: layers whose parameter gradients for sampled labels are wanted.
+        leaves: parameters; a backward that fills the ``.grad`` of none is not counted.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        labels: Labels,
+        sampled: Sequence[Call],
+        rooted: Sequence[Call],
+        whole: Sequence[Layer],
+        leaves: Sequence[Tensor],
+    ):
+        self.index, self.labels, self.leaves = index, labels, leaves
+        self.sampled, self.rooted, self.whole = list(sampled), list(rooted), list(whole)
+        self.edges: dict[int, Any] = {id(call): call.edge for call in (*sampled, *rooted)}
+        self.at: dict[int, int] = {}  # calls whose output is one of the model's, and the number of that head
+        for call in (*sampled, *rooted):
+            call.edge = None
+        self.names = {call.layer for call in (*sampled, *rooted)} | {layer.name for layer in whole}
+        self.samples = 0
+        self._found: dict[int, _Found] = {}
+
+    def head(self, output: Tensor, likelihood: Likelihood, number: int, axis: int) -> OutputPass:
+        """What waits at one output.
+
+        Holds edges of the graph below the output, and is held by a hook on it: no circle, so that both vanish with the
+        graph. A layer whose output is the model's keeps no edge, for the same reason.
+        """
+        own = get_gradient_edge(output).node
+        for call, edge in list(self.edges.items()):
+            if edge is not None and edge.node is own:
+                self.at[call], self.edges[call] = number, None
+        return OutputPass(self, output, likelihood, number, axis)
+
+    def take(self, head: int, found: _Found, samples: int) -> None:
+        """What one head gave, in the place of what an earlier backward through it gave."""
+        self._found[head], self.samples = found, samples
+
+    def finish(self, totals: Mapping[str, float | Tensor]) -> dict[str, ParameterSum]:
+        """Put the rows of all heads into the calls; returns parameter gradients by layer.
+
+        Args:
+            totals: by layer what the square roots of the weights have to be multiplied with: they were read as those of
+                a loss over this pass alone.
+        """
+        heads = [found for _, found in sorted(self._found.items())]
+        for place, call in enumerate(self.sampled):
+            rows = _scaled([(found.rows[place], found.factor(totals[call.layer])) for found in heads])
+            call.sampled = call.arranged(sum(rows[1:], rows[0])) if rows else None
+        for place, call in enumerate(self.rooted):
+            rows = _scaled([(found.roots[place], found.factor(totals[call.layer])) for found in heads])
+            vectors = rows[0] if len(rows) == 1 else torch.cat(rows) if rows else None
+            call.roots = None if vectors is None else call.arranged_all(vectors).transpose(0, 1)
+        total: dict[int, Tensor | None] = {}
+        for layer in self.whole:
+            for parameter in layer.parameters.values():
+                key = id(parameter)
+                rows = _scaled([(found.gradients.get(key), found.factor(totals[layer.name])) for found in heads])
+                total[key] = sum(rows[1:], rows[0]) if rows else None
+        return parameter_sums(self.whole, total, self.index, self.samples)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one head of one pass gave: by place of the call, and by parameter."""
+
+    rows: Sequence[Tensor | None]
+    roots: Sequence[Tensor | None]
+    gradients: Mapping[int, Tensor | None]
+    weighted: bool
+
+    def factor(self, total: float | Tensor) -> float | Tensor:
+        """Only what carries weights is scaled."""
+        return total if self.weighted else 1.0
+
+
+def _scaled(values: Sequence[tuple[Tensor | None, float | Tensor]]) -> list[Tensor]:
+    return [
+        value if isinstance(factor, float) and factor == 1.0 else value * factor
+        for value, factor in values
+        if value is not None
+    ]
+
+
+class OutputPass:
+    """One output of one forward pass, which waits for its gradient.
+
+    Args:
+        waiting: the pass.
+        output: of the model, with its graph.
+        likelihood: its distribution.
+        head: number of the output among those that are read.
+        axis: of the output that counts the samples.
+    """
+
+    def __init__(self, waiting: WaitingPass, output: Tensor, likelihood: Likelihood, head: int, axis: int):
+        self.waiting, self.likelihood, self.head, self.axis = waiting, likelihood, head, axis % output.ndim
+        self.value = output.detach().movedim(axis, 0)
+        self.place = output.output_nr
+        self._gradient: Tensor | None = None
+        self._discards = 0
+
+    def receive(self, gradient: Tensor, reader: LossReader, discards: int) -> None:
+        """Run the extra backward passes with the weights that this gradient tells.
+
+        Args:
+            gradient: of the user's loss at the output; several backwards through one forward add up.
+            reader: of the weights.
+            discards: how often the user has cleared gradients; what came before the last time is gone.
+        """
+        gone = discards != self._discards or all(leaf.grad is None for leaf in self.waiting.leaves)
+        if self._gradient is not None and not gone:
+            gradient = self._gradient + gradient
+        self._gradient, self._discards = gradient, discards
+        waiting, value = self.waiting, self.value
+        wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value  # autocast
+        likelihood = reader.fitted(self.likelihood, wide, gradient.movedim(self.axis, 0))
+        root = GradientEdge(torch._C._current_autograd_node(), self.place)
+        roots: list[Tensor | None] = []
+        if waiting.rooted:
+            roots, _ = self._pulled_back(root, likelihood.curvature_root(wide), waiting.rooted, [])
+        rows: list[Tensor | None] = []
+        trainable = [p for layer in waiting.whole for p in layer.parameters.values() if p.requires_grad]
+        gradients: Sequence[Tensor | None] = ()
+        if waiting.sampled or trainable:
+            slope = slope_at(likelihood, wide, waiting.labels.of_head(likelihood, wide, self.head))
+            rows, gradients = self._pulled_back(root, slope, waiting.sampled, trainable)
+        sums = dict(zip(map(id, trainable), gradients, strict=True))
+        waiting.take(self.head, _Found(rows, roots, sums, is_weighted(likelihood)), len(value))
+
+    def _pulled_back(
+        self, root: GradientEdge, vectors: Tensor, calls: Sequence[Call], parameters: Sequence[Tensor]
+    ) -> tuple[list[Tensor | None], Sequence[Tensor | None]]:
+        """``vectors``, one (N, ...) or several (V, N, ...), at each call and parameter."""
+        batched = vectors.ndim > self.value.ndim
+        vectors = vectors.to(self.value.dtype).movedim(int(batched), self.axis + int(batched))
+        edges, at = self.waiting.edges, self.waiting.at
+        inner = [edge for call in calls if (edge := edges[id(call)]) is not None]
+        rest = iter(pulled_back(root, [*inner, *parameters], vectors, batched))
+        rows: list[Tensor | None] = []
+        for call in calls:
+            here = at.get(id(call))  # a call that is another head's output has nothing to do with this one
+            rows.append(next(rest) if here is None else vectors if here == self.head else None)
+        return rows, list(rest)
+
+
+class OutputHook:
+    """Tensor hook on an output of the model; holds its backend weakly.
+
+    Args:
+        backend: whose readers read the weights, and which puts the rows together when it collects.
+        waiting: the output.
+        pauses: of the backend.
+    """
+
+    def __init__(self, backend: Any, waiting: OutputPass, pauses: Pauses):
+        self._backend, self._waiting, self._pauses = weakref.ref(backend), waiting, pauses
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Take the gradient in, if it belongs to a backward that fills the leaves' ``.grad``."""
+        backend, waiting = self._backend(), self._waiting
+        if backend is None or OWN.running or self._pauses.depth or not accumulates(waiting.waiting.leaves):
+            return
+        with extra_backward(), torch.no_grad():
+            waiting.receive(gradient.detach(), backend.readers[waiting.head], backend.discards)
+        backend.received[waiting.waiting.index] = waiting.waiting

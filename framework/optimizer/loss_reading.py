@@ -1,0 +1,57 @@
+"""What the user is told about the loss that the curvature backend has read off the gradient at the output."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from ...curvature.loss_weights import LossReader
+from ...errors import ArgumentError
+
+__all__ = ["require_right_loss"]
+
+_ASSUMED = (
+    "The curvature is that of weight 1 for every sample (the loss a mean over samples, summed over everything else)"
+)
+
+
+def require_right_loss(reader: LossReader, inverse_scale: Tensor | None) -> None:
+    """Check that the loss is the one that the optimizer was told of; says once what could not be read.
+
+    Args:
+        reader: of the backend.
+        inverse_scale: 1 / scale of the loss, ``None`` if it is not scaled.
+
+    Raises:
+        ArgumentError: if it is the loss of another likelihood, or a sum where a mean was announced.
+    """
+    found = reader.found
+    if reader.unread and reader.kind != "gaussian" and not reader.told:
+        reader.told = True
+        warnings.warn(
+            f"likelihood={reader.kind!r}: {reader.unread}, so the gradient that the loss sends there is not seen, and "
+            f"the weights of the samples cannot be read off it. {_ASSUMED}",
+            stacklevel=4,
+        )
+    if found is None:
+        return
+    if found.looks_like:
+        words = {"categorical": "a cross entropy over classes", "bernoulli": "a binary cross entropy with logits"}
+        raise ArgumentError(
+            f"likelihood={reader.kind!r}, but the gradient that the loss sends into the model's output is that of "
+            f"{words[found.looks_like]}: build with likelihood={found.looks_like!r}"
+        )
+    if found.summed and reader.loss_reduction == "mean" and inverse_scale is None:
+        raise ArgumentError(
+            "loss_reduction='mean', but every sample has weight 1 in the loss, which is therefore a sum over samples: "
+            "build with loss_reduction='sum', or divide the loss by their number"
+        )
+    if found.mode == "assumed" and reader.kind != "gaussian" and not reader.told:
+        reader.told = True
+        warnings.warn(
+            f"likelihood={reader.kind!r}: the gradient at the model's output is not that of a cross entropy with hard, "
+            "mixed or evenly smoothed labels (soft targets with unequal weights, negative weights, or another loss), "
+            f"so the weights of the samples cannot be read off it. {_ASSUMED}",
+            stacklevel=4,
+        )
