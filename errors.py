@@ -14,6 +14,7 @@ __all__ = [
     "ClosureRequiredError",
     "CompatibilityError",
     "FallbackWarning",
+    "LossWarning",
     "NumericalError",
     "OsculateError",
     "UnknownNameError",
@@ -52,6 +53,10 @@ class ClosureRequiredError(OsculateError, TypeError):
 
 class NumericalError(OsculateError, ArithmeticError):
     """A computation broke down (non-finite loss, matrix that is not positive definite); nothing was written."""
+
+
+class LossWarning(UserWarning):
+    """What was assumed of the loss, because its gradient does not tell."""
 
 
 class FallbackWarning(UserWarning):

@@ -16,7 +16,7 @@ from .estimators import (
 from .layers.discovery import discover_layers
 from .layers.layer import Layer, LayerAdapter
 from .layers.recognition import register_adapter
-from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from .likelihoods import Bernoulli, Categorical, FromLoss, Gaussian, Likelihood
 from .quadratic_forms import (
     ExactHessian,
     HessianRowSums,
@@ -38,6 +38,7 @@ __all__ = [
     "ExactGGN",
     "ExactHessian",
     "ExactHessianBlock",
+    "FromLoss",
     "Gaussian",
     "HessianRowSums",
     "InputsOnly",

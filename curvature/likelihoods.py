@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..errors import ArgumentError, UnknownNameError, require_interval
 
-__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "resolve_likelihood"]
+__all__ = ["NO_LOSS", "Bernoulli", "Categorical", "FromLoss", "Gaussian", "Likelihood", "resolve_likelihood"]
 
 
 class Likelihood(Protocol):
@@ -108,8 +108,9 @@ class Gaussian:
     """Normal coordinates of variance 1 / weight: ``output`` (N, ...) means; the loss is half the squared error.
 
     Args:
-        weight: > 0, of half a squared error in a sample's loss, e.g. 2 / D for ``nn.MSELoss()`` over D outputs. The
-            gradient of a squared error does not tell it, so it has to be said.
+        weight: > 0, of half a squared error in a sample's loss, e.g. 2 / D for ``nn.MSELoss()`` over D outputs.
+            ``None``: measured where ``step`` is given a closure; else 1 is assumed, for the gradient of a squared error
+            does not tell.
 
     Raises:
         ArgumentError: if the weight is out of range.
@@ -117,22 +118,61 @@ class Gaussian:
 
     name = "gaussian"
 
-    def __init__(self, weight: float = 1.0):
-        require_interval("weight", weight, 0.0, math.inf, closed="()")
+    def __init__(self, weight: float | None = None):
+        if weight is not None:
+            require_interval("weight", weight, 0.0, math.inf, closed="()")
         self.weight = weight
 
+    @property
+    def precision(self) -> float:
+        """1 / variance."""
+        return 1.0 if self.weight is None else self.weight
+
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Normal with mean ``output`` and variance 1 / weight."""
+        """Normal with mean ``output``."""
         noise = torch.randn(output.shape, generator=generator, device=output.device, dtype=output.dtype)
-        return output + noise / math.sqrt(self.weight)
+        return output + noise / math.sqrt(self.precision)
 
     def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
         """Weighted half squared error, summed over samples and coordinates."""
-        return 0.5 * self.weight * (output - target).square().sum()
+        return 0.5 * self.precision * (output - target).square().sum()
 
     def curvature_root(self, output: Tensor) -> Tensor:
         """V = coordinates roots sqrt(weight) e_v."""
-        return _diagonal_roots(torch.full_like(output, math.sqrt(self.weight)))
+        return _diagonal_roots(torch.full_like(output, math.sqrt(self.precision)))
+
+
+class FromLoss:
+    """No distribution: the curvature of the user's own loss, twice differentiated in the model's output.
+
+    Exact for any loss that is convex in the output and does not couple samples; what is concave in it is left out.
+    The loss must be at hand, so ``step`` takes a closure, and warm starts take functions that return the loss.
+    """
+
+    name = "from-loss"
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """Not before a loss is known.
+
+        Raises:
+            ArgumentError: in any case.
+        """
+        raise ArgumentError(NO_LOSS)
+
+    def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
+        """As ``sample``."""
+        raise ArgumentError(NO_LOSS)
+
+    def curvature_root(self, output: Tensor) -> Tensor:
+        """As ``sample``."""
+        raise ArgumentError(NO_LOSS)
+
+
+NO_LOSS = (
+    "likelihood='from-loss' differentiates the loss twice in the model's output, so it has to be there: call "
+    "optimizer.step(closure), give warm_start functions that return the loss, or say likelihood='categorical', "
+    "'bernoulli' or 'gaussian'"
+)
 
 
 def _require_logits(output: Tensor) -> None:
@@ -153,6 +193,7 @@ def _diagonal_roots(values: Tensor) -> Tensor:
 _LIKELIHOODS: dict[str, type[Likelihood]] = {
     "bernoulli": Bernoulli,
     "categorical": Categorical,
+    "from-loss": FromLoss,
     "gaussian": Gaussian,
 }
 
@@ -161,7 +202,7 @@ def resolve_likelihood(likelihood: str | Likelihood | None) -> Likelihood | None
     """A likelihood from its name; an object is passed through.
 
     Raises:
-        UnknownNameError: if the name is not ``bernoulli``, ``categorical`` or ``gaussian``.
+        UnknownNameError: if the name is not ``bernoulli``, ``categorical``, ``from-loss`` or ``gaussian``.
     """
     if not isinstance(likelihood, str):
         return likelihood

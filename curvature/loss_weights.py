@@ -17,7 +17,8 @@ on q, of which nothing is known but that it is a distribution:
 Which it is, is found out on the host in the first backward passes and looked at again now and then; in between the
 weights cost a few operations on the output and no synchronisation.
 
-For a Gaussian output the gradient is ``w (f - y)`` with y unknown, which says nothing of w.
+For a Gaussian output the gradient is ``w (f - y)`` with y unknown, which says nothing of w; where the loss itself is at
+hand its second derivative does (:mod:`.loss_curvature`).
 """
 
 from __future__ import annotations
@@ -29,11 +30,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from ..errors import ArgumentError
+from .likelihoods import NO_LOSS, Bernoulli, Categorical, FromLoss, Gaussian, Likelihood
+from .loss_curvature import LossCurvature, LossShape, Quadratic, joined
 
 __all__ = ["LossReader", "Reading", "Weighted", "is_weighted"]
 
 Mode = Literal["hard", "sparse", "smooth", "uniform", "plain", "averaged", "assumed"]
+
+_READ = (Categorical, Bernoulli, Gaussian, FromLoss)
+"""Likelihoods whose weights are read."""
 
 _CHECKED = 512
 """Rows (Bernoulli: entries) that are looked at on the host."""
@@ -74,14 +80,24 @@ class LossReader:
 
     Attributes:
         found: what is known by now; ``None`` before the first gradient that is not zero.
+        shape: what is known of the loss's second derivative.
+        reads_curvature: whether that is what is read.
+        assumed: whether a pass had a loss whose second derivative was wanted and not at hand.
         unread: why no gradient is read in any pass; empty if it is.
         told: whether the user has been told that nothing can be read.
     """
 
     def __init__(self, likelihood: Likelihood | None, loss_reduction: str):
-        self.kind = next((kind.name for kind in (Categorical, Bernoulli, Gaussian) if type(likelihood) is kind), "")
+        self.kind = next(
+            (kind.name for kind in (Categorical, Bernoulli, Gaussian, FromLoss) if type(likelihood) is kind), ""
+        )
         self.loss_reduction = loss_reduction
         self.found: Reading | None = None
+        self.shape = LossShape()
+        self.reads_curvature = self.kind == "from-loss" or (
+            isinstance(likelihood, Gaussian) and self.kind == "gaussian" and likelihood.weight is None
+        )
+        self.assumed = False
         self.unread = ""
         self.told = False
         self._seen = 0
@@ -91,15 +107,30 @@ class LossReader:
         """Of the classes, as far as it is known."""
         return -1 if self.found is None else self.found.axis
 
-    def fitted(self, likelihood: Likelihood, output: Tensor, gradient: Tensor | None) -> Likelihood:
+    def fitted(
+        self, likelihood: Likelihood, output: Tensor, gradient: Tensor | None, curvature: LossCurvature | None = None
+    ) -> Likelihood:
         """The likelihood with the weights that samples and positions have in the loss of one pass.
 
         Args:
             likelihood: the one that is read.
             output: (N, ...) of the model, without a graph, float32 or more.
             gradient: of the user's loss there; ``None`` in a pass that has no loss.
+            curvature: of the user's loss there, where it was differentiated twice.
+
+        Raises:
+            ArgumentError: if the loss itself is needed.
         """
+        if self.kind == "from-loss":
+            if curvature is None:
+                raise ArgumentError(NO_LOSS)
+            return Quadratic(curvature, len(output) if self.loss_reduction == "mean" else 1)
         weights = None if gradient is None else self.weights(output, gradient)
+        if curvature is not None and curvature.layout == "diagonal":
+            raw = joined(curvature.blocks.to(output.dtype), output.shape, "diagonal")
+            weights = self._relative(raw, len(output), _tolerance(curvature.blocks.dtype))
+        elif gradient is not None and self.reads_curvature:
+            self.assumed = True
         if weights is None and self.axis == -1:
             return likelihood
         return Weighted(likelihood, weights, self.axis)
@@ -114,7 +145,7 @@ class LossReader:
         Returns:
             Categorical: (N, positions...), the classes' axis left out; Bernoulli: as the output.
         """
-        if not self.kind:
+        if not self.kind or self.kind == "from-loss":
             return None
         tolerance = _tolerance(gradient.dtype)
         gradient = gradient.to(output.dtype)
@@ -129,7 +160,11 @@ class LossReader:
                               rows_of_classes(gradient, self.axis), tolerance)  # fmt: skip
         else:
             raw = _of_bits(self.found.mode, output, gradient)
-        scaled = raw * len(output) if self.loss_reduction == "mean" else raw
+        return self._relative(raw, len(output), tolerance)
+
+    def _relative(self, raw: Tensor, samples: int, tolerance: float) -> Tensor:
+        """Weights of the loss as those of the mean (or sum) over its samples."""
+        scaled = raw * samples if self.loss_reduction == "mean" else raw
         near = scaled.log2().round_().exp2_()  # 1 and loss scales: plain losses go exactly as without weights
         return torch.where((scaled - near).abs() < tolerance * near, near, scaled)
 
@@ -212,7 +247,7 @@ class Weighted:
 
 def is_weighted(likelihood: Likelihood) -> bool:
     """Whether it carries weights that were read."""
-    return isinstance(likelihood, Weighted) and likelihood.roots is not None
+    return isinstance(likelihood, Quadratic) or (isinstance(likelihood, Weighted) and likelihood.roots is not None)
 
 
 def _broadcast(roots: Tensor, rows: Tensor) -> Tensor:

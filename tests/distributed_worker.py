@@ -78,7 +78,7 @@ def run(name: str, net: str, options: dict[str, Any], share: slice, wrapped: boo
 
         losses.append(optimizer.step(closure))
     parameters = {key: value.detach().clone() for key, value in model.named_parameters()}
-    labels = optimizer.capture._labels()
+    labels = repr(optimizer.capture._labels())
     return {"parameters": parameters, "state": optimizer.state_dict()["state"], "losses": losses, "labels": labels}
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
+from ..loss_curvature import LossDifferentiation, LossPoint
 from ..loss_weights import LossReader
 from ..records.needs import PassKind, Record
 from ..records.statistics import LayerStatistics
 from .loss_seen import SeenLoss
 from .outputs import Choice, Heads
-from .passes import Pauses
+from .passes import Pauses, extra_backward
 
 __all__ = ["Backend"]
 
@@ -40,12 +44,15 @@ class Backend(ABC):
         samples: the axis of the model's output that counts the samples, or a function that brings the output into the
             form (N, ...).
         readers: of the weights that samples have in the user's loss, one per head.
+        differentiates: whether losses are being differentiated twice, at the outputs in ``points``.
+        data: tensors that the model was given, pass by pass; ``None``: they are not kept.
         inverse_scale: 1 / scale of the user's loss (0-dimensional) where a ``GradScaler`` multiplies it, for weights.
         output: which tensor of what the model returns the likelihood reads, as the user says; ``None``: the obvious.
     """
 
     output: Choice = None
     inverse_scale: Tensor | None = None
+    data: list[tuple[Tensor, ...]] | None = None
     name: ClassVar[str]
     seen: SeenLoss | None = None
     """What reads the loss of plain loops off the output's gradient, where a step-size rule wants it."""
@@ -61,6 +68,8 @@ class Backend(ABC):
         self.pauses = Pauses()
         parts: list[Any] = list(likelihood.parts.values()) if isinstance(likelihood, Heads) else [likelihood]
         self.readers = [LossReader(part, loss_reduction) for part in parts]
+        self.differentiates = False
+        self.points: list[LossPoint] = []
         self.certifies = False
         self.doubts: dict[str, Tensor] = {}
         self._wanted: Mapping[str, Record] = {}
@@ -71,6 +80,14 @@ class Backend(ABC):
     @abstractmethod
     def collect(self) -> dict[str, LayerStatistics]:
         """The record of each layer from all complete passes since the last time; forgets every pass."""
+
+    @abstractmethod
+    def finish_forward(self, loss: Tensor | None) -> None:
+        """Read the weights of passes of kind ``"forward"``, whose loss is at hand and was not differentiated.
+
+        Args:
+            loss: 0-dimensional, with its graph; ``None`` if there is none.
+        """
 
     @abstractmethod
     def discard_complete(self) -> None:
@@ -111,6 +128,40 @@ class Backend(ABC):
         """Whether gradients of these records are what the next passes are for."""
         return self._wanted is wanted and self._kind == "gradient"
 
+    def keep_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a pass of the model was given, if somebody wants to know."""
+        if self.data is not None:
+            self.data.append(tuple(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+
+    @property
+    def reads_curvature(self) -> bool:
+        """Whether it takes the second derivative of losses where it can."""
+        return any(reader.reads_curvature for reader in self.readers)
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether nothing can be measured without the loss itself."""
+        return any(reader.kind == "from-loss" for reader in self.readers)
+
+    @contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Losses that are differentiated inside are differentiated twice in the model's output, where that is read."""
+        self.differentiates = True
+        try:
+            with LossDifferentiation(self.points, extra_backward):
+                yield
+        finally:
+            self.differentiates = False
+
+    def waits_at(self, output: Tensor, head: int, arrange: Callable[[Tensor], Tensor] | None) -> LossPoint | None:
+        """A point at an output, if the loss's second derivative there is wanted."""
+        reader = self.readers[head]
+        if not (self.differentiates and reader.reads_curvature):
+            return None
+        point = LossPoint(get_gradient_edge(output), reader.shape, arrange, reader.kind == "gaussian")
+        self.points.append(point)
+        return point
+
     def samples_first(self, output: Any) -> Any:
         """The model's output with the axis first that counts the samples."""
         if self.samples == 0:
@@ -136,12 +187,12 @@ class Backend(ABC):
         """For copies: hooks belong to the original."""
         return {name: value for name, value in self.__dict__.items() if name not in self._original}
 
-    _original: ClassVar[tuple[str, ...]] = ("_handles", "pauses", "seen")
+    _original: ClassVar[tuple[str, ...]] = ("_handles", "pauses", "seen", "points", "data")
     """Attributes that a copy does not take along."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy has recorded nothing, and places hooks on its own model."""
         self.__dict__.update(state)
-        self.pauses = Pauses()
+        self.pauses, self.points = Pauses(), []
         self._forget()
         self._handles = self._attach()

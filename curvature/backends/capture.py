@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +26,7 @@ from ...errors import ArgumentError
 from ..layers.attention import ProjectionWatch
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
+from ..loss_curvature import differentiate
 from ..records.calls import EMPTY, Call, Calls, ParameterSum, column_sum
 from ..records.certificate import Certificate
 from ..records.needs import PassKind, Record
@@ -33,7 +34,7 @@ from ..records.owned import combine
 from ..records.statistics import LayerStatistics
 from .backend import Backend
 from .hook_tables import NOTHING, after, before_call
-from .output_pass import OutputHook, WaitingPass
+from .output_pass import OutputHook, OutputPass, WaitingPass, is_rearrangement
 from .outputs import Heads, read_output
 from .passes import OWN, Pauses, accumulates, extra_backward
 from .probing import Probes, batch_of, is_square
@@ -78,6 +79,7 @@ class Capture(Backend):
         "_certified",
         "_parameter_sums",
         "received",
+        "_pending",
         "_leaves",
         "_edges",
         "_probes",
@@ -87,6 +89,7 @@ class Capture(Backend):
     _hooked: frozenset[str] = frozenset()  # names of layers with hooks
     _extra = False  # whether some layer asks for a backward of our own
     _stacked: bool | None = None  # whether one head is computed from another; None: not looked at
+    _orders: dict[torch.Size, bool]  # by shape of the output, whether ``samples`` only moves its entries
     discards = 0  # how often the user has cleared gradients
 
     def _forget(self) -> None:
@@ -96,11 +99,13 @@ class Capture(Backend):
         self._certified: list[Any] = []
         self._arms: dict[int, tuple[Mapping[str, Record], dict[str, _Asked], bool]] = {}
         self._parameter_sums: dict[str, list[ParameterSum]] = {}
+        self._pending: list[tuple[GradientEdge, OutputPass]] = []  # outputs of passes that have no backward
         self.received: dict[int, WaitingPass] = {}  # passes for which a gradient has arrived at an output
         self._pass, self._inside = 0, False
         self._leaves: dict[int, list[Tensor]] = {}  # artificial ones of each pass
         self._axes: set[int] = set()  # sizes of the first axes of the calls of this pass
         self._square = False  # whether a shape of this pass leaves open which axis counts samples
+        self._orders = {}
         self._empty: set[str] = set()  # layers that were called on nothing: experts without a token
         self._ended = (-1, 0)  # the last pass of the whole model, and its N
         self._uneven: dict[int, int] = {}  # N of passes that have other first axes too
@@ -167,6 +172,8 @@ class Capture(Backend):
 
     def collect(self) -> dict[str, LayerStatistics]:
         """Statistics per layer name from all complete calls since the last time; forgets every call."""
+        if self._pending:
+            self.finish_forward(None)
         every, done = self._kind == "forward", set()
         calls: dict[str, list[Call]] = {}
         for call in self._calls.alive():
@@ -175,7 +182,7 @@ class Capture(Backend):
             if call.complete or every:
                 calls.setdefault(call.layer, []).append(call)
         if self.received:
-            self._finish(done)
+            self._finish(set(self.received) if every else done)
         sums = {
             name: [entry for entry in entries if every or entry.pass_index in done]
             for name, entries in self._parameter_sums.items()
@@ -223,6 +230,7 @@ class Capture(Backend):
             self._calls.clear()
         self._parameter_sums.clear()
         self.received.clear()
+        self._pending.clear()
         self._pass, self._inside, self._leaves, self._ended = 0, False, {}, (-1, 0)
         if self._axes:
             self._axes, self._square = set(), False
@@ -271,6 +279,8 @@ class Capture(Backend):
         Returns what stands in the output's place, if anything.
         """
         self._inside = False
+        if self.data is not None:
+            self.keep_data(args, kwargs)
         ordered = self.samples_first(output)
         if self._empty:
             self._require_samples(ordered)
@@ -289,7 +299,7 @@ class Capture(Backend):
         whole = [layer for layer in self.layers if layer.name in self._asked and self._asked[layer.name].whole]
         if not (rooted or sampled or whole):
             return None
-        heads = [] if self._kind == "forward" else self._heads(output)
+        heads = self._heads(output)
         if heads:
             leaves = [p for layer in self.layers if layer.name in self._asked for p in layer.parameters.values()]
             waiting = WaitingPass(self._pass, self._labels(), sampled, rooted, whole, leaves)
@@ -310,13 +320,14 @@ class Capture(Backend):
 
         Empty if there are none: a function has computed what the likelihood reads, or a head is computed from another.
         """
-        given = None
-        if callable(self.samples):
-            given = "samples"
-        elif callable(self.output) and self.output(output) is not self.output(output):
-            given = "output"
-        if given is not None:
-            self.readers[0].unread = f"{given}= is a function that computes another tensor from the model's output"
+        if callable(self.samples) and self._order(output) is None:
+            chosen = self.samples(output)
+            if chosen is not self.samples(output):
+                self.readers[0].unread = _COMPUTED.format("samples")
+                return []
+            output = chosen
+        if callable(self.output) and self.output(output) is not self.output(output):
+            self.readers[0].unread = _COMPUTED.format("output")
             return []
         likelihood: Any = self.likelihood
         found = [source for source, _ in read_output(likelihood, output, self.output).sources]
@@ -328,17 +339,48 @@ class Capture(Backend):
             return []
         return list(zip(found, parts, strict=True))
 
+    def _order(self, output: Any) -> Callable[[Tensor], Tensor] | None:
+        """What brings the samples of the model's only output to the front; ``None``: they are there, or it is another.
+
+        A function of the user does so if all it does is to move entries.
+        """
+        if self.samples == 0 or not isinstance(output, Tensor):
+            return None
+        if isinstance(self.samples, int):
+            return self.samples_first
+        if output.shape not in self._orders:
+            self._orders[output.shape] = is_rearrangement(self.samples, output)
+        return self.samples if self._orders[output.shape] else None
+
     def _wait(self, waiting: WaitingPass, output: Any, heads: Sequence[tuple[Tensor, Likelihood]]) -> Tensor | None:
         """Hooks on the outputs."""
-        replaced, alone = None, isinstance(output, Tensor)
-        axis = self.samples if alone and isinstance(self.samples, int) else 0
+        replaced, alone, order = None, isinstance(output, Tensor), self._order(output)
         for number, (source, likelihood) in enumerate(heads):
             if not source.requires_grad:
                 continue
             if alone and source._is_view():  # an operation in place would cut it off from the hook
                 source = replaced = torch.ops.aten._unsafe_view(source, source.shape)
-            source.register_hook(OutputHook(self, waiting.head(source, likelihood, number, axis), self.pauses))
+            own = waiting.head(source, likelihood, number, order)
+            own.point = self.waits_at(source, number, order)
+            if self._kind == "forward":
+                self._pending.append((get_gradient_edge(source), own))
+            else:
+                source.register_hook(OutputHook(self, own, self.pauses))
         return replaced
+
+    def finish_forward(self, loss: Tensor | None) -> None:
+        """Run the backwards of our own of the passes so far; see the base class."""
+        pending, self._pending = self._pending, []
+        gradients: Sequence[Tensor | None] = [None] * len(pending)
+        with extra_backward():
+            if loss is not None and pending:
+                differentiate(self.points, [loss], [None])
+                edges = [edge for edge, _ in pending]
+                gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+            with torch.no_grad():
+                for (edge, own), gradient in zip(pending, gradients, strict=True):
+                    own.run(edge, gradient, self.readers[own.head])
+                    self.received[own.waiting.index] = own.waiting
 
     def _finish(self, done: set[int]) -> None:
         """Give the calls of passes that count what the gradients at the outputs have told."""
@@ -517,6 +559,9 @@ class Capture(Backend):
             elif call.labelled or call.complete:
                 earlier.add(call.pass_index)
         return Labels(self.seed, self.step, len(earlier), self.stream)
+
+
+_COMPUTED = "{}= is a function that computes another tensor from the model's output"
 
 
 def _are_stacked(heads: Sequence[Tensor]) -> bool:

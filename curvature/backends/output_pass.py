@@ -10,7 +10,7 @@ back its own vectors when its own gradient arrives, and what they give at the la
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
+from ..loss_curvature import LossPoint
 from ..loss_weights import LossReader, is_weighted
 from ..records.calls import Call, ParameterSum
 from .passes import OWN, Pauses, accumulates, extra_backward
-from .sampling import Labels, parameter_sums, pulled_back, slope_at
+from .sampling import Labels, parameter_sums, pulled_back, seeded_generator, slope_at
 
-__all__ = ["OutputHook", "OutputPass", "WaitingPass"]
+__all__ = ["OutputHook", "OutputPass", "WaitingPass", "is_rearrangement"]
 
 
 class WaitingPass:
@@ -59,7 +60,9 @@ class WaitingPass:
         self.samples = 0
         self._found: dict[int, _Found] = {}
 
-    def head(self, output: Tensor, likelihood: Likelihood, number: int, axis: int) -> OutputPass:
+    def head(
+        self, output: Tensor, likelihood: Likelihood, number: int, arrange: Callable[[Tensor], Tensor] | None
+    ) -> OutputPass:
         """What waits at one output.
 
         Holds edges of the graph below the output, and is held by a hook on it: no circle, so that both vanish with the
@@ -69,7 +72,7 @@ class WaitingPass:
         for call, edge in list(self.edges.items()):
             if edge is not None and edge.node is own:
                 self.at[call], self.edges[call] = number, None
-        return OutputPass(self, output, likelihood, number, axis)
+        return OutputPass(self, output, likelihood, number, arrange)
 
     def take(self, head: int, found: _Found, samples: int) -> None:
         """What one head gave, in the place of what an earlier backward through it gave."""
@@ -129,18 +132,27 @@ class OutputPass:
         output: of the model, with its graph.
         likelihood: its distribution.
         head: number of the output among those that are read.
-        axis: of the output that counts the samples.
+        arrange: brings it into the form (N, ...), a rearrangement of its entries; ``None``: it has that form.
     """
 
-    def __init__(self, waiting: WaitingPass, output: Tensor, likelihood: Likelihood, head: int, axis: int):
-        self.waiting, self.likelihood, self.head, self.axis = waiting, likelihood, head, axis % output.ndim
-        self.value = output.detach().movedim(axis, 0)
+    def __init__(
+        self,
+        waiting: WaitingPass,
+        output: Tensor,
+        likelihood: Likelihood,
+        head: int,
+        arrange: Callable[[Tensor], Tensor] | None,
+    ):
+        self.waiting, self.likelihood, self.head, self.arrange = waiting, likelihood, head, arrange
+        self.output = output.detach()
+        self.value = self.output if arrange is None else arrange(self.output)
         self.place = output.output_nr
+        self.point: LossPoint | None = None
         self._gradient: Tensor | None = None
         self._discards = 0
 
     def receive(self, gradient: Tensor, reader: LossReader, discards: int) -> None:
-        """Run the extra backward passes with the weights that this gradient tells.
+        """Run the extra backward passes with the weights that the gradient in this output's hook tells.
 
         Args:
             gradient: of the user's loss at the output; several backwards through one forward add up.
@@ -151,10 +163,16 @@ class OutputPass:
         if self._gradient is not None and not gone:
             gradient = self._gradient + gradient
         self._gradient, self._discards = gradient, discards
+        self.run(GradientEdge(torch._C._current_autograd_node(), self.place), gradient, reader)
+
+    def run(self, root: GradientEdge, gradient: Tensor | None, reader: LossReader) -> None:
+        """The extra backward passes from the output, ``root``, whose gradient is ``None`` if there is no loss."""
         waiting, value = self.waiting, self.value
         wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value  # autocast
-        likelihood = reader.fitted(self.likelihood, wide, gradient.movedim(self.axis, 0))
-        root = GradientEdge(torch._C._current_autograd_node(), self.place)
+        if gradient is not None and self.arrange is not None:
+            gradient = self.arrange(gradient)
+        curvature = None if self.point is None else self.point.curvature
+        likelihood = reader.fitted(self.likelihood, wide, gradient, curvature)
         roots: list[Tensor | None] = []
         if waiting.rooted:
             roots, _ = self._pulled_back(root, likelihood.curvature_root(wide), waiting.rooted, [])
@@ -172,7 +190,10 @@ class OutputPass:
     ) -> tuple[list[Tensor | None], Sequence[Tensor | None]]:
         """``vectors``, one (N, ...) or several (V, N, ...), at each call and parameter."""
         batched = vectors.ndim > self.value.ndim
-        vectors = vectors.to(self.value.dtype).movedim(int(batched), self.axis + int(batched))
+        vectors = vectors.to(self.value.dtype)
+        if self.arrange is not None:
+            back = restoring(self.arrange, self.output)
+            vectors = torch.vmap(back)(vectors) if batched else back(vectors)
         edges, at = self.waiting.edges, self.waiting.at
         inner = [edge for call in calls if (edge := edges[id(call)]) is not None]
         rest = iter(pulled_back(root, [*inner, *parameters], vectors, batched))
@@ -181,6 +202,22 @@ class OutputPass:
             here = at.get(id(call))  # a call that is another head's output has nothing to do with this one
             rows.append(next(rest) if here is None else vectors if here == self.head else None)
         return rows, list(rest)
+
+
+def restoring(arrange: Callable[[Tensor], Tensor], output: Tensor) -> Callable[[Tensor], Tensor]:
+    """The inverse of a rearrangement of an output's entries."""
+    pull = torch.func.vjp(arrange, output)[1]
+    return lambda value: pull(value)[0]
+
+
+def is_rearrangement(function: Callable[[Tensor], Any], output: Tensor) -> bool:
+    """Whether a function does no more than move an output's entries to other places."""
+    generator = seeded_generator(0, output.device)
+    value = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
+    found = function(value)
+    if not isinstance(found, Tensor) or found.numel() != value.numel() or found.ndim == 0:
+        return False
+    return torch.equal(restoring(function, value)(found), value)
 
 
 class OutputHook:

@@ -77,7 +77,8 @@ class JointLikelihood:
         """Roots of each head in turn, zero in the columns of the others."""
         found, start, width = [], 0, output.shape[1]
         for part, head in self.heads(output):
-            roots = part.curvature_root(head).flatten(2)
+            roots = part.curvature_root(head)
+            roots = roots.reshape(*roots.shape[:2], -1)  # a head (N,) has one coordinate
             found.append(torch.nn.functional.pad(roots, (start, width - start - roots.shape[2])))
             start += roots.shape[2]
         return torch.cat(found)

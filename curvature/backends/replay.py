@@ -16,10 +16,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from ...errors import ArgumentError, CompatibilityError
 from ..likelihoods import Likelihood
+from ..loss_curvature import LossCurvature, LossPoint, differentiate
 from ..loss_weights import Weighted, is_weighted
 from ..records.calls import EMPTY, Call, ParameterSum
 from ..records.needs import Record
@@ -53,7 +55,8 @@ class Pass:
     ``discarded``: the user has cleared the gradient, and may go backward again while the graph lives. ``output`` is
     what ``read`` makes of the result of the model, and ``likelihood`` its distribution; before a pass is measured it is
     given the weights that the samples have in the user's loss. ``labels``: where those of this pass are drawn from, if
-    some layer wants any; ``targets``: these labels.
+    some layer wants any; ``targets``: these labels. ``told``: of a pass without a backward the gradient at its output.
+    ``points``: by head, where the loss's second derivative is taken.
     """
 
     index: int
@@ -65,6 +68,8 @@ class Pass:
     gradient: Tensor | None = None
     discarded: bool = False
     likelihood: Likelihood | None = None
+    told: Tensor | None = None
+    points: dict[int, LossPoint] = field(default_factory=dict, repr=False)
     read: Callable[[Any], Tensor] = field(default=_whole, repr=False)
 
     @property
@@ -89,12 +94,13 @@ class ReplayBackend(Backend):
     The model must return one tensor whose first axis counts the samples.
     """
 
-    _original: ClassVar[tuple[str, ...]] = (*Backend._original, "_references", "_kept", "_probes")
+    _original: ClassVar[tuple[str, ...]] = (*Backend._original, "_references", "_kept", "_probes", "_pending")
     reads_heads: ClassVar[bool] = True
 
     def _forget(self) -> None:
         self._references: list[weakref.ref[Pass]] = []
         self._kept: list[Pass] = []
+        self._pending: list[tuple[GradientEdge, Pass, int]] = []
         self._count = 0
         if "_probes" not in self.__dict__:
             self._probes = Probes(self.model)
@@ -153,6 +159,20 @@ class ReplayBackend(Backend):
                 result[layer.name] = replace(record, sample_gradients=whole, extensions=extensions)
         return result
 
+    def finish_forward(self, loss: Tensor | None) -> None:
+        """Remember the gradients at the outputs; see the base class."""
+        pending, self._pending = self._pending, []
+        if loss is None or not pending:
+            return
+        with extra_backward():
+            differentiate(self.points, [loss], [None])
+            edges = [edge for edge, _, _ in pending]
+            gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+        for (_, entry, start), gradient in zip(pending, gradients, strict=True):
+            if gradient is not None:
+                own = _in_columns(gradient, entry.output, start)
+                entry.told = own if entry.told is None else entry.told + own
+
     def _on_model(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Record a pass; may replace the output by one that carries an artificial leaf."""
         if not self._wanted or not torch.is_grad_enabled():
@@ -160,6 +180,7 @@ class ReplayBackend(Backend):
         structured = not isinstance(output, Tensor)
         if self.pauses.depth:
             return None if structured else self._with_leaf(output)[0]
+        self.keep_data(args, kwargs)
         read = self._read(output)
         output = read.output
         if output.shape[0] == 0:
@@ -186,8 +207,18 @@ class ReplayBackend(Backend):
             entry.read = lambda result: read_output(self.likelihood, result, self.output).output
         self._count += 1
         self._references = [*(weakref.ref(other) for other in self._passes), weakref.ref(entry)]
+        sources = ((output, 0),) if not structured else read.sources
+        likely = any(record & _LIKELY for record in self._wanted.values())
+        for head, (source, _) in enumerate(sources if likely else ()):
+            point = self.waits_at(source, head, None) if source.requires_grad else None
+            if point is not None:
+                entry.points[head] = point
         if self._kind == "forward":
             self._kept.append(entry)
+            if likely:
+                self._pending += [
+                    (get_gradient_edge(source), entry, start) for source, start in sources if source.requires_grad
+                ]
         elif not structured:
             output.register_hook(_gradient_hook(entry, self._kept, self.pauses, leaves))
         else:
@@ -247,28 +278,36 @@ class ReplayBackend(Backend):
         """
         if entry.likelihood is None or not any(record & _LIKELY for record in wanted.values()):
             return False
-        likelihood, gradient = entry.likelihood, entry.gradient
+        likelihood, gradient = entry.likelihood, entry.told if entry.gradient is None else entry.gradient
+        curvatures = {head: point.curvature for head, point in entry.points.items()}
         if gradient is not None and self.inverse_scale is not None:
             gradient = gradient * self.inverse_scale
         if isinstance(likelihood, JointLikelihood):
-            entry.likelihood, weighted = self._fit_heads(likelihood, entry.output, gradient, samples)
+            entry.likelihood, weighted = self._fit_heads(likelihood, entry.output, gradient, samples, curvatures)
         else:
-            entry.likelihood = self.readers[0].fitted(likelihood, entry.output, gradient)
+            entry.likelihood = self.readers[0].fitted(likelihood, entry.output, gradient, curvatures.get(0))
             weighted = is_weighted(entry.likelihood)
         if entry.labels is not None:
             entry.targets = entry.labels.drawn(entry.likelihood, entry.output)
         return weighted
 
     def _fit_heads(
-        self, likelihood: JointLikelihood, output: Tensor, gradient: Tensor | None, samples: int
+        self,
+        likelihood: JointLikelihood,
+        output: Tensor,
+        gradient: Tensor | None,
+        samples: int,
+        curvatures: Mapping[int, LossCurvature | None],
     ) -> tuple[JointLikelihood, bool]:
         """Every head has weights of its own; where one has none that can be read, its weight 1 is that of the whole."""
         gradients = (
             [None] * len(self.readers) if gradient is None else [value for _, value in likelihood.heads(gradient)]
         )
         parts = [
-            reader.fitted(part, values, own)
-            for reader, (part, values), own in zip(self.readers, likelihood.heads(output), gradients, strict=True)
+            reader.fitted(part, values, own, curvatures.get(head))
+            for head, (reader, (part, values), own) in enumerate(
+                zip(self.readers, likelihood.heads(output), gradients, strict=True)
+            )
         ]
         weighted = any(is_weighted(part) for part in parts)
         if weighted and self.loss_reduction == "mean" and samples > len(output):
@@ -362,16 +401,23 @@ def _gradient_hook(
     def hook(gradient: Tensor) -> None:
         if OWN.running or pauses.depth or not accumulates(leaves):
             return
-        if start is not None and gradient.shape != entry.output.shape:
-            columns = gradient.detach().reshape(len(gradient), -1)
-            gradient = torch.zeros_like(entry.output)
-            gradient[:, start : start + columns.shape[1]] = columns
+        gradient = _in_columns(gradient, entry.output, start)
         entry.gradient = gradient.detach().clone() if entry.gradient is None else entry.gradient + gradient.detach()
         entry.discarded = False
         if not any(entry is other for other in kept):
             kept.append(entry)
 
     return hook
+
+
+def _in_columns(gradient: Tensor, output: Tensor, start: int | None) -> Tensor:
+    """The gradient at one head, as a gradient at the output of all heads."""
+    if start is None or gradient.shape == output.shape:
+        return gradient
+    columns = gradient.detach().reshape(len(gradient), -1)
+    result = torch.zeros_like(output)
+    result[:, start : start + columns.shape[1]] = columns
+    return result
 
 
 def _times(values: Tensors | None, factor: float) -> Any:

@@ -124,7 +124,7 @@ def as_number(name: str, value: Any) -> float:
         raise ArgumentError(f"{name} must be a number, got {value!r}") from None
 
 
-_CLOSURE_MESSAGE = """this method evaluates the mini-batch itself; give step() a closure:
+_CLOSURE_MESSAGE = """this method (or likelihood='from-loss') evaluates the mini-batch itself; give step() a closure:
     def closure():
         optimizer.zero_grad()
         loss = loss_fn(model(x), y)

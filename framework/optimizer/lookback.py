@@ -115,6 +115,24 @@ class Outcome:
         return replace(report, loss_after=self.loss, step_sizes=sizes, events=events, shortened=self.shortened)
 
 
+def require_same_data(before: Sequence[Tensors], after: Sequence[Tensors]) -> None:
+    """Check that two evaluations of a closure gave the model the same tensors. Synchronises if they are other objects.
+
+    Raises:
+        ArgumentError: if they did not.
+    """
+    same = len(before) == len(after) and all(
+        len(old) == len(new)
+        and all(a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in zip(old, new, strict=True))
+        for old, new in zip(before, after, strict=True)
+    )
+    if not same:
+        raise ArgumentError(
+            "the closure gave the model other data when it was called again: it must evaluate the same mini-batch each "
+            "time (take the batch, and what numpy's or python's random numbers make of it, outside of the closure)"
+        )
+
+
 class LookBack:
     """The look-back phase of one optimizer, at the steps that have one."""
 
@@ -133,6 +151,7 @@ class LookBack:
     def prepare(self) -> None:
         """Remember random state and buffers before the first evaluation."""
         self._before, session = Snapshot.take(self.session.model), self.session
+        session.capture.data = [] if session.looks_closely else None
         self._guard = None if session.guard_state is None else deepcopy(dict(session.guard_state.to_dict()))
         self._damping = [group["damping"] for group in session.param_groups]
 
@@ -156,6 +175,7 @@ class LookBack:
     def forget(self) -> None:
         """Let go of what was remembered: the step is over."""
         self._before, self._points, self._slope = None, _NOWHERE, None
+        self.session.capture.data = None
         self._parameters, self._copies = [], []
         self._guard, self._damping = None, []
 
@@ -175,9 +195,15 @@ class LookBack:
         """Evaluate again, shorten the step while the guard refuses it, and let the structures observe it."""
         guard, loss, fraction, shortened = self.session.method.guard, batch.loss, 1.0, 0
         assert loss is not None
+        data, self.session.capture.data = self.session.capture.data, None
         whole: Tensor | None = None
         while True:
+            if data is not None:
+                self.session.capture.data = []
             loss_after, after = self._evaluate(closure)
+            if data is not None:
+                require_same_data(data, self.session.capture.data or [])
+                data = self.session.capture.data = None
             whole = loss_after if whole is None else whole
             if guard.attempts == 0 or self._accepts(loss, loss_after, fraction):
                 break

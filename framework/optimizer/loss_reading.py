@@ -7,7 +7,7 @@ import warnings
 from torch import Tensor
 
 from ...curvature.loss_weights import LossReader
-from ...errors import ArgumentError
+from ...errors import ArgumentError, LossWarning
 
 __all__ = ["require_right_loss"]
 
@@ -32,16 +32,35 @@ def require_right_loss(reader: LossReader, inverse_scale: Tensor | None) -> None
         warnings.warn(
             f"likelihood={reader.kind!r}: {reader.unread}, so the gradient that the loss sends there is not seen, and "
             f"the weights of the samples cannot be read off it. {_ASSUMED}",
+            LossWarning,
             stacklevel=4,
         )
-    if found is None:
-        return
-    if found.looks_like:
+    if reader.shape.concave and reader.kind == "from-loss" and not reader.told:
+        reader.told = True
+        warnings.warn(
+            "likelihood='from-loss': the loss is not convex in the model's output; what is concave in it is left out "
+            "of the curvature",
+            LossWarning,
+            stacklevel=4,
+        )
+    if found is not None and found.looks_like:
         words = {"categorical": "a cross entropy over classes", "bernoulli": "a binary cross entropy with logits"}
         raise ArgumentError(
             f"likelihood={reader.kind!r}, but the gradient that the loss sends into the model's output is that of "
             f"{words[found.looks_like]}: build with likelihood={found.looks_like!r}"
         )
+    if reader.kind == "gaussian" and reader.assumed and not reader.told:
+        reader.told = True
+        warnings.warn(
+            "likelihood='gaussian': the scale of a squared error cannot be read off its gradient. The curvature is "
+            "that of half the squared error, summed over outputs, a mean over samples. For nn.MSELoss() over D outputs "
+            "per sample pass likelihood=osculate.Gaussian(weight=2 / D), to agree Gaussian(weight=1.0); or call "
+            "optimizer.step(closure), where it is measured",
+            LossWarning,
+            stacklevel=4,
+        )
+    if found is None:
+        return
     if found.summed and reader.loss_reduction == "mean" and inverse_scale is None:
         raise ArgumentError(
             "loss_reduction='mean', but every sample has weight 1 in the loss, which is therefore a sum over samples: "
@@ -53,5 +72,6 @@ def require_right_loss(reader: LossReader, inverse_scale: Tensor | None) -> None
             f"likelihood={reader.kind!r}: the gradient at the model's output is not that of a cross entropy with hard, "
             "mixed or evenly smoothed labels (soft targets with unequal weights, negative weights, or another loss), "
             f"so the weights of the samples cannot be read off it. {_ASSUMED}",
+            LossWarning,
             stacklevel=4,
         )

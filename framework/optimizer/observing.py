@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -146,8 +147,10 @@ def warm_up(session: Session, estimator: Estimator, closures: Iterable[Closure])
         for count, closure in enumerate(closures, 1):
             require_callable(f"entry {count - 1} of the closures of warm_start", closure)
             capture.step = 2**31 + count - 1
-            with torch.enable_grad():
-                closure()
+            with torch.enable_grad(), capture.differentiating() if capture.reads_curvature else nullcontext():
+                value = closure()
+                has_loss = isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad
+                capture.finish_forward(value if has_loss else None)
             statistics = session.collect()
             if statistics and find_trouble(None, (), statistics.values(), {}):
                 raise NumericalError(

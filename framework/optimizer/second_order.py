@@ -7,7 +7,7 @@ error before it leaves the model as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ class SecondOrder(Session):
         if method.needs_likelihood and resolved is None:
             raise ArgumentError(
                 "this method draws labels from the model's own distribution: pass likelihood='categorical', "
-                "'bernoulli' or 'gaussian'"
+                "'bernoulli' or 'gaussian', or 'from-loss' for any other loss that is differentiated in a closure"
             )
         model, wrapper = unwrapped(model)
         require_values(model)
@@ -166,7 +166,7 @@ class SecondOrder(Session):
     @property
     def needs_closure(self) -> bool:
         """Whether ``step`` must be given a closure."""
-        return self.method.needs_closure
+        return self.plan.needs_closure or (self.method.needs_likelihood and self.capture.needs_loss)
 
     @property
     def has_warm_start(self) -> bool:
@@ -376,7 +376,7 @@ class SecondOrder(Session):
         if capture.seen is not None:
             capture.seen.idle = True  # the closure tells its loss
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), capture.differentiating() if capture.reads_curvature else nullcontext():
                 if not due.products:
                     loss = closure()
                 else:
@@ -518,7 +518,7 @@ class SecondOrder(Session):
         if self.capture.pauses.depth:
             raise ArgumentError("step() inside optimizer.paused() would see no statistics; leave the context before it")
         if closure is None or not callable(closure):
-            require_closure(closure, self.plan.needs_closure)
+            require_closure(closure, self.needs_closure)
         self._check_values()
 
     def _arm(self) -> None:
@@ -533,6 +533,4 @@ class SecondOrder(Session):
 
     def _certifies(self) -> bool:
         """Whether the records of the coming step are compared with its gradients; not beside other processes."""
-        if self.certify_records == "never" or self.ranks.wrapper is not None:
-            return False
-        return self.certify_records == "always" or self._step < 10 or self._step % 100 == 0
+        return self.looks_closely and self.ranks.wrapper is None

@@ -53,6 +53,7 @@ class Session(torch.optim.Optimizer):
     ranks: Ranks
     plan: Plan
     grad_scaler: torch.amp.GradScaler | None
+    certify_records: str
     gradient_evaluations: int
     skipped_steps: int
     guard_state: Any
@@ -87,6 +88,13 @@ class Session(torch.optim.Optimizer):
         self._show_state()
 
     @property
+    def looks_closely(self) -> bool:
+        """Whether this step checks what is too dear to be checked in each: the first ten, and every hundredth."""
+        if self.certify_records == "never":
+            return False
+        return self.certify_records == "always" or self._step < 10 or self._step % 100 == 0
+
+    @property
     def device(self) -> torch.device:
         """Of the first parameter: where a loss belongs."""
         return self.blocks[0].parameters[0].device
@@ -104,7 +112,7 @@ class Session(torch.optim.Optimizer):
         self.capture.inverse_scale = self._inverse_scale
         found = self.capture.collect()
         for reader in self.capture.readers:
-            if reader.found is not None or reader.unread:
+            if reader.found is not None or reader.unread or reader.assumed or reader.shape.concave:
                 require_right_loss(reader, self._inverse_scale)
         if found:
             found = widened(found, self._inverse_scale)

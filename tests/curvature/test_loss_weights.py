@@ -136,9 +136,9 @@ def test_classes_may_come_second(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(("kind", "loss"), [
     ("bernoulli", lambda o: F.binary_cross_entropy_with_logits(o, BITS[:, 0])),
-    ("gaussian", lambda o: 0.5 * (o - BITS[:, 0]).square().mean()),
+    (Gaussian(weight=1.0), lambda o: 0.5 * (o - BITS[:, 0]).square().mean()),
 ])  # fmt: skip
-def test_outputs_may_be_one_number_per_sample(kind: str, loss: Loss) -> None:
+def test_outputs_may_be_one_number_per_sample(kind: str | Likelihood, loss: Loss) -> None:
     model = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)).double()
     equal(record(model, X, loss, kind).matrix(), truth(model, X, loss))
 

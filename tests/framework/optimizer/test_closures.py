@@ -318,3 +318,49 @@ def test_the_state_of_a_guard_is_taken_back(wrong: str) -> None:
     with pytest.raises(FAILURES[wrong]):
         optimizer.step(Calls(optimizer, model, "mlp", wrong))
     assert differences(before, everything(model)) == [] and differences(state, optimizer.state_dict()) == []
+
+
+@pytest.mark.parametrize("name", ["kbfgs", "kbfgs-l", "mini-block-lbfgs"])
+@pytest.mark.parametrize("backend", ["hooks", "func"])
+def test_a_closure_that_draws_another_batch_of_equal_size_is_refused(name: str, backend: str) -> None:
+    if name == "mini-block-lbfgs" and backend == "func":
+        pytest.skip("one backend shows it")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    batches = iter(torch.randn(8, 5, 3).double())
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = osc.build(name, model, backend=backend)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(next(batches)).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(osc.ArgumentError, match="other data"):
+        optimizer.step(closure)
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+    x = next(batches)
+
+    def copying() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x.clone()).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(copying)
+
+
+def test_gradients_that_are_never_cleared_are_seen() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    optimizer = osc.build("kfac", model, likelihood="categorical", damping=0.1)
+    x, labels = torch.randn(6, 3).double(), torch.arange(6) % 2
+    nn.functional.cross_entropy(model(x), labels).backward()
+    optimizer.step()
+    before = model[0].weight.detach().clone()
+    nn.functional.cross_entropy(model(x), labels).backward()
+    with pytest.raises(osc.ArgumentError, match="does not explain"):
+        optimizer.step()
+    assert torch.equal(model[0].weight, before)
