@@ -44,6 +44,9 @@ _READ = (Categorical, Bernoulli, Gaussian, FromLoss)
 _CHECKED = 512
 """Rows (Bernoulli: entries) that are looked at on the host."""
 
+_FEW = 4
+"""Rows that are too few to tell weights of two classes from soft targets: taken for hard labels until more are seen."""
+
 _EARLY, _LATER = 3, 100
 """So many backward passes are all looked at, and every so many afterwards."""
 
@@ -375,19 +378,21 @@ def _kind_of_classes(output: Tensor, g: Tensor, tolerance: float) -> tuple[Mode,
     classes, nothing = output.shape[-1], g.new_zeros(0)
     p = output.softmax(-1)
     usable = p > (1e-2 if tolerance > 1e-3 else 1e-30)  # below, gradients underflow
-    telling = usable.sum(-1) > 1  # a row that is sure of its class tells nothing
+    # A row that is sure of its class tells nothing, and one that is nearly sure of its label little: p - 1 is rounded.
+    doubt = 1 - p.gather(-1, g.argmin(-1, keepdim=True)).squeeze(-1)
+    telling = (usable.sum(-1) > 1) & (doubt > _unsure(tolerance))
     p, g, usable = p[telling], g[telling], usable[telling]
     if not len(g):
         return "hard", nothing
     ratio = torch.where(usable, g / p, -torch.inf)
     top = ratio.amax(-1, keepdim=True)
-    rounding = 10 * tolerance * (g.abs().amax(-1) + tolerance * top.squeeze(-1).abs())  # p - 1 of a saturated row
+    rounding = 10 * tolerance * g.abs().amax(-1) + 100 * tolerance**2 * top.squeeze(-1).abs()
     if bool((g.sum(-1).abs() > rounding).any()):
         return "assumed", nothing
     members = ((ratio >= top * (1 - tolerance)) & usable).sum(-1)
     positive = bool((top > 0).all())
     if positive and bool((members >= usable.sum(-1) - 1).all()):
-        if classes > 2 or _clustered(top.flatten(), tolerance):
+        if classes > 2 or len(top) < _FEW or _clustered(top.flatten(), tolerance):
             return "hard", top.flatten()
     elif positive and bool((members >= torch.minimum(usable.sum(-1) - 1, torch.tensor(2))).all()):
         return "sparse", top.flatten()
@@ -400,8 +405,10 @@ def _kind_of_classes(output: Tensor, g: Tensor, tolerance: float) -> tuple[Mode,
 def _kind_of_bits(output: Tensor, g: Tensor, tolerance: float) -> tuple[Mode, Tensor]:
     """Mode and weights of entries (R,), none of them zero."""
     z = _distance(output, g)
+    telling = z > _unsure(tolerance)
+    z, g = z[telling], g[telling]
     ratio = g.abs() / z
-    if len(g) == 1 or _clustered(ratio, tolerance):
+    if len(g) < _FEW or _clustered(ratio, tolerance):
         return "hard", ratio
     slope, residual = _line(z, g.abs(), torch.ones_like(g, dtype=torch.bool))
     if len(g) > 3 and float(slope) > 0 and float(residual) < tolerance:
@@ -412,8 +419,13 @@ def _kind_of_bits(output: Tensor, g: Tensor, tolerance: float) -> tuple[Mode, Te
     return "plain", ratio
 
 
+def _unsure(tolerance: float) -> float:
+    """How far a probability must be from its label so that rounding does not hide the gradient."""
+    return min(0.1, 100 * tolerance)
+
+
 def _clustered(values: Tensor, tolerance: float) -> bool:
-    """Whether nearly every value occurs more than once."""
+    """Whether nearly every value occurs more than once: all but one, and one in a hundred."""
     if len(values) == 1:
         return True
     ordered = values.sort().values
@@ -421,7 +433,7 @@ def _clustered(values: Tensor, tolerance: float) -> bool:
     partnered = torch.zeros(len(values), dtype=torch.bool)
     partnered[1:] |= near
     partnered[:-1] |= near
-    return float(partnered.double().mean()) > 0.99
+    return int((~partnered).sum()) <= 1 + len(values) // 100
 
 
 def _foreign(kind: str, output: Tensor, gradient: Tensor, tolerance: float) -> str:

@@ -7,7 +7,10 @@ import osculate as osc
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from osculate.curvature import Gaussian, Likelihood
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from osculate.curvature import Bernoulli, Categorical, Gaussian, Likelihood
+from osculate.curvature.loss_weights import LossReader
 from torch import Tensor, nn
 
 Loss = Callable[[Tensor], Tensor]
@@ -239,3 +242,47 @@ def test_the_weight_of_a_squared_error_can_be_said(backend: str) -> None:
     equal(entry.matrix(), truth(model, X, loss))
     with pytest.raises(osc.ArgumentError, match="weight"):
         Gaussian(weight=0.0)
+
+
+@settings(max_examples=60)
+@given(
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    scale=st.sampled_from([0.01, 1.0, 5.0, 15.0, 40.0, 100.0]),
+    shape=st.tuples(st.integers(2, 40), st.sampled_from([2, 3, 10, 200])),
+    trained=st.booleans(),
+    kind=st.sampled_from(["categorical", "class weights", "bernoulli", "mean over outputs"]),
+    seed=st.integers(0, 1000),
+)
+def test_hard_labels_are_read_as_such_at_any_confidence(
+    dtype: torch.dtype, scale: float, shape: tuple[int, int], trained: bool, kind: str, seed: int
+) -> None:
+    """Nearly sure predictions have gradients that are rounded: they must not be taken for another loss."""
+    generator = torch.Generator().manual_seed(seed)
+    samples, classes = shape
+    labels = torch.randint(0, classes, (samples,), generator=generator)
+    output = (scale * torch.randn(samples, classes, generator=generator)).to(dtype)
+    if trained:
+        output[torch.arange(samples), labels] += 3 * scale
+    output.requires_grad_(True)
+    wide = output.float() if dtype == torch.bfloat16 else output
+    bits = F.one_hot(labels, classes).to(wide.dtype)
+    weight = (torch.arange(classes) % 3 + 0.5).to(wide.dtype)
+    loss = {
+        "categorical": lambda: F.cross_entropy(wide, labels),
+        "class weights": lambda: F.cross_entropy(wide, labels, weight=weight, reduction="sum") / samples,
+        "bernoulli": lambda: F.binary_cross_entropy_with_logits(wide, bits, reduction="sum") / samples,
+        "mean over outputs": lambda: F.binary_cross_entropy_with_logits(wide, bits),
+    }[kind]()
+    (gradient,) = torch.autograd.grad(loss, output)
+    soft = kind in ("bernoulli", "mean over outputs")
+    reader = LossReader(Bernoulli() if soft else Categorical(), "mean")
+    weights = reader.weights(wide.detach(), gradient)
+    if reader.found is None:
+        return  # no gradient that could be read
+    assert (reader.found.mode, reader.found.looks_like, reader.found.summed) == ("hard", "", False)
+    expected = {"categorical": 1.0, "class weights": weight[labels], "bernoulli": 1.0, "mean over outputs": 1 / classes}
+    right = torch.as_tensor(expected[kind], dtype=wide.dtype).expand(weights.shape)
+    own = wide.detach().sigmoid() if soft else wide.detach().softmax(-1).amax(-1)
+    matters = own * (1 - own)  # the curvature that carries the weight
+    limit = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.2}[dtype]
+    assert float(((weights - right).abs() * matters).max()) <= limit * float(right.max())
