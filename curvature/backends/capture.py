@@ -80,6 +80,7 @@ class Capture(Backend):
         "_parameter_sums",
         "received",
         "_pending",
+        "_waits",
         "_leaves",
         "_edges",
         "_probes",
@@ -99,6 +100,7 @@ class Capture(Backend):
         self._certified: list[Any] = []
         self._arms: dict[int, tuple[Mapping[str, Record], dict[str, _Asked], bool]] = {}
         self._parameter_sums: dict[str, list[ParameterSum]] = {}
+        self._waits: set[int] = set()  # passes that wait for a gradient at their output
         self._pending: list[tuple[GradientEdge, OutputPass]] = []  # outputs of passes that have no backward
         self.received: dict[int, WaitingPass] = {}  # passes for which a gradient has arrived at an output
         self._pass, self._inside = 0, False
@@ -181,7 +183,7 @@ class Capture(Backend):
                 done.add(call.pass_index)
             if call.complete or every:
                 calls.setdefault(call.layer, []).append(call)
-        if self.received:
+        if self._waits:
             self._finish(set(self.received) if every else done)
         sums = {
             name: [entry for entry in entries if every or entry.pass_index in done]
@@ -231,6 +233,7 @@ class Capture(Backend):
         self._parameter_sums.clear()
         self.received.clear()
         self._pending.clear()
+        self._waits.clear()
         self._pass, self._inside, self._leaves, self._ended = 0, False, {}, (-1, 0)
         if self._axes:
             self._axes, self._square = set(), False
@@ -303,6 +306,7 @@ class Capture(Backend):
         if heads:
             leaves = [p for layer in self.layers if layer.name in self._asked for p in layer.parameters.values()]
             waiting = WaitingPass(self._pass, self._labels(), sampled, rooted, whole, leaves)
+            self._waits.add(self._pass)
             return self._wait(waiting, output, heads)
         if rooted:
             roots_backward(read, likelihood, rooted)
@@ -383,10 +387,19 @@ class Capture(Backend):
                     self.received[own.waiting.index] = own.waiting
 
     def _finish(self, done: set[int]) -> None:
-        """Give the calls of passes that count what the gradients at the outputs have told."""
+        """Give the calls of passes that count what the gradients at the outputs have told.
+
+        Raises:
+            ArgumentError: if none came to an output.
+        """
+        if not self.received.keys() >= done & self._waits:
+            self.clear()
+            raise ArgumentError(
+                "no gradient has come to the output of the model that the likelihood reads, so the loss is not made of "
+                "it; say which tensor it is made of with osculate.build(..., output=), return that tensor from the "
+                "model, or run passes whose output is not used inside optimizer.paused()"
+            )
         received = [waiting for index, waiting in self.received.items() if index in done]
-        if not received:
-            return
         scale = 1.0 if self.inverse_scale is None else self.inverse_scale.sqrt()
         whole = {name: 0 for waiting in received for name in waiting.names}
         for name in whole:

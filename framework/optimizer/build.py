@@ -48,8 +48,10 @@ def build(
         damping: lambda >= 0; ``None``: the default.
         weight_decay: >= 0; ``None``: the default.
         likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"`` or a ``Likelihood``, for methods that sample
-            labels from the model. For a model with several heads a dictionary, from the name or index of each head in
-            what the model returns to its likelihood: ``{"policy": "categorical", "value": "gaussian"}``.
+            labels from the model; the weights of samples in the loss are read off its gradient. ``"from-loss"``: the
+            curvature of any twice differentiable loss, in ``step(closure)``. For a model with several heads a
+            dictionary, from the name or index of each head in what the model returns to its likelihood:
+            ``{"policy": "categorical", "value": "gaussian"}``.
         output: which tensor of what the model returns the likelihood reads: a name (a key or an attribute), an index,
             or a function of what the model returns. ``None``: the only tensor, ``.logits`` or the key ``"logits"``.
         loss_reduction: ``"mean"`` or ``"sum"`` over samples.

@@ -60,7 +60,7 @@ class SecondOrder(Session):
         damping: lambda; ``None``: the method's default.
         weight_decay: tau or gamma >= 0; ``None``: the method's default.
         likelihood: the model's predictive distribution, ``"categorical"``, ``"bernoulli"``, ``"gaussian"`` or an
-            object; needed by methods that sample labels. A dictionary names one for each head.
+            object, or ``"from-loss"``; needed by methods that sample labels. A dictionary names one for each head.
         output: which tensor of what the model returns the likelihood reads: a name, an index or a function; ``None``:
             the obvious one (:mod:`osculate.curvature.backends.outputs`).
         loss_reduction: ``"mean"`` or ``"sum"``, how the user's loss combines samples (summed over output coordinates).

@@ -244,6 +244,28 @@ def test_the_weight_of_a_squared_error_can_be_said(backend: str) -> None:
         Gaussian(weight=0.0)
 
 
+def test_a_loss_that_is_not_made_of_the_output_is_named() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            logits = self.line(x)
+            return {"logits": logits.clone(), "loss": F.cross_entropy(logits, LABELS)}
+
+    model = Both().double()
+    optimizer = osc.build("kfac", model, likelihood="categorical", damping=0.1)
+    before = model.line.weight.detach().clone()
+    model(X)["loss"].backward()
+    with pytest.raises(osc.ArgumentError, match="the loss is not made of it"):
+        optimizer.step()
+    assert torch.equal(model.line.weight, before)
+    optimizer.zero_grad()
+    F.cross_entropy(model(X)["logits"], LABELS).backward()
+    optimizer.step()
+
+
 @settings(max_examples=60)
 @given(
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
