@@ -117,6 +117,7 @@ class Gaussian:
     """
 
     name = "gaussian"
+    weight: float | None = None
 
     def __init__(self, weight: float | None = None):
         if weight is not None:

@@ -366,15 +366,14 @@ class Capture(Backend):
                 source = replaced = torch.ops.aten._unsafe_view(source, source.shape)
             own = waiting.head(source, likelihood, number, order)
             own.point = self.waits_at(source, number, order)
-            if self._kind == "forward":
+            source.register_hook(OutputHook(self, own, self.pauses))
+            if self._kind == "forward":  # perhaps nobody goes backward
                 self._pending.append((get_gradient_edge(source), own))
-            else:
-                source.register_hook(OutputHook(self, own, self.pauses))
         return replaced
 
     def finish_forward(self, loss: Tensor | None) -> None:
         """Run the backwards of our own of the passes so far; see the base class."""
-        pending, self._pending = self._pending, []
+        pending, self._pending = [entry for entry in self._pending if not entry[1].ran], []
         gradients: Sequence[Tensor | None] = [None] * len(pending)
         with extra_backward():
             if loss is not None and pending:

@@ -148,6 +148,7 @@ class OutputPass:
         self.value = self.output if arrange is None else arrange(self.output)
         self.place = output.output_nr
         self.point: LossPoint | None = None
+        self.ran = False
         self._gradient: Tensor | None = None
         self._discards = 0
 
@@ -167,7 +168,7 @@ class OutputPass:
 
     def run(self, root: GradientEdge, gradient: Tensor | None, reader: LossReader) -> None:
         """The extra backward passes from the output, ``root``, whose gradient is ``None`` if there is no loss."""
-        waiting, value = self.waiting, self.value
+        self.ran, waiting, value = True, self.waiting, self.value
         wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value  # autocast
         if gradient is not None and self.arrange is not None:
             gradient = self.arrange(gradient)

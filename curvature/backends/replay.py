@@ -161,7 +161,7 @@ class ReplayBackend(Backend):
 
     def finish_forward(self, loss: Tensor | None) -> None:
         """Remember the gradients at the outputs; see the base class."""
-        pending, self._pending = self._pending, []
+        pending, self._pending = [entry for entry in self._pending if entry[1].gradient is None], []
         if loss is None or not pending:
             return
         with extra_backward():
@@ -215,16 +215,12 @@ class ReplayBackend(Backend):
                 entry.points[head] = point
         if self._kind == "forward":
             self._kept.append(entry)
-            if likely:
-                self._pending += [
-                    (get_gradient_edge(source), entry, start) for source, start in sources if source.requires_grad
-                ]
-        elif not structured:
-            output.register_hook(_gradient_hook(entry, self._kept, self.pauses, leaves))
-        else:
-            for source, start in read.sources:
-                if source.requires_grad:
-                    source.register_hook(_gradient_hook(entry, self._kept, self.pauses, leaves, start))
+            moving = [pair for pair in sources if likely and pair[0].requires_grad]
+            self._pending += [(get_gradient_edge(source), entry, start) for source, start in moving]
+        for source, start in sources:
+            if source.requires_grad:
+                place = start if structured else None
+                source.register_hook(_gradient_hook(entry, self._kept, self.pauses, leaves, place))
         return replaced
 
     def _read(self, output: Any) -> Read:

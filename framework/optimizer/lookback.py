@@ -137,7 +137,7 @@ def require_same_data(before: Sequence[Tensors], after: Sequence[Tensors]) -> No
 def _nearly(one: Tensor, other: Tensor) -> bool:
     """Whether most of two tensors is the same: another mini-batch differs by about its own size."""
     if one.shape != other.shape or not one.numel():
-        return one.shape == other.shape
+        return one.shape[:1] != other.shape[:1]  # another number of samples is told layer by layer
     if one.is_floating_point() or one.is_complex():
         return bool((one - other).norm() <= 0.2 * one.norm())
     return bool((one != other).float().mean() <= 0.2)
