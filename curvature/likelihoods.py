@@ -16,7 +16,16 @@ from torch.nn import functional
 
 from ..errors import ArgumentError, UnknownNameError, require_interval
 
-__all__ = ["NO_LOSS", "Bernoulli", "Categorical", "FromLoss", "Gaussian", "Likelihood", "resolve_likelihood"]
+__all__ = [
+    "NO_LOSS",
+    "Bernoulli",
+    "Categorical",
+    "FromLoss",
+    "Gaussian",
+    "Likelihood",
+    "resolve_likelihood",
+    "score_of",
+]
 
 
 class Likelihood(Protocol):
@@ -68,6 +77,11 @@ class Categorical:
             )
         return functional.cross_entropy(output.flatten(0, -2), target.flatten(), reduction="sum")
 
+    def score(self, output: Tensor, target: Tensor) -> Tensor:
+        """Gradient of the negative log-likelihood: p - e_y."""
+        probability, label = output.softmax(-1), target.unsqueeze(-1)
+        return probability.scatter_add_(-1, label, probability.new_full((), -1.0).expand(label.shape))
+
     def curvature_root(self, output: Tensor) -> Tensor:
         """V = classes roots sqrt(p_v) (e_v - p); for sequences V = T classes, each zero at all tokens but one.
 
@@ -97,6 +111,10 @@ class Bernoulli:
     def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
         """Binary cross entropy with logits, summed over samples and coordinates."""
         return functional.binary_cross_entropy_with_logits(output, target, reduction="sum")
+
+    def score(self, output: Tensor, target: Tensor) -> Tensor:
+        """Gradient of the negative log-likelihood: p - y."""
+        return output.sigmoid() - target
 
     def curvature_root(self, output: Tensor) -> Tensor:
         """V = coordinates roots sqrt(p (1 - p)) e_v."""
@@ -137,6 +155,11 @@ class Gaussian:
     def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
         """Weighted half squared error, summed over samples and coordinates."""
         return 0.5 * self.precision * (output - target).square().sum()
+
+    def score(self, output: Tensor, target: Tensor) -> Tensor:
+        """Gradient of the negative log-likelihood."""
+        difference = output - target
+        return difference if self.weight is None else self.weight * difference
 
     def curvature_root(self, output: Tensor) -> Tensor:
         """V = coordinates roots sqrt(weight) e_v."""
@@ -189,6 +212,15 @@ def _diagonal_roots(values: Tensor) -> Tensor:
     """(D, N, ...) roots of a diagonal matrix with square roots ``values`` (N, ...), D coordinates per sample."""
     flat = values.reshape(values.shape[0], -1)  # an output (N,) has one coordinate
     return torch.diag_embed(flat).transpose(0, 1).reshape(flat.shape[1], *values.shape)
+
+
+def score_of(likelihood: Likelihood, output: Tensor, target: Tensor) -> Tensor | None:
+    """Gradient of the negative log-likelihood at an output (N, ...) by its formula; ``None`` if its class has none.
+
+    A formula that is inherited is not used: the class may have another negative log-likelihood.
+    """
+    formula = vars(type(likelihood)).get("score")
+    return None if formula is None else formula(likelihood, output, target)
 
 
 _LIKELIHOODS: dict[str, type[Likelihood]] = {

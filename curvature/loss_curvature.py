@@ -86,8 +86,12 @@ class Quadratic:
 
     def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
         """Up to what does not depend on the output."""
+        return torch.sum(self.score(output, target) * output)
+
+    def score(self, output: Tensor, target: Tensor) -> Tensor:
+        """R z."""
         scores = (self.roots * target.unsqueeze(-2)).sum(-1)
-        return torch.sum(joined(scores.to(output.dtype), output.shape, self.layout) * output)
+        return joined(scores.to(output.dtype), output.shape, self.layout)
 
     def curvature_root(self, output: Tensor) -> Tensor:
         """V = coordinates roots, each zero at all positions but one."""

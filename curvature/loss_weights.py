@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .likelihoods import NO_LOSS, Bernoulli, Categorical, FromLoss, Gaussian, Likelihood
+from .likelihoods import NO_LOSS, Bernoulli, Categorical, FromLoss, Gaussian, Likelihood, score_of
 from .loss_curvature import LossCurvature, LossShape, Quadratic, joined
 
 __all__ = ["LossReader", "Reading", "Weighted", "is_weighted"]
@@ -130,8 +130,8 @@ class LossReader:
             return Quadratic(curvature, len(output) if self.loss_reduction == "mean" else 1)
         weights = None if gradient is None else self.weights(output, gradient)
         if curvature is not None and curvature.layout == "diagonal":
-            raw = joined(curvature.blocks.to(output.dtype), output.shape, "diagonal")
-            weights = self._relative(raw, len(output), _tolerance(curvature.blocks.dtype))
+            raw = joined(curvature.blocks.to(output.dtype).clamp_min(0.0), output.shape, "diagonal")
+            weights = self._relative(raw, len(output))
         elif gradient is not None and self.reads_curvature:
             self.assumed = True
         if weights is None and self.axis == -1:
@@ -163,13 +163,11 @@ class LossReader:
                               rows_of_classes(gradient, self.axis), tolerance)  # fmt: skip
         else:
             raw = _of_bits(self.found.mode, output, gradient)
-        return self._relative(raw, len(output), tolerance)
+        return self._relative(raw, len(output))
 
-    def _relative(self, raw: Tensor, samples: int, tolerance: float) -> Tensor:
+    def _relative(self, raw: Tensor, samples: int) -> Tensor:
         """Weights of the loss as those of the mean (or sum) over its samples."""
-        scaled = raw * samples if self.loss_reduction == "mean" else raw
-        near = scaled.log2().round_().exp2_()  # 1 and loss scales: plain losses go exactly as without weights
-        return torch.where((scaled - near).abs() < tolerance * near, near, scaled)
+        return raw * samples if self.loss_reduction == "mean" else raw
 
     def _look(self, output: Tensor, gradient: Tensor, tolerance: float) -> None:
         """Find out, on the host, what kind of loss this is; what was found before is only ever loosened."""
@@ -223,7 +221,7 @@ class Weighted:
 
     def __init__(self, base: Likelihood, weights: Tensor | None, axis: int = -1):
         self.base, self.axis, self.name = base, axis, base.name
-        self.roots = None if weights is None else weights.clamp_min(0.0).sqrt()
+        self.roots = None if weights is None else weights.sqrt()  # readings are never negative
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """Labels drawn from the likelihood, in the form that its own output has."""
@@ -236,6 +234,18 @@ class Weighted:
             centre = rows.detach()
             rows = centre + (rows - centre) * _broadcast(self.roots, rows)
         return self.base.negative_log_likelihood(rows, target)
+
+    def score(self, output: Tensor, target: Tensor) -> Tensor:
+        """That of the likelihood times sqrt(w)."""
+        rows = rows_of_classes(output, self.axis)
+        found = score_of(self.base, rows, target)
+        if found is None:
+            with torch.enable_grad():
+                leaf = rows.detach().requires_grad_(True)
+                (found,) = torch.autograd.grad(self.base.negative_log_likelihood(leaf, target), leaf)
+        if self.roots is not None:
+            found = found * _broadcast(self.roots, rows)
+        return found if self.axis == -1 else shaped_like_output(found.unsqueeze(0), output, self.axis).squeeze(0)
 
     def curvature_root(self, output: Tensor) -> Tensor:
         """(V, N, ...): those of the likelihood times sqrt(w)."""
@@ -287,11 +297,11 @@ def _of_classes(mode: Mode, p: Tensor, g: Tensor, tolerance: float) -> Tensor:
         slope, _ = _smooth_classes(p.flatten(0, -2), g.flatten(0, -2), active.flatten())
         return slope * active
     if mode == "hard":
-        positive = g > 0
-    else:
-        ratio = torch.where(p > tiny, g / p, 0.0)
-        top = ratio.amax(-1, keepdim=True)
-        positive = (ratio >= top * (1 - tolerance)) & (top > 0)
+        top, place = g.max(-1, keepdim=True)  # never the label's: that is the only negative one
+        return (top / p.gather(-1, place).clamp_min_(tiny)).squeeze(-1)
+    ratio = torch.where(p > tiny, g / p, 0.0)
+    top = ratio.amax(-1, keepdim=True)
+    positive = (ratio >= top * (1 - tolerance)) & (top > 0)
     mass = torch.where(positive, p, 0.0).sum(-1)
     return torch.where(positive, g, 0.0).sum(-1) / mass.clamp_min(tiny)
 

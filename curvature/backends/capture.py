@@ -400,14 +400,12 @@ class Capture(Backend):
             )
         received = [waiting for index, waiting in self.received.items() if index in done]
         scale = 1.0 if self.inverse_scale is None else self.inverse_scale.sqrt()
-        whole = {name: 0 for waiting in received for name in waiting.names}
-        for name in whole:
-            whole[name] = sum(waiting.samples for waiting in received if name in waiting.names)
         for waiting in received:
-            mean = self.loss_reduction == "mean"
-            totals = {
-                name: scale * math.sqrt(whole[name] / waiting.samples) if mean else scale for name in waiting.names
-            }
+            totals: dict[str, float | Tensor] = dict.fromkeys(waiting.names, scale)
+            if len(received) > 1 and self.loss_reduction == "mean":
+                for name in waiting.names:
+                    whole = sum(other.samples for other in received if name in other.names)
+                    totals[name] = scale * math.sqrt(whole / waiting.samples)
             for name, entry in waiting.finish(totals).items():
                 self._parameter_sums.setdefault(name, []).append(entry)
 
