@@ -195,6 +195,8 @@ class Capture(Backend):
             if doubt is not None:
                 self.doubts[name] = doubt
         self._drop_certificates()
+        if self._waits:
+            self._require_gradients_at_outputs(done)
         if self._uneven:
             self._require_settled(calls.values())
         unseen = self._empty - calls.keys() - sums.keys() if self._empty else ()
@@ -343,6 +345,21 @@ class Capture(Backend):
             return []
         return list(zip(found, parts, strict=True))
 
+    def _require_gradients_at_outputs(self, done: set[int]) -> None:
+        """Check that what calls have seen has come through the output.
+
+        Raises:
+            ArgumentError: if it has not, unless there is a better word: records that do not explain a gradient.
+        """
+        if self.received.keys() >= done & self._waits or any(bool(doubt > 1) for doubt in self.doubts.values()):
+            return
+        self.clear()
+        raise ArgumentError(
+            "no gradient has come to the output of the model that the likelihood reads, so the loss is not made of it; "
+            "say which tensor it is made of with osculate.build(..., output=), return that tensor from the model, or "
+            "run passes whose output is not used inside optimizer.paused()"
+        )
+
     def _order(self, output: Any) -> Callable[[Tensor], Tensor] | None:
         """What brings the samples of the model's only output to the front; ``None``: they are there, or it is another.
 
@@ -386,18 +403,7 @@ class Capture(Backend):
                     self.received[own.waiting.index] = own.waiting
 
     def _finish(self, done: set[int]) -> None:
-        """Give the calls of passes that count what the gradients at the outputs have told.
-
-        Raises:
-            ArgumentError: if none came to an output.
-        """
-        if not self.received.keys() >= done & self._waits:
-            self.clear()
-            raise ArgumentError(
-                "no gradient has come to the output of the model that the likelihood reads, so the loss is not made of "
-                "it; say which tensor it is made of with osculate.build(..., output=), return that tensor from the "
-                "model, or run passes whose output is not used inside optimizer.paused()"
-            )
+        """Give the calls of passes that count what the gradients at the outputs have told."""
         received = [waiting for index, waiting in self.received.items() if index in done]
         scale = 1.0 if self.inverse_scale is None else self.inverse_scale.sqrt()
         for waiting in received:
