@@ -44,6 +44,9 @@ _READ = (Categorical, Bernoulli, Gaussian, FromLoss)
 _CHECKED = 512
 """Rows (Bernoulli: entries) that are looked at on the host."""
 
+_ENTRIES = 2**20
+"""And so many entries of these, where there are many classes."""
+
 _FEW = 4
 """Rows that are too few to tell weights of two classes from soft targets: taken for hard labels until more are seen."""
 
@@ -365,7 +368,8 @@ def _reading(kind: str, output: Tensor, gradient: Tensor, tolerance: float, know
 def _picked(output: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """At most so many entries, evenly spread, with a gradient, in double precision on the host."""
     active = torch.nonzero(gradient if gradient.ndim == 1 else gradient.abs().amax(-1)).flatten()
-    chosen = active[:: max(1, len(active) // _CHECKED)][:_CHECKED]
+    limit = max(_FEW, min(_CHECKED, _ENTRIES // output[0].numel()))
+    chosen = active[:: max(1, len(active) // limit)][:limit]
     return output[chosen].double().cpu(), gradient[chosen].double().cpu()
 
 
