@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from ...curvature.records.statistics import LayerStatistics
 from ...errors import ArgumentError, NumericalError
@@ -27,6 +28,9 @@ from .team import Team
 __all__ = ["Undo", "describe_trouble", "find_trouble", "require_finite_loss", "spoiled_parameters"]
 
 Statistics = Mapping[str, LayerStatistics]
+
+_SHORT = 4096
+"""Tensors up to this size are copied side by side before they are squared: the copy costs less than the calls."""
 
 
 def find_trouble(
@@ -151,30 +155,42 @@ class Undo:
                 block.statistics_due(step, warm) or block.inverses_due(step) or block.asked.looks_back
             )
             self._blocks.append((block, block.to_dict(state=written)))
-        self._originals: list[Tensor] = [parameter.detach() for parameter in parameters]
+        self._originals = list(parameters)
         left: list[Any] = [self._rule_state, *(values for _, values in self._blocks)]
         while left:
             value = left.pop()
             if isinstance(value, Tensor):
                 self._originals.append(value)
-            elif isinstance(value, Mapping):
+            elif isinstance(value, dict):
                 left.extend(value.values())
             elif isinstance(value, list | tuple):
                 left.extend(value)
-        self._copies = [torch.empty_like(value) for value in self._originals]
-        if self._copies:
-            torch._foreach_copy_(self._copies, self._originals)
+        # One copy in one piece per dtype and device; it is taken apart only if somebody asks for it.
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for value in self._originals:
+            groups.setdefault((value.dtype, value.device), []).append(value)
+        self._groups = list(groups.values())
+        # Of a single tensor the function returns a view: the empty one behind it makes it copy.
+        self._flat = [_flatten_dense_tensors([*values, values[0].new_empty(0)]) for values in self._groups]
 
-    @property
+    def _copies(self) -> dict[int, Tensor]:
+        """By the ids of the originals."""
+        found: dict[int, Tensor] = {}
+        for values, flat in zip(self._groups, self._flat, strict=True):
+            pieces = flat.split([value.numel() for value in values])
+            found |= {id(value): piece.view(value.shape) for value, piece in zip(values, pieces, strict=True)}
+        return found
+
     def copies(self) -> list[Tensor]:
         """Of the parameters, in their order."""
-        return self._copies[: len(self._parameters)]
+        found = self._copies()
+        return [found[id(parameter)] for parameter in self._parameters]
 
     def roll_back(self) -> None:
         """Everything as it was, bit for bit."""
-        copies = {id(own): copy for own, copy in zip(self._originals, self._copies, strict=True)}
-        for parameter, value in zip(self._parameters, self._copies, strict=False):
-            parameter.detach().copy_(value)
+        copies = self._copies()
+        for parameter in self._parameters:
+            parameter.detach().copy_(copies[id(parameter)])
         for block, values in self._blocks:
             block.load_dict(_with_copies(values, copies))
         self._rule.load_own_state(_with_copies(self._rule_state, copies))
@@ -200,11 +216,11 @@ def _sum_of_squares(values: Sequence[Tensor]) -> Tensor:
     for (dtype, place), entries in groups.items():
         half = dtype in (torch.float16, torch.bfloat16)
         if place.type == "cpu" and not half:  # half the time of norms
-            squares = []
-            for value in entries:
-                flat = value.view(-1) if value.is_contiguous() else value.reshape(-1)
-                squares.append(torch.dot(flat, flat))
-            sums.append(torch.stack(squares).sum().to(device))
+            short = [value for value in entries if value.numel() <= _SHORT]
+            flats = [value.reshape(-1) for value in entries if value.numel() > _SHORT]
+            if short:
+                flats.append(_flatten_dense_tensors(short))
+            sums += [torch.dot(flat, flat).to(device) for flat in flats]
             continue
         norms = torch._foreach_norm(entries, 2, torch.float32) if half else torch._foreach_norm(entries)
         sums.append(torch.stack(list(norms)).square().sum().to(device))
