@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -67,9 +66,8 @@ def inner_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.sum(left * right)
 
 
-def pack(*columns: Sequence[Tensor]) -> Tensor:
-    """(K, L, d) from K lists of L vectors each, padded with zeros to the longest: two operations."""
-    vectors = list(chain(*columns))
+def pack(vectors: Sequence[Tensor]) -> Tensor:
+    """(n, d) rows from n vectors, padded with zeros to the longest: two operations."""
     lengths = [vector.shape[0] for vector in vectors]
     longest = max(lengths)
     if min(lengths) < longest:
@@ -79,7 +77,7 @@ def pack(*columns: Sequence[Tensor]) -> Tensor:
         for vector, length in zip(vectors, lengths, strict=True):
             pieces += (vector, tails[length]) if length < longest else (vector,)
         vectors = pieces
-    return torch.cat(vectors).view(len(columns), -1, longest)
+    return torch.cat(list(vectors)).view(-1, longest)
 
 
 def pack_homogeneous(vectors: Sequence[Tensor], extended: Sequence[bool]) -> Tensor:
@@ -108,8 +106,9 @@ def inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[Te
     short = [i for i, v in enumerate(lefts) if v.dim() == 1 and v.shape[0] <= _SHORT]
     values: list[Tensor | None] = [None] * len(lefts)
     if len(short) > _FEW:
-        left, right = pack([lefts[index] for index in short], [rights[index] for index in short]).unbind(0)
-        for index, value in zip(short, (left * right).sum(1).unbind(0), strict=True):
+        rows = pack([lefts[index] for index in short] + [rights[index] for index in short])
+        products = (rows[: len(short)] * rows[len(short) :]).sum(1)
+        for index, value in zip(short, products.unbind(0), strict=True):
             values[index] = value
     rest = [index for index, value in enumerate(values) if value is None]
     distinct = {id(v): v for index in rest for v in (lefts[index], rights[index])}
@@ -122,8 +121,8 @@ def inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[Te
         else:
             apart.append(index)
     if apart and lefts[0].is_cuda:
-        products = torch._foreach_mul([lefts[index] for index in apart], [rights[index] for index in apart])
-        for index, product in zip(apart, products, strict=True):
+        large = torch._foreach_mul([lefts[index] for index in apart], [rights[index] for index in apart])
+        for index, product in zip(apart, large, strict=True):
             values[index] = product.sum()
     else:
         for index in apart:
@@ -211,13 +210,13 @@ def bfgs_inverse_updates_(
     inverses: Sequence[Tensor], steps: Tensor, changes: Tensor, products: Tensor, accept: Tensor
 ) -> None:
     """:func:`bfgs_inverse_update_` of L matrices, whose vectors are rows (L, d) padded with zeros."""
-    rho = (steps * changes).sum(-1).reciprocal()
-    half = 0.5 * rho * (1.0 + rho * (changes * products).sum(-1))
+    rho = torch.linalg.vecdot(steps, changes).reciprocal()
+    half = 0.5 * rho * (1.0 + rho * torch.linalg.vecdot(changes, products))
     others = half.unsqueeze(-1) * steps - rho.unsqueeze(-1) * products
     both = torch.stack([steps, others], -2)
-    size = both.abs().amax(-1).prod(-1)
-    drop = ~(accept & (size < torch.inf))  # a NaN is not smaller either
-    both.masked_fill_(drop.view(-1, 1, 1), 0.0)
+    size = torch.linalg.vector_norm(both, torch.inf, -1).prod(-1)
+    kept = accept & (size < torch.inf)  # a NaN is not smaller either
+    both = torch.where(kept.view(-1, 1, 1), both, 0.0)
     width, pairs = both.shape[-1], zip(both.mT.unbind(0), both.flip(-2).unbind(0), strict=True)
     for inverse, (left, right) in zip(inverses, pairs, strict=True):
         order = inverse.shape[0]

@@ -28,7 +28,7 @@ def products(inverses: Sequence[Tensor], rows: Tensor) -> Tensor:
     """H v for many H, with the vectors as padded rows (L, d)."""
     sizes = [inverse.shape[0] for inverse in inverses]
     found = [torch.mv(inverse, row) for inverse, row in zip(inverses, unpack(rows, sizes), strict=True)]
-    return pack(found)[0]
+    return pack(found)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -78,20 +79,19 @@ def average_pairs_(
     Returns:
         Averages (2, L, d), whether each pair was finite (L,), mean gradients before the step (L, d).
     """
-    vectors: list[list[Tensor]] = [[], [], [], []]
+    columns: tuple[list[Tensor], ...] = ([], [], [], [])
     for before, after in zip(befores, afters, strict=True):
         assert after is not None and after.mean_preactivation is not None and after.mean_gradient is not None
         assert before.mean_preactivation is not None and before.mean_gradient is not None
         found = (before.mean_preactivation, before.mean_gradient, after.mean_preactivation, after.mean_gradient)
-        for column, vector in zip(vectors, found, strict=True):
+        for column, vector in zip(columns, found, strict=True):
             column.append(vector)
-    points = pack(*vectors)
+    points = pack([*chain(*columns)]).unflatten(0, (4, -1))
     new = points[2:] - points[:2]
     finite = finite_rows(new).all(0)
-    stored = [pair.step for pair in pairs], [pair.change for pair in pairs]
-    values, weight = averaged(pack(*stored), new, finite, pairs[0].weight, average)
-    sizes = [pair.step.shape[0] for pair in pairs]
-    copy_all_([*stored[0], *stored[1]], unpack(values[0], sizes) + unpack(values[1], sizes))
+    stored = [pair.step for pair in pairs] + [pair.change for pair in pairs]
+    values, weight = averaged(pack(stored).view_as(new), new, finite, pairs[0].weight, average)
+    copy_all_(stored, unpack(values.flatten(0, 1), [vector.shape[0] for vector in stored]))
     for pair in pairs:
         pair.weight = weight
     return values, finite, points[1]
