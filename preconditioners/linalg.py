@@ -215,8 +215,8 @@ def bfgs_inverse_updates_(
     others = half.unsqueeze(-1) * steps - rho.unsqueeze(-1) * products
     both = torch.stack([steps, others], -2)
     size = torch.linalg.vector_norm(both, torch.inf, -1).prod(-1)
-    kept = accept & (size < torch.inf)  # a NaN is not smaller either
-    both = torch.where(kept.view(-1, 1, 1), both, 0.0)
+    drop = ~(accept & (size < torch.inf))  # a NaN is not smaller either
+    both.masked_fill_(drop.view(-1, 1, 1), 0.0)
     width, pairs = both.shape[-1], zip(both.mT.unbind(0), both.flip(-2).unbind(0), strict=True)
     for inverse, (left, right) in zip(inverses, pairs, strict=True):
         order = inverse.shape[0]

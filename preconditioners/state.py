@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class State:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary of tensors (not copied) and numbers."""
-        return {entry.name: _pack(getattr(self, entry.name)) for entry in fields(self)}
+        return {name: _pack(getattr(self, name)) for name in _names(type(self))}
 
     def load_dict(self, values: dict[str, Any]) -> None:
         """Copy ``values`` into this state; the argument is not modified.
@@ -33,15 +34,15 @@ class State:
         Raises:
             ArgumentError: if a name is missing or a shape differs.
         """
-        for entry in fields(self):
-            if entry.name not in values:
-                raise ArgumentError(f"saved state of {type(self).__name__} lacks {entry.name!r}; has {sorted(values)}")
-            setattr(self, entry.name, _unpack(getattr(self, entry.name), values[entry.name], entry.name))
+        for name in _names(type(self)):
+            if name not in values:
+                raise ArgumentError(f"saved state of {type(self).__name__} lacks {name!r}; has {sorted(values)}")
+            setattr(self, name, _unpack(getattr(self, name), values[name], name))
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of the state, nested ones included."""
-        for entry in fields(self):
-            yield from _tensors(getattr(self, entry.name))
+        for name in _names(type(self)):
+            yield from _tensors(getattr(self, name))
 
     def bytes(self) -> int:
         """Size of all tensors."""
@@ -51,6 +52,12 @@ class State:
 @dataclass
 class NoState(State):
     """State of a part that has none."""
+
+
+@cache
+def _names(kind: type[Any]) -> tuple[str, ...]:
+    """Of the fields, in order; asked at every step that may be undone."""
+    return tuple(entry.name for entry in fields(kind))
 
 
 def _pack(value: Any) -> Any:

@@ -157,6 +157,8 @@ class Capture(Backend):
 
     def collect(self) -> dict[str, LayerStatistics]:
         """Statistics per layer name from all complete calls since the last time; forgets every call."""
+        if not self._hooked:  # nothing is ever recorded
+            return {}
         every, done = self._kind == "forward", set()
         calls: dict[str, list[Call]] = {}
         for call in self._calls.alive():

@@ -132,7 +132,7 @@ class LookBack:
 
     def prepare(self) -> None:
         """Remember random state and buffers before the first evaluation."""
-        self._before, session = Snapshot.take(self.session.model), self.session
+        self._before, session = Snapshot.take(self.session.modules), self.session
         self._guard = None if session.guard_state is None else deepcopy(dict(session.guard_state.to_dict()))
         self._damping = [group["damping"] for group in session.param_groups]
 
@@ -240,7 +240,7 @@ class LookBack:
         session.gradient_evaluations += 1
         # The second pass then computes gradients of pre-activations only.
         frozen = [parameter for parameter in constants if parameter.requires_grad]
-        with preserved(session.model):
+        with preserved(session.modules):
             try:
                 for parameter in frozen:
                     parameter.requires_grad_(False)

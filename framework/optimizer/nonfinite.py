@@ -155,19 +155,13 @@ class Undo:
                 block.statistics_due(step, warm) or block.inverses_due(step) or block.asked.looks_back
             )
             self._blocks.append((block, block.to_dict(state=written)))
-        self._originals = list(parameters)
-        left: list[Any] = [self._rule_state, *(values for _, values in self._blocks)]
-        while left:
-            value = left.pop()
-            if isinstance(value, Tensor):
-                self._originals.append(value)
-            elif isinstance(value, dict):
-                left.extend(value.values())
-            elif isinstance(value, list | tuple):
-                left.extend(value)
+        originals = list(parameters)
+        _gather(self._rule_state.values(), originals)
+        for _, values in self._blocks:
+            _gather(values.values(), originals)
         # One copy in one piece per dtype and device; it is taken apart only if somebody asks for it.
         groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for value in self._originals:
+        for value in originals:
             groups.setdefault((value.dtype, value.device), []).append(value)
         self._groups = list(groups.values())
         # Of a single tensor the function returns a view: the empty one behind it makes it copy.
@@ -194,6 +188,17 @@ class Undo:
         for block, values in self._blocks:
             block.load_dict(_with_copies(values, copies))
         self._rule.load_own_state(_with_copies(self._rule_state, copies))
+
+
+def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
+    """Append all tensors of a nested state."""
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            _gather(value.values(), found)
+        elif isinstance(value, list | tuple):
+            _gather(value, found)
 
 
 def _with_copies(value: Any, copies: Mapping[int, Tensor]) -> Any:

@@ -91,6 +91,11 @@ class Session(torch.optim.Optimizer):
         return self.blocks[0].parameters[0].device
 
     @property
+    def modules(self) -> list[nn.Module]:
+        """All of the model, as they were when it was last checked that it is the same model."""
+        return self._skeleton.modules if self._skeleton is not None else list(self.model.modules())
+
+    @property
     def damping(self) -> float | dict[str, float]:
         """lambda of the coming step; per layer where parameter groups differ."""
         value = self._values.common(self.param_groups, "damping")

@@ -54,13 +54,16 @@ class Crew:
         blocks: its blocks.
         members: their places in the team.
         learns: whether statistics mean anything to the part.
+        preconditions: whether its directions are anything but the momentum.
         refining: the part, if it refines.
     """
 
     def __init__(self, blocks: list[Block], members: list[int]):
         self.structure, self.blocks, self.members = blocks[0].structure, blocks, members
-        update: Any = type(blocks[0].part).update
-        self.learns = update is not Identity.update
+        kind: Any = type(blocks[0].part)
+        together = self.structure.together
+        self.learns = kind.update is not Identity.update or "update_many" in together
+        self.preconditions = kind.precondition is not Identity.precondition or "precondition_many" in together
         self.refining: Refining | None = refining(blocks[0].part)
 
 
@@ -140,7 +143,7 @@ class Team:
                     vector = tuple(factor * value for value in vector)
                 states.append(block.state)
                 vectors.append(vector)
-            made = crew.structure.precondition_blocks(states, vectors)
+            made = crew.structure.precondition_blocks(states, vectors) if crew.preconditions else vectors
             for member, block, vector, values in zip(crew.members, crew.blocks, vectors, made, strict=True):
                 found[member] = values if values is vector else block.checked(values, vector)
         for factor, members in late.items():
