@@ -26,7 +26,7 @@ class State:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary of tensors (not copied) and numbers."""
-        return {name: _pack(getattr(self, name)) for name in _names(type(self))}
+        return {name: _pack(getattr(self, name)) for name in self._names()}
 
     def load_dict(self, values: dict[str, Any]) -> None:
         """Copy ``values`` into this state; the argument is not modified.
@@ -34,14 +34,20 @@ class State:
         Raises:
             ArgumentError: if a name is missing or a shape differs.
         """
-        for name in _names(type(self)):
+        for name in self._names():
             if name not in values:
                 raise ArgumentError(f"saved state of {type(self).__name__} lacks {name!r}; has {sorted(values)}")
             setattr(self, name, _unpack(getattr(self, name), values[name], name))
 
+    @classmethod
+    @cache  # asked at every step that may be undone
+    def _names(cls) -> tuple[str, ...]:
+        """Of the fields, in order."""
+        return tuple(entry.name for entry in fields(cls))
+
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of the state, nested ones included."""
-        for name in _names(type(self)):
+        for name in self._names():
             yield from _tensors(getattr(self, name))
 
     def bytes(self) -> int:
@@ -52,12 +58,6 @@ class State:
 @dataclass
 class NoState(State):
     """State of a part that has none."""
-
-
-@cache
-def _names(kind: type[Any]) -> tuple[str, ...]:
-    """Of the fields, in order; asked at every step that may be undone."""
-    return tuple(entry.name for entry in fields(kind))
 
 
 def _pack(value: Any) -> Any:
