@@ -81,6 +81,9 @@ def _of_one_call(layer: Layer, call: Call, sums: Sequence[ParameterSum], loss_re
     if samples == 0:
         raise ArgumentError(f"layer {layer.name!r} saw a batch of 0 samples; {EMPTY}")
     scale, rows = float(samples) if loss_reduction == "mean" else 1.0, samples * call.positions
+    gradient = call.gradient_sum
+    if gradient is not None and scale != rows:
+        gradient = gradient * (scale / rows)
     return _BLANK.with_fields(
         layer=layer,
         samples=samples,
@@ -92,7 +95,7 @@ def _of_one_call(layer: Layer, call: Call, sums: Sequence[ParameterSum], loss_re
         sampled_gradient=call.sampled,
         curvature_roots=call.roots,
         mean_preactivation=None if call.output_sum is None else call.output_sum / rows,
-        mean_gradient=None if call.gradient_sum is None else call.gradient_sum * (scale / rows),
+        mean_gradient=gradient,
         sampled_parameter_gradients=mean_of_sums(sums) if sums else None,
         calls=(call.positions,),
     )

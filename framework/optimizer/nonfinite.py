@@ -221,8 +221,13 @@ def _sum_of_squares(values: Sequence[Tensor]) -> Tensor:
     for (dtype, place), entries in groups.items():
         half = dtype in (torch.float16, torch.bfloat16)
         if place.type == "cpu" and not half:  # half the time of norms
-            short = [value for value in entries if value.numel() <= _SHORT]
-            flats = [value.reshape(-1) for value in entries if value.numel() > _SHORT]
+            flats: list[Tensor] = []
+            short: list[Tensor] = []
+            for value in entries:
+                if value.numel() > _SHORT:
+                    flats.append(value.reshape(-1))
+                else:
+                    short.append(value)
             if short:
                 flats.append(_flatten_dense_tensors(short))
             sums += [torch.dot(flat, flat).to(device) for flat in flats]

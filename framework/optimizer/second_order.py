@@ -427,7 +427,8 @@ class SecondOrder(Session):
     def _propose(self, batch: MiniBatch) -> Proposal:
         momentum = self.method.momentum
         for step, values in zip(batch.steps, batch.team.preconditioned(momentum), strict=True):
-            step.preconditioned, step.directions = values, step.block.parameter_views(values)
+            step.preconditioned = values
+            step.directions = step.block.parameter_views(values) if step.block.part.joint else values
         proposal = self._rule.propose(self._step, self.learning_rate(), batch, momentum)
         if batch.products is not None:
             batch.products.release()
