@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ __all__ = ["NoState", "State"]
 @dataclass
 class State:
     """Base of all states: serialisation over the dataclass fields (tensors, numbers, tuples of tensors, states)."""
+
+    replaced: ClassVar[frozenset[str]] = frozenset()
+    """Fields whose tensors a step replaces and never writes into: to be able to go back, nobody has to copy them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary of tensors (not copied) and numbers."""
@@ -49,6 +52,13 @@ class State:
         """Every tensor of the state, nested ones included."""
         for name in self._names():
             yield from _tensors(getattr(self, name))
+
+    def written(self) -> Iterator[Tensor]:
+        """The tensors that a step may write into, nested ones included."""
+        for name in self._names():
+            if name not in self.replaced:
+                value = getattr(self, name)
+                yield from value.written() if isinstance(value, State) else _tensors(value)
 
     def bytes(self) -> int:
         """Size of all tensors."""

@@ -145,20 +145,22 @@ class Undo:
         warm: bool,
         waits: Sequence[bool] = (),
     ):
-        # Numbers are values in these dictionaries, tensors are the originals: the copies stand beside them.
+        # Numbers are values in these dictionaries, tensors are the originals: the copies stand beside them, but for
+        # tensors that are only ever replaced, of which it is enough to hold the old one.
         # Last steps, the rest of what a rule keeps, change when all is over.
         self._rule, self._rule_state = rule, {} if rule.state is None else dict(rule.state.to_dict())
         self._parameters = list(parameters)
         self._blocks: list[tuple[Block, dict[str, Any]]] = []
+        originals = list(parameters)
         for block, waiting in zip(blocks, waits or (False,) * len(blocks), strict=True):
             written = not waiting and (
                 block.statistics_due(step, warm) or block.inverses_due(step) or block.asked.looks_back
             )
             self._blocks.append((block, block.to_dict(state=written)))
-        originals = list(parameters)
+            originals += block.storage
+            if written:
+                originals += block.state.written()
         _gather(self._rule_state.values(), originals)
-        for _, values in self._blocks:
-            _gather(values.values(), originals)
         # One copy in one piece per dtype and device; it is taken apart only if somebody asks for it.
         groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for value in originals:
@@ -202,9 +204,9 @@ def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
 
 
 def _with_copies(value: Any, copies: Mapping[int, Tensor]) -> Any:
-    """A nested state with the copy of every tensor in its place."""
+    """A nested state with the copies in the place of the tensors that they are of."""
     if isinstance(value, Tensor):
-        return copies[id(value)]
+        return copies.get(id(value), value)
     if isinstance(value, Mapping):
         return {key: _with_copies(entry, copies) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -121,6 +121,8 @@ class BFGS(WithoutMatrices):
 class HessianActionState(CovarianceState):
     """Second moment A of the inputs, undamped, and, as ``inverse``, the inverse approximation H_a."""
 
+    replaced = frozenset()  # H_a is updated in place
+
 
 @dataclass(frozen=True)
 class HessianActionBFGS(AveragedMatrix):

@@ -33,6 +33,7 @@ class MiniBlockState(State):
     blocks: Tensor
     inverse: Tensor
     weight: float
+    replaced = frozenset(("inverse",))
 
 
 @dataclass(frozen=True)
