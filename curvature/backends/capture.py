@@ -24,6 +24,7 @@ from torch.func import functional_call
 from ...errors import ArgumentError
 from ..layers.attention import ProjectionWatch
 from ..layers.layer import Layer
+from ..records import joining
 from ..records.calls import EMPTY, Call, Calls, ParameterSum, column_sum
 from ..records.certificate import Certificate
 from ..records.needs import PassKind, Record
@@ -176,15 +177,17 @@ class Capture(Backend):
             if doubt is not None:
                 self.doubts[name] = doubt
         self._drop_certificates()
+        join = joining.combine  # of calls that have an entry of the first axis per sample
         if self._uneven:
             self._require_settled(calls.values())
+            join = combine
         unseen = self._empty - calls.keys() - sums.keys() if self._empty else ()
         self.clear()
         self._require_unchanged(calls)
         result: dict[str, LayerStatistics] = {}
         for layer in self.layers if calls or sums else ():
             if layer.name in calls or layer.name in sums:
-                record = combine(layer, calls.get(layer.name, []), sums.get(layer.name, []), self.loss_reduction)
+                record = join(layer, calls.get(layer.name, []), sums.get(layer.name, []), self.loss_reduction)
                 if record is not None:
                     result[layer.name] = record
             elif layer.name in unseen:

@@ -188,7 +188,7 @@ class LookBack:
                 self._adapt_damping(loss, whole, proposal)
                 return Outcome(loss, {}, shortened, 0.0)
             fraction *= guard.shrink
-            self.session.take(proposal, fraction)
+            proposal.take(fraction, self.session.method.weight_decay)
         events = self._observe(batch, self._points.into(batch.statistics), after)
         self._adapt_damping(loss, whole, proposal)
         return Outcome(loss_after, events, shortened, fraction)

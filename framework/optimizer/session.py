@@ -26,7 +26,7 @@ from .kinds_of_numbers import require_real_and_dense
 from .plan import Plan, StepPlan
 from .precision import widened
 from .skeleton import Skeleton
-from .stepping import Proposal, StepRule
+from .stepping import StepRule
 from .team import Team
 from .torch_protocols import shown_state
 
@@ -109,12 +109,6 @@ class Session(torch.optim.Optimizer):
         if found:
             found = widened(found, self._inverse_scale)
         return found if self.ranks.count == 1 else self.ranks.joint(self.layers, found)
-
-    def take(self, proposal: Proposal, fraction: float) -> None:
-        """Take a fraction of a proposed step: the only place that writes to parameters."""
-        proposal.take(fraction, self.method.weight_decay)
-
-    # -- warm start --------------------------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
         """(tau / 2) |theta|^2 for coupled weight decay, 0 for decoupled: what the method adds to the loss."""

@@ -101,7 +101,7 @@ class Proposal:
         return torch.stack([move.slope(weight_decay) for move in self.moves]).sum()
 
     def take(self, fraction: float, weight_decay: WeightDecay) -> None:
-        """Take a fraction in (0, 1] of the step, decoupled weight decay first.
+        """Take a fraction in (0, 1] of the step, decoupled weight decay first. Nothing else moves parameters.
 
         theta <- (1 - fraction shrinkage) theta - fraction (step_size direction + recall last)
         """
