@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,7 +125,7 @@ class LookBack:
         self._damping: list[Any] = []
         self._differentiates = False
         self._parameters: list[Tensor] = []
-        self._copies: Callable[[], list[Tensor]] = list
+        self._copies: list[Tensor] = []
         self._points = _NOWHERE
         self._slope: Tensor | None = None
         self._penalty: Tensor | float = 0.0
@@ -136,13 +136,13 @@ class LookBack:
         self._guard = None if session.guard_state is None else deepcopy(dict(session.guard_state.to_dict()))
         self._damping = [group["damping"] for group in session.param_groups]
 
-    def remember(self, proposal: Proposal, parameters: list[Tensor], copies: Callable[[], list[Tensor]]) -> None:
+    def remember(self, proposal: Proposal, parameters: list[Tensor], copies: list[Tensor]) -> None:
         """What a guard and structures compare with; and the parameters: to subtract a huge step is not exact.
 
         Args:
             proposal: the step that will be taken.
             parameters: all that it moves.
-            copies: makes the list of their copies.
+            copies: of these.
         """
         method, changing = self.session.method, self.session.plan.second_look.changing
         if method.guard.attempts > 0:
@@ -150,13 +150,13 @@ class LookBack:
             if Needs.SLOPES in method.guard.needs:
                 self._slope, self._penalty = proposal.slope(method.weight_decay), self.session.penalty()
         if changing:
-            saved = dict(zip(map(id, parameters), copies(), strict=True))
+            saved = dict(zip(map(id, parameters), copies, strict=True))
             self._points = Points.before(changing, saved)
 
     def forget(self) -> None:
         """Let go of what was remembered: the step is over."""
         self._before, self._points, self._slope = None, _NOWHERE, None
-        self._parameters, self._copies = [], list
+        self._parameters, self._copies = [], []
         self._guard, self._damping = None, []
 
     def take_back(self) -> None:
@@ -182,7 +182,7 @@ class LookBack:
             if guard.attempts == 0 or self._accepts(loss, loss_after, fraction):
                 break
             shortened += 1
-            torch._foreach_copy_(self._parameters, self._copies())
+            torch._foreach_copy_(self._parameters, self._copies)
             if shortened == guard.attempts:
                 observe_waiting(batch)
                 self._adapt_damping(loss, whole, proposal)

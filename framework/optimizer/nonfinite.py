@@ -161,32 +161,20 @@ class Undo:
             if written:
                 originals += block.state.written()
         _gather(self._rule_state.values(), originals)
-        # One copy in one piece per dtype and device; it is taken apart only if somebody asks for it.
-        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for value in originals:
-            groups.setdefault((value.dtype, value.device), []).append(value)
-        self._groups = list(groups.values())
-        # Of a single tensor the function returns a view: the empty one behind it makes it copy.
-        self._flat = [_flatten_dense_tensors([*values, values[0].new_empty(0)]) for values in self._groups]
+        self._originals, self._copies = originals, [torch.empty_like(value) for value in originals]
+        if originals:
+            torch._foreach_copy_(self._copies, originals)
 
-    def _copies(self) -> dict[int, Tensor]:
-        """By the ids of the originals."""
-        found: dict[int, Tensor] = {}
-        for values, flat in zip(self._groups, self._flat, strict=True):
-            pieces = flat.split([value.numel() for value in values])
-            found |= {id(value): piece.view(value.shape) for value, piece in zip(values, pieces, strict=True)}
-        return found
-
+    @property
     def copies(self) -> list[Tensor]:
         """Of the parameters, in their order."""
-        found = self._copies()
-        return [found[id(parameter)] for parameter in self._parameters]
+        return self._copies[: len(self._parameters)]
 
     def roll_back(self) -> None:
         """Everything as it was, bit for bit."""
-        copies = self._copies()
-        for parameter in self._parameters:
-            parameter.detach().copy_(copies[id(parameter)])
+        copies = {id(own): copy for own, copy in zip(self._originals, self._copies, strict=True)}
+        for parameter, value in zip(self._parameters, self._copies, strict=False):
+            parameter.detach().copy_(value)
         for block, values in self._blocks:
             block.load_dict(_with_copies(values, copies))
         self._rule.load_own_state(_with_copies(self._rule_state, copies))

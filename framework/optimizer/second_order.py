@@ -267,7 +267,7 @@ class SecondOrder(Session):
         )
         undo = self._undo(team) if due.risky or due.looks_back else None
         try:
-            self.last_report = self._advance(closure, batch, undo)
+            self.last_report = self._advance(closure, batch, [] if undo is None else undo.copies)
         except NumericalError as error:
             if undo is None:
                 raise
@@ -291,28 +291,28 @@ class SecondOrder(Session):
         self._arm()
         return loss
 
-    def _advance(self, closure: Closure | None, batch: MiniBatch, undo: Undo | None) -> StepReport:
+    def _advance(self, closure: Closure | None, batch: MiniBatch, copies: list[Tensor]) -> StepReport:
         """Observe, propose, apply, look back.
 
         Args:
             closure: the user's.
             batch: what its first evaluation left.
-            undo: copies of what it writes, if it looks back.
+            copies: of the parameters that the team moves, if the step looks back.
 
         Raises:
             NumericalError: if a step size, or the loss after an unguarded step, is not finite.
         """
         for observer in self.observers:
             observer.before_step(self)
-        looks_back = self.due.looks_back and closure is not None and undo is not None
+        looks_back = self.due.looks_back and closure is not None
         observe(self, batch)
         refreshes, rescues = refresh(self.due.inverses, self.sides) if self.due.inverses else (0, 0)
         if batch.team.refines:
             refine(batch)
         proposal = self._propose(batch)
         damping = self._numbers[0]["damping"] if len(self.param_groups) == 1 else self.damping
-        if looks_back and undo is not None:
-            self._look_back.remember(proposal, batch.team.parameters, undo.copies)
+        if looks_back:
+            self._look_back.remember(proposal, batch.team.parameters, copies)
         proposal.take(1.0, self.method.weight_decay)
         sides = {block.key: self.sides(block) for block in self.blocks} if self.observers else {}
         report = StepReport(
