@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -37,7 +36,6 @@ __all__ = [
     "stackable",
     "triangular_inverse",
     "unpack",
-    "whole_matrix",
 ]
 
 _STACK_LIMIT = 64
@@ -68,18 +66,18 @@ def inner_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.sum(left * right)
 
 
-def pack(*columns: Sequence[Tensor]) -> Tensor:
-    """(K, L, d) from K lists of L vectors each, padded with zeros to the longest: two operations."""
-    vectors = list(chain(*columns))
+def pack(vectors: Sequence[Tensor]) -> Tensor:
+    """(n, d) rows from n vectors, padded with zeros to the longest: two operations."""
     lengths = [vector.shape[0] for vector in vectors]
     longest = max(lengths)
     if min(lengths) < longest:
         zeros = vectors[0].new_zeros(longest)
+        tails = {length: zeros[length:] for length in set(lengths)}
         pieces: list[Tensor] = []
         for vector, length in zip(vectors, lengths, strict=True):
-            pieces += (vector, zeros[: longest - length])
+            pieces += (vector, tails[length]) if length < longest else (vector,)
         vectors = pieces
-    return torch.cat(vectors).view(len(columns), -1, longest)
+    return torch.cat(list(vectors)).view(-1, longest)
 
 
 def pack_homogeneous(vectors: Sequence[Tensor], extended: Sequence[bool]) -> Tensor:
@@ -96,7 +94,8 @@ def pack_homogeneous(vectors: Sequence[Tensor], extended: Sequence[bool]) -> Ten
 
 def unpack(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """The vectors in a matrix of padded rows, as views."""
-    return [row[:size] for row, size in zip(rows.unbind(0), sizes, strict=True)]
+    width = rows.shape[1]
+    return [row if size == width else row[:size] for row, size in zip(rows.unbind(0), sizes, strict=True)]
 
 
 def inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[Tensor]:
@@ -107,39 +106,28 @@ def inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[Te
     short = [i for i, v in enumerate(lefts) if v.dim() == 1 and v.shape[0] <= _SHORT]
     values: list[Tensor | None] = [None] * len(lefts)
     if len(short) > _FEW:
-        left, right = pack([lefts[index] for index in short], [rights[index] for index in short]).unbind(0)
-        for index, value in zip(short, (left * right).sum(1).unbind(0), strict=True):
+        rows = pack([lefts[index] for index in short] + [rights[index] for index in short])
+        products = (rows[: len(short)] * rows[len(short) :]).sum(1)
+        for index, value in zip(short, products.unbind(0), strict=True):
             values[index] = value
     rest = [index for index, value in enumerate(values) if value is None]
+    distinct = {id(v): v for index in rest for v in (lefts[index], rights[index])}
+    flat = {key: value.view(-1) for key, value in distinct.items() if value.is_contiguous()}
     apart: list[int] = []
     for index in rest:
-        left, right = lefts[index], rights[index]
-        if left.is_contiguous() and right.is_contiguous():
-            values[index] = torch.dot(left.view(-1), right.view(-1))
+        one, other = flat.get(id(lefts[index])), flat.get(id(rights[index]))
+        if one is not None and other is not None:
+            values[index] = torch.dot(one, other)
         else:
             apart.append(index)
     if apart and lefts[0].is_cuda:
-        products = torch._foreach_mul([lefts[index] for index in apart], [rights[index] for index in apart])
-        for index, product in zip(apart, products, strict=True):
+        large = torch._foreach_mul([lefts[index] for index in apart], [rights[index] for index in apart])
+        for index, product in zip(apart, large, strict=True):
             values[index] = product.sum()
     else:
         for index in apart:
             values[index] = torch.sum(lefts[index] * rights[index])
     return [value for value in values if value is not None]
-
-
-def whole_matrix(pieces: Sequence[Tensor]) -> Tensor | None:
-    """The matrix [W | b] in one piece, if weight and bias are views of one; else ``None``."""
-    if len(pieces) != 2 or pieces[0].is_contiguous() or pieces[1].dim() != 1:
-        return None
-    weight, bias = pieces
-    rows, width = bias.shape[0], bias.stride(0)
-    adjacent = bias.storage_offset() - weight.storage_offset() == width - 1
-    if not adjacent or weight.numel() != rows * (width - 1) or weight.stride(0) != width:
-        return None
-    if not weight[0].is_contiguous() or weight.untyped_storage().data_ptr() != bias.untyped_storage().data_ptr():
-        return None
-    return weight.as_strided((rows, width), (width, 1))
 
 
 def add_to_diagonal(matrix: Tensor, value: float) -> Tensor:
@@ -222,17 +210,19 @@ def bfgs_inverse_updates_(
     inverses: Sequence[Tensor], steps: Tensor, changes: Tensor, products: Tensor, accept: Tensor
 ) -> None:
     """:func:`bfgs_inverse_update_` of L matrices, whose vectors are rows (L, d) padded with zeros."""
-    rho = (steps * changes).sum(-1).reciprocal()
-    half = 0.5 * rho * (1.0 + rho * (changes * products).sum(-1))
+    rho = torch.linalg.vecdot(steps, changes).reciprocal()
+    half = 0.5 * rho * (1.0 + rho * torch.linalg.vecdot(changes, products))
     others = half.unsqueeze(-1) * steps - rho.unsqueeze(-1) * products
     both = torch.stack([steps, others], -2)
-    size = both.abs().amax(-1).prod(-1)
+    size = torch.linalg.vector_norm(both, torch.inf, -1).prod(-1)
     drop = ~(accept & (size < torch.inf))  # a NaN is not smaller either
     both.masked_fill_(drop.view(-1, 1, 1), 0.0)
-    swapped = both.flip(-2)
-    for inverse, left, right in zip(inverses, both.unbind(0), swapped.unbind(0), strict=True):
+    width, pairs = both.shape[-1], zip(both.mT.unbind(0), both.flip(-2).unbind(0), strict=True)
+    for inverse, (left, right) in zip(inverses, pairs, strict=True):
         order = inverse.shape[0]
-        inverse.addmm_(left[:, :order].T, right[:, :order])
+        if order < width:
+            left, right = left[:order], right[:, :order]
+        inverse.addmm_(left, right)
 
 
 def triangular_inverse(upper: Tensor) -> Tensor:

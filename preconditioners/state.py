@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,9 +24,12 @@ __all__ = ["NoState", "State"]
 class State:
     """Base of all states: serialisation over the dataclass fields (tensors, numbers, tuples of tensors, states)."""
 
+    replaced: ClassVar[frozenset[str]] = frozenset()
+    """Fields whose tensors a step replaces and never writes into: to be able to go back, nobody has to copy them."""
+
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary of tensors (not copied) and numbers."""
-        return {entry.name: _pack(getattr(self, entry.name)) for entry in fields(self)}
+        return {name: _pack(getattr(self, name)) for name in self._names()}
 
     def load_dict(self, values: dict[str, Any]) -> None:
         """Copy ``values`` into this state; the argument is not modified.
@@ -33,15 +37,28 @@ class State:
         Raises:
             ArgumentError: if a name is missing or a shape differs.
         """
-        for entry in fields(self):
-            if entry.name not in values:
-                raise ArgumentError(f"saved state of {type(self).__name__} lacks {entry.name!r}; has {sorted(values)}")
-            setattr(self, entry.name, _unpack(getattr(self, entry.name), values[entry.name], entry.name))
+        for name in self._names():
+            if name not in values:
+                raise ArgumentError(f"saved state of {type(self).__name__} lacks {name!r}; has {sorted(values)}")
+            setattr(self, name, _unpack(getattr(self, name), values[name], name))
+
+    @classmethod
+    @cache  # asked at every step that may be undone
+    def _names(cls) -> tuple[str, ...]:
+        """Of the fields, in order."""
+        return tuple(entry.name for entry in fields(cls))
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of the state, nested ones included."""
-        for entry in fields(self):
-            yield from _tensors(getattr(self, entry.name))
+        for name in self._names():
+            yield from _tensors(getattr(self, name))
+
+    def written(self) -> Iterator[Tensor]:
+        """The tensors that a step may write into, nested ones included."""
+        for name in self._names():
+            if name not in self.replaced:
+                value = getattr(self, name)
+                yield from value.written() if isinstance(value, State) else _tensors(value)
 
     def bytes(self) -> int:
         """Size of all tensors."""

@@ -108,11 +108,11 @@ def solve_semidefinite(matrix: Tensor, right: Tensor) -> Tensor:
         right: (L,), or (L, K) for K systems at once.
     """
     wide = matrix.double()
-    scale = wide.diagonal().clamp(min=0.0).rsqrt().nan_to_num_(0.0, 0.0, 0.0)
-    scaled = wide * torch.outer(scale, scale)
+    scale = wide.diagonal().rsqrt().nan_to_num_(0.0, 0.0, 0.0).unsqueeze(1)  # 0 where there is no positive curvature
+    scaled = wide * (scale * scale.T)
     scaled.diagonal().fill_(1.0 + 1e-10)
     factor, info = torch.linalg.cholesky_ex(scaled)
-    columns = scale.unsqueeze(1) * right.double().reshape(len(scale), -1)
+    columns = scale * right.reshape(len(scale), -1)
     solution = torch.cholesky_solve(columns, factor)
-    solution = scale.unsqueeze(1) * torch.where(info == 0, solution, columns / scaled.abs().sum(1, keepdim=True))
+    solution = scale * torch.where(info == 0, solution, columns / scaled.abs().sum(1, keepdim=True))
     return solution.nan_to_num_(0.0, 0.0, 0.0).reshape(right.shape).to(right.dtype)

@@ -27,6 +27,7 @@ from ..layers.attention import ProjectionWatch
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
 from ..loss_curvature import differentiate
+from ..records import joining
 from ..records.calls import EMPTY, Call, Calls, ParameterSum, column_sum
 from ..records.certificate import Certificate
 from ..records.needs import PassKind, Record
@@ -174,6 +175,8 @@ class Capture(Backend):
 
     def collect(self) -> dict[str, LayerStatistics]:
         """Statistics per layer name from all complete calls since the last time; forgets every call."""
+        if not self._hooked:  # nothing is ever recorded
+            return {}
         if self._pending:
             self.finish_forward(None)
         every, done = self._kind == "forward", set()
@@ -197,15 +200,17 @@ class Capture(Backend):
         self._drop_certificates()
         if self._waits:
             self._require_gradients_at_outputs(done)
+        join = joining.combine  # of calls that have an entry of the first axis per sample
         if self._uneven:
             self._require_settled(calls.values())
+            join = combine
         unseen = self._empty - calls.keys() - sums.keys() if self._empty else ()
         self.clear()
         self._require_unchanged(calls)
         result: dict[str, LayerStatistics] = {}
         for layer in self.layers if calls or sums else ():
             if layer.name in calls or layer.name in sums:
-                record = combine(layer, calls.get(layer.name, []), sums.get(layer.name, []), self.loss_reduction)
+                record = join(layer, calls.get(layer.name, []), sums.get(layer.name, []), self.loss_reduction)
                 if record is not None:
                     result[layer.name] = record
             elif layer.name in unseen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ __all__ = ["FIELDS", "combine", "mean_of_sums", "position_form", "total"]
 
 Pass = list[list[Call]]
 """The calls of one forward pass: one list per call of the module, with one entry but for attention's packed weights."""
+
+_BLANK = LayerStatistics(cast(Any, None), 1, 1)
+"""Filled in for nearly every layer of nearly every step: the constructor of a record costs five times as much."""
 
 FIELDS = {"input": "inputs", "gradient": "output_gradient", "sampled": "sampled_gradient", "roots": "curvature_roots"}
 """Attributes of a call, with the names that they have in a record."""
@@ -78,18 +81,21 @@ def _of_one_call(layer: Layer, call: Call, sums: Sequence[ParameterSum], loss_re
     if samples == 0:
         raise ArgumentError(f"layer {layer.name!r} saw a batch of 0 samples; {EMPTY}")
     scale, rows = float(samples) if loss_reduction == "mean" else 1.0, samples * call.positions
-    return LayerStatistics(
-        layer,
-        samples,
-        call.positions,
-        scale,
+    gradient = call.gradient_sum
+    if gradient is not None and scale != rows:
+        gradient = gradient * (scale / rows)
+    return _BLANK.with_fields(
+        layer=layer,
+        samples=samples,
+        positions=call.positions,
+        gradient_scale=scale,
         mean_scale=scale / samples,
         inputs=call.input,
         output_gradient=call.gradient,
         sampled_gradient=call.sampled,
         curvature_roots=call.roots,
         mean_preactivation=None if call.output_sum is None else call.output_sum / rows,
-        mean_gradient=None if call.gradient_sum is None else call.gradient_sum * (scale / rows),
+        mean_gradient=gradient,
         sampled_parameter_gradients=mean_of_sums(sums) if sums else None,
         calls=(call.positions,),
     )

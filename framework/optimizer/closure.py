@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +29,15 @@ class Snapshot:
     buffers: tuple[tuple[Mapping[str, Tensor | None], str, Tensor], ...]
 
     @classmethod
-    def take(cls, model: nn.Module) -> Snapshot:
-        """The present state. Costs a copy of the buffers and of the generators' states (a few kilobytes)."""
+    def take(cls, modules: Iterable[nn.Module]) -> Snapshot:
+        """The present state. Costs a copy of the buffers and of the generators' states (a few kilobytes).
+
+        Args:
+            modules: all of the model.
+        """
         indices: set[int] = set()
         buffers: list[tuple[Mapping[str, Tensor | None], str, Tensor]] = []
-        for module in model.modules():
+        for module in modules:
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.device.type == "cuda":
                     indices.add(parameter.device.index)
@@ -55,10 +59,14 @@ class Snapshot:
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Random state, buffers and gradients are the same after the block as before."""
-    snapshot = Snapshot.take(model)
-    parameters = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+def preserved(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Random state, buffers and gradients are the same after the block as before.
+
+    Args:
+        modules: all of the model.
+    """
+    snapshot = Snapshot.take(modules)
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     gradients = [(parameter, parameter.grad) for parameter in parameters]
     for parameter, _ in gradients:
         parameter.grad = None  # detached, so that a closure's zero_grad cannot overwrite the tensors we keep

@@ -161,12 +161,12 @@ class LookBack:
 
     def prepare(self) -> None:
         """Remember random state and buffers before the first evaluation."""
-        self._before, session = Snapshot.take(self.session.model), self.session
+        self._before, session = Snapshot.take(self.session.modules), self.session
         session.capture.data = [] if session.looks_closely else None
         self._guard = None if session.guard_state is None else deepcopy(dict(session.guard_state.to_dict()))
         self._damping = [group["damping"] for group in session.param_groups]
 
-    def remember(self, proposal: Proposal, parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    def remember(self, proposal: Proposal, parameters: list[Tensor], copies: list[Tensor]) -> None:
         """What a guard and structures compare with; and the parameters: to subtract a huge step is not exact.
 
         Args:
@@ -176,7 +176,7 @@ class LookBack:
         """
         method, changing = self.session.method, self.session.plan.second_look.changing
         if method.guard.attempts > 0:
-            self._parameters, self._copies = list(parameters), list(copies)
+            self._parameters, self._copies = parameters, copies
             if Needs.SLOPES in method.guard.needs:
                 self._slope, self._penalty = proposal.slope(method.weight_decay), self.session.penalty()
         if changing:
@@ -223,7 +223,7 @@ class LookBack:
                 self._adapt_damping(loss, whole, proposal)
                 return Outcome(loss, {}, shortened, 0.0)
             fraction *= guard.shrink
-            self.session.take(proposal, fraction)
+            proposal.take(fraction, self.session.method.weight_decay)
         events = self._observe(batch, self._points.into(batch.statistics), after)
         self._adapt_damping(loss, whole, proposal)
         return Outcome(loss_after, events, shortened, fraction)
@@ -277,7 +277,7 @@ class LookBack:
         session.gradient_evaluations += 1
         # The second pass then computes gradients of pre-activations only.
         frozen = [parameter for parameter in constants if parameter.requires_grad]
-        with preserved(session.model):
+        with preserved(session.modules):
             try:
                 for parameter in frozen:
                     parameter.requires_grad_(False)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from ...curvature.records.statistics import LayerStatistics
 from ...errors import ArgumentError, NumericalError
@@ -27,6 +28,9 @@ from .team import Team
 __all__ = ["Undo", "describe_trouble", "find_trouble", "require_finite_loss", "spoiled_parameters"]
 
 Statistics = Mapping[str, LayerStatistics]
+
+_SHORT = 4096
+"""Tensors up to this size are copied side by side before they are squared: the copy costs less than the calls."""
 
 
 def find_trouble(
@@ -141,29 +145,25 @@ class Undo:
         warm: bool,
         waits: Sequence[bool] = (),
     ):
-        # Numbers are values in these dictionaries, tensors are the originals: the copies stand beside them.
+        # Numbers are values in these dictionaries, tensors are the originals: the copies stand beside them, but for
+        # tensors that are only ever replaced, of which it is enough to hold the old one.
         # Last steps, the rest of what a rule keeps, change when all is over.
         self._rule, self._rule_state = rule, {} if rule.state is None else dict(rule.state.to_dict())
         self._parameters = list(parameters)
         self._blocks: list[tuple[Block, dict[str, Any]]] = []
+        originals = list(parameters)
         for block, waiting in zip(blocks, waits or (False,) * len(blocks), strict=True):
             written = not waiting and (
                 block.statistics_due(step, warm) or block.inverses_due(step) or block.asked.looks_back
             )
             self._blocks.append((block, block.to_dict(state=written)))
-        self._originals: list[Tensor] = [parameter.detach() for parameter in parameters]
-        left: list[Any] = [self._rule_state, *(values for _, values in self._blocks)]
-        while left:
-            value = left.pop()
-            if isinstance(value, Tensor):
-                self._originals.append(value)
-            elif isinstance(value, Mapping):
-                left.extend(value.values())
-            elif isinstance(value, list | tuple):
-                left.extend(value)
-        self._copies = [torch.empty_like(value) for value in self._originals]
-        if self._copies:
-            torch._foreach_copy_(self._copies, self._originals)
+            originals += block.storage
+            if written:
+                originals += block.state.written()
+        _gather(self._rule_state.values(), originals)
+        self._originals, self._copies = originals, [torch.empty_like(value) for value in originals]
+        if originals:
+            torch._foreach_copy_(self._copies, originals)
 
     @property
     def copies(self) -> list[Tensor]:
@@ -180,10 +180,21 @@ class Undo:
         self._rule.load_own_state(_with_copies(self._rule_state, copies))
 
 
+def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
+    """Append all tensors of a nested state."""
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            _gather(value.values(), found)
+        elif isinstance(value, list | tuple):
+            _gather(value, found)
+
+
 def _with_copies(value: Any, copies: Mapping[int, Tensor]) -> Any:
-    """A nested state with the copy of every tensor in its place."""
+    """A nested state with the copies in the place of the tensors that they are of."""
     if isinstance(value, Tensor):
-        return copies[id(value)]
+        return copies.get(id(value), value)
     if isinstance(value, Mapping):
         return {key: _with_copies(entry, copies) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -200,11 +211,16 @@ def _sum_of_squares(values: Sequence[Tensor]) -> Tensor:
     for (dtype, place), entries in groups.items():
         half = dtype in (torch.float16, torch.bfloat16)
         if place.type == "cpu" and not half:  # half the time of norms
-            squares = []
+            flats: list[Tensor] = []
+            short: list[Tensor] = []
             for value in entries:
-                flat = value.view(-1) if value.is_contiguous() else value.reshape(-1)
-                squares.append(torch.dot(flat, flat))
-            sums.append(torch.stack(squares).sum().to(device))
+                if value.numel() > _SHORT:
+                    flats.append(value.reshape(-1))
+                else:
+                    short.append(value)
+            if short:
+                flats.append(_flatten_dense_tensors(short))
+            sums += [torch.dot(flat, flat).to(device) for flat in flats]
             continue
         norms = torch._foreach_norm(entries, 2, torch.float32) if half else torch._foreach_norm(entries)
         sums.append(torch.stack(list(norms)).square().sum().to(device))

@@ -71,15 +71,15 @@ def observe(session: Session, batch: MiniBatch) -> None:
                     step.record, step.gradients, block.vector, coupled[member], block.parameters
                 )
                 (waiting if step.waits else chosen).append(step)
-        _update(crew, chosen)
+        if chosen:
+            _update(crew, chosen)
         if waiting:
             batch.waiting.append((crew, waiting))
 
 
 def _update(crew: Crew, steps: Sequence[BlockStep]) -> None:
     """The statistics of some blocks of a crew."""
-    if steps:
-        crew.structure.update_blocks([step.block.state for step in steps], [step.observation for step in steps])
+    crew.structure.update_blocks([step.block.state for step in steps], [step.observation for step in steps])
 
 
 def observe_waiting(batch: MiniBatch) -> None:
@@ -143,7 +143,7 @@ def warm_up(session: Session, estimator: Estimator, closures: Iterable[Closure])
     warm, count, capture, blocks = False, 0, session.capture, session.blocks
     capture.clear()
     capture.arm(records_for_forward(blocks, estimator), "forward")
-    with preserved(session.model), torch.no_grad():
+    with preserved(session.modules), torch.no_grad():
         for count, closure in enumerate(closures, 1):
             require_callable(f"entry {count - 1} of the closures of warm_start", closure)
             capture.step = 2**31 + count - 1

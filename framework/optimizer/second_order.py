@@ -291,7 +291,7 @@ class SecondOrder(Session):
         self._arm()
         return loss
 
-    def _advance(self, closure: Closure | None, batch: MiniBatch, copies: Sequence[Tensor]) -> StepReport:
+    def _advance(self, closure: Closure | None, batch: MiniBatch, copies: list[Tensor]) -> StepReport:
         """Observe, propose, apply, look back.
 
         Args:
@@ -313,7 +313,7 @@ class SecondOrder(Session):
         damping = self._numbers[0]["damping"] if len(self.param_groups) == 1 else self.damping
         if looks_back:
             self._look_back.remember(proposal, batch.team.parameters, copies)
-        self.take(proposal, 1.0)
+        proposal.take(1.0, self.method.weight_decay)
         sides = {block.key: self.sides(block) for block in self.blocks} if self.observers else {}
         report = StepReport(
             self._step, batch.loss, None, proposal.step_sizes, damping, proposal.events, refreshes, rescues
@@ -389,10 +389,10 @@ class SecondOrder(Session):
                 capture.seen.idle = False
         if loss is None and not earlier.joined():
             return None, None
-        loss, kept = loss_of(loss, self.device), earlier.kept()
+        loss = loss_of(loss, self.device)
         if again:
-            require_whole_batch(kept)
-        elif not kept:
+            require_whole_batch(earlier.kept())
+        elif passes and not earlier.kept():
             capture.forget_passes(passes)  # cleared by somebody else, else zero_grad has told the capture
         self.gradient_evaluations += 1 + due.samples_labels
         return self.ranks.mean(loss) if self.ranks.count > 1 else loss, products
@@ -426,8 +426,9 @@ class SecondOrder(Session):
 
     def _propose(self, batch: MiniBatch) -> Proposal:
         momentum = self.method.momentum
-        for step, directions in zip(batch.steps, batch.team.directions(momentum), strict=True):
-            step.directions = directions
+        for step, values in zip(batch.steps, batch.team.preconditioned(momentum), strict=True):
+            step.preconditioned = values
+            step.directions = step.block.parameter_views(values) if step.block.part.joint else values
         proposal = self._rule.propose(self._step, self.learning_rate(), batch, momentum)
         if batch.products is not None:
             batch.products.release()

@@ -27,7 +27,7 @@ from .loss_reading import require_right_loss
 from .plan import Plan, StepPlan
 from .precision import widened
 from .skeleton import Skeleton
-from .stepping import Proposal, StepRule
+from .stepping import StepRule
 from .team import Team
 from .torch_protocols import shown_state
 
@@ -100,6 +100,11 @@ class Session(torch.optim.Optimizer):
         return self.blocks[0].parameters[0].device
 
     @property
+    def modules(self) -> list[nn.Module]:
+        """All of the model, as they were when it was last checked that it is the same model."""
+        return self._skeleton.modules if self._skeleton is not None else list(self.model.modules())
+
+    @property
     def damping(self) -> float | dict[str, float]:
         """lambda of the coming step; per layer where parameter groups differ."""
         value = self._values.common(self.param_groups, "damping")
@@ -117,12 +122,6 @@ class Session(torch.optim.Optimizer):
         if found:
             found = widened(found, self._inverse_scale)
         return found if self.ranks.count == 1 else self.ranks.joint(self.layers, found)
-
-    def take(self, proposal: Proposal, fraction: float) -> None:
-        """Take a fraction of a proposed step: the only place that writes to parameters."""
-        proposal.take(fraction, self.method.weight_decay)
-
-    # -- warm start --------------------------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
         """(tau / 2) |theta|^2 for coupled weight decay, 0 for decoupled: what the method adds to the loss."""

@@ -39,6 +39,7 @@ class Skeleton:
         owned = {id(parameter) for layer in layers for parameter in layer.parameters.values()}
         holders: list[dict[str, Any]] = []
         self._owned: list[tuple[str, nn.Module, str, nn.Parameter]] = []
+        self.modules = list(model.modules())
         for path, module in model.named_modules():
             holders += [module._modules, module._parameters]
             for name, parameter in module._parameters.items():

@@ -20,14 +20,14 @@ from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
-from ...preconditioners.linalg import inner_products, whole_matrix
+from ...preconditioners.linalg import inner_products
 from ...preconditioners.protocol import Events
 from ...stepsize.protocol import StepEvidence, StepSize
 from ..methods.momentum import Momentum, WeightDecay
 from .arguments import as_number
-from .blocks import Block, full_precision
+from .blocks import full_precision
 from .last_steps import LastSteps, name_of_last, placed, with_last_steps
-from .team import MiniBatch
+from .team import BlockStep, MiniBatch
 
 __all__ = ["Move", "Proposal", "StepRule"]
 
@@ -101,7 +101,7 @@ class Proposal:
         return torch.stack([move.slope(weight_decay) for move in self.moves]).sum()
 
     def take(self, fraction: float, weight_decay: WeightDecay) -> None:
-        """Take a fraction in (0, 1] of the step, decoupled weight decay first.
+        """Take a fraction in (0, 1] of the step, decoupled weight decay first. Nothing else moves parameters.
 
         theta <- (1 - fraction shrinkage) theta - fraction (step_size direction + recall last)
         """
@@ -250,8 +250,7 @@ class StepRule:
         judged = self.judge is not None and self.judge.due(step)
         pieces: _Pieces = {}
         if self.needs or judged:
-            directions = {entry.block.key: entry.directions for entry in batch.steps}
-            pieces = _pieces(self.layers, batch.team.blocks, directions, momentum, self.last)
+            pieces = _pieces(self.layers, batch.steps, momentum, self.last)
         loss = batch.seen if batch.loss is None else batch.loss
         evidence = self._evidence(step, lr, pieces, batch.statistics, batch.products, loss)
         sizes, by_name, events = self._checked(self.rule.propose(self.state, evidence), self.names)
@@ -370,8 +369,7 @@ class StepRule:
 
     def _norms(self) -> Tensor:
         """(L,) norms of the layers' parameters."""
-        own = [p.detach() for layer in self.layers for p in layer.parameters.values()]
-        parameters = [p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in own]
+        parameters = [full_precision(p) for layer in self.layers for p in layer.parameters.values()]
         norms = _by_layer(torch._foreach_norm(parameters), [len(layer.parameters) for layer in self.layers])
         of_layers: Tensor = torch.linalg.vector_norm(norms, dim=1)
         return of_layers
@@ -396,17 +394,12 @@ def _along(pieces: _Pieces, gradients: bool) -> tuple[Tensor, Tensor, Tensor | N
     counts: list[int] = []
     lefts: list[Tensor] = []
     rights: list[Tensor] = []
-    merged: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []
+    merged: list[tuple[Tensors, Tensors]] = []
     corrections: list[float] = []
     same = True
     for piece in pieces.values():
-        momenta: Sequence[Tensor] = piece.momenta
-        directions: Sequence[Tensor] = piece.directions
-        whole = whole_matrix(directions)
-        before = None if whole is None else whole_matrix(momenta)
-        if whole is not None and before is not None:
-            momenta, directions = [before], [whole]
-        same = same and all(map(is_, piece.momenta, piece.directions))
+        momenta, directions = piece.whole or (piece.momenta, piece.directions)
+        same = same and all(map(is_, momenta, directions))
         merged.append((momenta, directions))
         counts.append(len(directions))
         rights += directions
@@ -461,38 +454,41 @@ def _by_layer(values: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
 class _Piece:
     """One layer's directions, the vectors they were made from with their bias corrections, and gradients.
 
-    Every field has one entry per parameter, in the layer's order.
+    Every field but the last has one entry per parameter, in the layer's order.
+
+    Attributes:
+        whole: momenta and directions as they lie in memory, ``[W | b]`` in one piece; ``None``: as above.
     """
 
     directions: Tensors
     momenta: Tensors
     gradients: Tensors
     corrections: tuple[float, ...]
+    whole: tuple[Tensors, Tensors] | None = None
 
 
 _Pieces = dict[str, _Piece]
 
 
-def _pieces(
-    layers: Sequence[Layer],
-    blocks: Sequence[Block],
-    directions: Mapping[str, Tensors],
-    momentum: Momentum,
-    last: LastSteps | None,
-) -> _Pieces:
+def _pieces(layers: Sequence[Layer], steps: Sequence[BlockStep], momentum: Momentum, last: LastSteps | None) -> _Pieces:
     """Pieces per layer; zeros where a parameter has no gradient or is frozen.
 
     Behind them stand those of the layers' last steps, if there are any, with the same zeros.
     """
     found: dict[str, dict[str, tuple[Tensor, Tensor, Tensor, float]]] = {layer.name: {} for layer in layers}
-    for block in blocks:
-        own, factor, gradients = found[block.layer.name], momentum.correction(block.updates), block.gradients()
-        assert gradients is not None
+    wholes: dict[str, tuple[Tensors, Tensors]] = {}
+    for step in steps:
+        block = step.block
+        own, factor, frozen = found[block.layer.name], momentum.correction(block.updates), False
         views = block.views if block.vector is block.storage else block.parameter_views(block.vector)
-        for name, direction, view, gradient in zip(block.names, directions[block.key], views, gradients, strict=True):
+        entries = zip(block.names, block.parameters, step.directions, views, step.gradients, strict=True)
+        for name, parameter, direction, view, gradient in entries:
             # A parameter that is frozen beside one that is not stays where it is, whatever the structure says.
-            moved = direction if block.layer.parameters[name].requires_grad else torch.zeros_like(direction)
-            own[name] = (moved, view, gradient, factor)
+            frozen = frozen or not parameter.requires_grad
+            own[name] = (direction if parameter.requires_grad else torch.zeros_like(direction), view, gradient, factor)
+        alone = len(block.names) == len(block.layer.parameters)
+        if block.part.joint and alone and not frozen and step.preconditioned[0].is_contiguous():
+            wholes[block.layer.name] = (block.vector, step.preconditioned)
     result: _Pieces = {}
     lasts: _Pieces = {}
     for layer in layers:
@@ -505,9 +501,9 @@ def _pieces(
             else:
                 rows.append(own[name])
         moved_, momenta, gradients_, corrections = zip(*rows, strict=True)
-        piece = _Piece(moved_, momenta, gradients_, corrections)
+        piece = _Piece(moved_, momenta, gradients_, corrections, wholes.get(layer.name))
         result[layer.name] = piece
         if last is not None:
             along = tuple(last.along(layer, name, name in own) for name in layer.parameters)
-            lasts[name_of_last(layer.name)] = replace(piece, directions=along)
+            lasts[name_of_last(layer.name)] = replace(piece, directions=along, whole=None)
     return result | lasts

@@ -31,7 +31,8 @@ class BlockStep:
         waits: whether its statistics are updated after the second evaluation only.
         record: what was measured of its layer, with the estimator's choice of curvature; ``None``: nothing.
         observation: what its structure was given, if it was updated.
-        directions: preconditioned momentum, in the shapes of the parameters. May share memory with the momentum.
+        preconditioned: the momentum, preconditioned, in its layout. May share its memory.
+        directions: the same in the shapes of the parameters.
     """
 
     block: Block
@@ -41,6 +42,7 @@ class BlockStep:
     waits: bool = False
     record: LayerStatistics | None = None
     observation: Observation | None = None
+    preconditioned: Tensors = ()
     directions: Tensors = ()
 
 
@@ -52,13 +54,16 @@ class Crew:
         blocks: its blocks.
         members: their places in the team.
         learns: whether statistics mean anything to the part.
+        preconditions: whether its directions are anything but the momentum.
         refining: the part, if it refines.
     """
 
     def __init__(self, blocks: list[Block], members: list[int]):
         self.structure, self.blocks, self.members = blocks[0].structure, blocks, members
-        update: Any = type(blocks[0].part).update
-        self.learns = update is not Identity.update
+        kind: Any = type(blocks[0].part)
+        together = self.structure.together
+        self.learns = kind.update is not Identity.update or "update_many" in together
+        self.preconditions = kind.precondition is not Identity.precondition or "precondition_many" in together
         self.refining: Refining | None = refining(blocks[0].part)
 
 
@@ -75,6 +80,7 @@ class Team:
         self.layers = list(dict.fromkeys(block.layer.name for block in blocks))
         self.parameters = [parameter for block in blocks for parameter in block.parameters]
         self.views = [view for block in blocks for view in block.views]
+        self.storages = [storage for block in blocks for storage in block.storage]
         self.half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.parameters)
         self.none = [(0.0,) * len(block.names) for block in blocks]
         found: dict[int, list[int]] = {}
@@ -92,26 +98,20 @@ class Team:
             decays: coupled weight decay of all parameters; ``None``: of none.
         """
         keep, add = momentum.coefficients()
-        self._combine_(self.views, (keep, add), gradients, decays)
+        torch._foreach_mul_(self.storages, keep)
+        self._add_(self.views, add, gradients, decays)
         on_momentum, on_gradient = momentum.blend()
         ahead = (on_momentum, on_gradient) != (1.0, 0.0)
+        blended = iter(torch._foreach_mul(self.storages, on_momentum)) if ahead else iter(())
         for block in self.blocks:
-            block.vector = tuple(value.clone() for value in block.storage) if ahead else block.storage
+            block.vector = tuple(next(blended) for _ in block.storage) if ahead else block.storage
             block.updates += 1
         if ahead:
             views = [view for block in self.blocks for view in block.parameter_views(block.vector)]
-            self._combine_(views, (on_momentum, on_gradient), gradients, decays)
+            self._add_(views, on_gradient, gradients, decays)
 
-    def _combine_(
-        self,
-        views: list[Tensor],
-        factors: tuple[float, float],
-        gradients: list[Tensor],
-        decays: Sequence[float] | None,
-    ) -> None:
-        """View <- keep * view + add * (g + decay * theta)."""
-        keep, add = factors
-        torch._foreach_mul_(views, keep)
+    def _add_(self, views: list[Tensor], add: float, gradients: list[Tensor], decays: Sequence[float] | None) -> None:
+        """View <- view + add * (g + decay * theta)."""
         torch._foreach_add_(views, gradients, alpha=add)
         for decay in dict.fromkeys(decays or ()):
             if decay:
@@ -122,6 +122,11 @@ class Team:
 
     def directions(self, momentum: Momentum) -> list[Tensors]:
         """Preconditioned momentum of every block, shaped as its parameters; may share memory with the momentum."""
+        made = zip(self.blocks, self.preconditioned(momentum), strict=True)
+        return [block.parameter_views(values) for block, values in made]
+
+    def preconditioned(self, momentum: Momentum) -> list[Tensors]:
+        """Preconditioned momentum of every block, laid out as the momentum, whose memory it may share."""
         found: list[Tensors] = list(self.none)  # type: ignore[arg-type]
         corrections: dict[int, float] = {}
         late: dict[float, list[int]] = {}
@@ -138,7 +143,7 @@ class Team:
                     vector = tuple(factor * value for value in vector)
                 states.append(block.state)
                 vectors.append(vector)
-            made = crew.structure.precondition_blocks(states, vectors)
+            made = crew.structure.precondition_blocks(states, vectors) if crew.preconditions else vectors
             for member, block, vector, values in zip(crew.members, crew.blocks, vectors, made, strict=True):
                 found[member] = values if values is vector else block.checked(values, vector)
         for factor, members in late.items():
@@ -146,9 +151,6 @@ class Team:
             scaled = iter(torch._foreach_mul([value for member in members for value in found[member]], factor))
             for member in members:
                 found[member] = tuple(next(scaled) for _ in found[member])
-        for member, block in enumerate(self.blocks):
-            if block.part.joint:
-                found[member] = block.seen.parameter_views(found[member][0])
         return found
 
 

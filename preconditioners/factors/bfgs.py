@@ -13,7 +13,7 @@ from ...checking import require_fields
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics
 from ..averages import Average, MovingAverage, ZeroStartAverage
-from ..linalg import bfgs_inverse_updates_, pack, pack_homogeneous, unpack
+from ..linalg import bfgs_inverse_updates_, pack_homogeneous
 from ..pairs.damping import DoubleDamping, PairDamping
 from ..pairs.pipeline import AveragedPair, average_pairs_, damped_pairs
 from ..pairs.skipping import CurvatureTest, SkipRule
@@ -26,9 +26,15 @@ __all__ = ["BFGS", "AveragedPair", "BFGSState", "HessianActionBFGS", "HessianAct
 
 def products(inverses: Sequence[Tensor], rows: Tensor) -> Tensor:
     """H v for many H, with the vectors as padded rows (L, d)."""
-    sizes = [inverse.shape[0] for inverse in inverses]
-    found = [torch.mv(inverse, row) for inverse, row in zip(inverses, unpack(rows, sizes), strict=True)]
-    return pack(found)[0]
+    width = rows.shape[1]
+    pieces: list[Tensor] = []
+    for inverse, row in zip(inverses, rows.unbind(0), strict=True):
+        size = inverse.shape[0]
+        if size == width:
+            pieces.append(torch.mv(inverse, row))
+        else:
+            pieces += (torch.mv(inverse, row[:size]), row[size:])  # the padding, as it was given
+    return torch.cat(pieces).view(rows.shape)
 
 
 @dataclass
@@ -120,6 +126,8 @@ class BFGS(WithoutMatrices):
 @dataclass
 class HessianActionState(CovarianceState):
     """Second moment A of the inputs, undamped, and, as ``inverse``, the inverse approximation H_a."""
+
+    replaced = frozenset()  # H_a is updated in place
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,7 @@ class CovarianceState(State):
     second_moment: Tensor
     inverse: Tensor
     weight: float
+    replaced = frozenset(("inverse",))
 
 
 class AveragedMatrix(FactorDeclarations):

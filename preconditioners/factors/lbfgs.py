@@ -205,7 +205,7 @@ class LBFGS(WithoutMatrices):
             torch.addmv(v, state.both.T, weight, beta=gamma)
             for state, v, weight in zip(states, vectors, weights, strict=True)
         ]
-        return pack(found)[0]
+        return pack(found)
 
     def to_dense(self, state: LBFGSState, damping: float) -> Tensor:
         """H as a matrix."""

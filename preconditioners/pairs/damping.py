@@ -78,7 +78,8 @@ class PairDamping(Protocol):
 
 def dots(one: Tensor, other: Tensor) -> Tensor:
     """Dot products along the last axis."""
-    return (one * other).sum(-1)
+    products: Tensor = torch.linalg.vecdot(one, other)
+    return products
 
 
 def powell_on_inverse(step: Tensor, change: Tensor, product: Tensor, mu1: float) -> tuple[Tensor, Tensor]:

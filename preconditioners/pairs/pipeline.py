@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ..state import State
 from .damping import DampedPair, PairDamping
 from .skipping import SkipRule
 
-__all__ = ["AveragedPair", "average_pairs_", "averaged", "copy_all_", "damped_pairs", "finite_rows"]
+__all__ = ["AveragedPair", "average_pairs_", "averaged", "copy_all_", "damped_pairs"]
 
 
 @dataclass
@@ -41,11 +42,6 @@ def copy_all_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
             target.copy_(value)
     else:
         torch._foreach_copy_(list(targets), list(values))
-
-
-def finite_rows(values: Tensor) -> Tensor:
-    """Whether vectors along the last axis are finite; x - x is zero for finite x only."""
-    return ((values - values) == 0).all(-1)
 
 
 def averaged(old: Tensor, new: Tensor, usable: Tensor, weight: float, average: Average) -> tuple[Tensor, float]:
@@ -78,20 +74,19 @@ def average_pairs_(
     Returns:
         Averages (2, L, d), whether each pair was finite (L,), mean gradients before the step (L, d).
     """
-    vectors: list[list[Tensor]] = [[], [], [], []]
+    columns: tuple[list[Tensor], ...] = ([], [], [], [])
     for before, after in zip(befores, afters, strict=True):
         assert after is not None and after.mean_preactivation is not None and after.mean_gradient is not None
         assert before.mean_preactivation is not None and before.mean_gradient is not None
         found = (before.mean_preactivation, before.mean_gradient, after.mean_preactivation, after.mean_gradient)
-        for column, vector in zip(vectors, found, strict=True):
+        for column, vector in zip(columns, found, strict=True):
             column.append(vector)
-    points = pack(*vectors)
+    points = pack([*chain(*columns)]).view(4, len(pairs), -1)
     new = points[2:] - points[:2]
-    finite = finite_rows(new).all(0)
-    stored = [pair.step for pair in pairs], [pair.change for pair in pairs]
-    values, weight = averaged(pack(*stored), new, finite, pairs[0].weight, average)
-    sizes = [pair.step.shape[0] for pair in pairs]
-    copy_all_([*stored[0], *stored[1]], unpack(values[0], sizes) + unpack(values[1], sizes))
+    finite = (new - new).sum((0, 2)) == 0  # x - x is zero for finite x only
+    stored = [pair.step for pair in pairs] + [pair.change for pair in pairs]
+    values, weight = averaged(pack(stored).view_as(new), new, finite, pairs[0].weight, average)
+    copy_all_(stored, unpack(values.reshape(len(stored), -1), [vector.shape[0] for vector in stored]))
     for pair in pairs:
         pair.weight = weight
     return values, finite, points[1]
@@ -120,7 +115,8 @@ def damped_pairs(
     Returns:
         The damped pairs, which are accepted (L,), and counts for the step report.
     """
-    pair = pairs.damp(averages[0], averages[1], product(averages[1]), damping)
+    step, change = averages.unbind(0)
+    pair = pairs.damp(step, change, product(change), damping)
     accepted = usable & skip.accepts(pair.step, pair.change, reference)
     counts = torch.stack([pair.first, pair.second, ~accepted]).sum(-1).unbind(0)
     return pair, accepted, dict(zip(("damped_first", "damped_second", "rejected_pairs"), counts, strict=True))

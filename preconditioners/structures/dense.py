@@ -74,6 +74,7 @@ class DenseState(State):
     matrix: Tensor
     inverse: Tensor
     weight: float
+    replaced = frozenset(("inverse",))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ inverses, products with factors. Both run the same schedule, so their trajectori
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any
@@ -61,6 +61,10 @@ class ReferenceState(State):
     def to_dict(self) -> dict[str, Any]:
         """Everything but the layer."""
         return {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self) if entry.name != "layer"}
+
+    def written(self) -> Iterator[Tensor]:
+        """All of it: a refresh copies one state into the other."""
+        return self.tensors()
 
     def load_dict(self, values: dict[str, Any]) -> None:
         """Copy saved values into place."""

@@ -16,16 +16,16 @@ from torch import nn
 # Upper bounds per method, (update, in passes, synchronisations, host tensors) of a quiet step and of a renewing one.
 # Whoever makes a step leaner lowers its line; nobody raises one without a reason in the commit.
 BOUNDS: dict[str, tuple[tuple[int, int, int, int] | None, tuple[int, int, int, int] | None]] = {
-    "sgdm": ((24, 52, 1, 0), None),
-    "adam": ((30, 52, 1, 0), None),
-    "mbf": ((56, 52, 1, 0), (94, 52, 2, 0)),
-    "kfac": ((80, 74, 1, 0), (154, 74, 2, 0)),
-    "lw-sgdm": ((141, 74, 2, 0), None),
-    "muon": ((132, 52, 1, 0), None),
-    "joint-kfac": ((180, 74, 2, 0), (254, 74, 3, 0)),
-    "kbfgs": ((297, 123, 2, 0), None),
-    "kbfgs-l": ((353, 123, 2, 0), None),
-    "soap": ((170, 52, 1, 0), (476, 52, 2, 0)),
+    "sgdm": ((19, 52, 1, 0), None),
+    "adam": ((25, 52, 1, 0), None),
+    "mbf": ((51, 52, 1, 0), (89, 52, 2, 0)),
+    "kfac": ((59, 74, 1, 0), (133, 74, 2, 0)),
+    "lw-sgdm": ((120, 74, 2, 0), None),
+    "muon": ((109, 52, 1, 0), None),
+    "joint-kfac": ((159, 74, 2, 0), (233, 74, 3, 0)),
+    "kbfgs": ((249, 123, 2, 0), None),
+    "kbfgs-l": ((306, 123, 2, 0), None),
+    "soap": ((165, 52, 1, 0), (470, 52, 2, 0)),
 }
 
 

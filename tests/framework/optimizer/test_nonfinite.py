@@ -99,6 +99,20 @@ def test_a_step_size_that_is_not_finite_leaves_no_trace(base: str, value: float,
     assert all(map(math.isfinite, losses))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_state_says_to_replace_is_never_written_into(name: str) -> None:
+    """So nobody has to copy it before a step that may be taken back."""
+    model = make()
+    optimizer = build(name, model)
+    for x, y in batches(count=4):
+        states = [block.state for block in optimizer.blocks]
+        written = {id(value) for state in states for value in state.written()}
+        kept = [value for state in states for value in state.tensors() if id(value) not in written]
+        copies = [value.clone() for value in kept]
+        optimizer.step(closure_of(optimizer, model, x, y))
+        assert all(map(torch.equal, kept, copies))
+
+
 @pytest.mark.parametrize("policy", ["raise", "skip"])
 def test_a_run_goes_on_after_a_refused_step_as_if_it_had_not_been_tried(policy: str) -> None:
     results = []
