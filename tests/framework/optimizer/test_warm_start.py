@@ -45,7 +45,7 @@ def test_it_leaves_no_trace_but_the_statistics(name: str, net: str) -> None:
 
 @pytest.mark.parametrize("name", WARM)
 def test_closures_may_also_run_backward(name: str) -> None:
-    """The training closure is good enough; its gradients are thrown away."""
+    """The training closure is good enough; its gradients are thrown away, but tell the weights of the samples."""
     states = []
     for backward in (False, True):
         model = make()
@@ -59,8 +59,10 @@ def test_closures_may_also_run_backward(name: str) -> None:
 
         optimizer.warm_start([lambda x=x, y=y, run=run: run(x, y) for x, y in batches(count=2)])
         assert all(parameter.grad is None for parameter in model.parameters())
-        states.append(optimizer.state_dict()["state"])
-    assert differences(*states) == []
+        states.append(leaves(optimizer.state_dict()["state"]))
+    for path, value in states[0].items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(states[1][path], value, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", ["kbfgs", "kbfgs-l", "kfac"])
