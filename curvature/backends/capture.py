@@ -126,7 +126,7 @@ class Capture(Backend):
                 continue
             device = next(iter(layer.parameters.values())).device
             generator = seeded_generator(self.seed * 1_000_003 + self.step, device)
-            found = self._certificates[layer.name] = Certificate(layer, generator)
+            found = self._certificates[layer.name] = Certificate(layer, generator, self.exchanged)
             self._certified += found.attach()
 
     def _drop_certificates(self) -> None:

@@ -34,30 +34,50 @@ class Certificate:
     Args:
         layer: with an adapter.
         generator: of the direction, on the parameters' device.
+        exchanged: whether ``.grad`` holds what other processes added too, once a backward is over: then what this
+            backward brings is taken before it is added.
     """
 
-    def __init__(self, layer: Layer, generator: torch.Generator):
-        self.layer, self._generator = layer, generator
+    def __init__(self, layer: Layer, generator: torch.Generator, exchanged: bool = False):
+        self.layer, self._generator, self._exchanged = layer, generator, exchanged
         self.names = [name for name, parameter in layer.parameters.items() if parameter.requires_grad]
         self.directions: dict[str, Tensor] = {}
         self._actual: dict[str, Tensor] = {}
+        self._coming: dict[str, Tensor] = {}  # sums, this backward's part included, if it fills .grad
 
     def attach(self) -> list[Any]:
         """Look at every gradient the moment it is complete: a user may clip it later. Returns handles."""
         own = weakref.ref(self)  # a parameter outlives its optimizer
-        return [
-            self.layer.parameters[name].register_post_accumulate_grad_hook(partial(_take, own, name))
-            for name in self.names
-        ]
+        handles: list[Any] = []
+        for name in self.names:
+            parameter = self.layer.parameters[name]
+            if self._exchanged:
+                handles.append(parameter.register_hook(partial(_announce, own, name)))
+            handles.append(parameter.register_post_accumulate_grad_hook(partial(_take, own, name)))
+        return handles
 
     def forget(self) -> None:
         """The gradients were thrown away."""
-        self.directions, self._actual = {}, {}
+        self.directions, self._actual, self._coming = {}, {}, {}
+
+    def announce(self, name: str, gradient: Tensor) -> None:
+        """Take in what a backward is about to add to the gradient of one parameter, in this process alone."""
+        direction = self.directions.get(name)
+        if direction is None:
+            return
+        found, before = torch.sum(gradient.detach().to(direction.dtype) * direction), self.layer.parameters[name].grad
+        if before is not None and name in self._actual:  # else whatever earlier backwards had added is gone
+            kept = torch.sum(before.detach().to(direction.dtype) * direction) != 0  # zeros: it was thrown away
+            found = found + torch.where(kept, self._actual[name], torch.zeros_like(found))
+        self._coming[name] = found
 
     def take(self, name: str, parameter: Tensor) -> None:
         """Take in the gradient of one parameter."""
         direction = self.directions.get(name)
-        if parameter.grad is not None and direction is not None:
+        if self._exchanged:
+            if name in self._coming:
+                self._actual[name] = self._coming.pop(name)
+        elif parameter.grad is not None and direction is not None:
             self._actual[name] = torch.sum(parameter.grad.detach().to(direction.dtype) * direction)
 
     @torch.no_grad()
@@ -108,6 +128,12 @@ def _take(certificate: weakref.ref[Certificate], name: str, parameter: Tensor) -
     found = certificate()
     if found is not None:
         found.take(name, parameter)
+
+
+def _announce(certificate: weakref.ref[Certificate], name: str, gradient: Tensor) -> None:
+    found = certificate()
+    if found is not None:
+        found.announce(name, gradient)
 
 
 def _direction(layer: Layer, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
