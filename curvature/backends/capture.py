@@ -294,8 +294,12 @@ class Capture(Backend):
             return
         calls = [call for call in self._calls.alive() if call.pass_index == self._pass and not call.complete]
         layers = {layer.name: layer for layer in self.layers}
+        unread = [call for call in calls if layers[call.layer].adapter is None]
         calls = [call for call in calls if layers[call.layer].adapter is not None]
         edges, self._edges, self._watchful = self._edges, {}, True
+        if batch is not None:
+            for call in unread:  # nothing but whole gradients is recorded of them
+                call.samples = batch.shape[0]
         if not calls:
             return
         if batch is None:
