@@ -97,6 +97,7 @@ class Capture(Backend):
         self._ended = (-1, 0)  # the last pass of the whole model, and its N
         self._uneven: dict[int, int] = {}  # N of passes that have other first axes too
         self._watchful = True  # whether calls keep what a probe needs: until a pass did without
+        self._shuffled: bool | None = None  # whether entry n of a layer is not always sample n; None: not looked at
         self._edges: dict[int, GradientEdge] = {}  # for a probe, by the id of the call
         self._probes = Probes(self.model)
 
@@ -288,7 +289,10 @@ class Capture(Backend):
             ArgumentError: if it cannot be found out, naming a layer.
         """
         batch = batch_of(output)
-        if len(self._axes) == 1 and not self._square and (batch is None or batch.shape[0] in self._axes):
+        plain = len(self._axes) == 1 and not self._square and (batch is None or batch.shape[0] in self._axes)
+        if plain and self._shuffled is None and batch is not None and self._asks_for_samples():
+            self._shuffled = self._look_for_shuffles(batch) if batch.shape[0] > 1 else None
+        if plain and not self._shuffled:
             self._watchful, self._edges = False, {}
             self._ended = self._pass, self._axes.pop()
             return
@@ -314,7 +318,21 @@ class Capture(Backend):
         def replay(buffers: dict[str, Tensor]) -> Any:
             return self.samples_first(functional_call(self.model, buffers, args, kwargs))
 
-        self._probes.settle(layers, batch, calls, edges, replay)
+        self._probes.settle(layers, batch, calls, edges, replay, self._kind == "look back")
+        if plain and all(call.ownership is None for call in calls):
+            self._shuffled = False  # samples see each other: told once, and no order would change that
+
+    def _asks_for_samples(self) -> bool:
+        return self._extra or any(entry.gradients for entry in self._asked.values())
+
+    def _look_for_shuffles(self, batch: Tensor) -> bool:
+        """Whether some layer's N entries are not the samples in their order; asked once, where it can be told."""
+        if not torch.is_grad_enabled():
+            return False
+        named = {layer.name: layer for layer in self.layers if layer.adapter is not None}
+        calls = [call for call in self._calls.alive() if call.pass_index == self._pass and call.layer in named]
+        points = [self._edges[id(call)] for call in calls if id(call) in self._edges]
+        return len(points) == len(calls) and self._probes.shuffles(named, batch, calls, points)
 
     def _require_samples(self, output: Any) -> None:
         """Check that layers which were called on nothing are parts of a pass that has samples.
