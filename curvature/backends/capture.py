@@ -31,10 +31,10 @@ from ..records.owned import combine
 from ..records.statistics import LayerStatistics
 from .backend import Backend
 from .hook_tables import NOTHING, after, before_call
-from .passes import OWN, Pauses, accumulates
+from .passes import OWN, Pauses, accumulates, inside_transform
 from .probing import Probes, batch_of, is_square
 from .sampling import label_generator, require_predictive, roots_backward, sampled_backward, seeded_generator
-from .uses import Use, attention_modules, use_of, watch_attention
+from .uses import Use, attention_modules, is_borrowed, use_of, watch_attention
 
 __all__ = ["Capture", "Hook"]
 
@@ -256,6 +256,8 @@ class Capture(Backend):
     def end_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The model has returned ``output``: run the backwards of our own, while its graph is alive."""
         self._inside = False
+        if inside_transform():
+            return
         output = self.samples_first(output)
         if self._empty:
             self._require_samples(output)
@@ -372,7 +374,7 @@ class Capture(Backend):
 
     def on_use(self, uses: Sequence[Use], output: Any) -> Tensor | None:
         """Record one output for every layer whose weight made it; returns what stands in its place, if anything."""
-        if not isinstance(output, Tensor):
+        if not isinstance(output, Tensor) or inside_transform():
             return None
         if self.pauses.depth:
             return self._with_leaf(output)
@@ -423,7 +425,10 @@ class Capture(Backend):
         if adapter is None:
             return call
         if asked.inputs:
-            call.input = adapter.recorded_input(layer.module, use.value.detach())
+            value = use.value.detach()
+            if use.value.grad_fn is None and is_borrowed(value):
+                value = value.clone()
+            call.input = adapter.recorded_input(layer.module, value)
             call.version = 0 if call.input.is_inference() else call.input._version
         if adapter.reads_calls:
             adapter = call.adapter = adapter.of_call(layer.module, use.value, output)

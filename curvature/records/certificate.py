@@ -86,6 +86,8 @@ class Certificate:
         adapter = call.adapter or self.layer.adapter
         if call.input is None or adapter is None or not self.names:
             return
+        if call.mark is None:
+            call.mark = torch.sum(call.input)
         if not self.directions:  # drawn when a backward has come: evaluations leave nothing behind
             for name in self.names:
                 self.directions[name] = _direction(self.layer, name, self.layer.parameters[name], self._generator)
@@ -95,7 +97,10 @@ class Certificate:
         directions = self.directions
         if seen.is_floating_point():
             directions = {name: entry.to(seen.dtype) for name, entry in directions.items()}
-        moved = adapter.directional(self.layer.module, seen, directions.get("weight"), directions.get("bias"))
+        try:
+            moved = adapter.directional(self.layer.module, seen, directions.get("weight"), directions.get("bias"))
+        except RuntimeError:  # a parameter with another shape than its module: the step says so
+            moved = value.new_zeros(0)
         value = value.to(moved.dtype)
         if moved.numel() != value.numel():
             call.explained = (value.new_full((), torch.inf), value.new_zeros(()))
@@ -121,6 +126,9 @@ class Certificate:
         allowed = sum(call.explained[1] for call in calls if call.explained is not None)
         actual = sum(self._actual.values())
         found: Tensor = torch.as_tensor(explained - actual).abs() / (allowed + torch.finfo(torch.float32).tiny)
+        for call in calls:  # by .data, or from outside of torch; autograd has used what was there before
+            if call.mark is not None and call.input is not None:
+                found = torch.where(torch.sum(call.input) == call.mark, found, torch.inf)
         return found.double()
 
 
