@@ -14,8 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import osculate as osc
 import torch
-from small_nets import METHODS, build, closure_of, cross_entropy, data, everything, make, train
+from distributed_worker import Fixed
+from small_nets import LOOKING_BACK, METHODS, build, closure_of, cross_entropy, data, everything, make, train
 from torch import nn
 
 torch.set_num_threads(1)
@@ -95,6 +97,35 @@ def with_lightning(folder: str) -> None:
         trainer(2).fit(second, LOADER, ckpt_path=path)
         compare(name, second.net, "resumed")
     unfreeze(lightning, automatic, trainer)
+    accumulate(automatic, trainer)
+
+
+def accumulate(module_type: Any, trainer: Callable[..., Any]) -> None:
+    """Four micro-batches of four are one of sixteen, for labels that no random number draws; or are refused by name."""
+    loader = torch.utils.data.DataLoader(LOADER.dataset, batch_size=4)
+
+    class Accumulating(module_type):  # type: ignore[misc]
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return build(self.name, self.net, likelihood=Fixed())
+
+    for name in METHODS:
+        if name == "ngd-exact":  # exact roots need a real likelihood
+            continue
+        module, model = Accumulating(name), make()
+        loop = trainer(2, accumulate_grad_batches=4)
+        if name in LOOKING_BACK:
+            try:
+                loop.fit(module, loader)
+            except osc.ArgumentError as error:
+                assert "accumulate_grad_batches=1" in str(error)
+                assert all(torch.equal(value, module.net.state_dict()[key]) for key, value in everything(model).items())
+                continue
+            raise AssertionError(f"{name} steps on a quarter of the mini-batch")
+        loop.fit(module, loader)
+        optimizer = build(name, model, likelihood=Fixed())
+        train(optimizer, model, [batch for _ in range(2) for batch in zip(X.split(16), Y.split(16), strict=True)])
+        for key, value in everything(model).items():
+            torch.testing.assert_close(module.net.state_dict()[key], value, rtol=1e-7, atol=1e-8)
 
 
 def unfreeze(lightning: Any, module_type: Any, trainer: Callable[..., Any]) -> None:

@@ -72,9 +72,12 @@ def compare(model: nn.Module, batch: Tensor, call: Call, layers: list[str], larg
     optimizer.close()
     for name in layers:
         record = records[name]
-        for key, found in zip(record.layer.parameters, record.loss_vectors(), strict=True):
-            right = torch.stack([entry[f"inner.{name}.{key}"] for entry in expected])
-            error = float((found - right).abs().max() / right.abs().max())
+        own = {
+            key: torch.stack([entry[f"inner.{name}.{key}"] for entry in expected]) for key in record.layer.parameters
+        }
+        scale = max(float(right.abs().max()) for right in own.values())  # biases of keys have none
+        for (key, right), found in zip(own.items(), record.loss_vectors(), strict=True):
+            error = float((found - right).abs().max()) / scale
             assert error < 1e-9, (name, key, error)
     optimizer = built(small, osc.ExactGGN(), model)
     model.zero_grad()
@@ -139,15 +142,66 @@ def timm() -> None:
     assert kinds["ScaledStdConv2d"] == "Other"
 
 
+def coupled(model: nn.Module, given: tuple[Tensor, ...]) -> None:
+    """Samples that see each other, by the func backend: every output's own loss, through the joint output."""
+    values = {name: value.detach() for name, value in model.named_parameters()}
+
+    def outputs(chosen: dict[str, Tensor]) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, {**values, **chosen}, given)
+        return found
+
+    count = len(model(*given))
+    for estimator in (osc.EmpiricalFisher(), osc.ExactGGN()):
+        method = osc.Method(osc.Dense(), estimator, defaults={"lr": 1.0, "damping": 0.1})
+        optimizer = osc.build(method, model, likelihood="gaussian", backend="func")
+        (0.5 * model(*given).square().sum() / count).backward()
+        records = optimizer.collect()
+        optimizer.close()
+        for name, record in records.items():
+            names = [f"{name}.{key}" for key in record.layer.parameters]
+            chosen = {key: values[key] for key in names}
+            if isinstance(estimator, osc.EmpiricalFisher):
+                right = torch.func.jacrev(lambda c: 0.5 * outputs(c).square().sum(1))(chosen)
+                for found, key in zip(record.loss_vectors(), names, strict=True):
+                    assert float((found - right[key]).abs().max()) < 1e-9, (name, key)
+            else:
+                found = torch.func.jacrev(lambda c: outputs(c).reshape(-1))(chosen)
+                jacobian = torch.cat([found[key].flatten(1) for key in names], 1)
+                matrix = estimator.fill(record).matrix()
+                assert float((matrix - jacobian.T @ jacobian / count).abs().max()) < 1e-9, (name, "ggn")
+
+
+def bert() -> None:
+    """An encoder with a classifier on its first token: everything but LayerNorm is a matrix."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    ends = {"vocab_size": 9, "max_position_embeddings": 5, "num_labels": 3}
+    model = BertForSequenceClassification(BertConfig(**size, **ends)).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+
+    def call(given: nn.Module, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1]).expand_as(tokens)
+        logits: Tensor = given(input_ids=tokens, position_ids=places).logits
+        return logits
+
+    names = [layer.name for layer in osc.discover_layers(model) if "embeddings" not in layer.name]
+    assert sum(name.endswith("dense") for name in names) == 4
+    compare(model, torch.randint(0, 9, (4, 5)), call, names)
+    large = BertForSequenceClassification(BertConfig(**size | {"hidden_size": 64, "intermediate_size": 128}, **ends))
+    assert served(large) > 0.95
+
+
 def gcn() -> None:
     """A graph convolution: the linear map is PyG's own; every node is a sample of its first layer."""
     from torch_geometric.nn import GCNConv
     from torch_geometric.nn.dense import Linear
 
     class Net(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, features: int = 32, width: int = 64, classes: int = 16) -> None:
             super().__init__()
-            self.first, self.second = GCNConv(32, 64), GCNConv(64, 16)
+            self.first, self.second = GCNConv(features, width), GCNConv(width, classes)
 
         def forward(self, x: Tensor, edges: Tensor) -> Tensor:
             return self.second(torch.relu(self.first(x, edges)), edges)
@@ -158,6 +212,7 @@ def gcn() -> None:
     assert isinstance(model.first.lin, Linear) and kinds["first.lin"] == kinds["second.lin"] == "Linear"
     linear = nn.Sequential(Linear(32, 3)).double()
     compare(linear, x, lambda given, rows: given(rows), ["0"])
+    coupled(Net(4, 5, 3).double(), (x[:, :4], edges))
     optimizer = osc.build("kfac", model, likelihood="categorical")
     before = [value.detach().clone() for value in model.parameters()]
     nn.functional.cross_entropy(model(x, edges), torch.arange(7) % 3).backward()
@@ -168,5 +223,5 @@ def gcn() -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    {"transformers": gpt2, "timm": timm, "torch_geometric": gcn}[sys.argv[1]]()
+    {"gpt2": gpt2, "bert": bert, "timm": timm, "gcn": gcn}[sys.argv[1]]()
     print("right")

@@ -40,6 +40,7 @@ class Backend(ABC):
         stream: of the sampled labels: one per process that shares a mini-batch.
         pauses: while they last nothing is recorded.
         certifies: whether the records of the next mini-batch are compared with the gradients they must explain.
+        exchanged: whether ``.grad`` holds what other processes added too, as soon as a backward is over.
         doubts: by layer how far the last :meth:`collect` was from that, 0-dimensional; above 1: its records are wrong.
         samples: the axis of the model's output that counts the samples, or a function that brings the output into the
             form (N, ...).
@@ -58,6 +59,7 @@ class Backend(ABC):
     """What reads the loss of plain loops off the output's gradient, where a step-size rule wants it."""
     cannot: ClassVar[Mapping[Record, str]] = {}
     samples: int | Callable[[Any], Tensor] = 0
+    exchanged = False
 
     def __init__(
         self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood | None, loss_reduction: str, seed: int

@@ -37,10 +37,10 @@ from .backend import Backend
 from .hook_tables import NOTHING, after, before_call
 from .output_pass import OutputHook, OutputPass, WaitingPass, is_rearrangement
 from .outputs import Heads, read_output
-from .passes import OWN, Pauses, accumulates, extra_backward
+from .passes import OWN, Pauses, accumulates, extra_backward, inside_transform
 from .probing import Probes, batch_of, is_square
 from .sampling import Labels, require_predictive, roots_backward, sampled_backward, seeded_generator
-from .uses import Use, attention_modules, use_of, watch_attention
+from .uses import Use, attention_modules, is_borrowed, use_of, watch_attention
 
 __all__ = ["Capture", "Hook"]
 
@@ -113,6 +113,7 @@ class Capture(Backend):
         self._ended = (-1, 0)  # the last pass of the whole model, and its N
         self._uneven: dict[int, int] = {}  # N of passes that have other first axes too
         self._watchful = True  # whether calls keep what a probe needs: until a pass did without
+        self._shuffled: bool | None = None  # whether entry n of a layer is not always sample n; None: not looked at
         self._edges: dict[int, GradientEdge] = {}  # for a probe, by the id of the call
         self._probes = Probes(self.model)
 
@@ -142,7 +143,7 @@ class Capture(Backend):
                 continue
             device = next(iter(layer.parameters.values())).device
             generator = seeded_generator(self.seed * 1_000_003 + self.step, device)
-            found = self._certificates[layer.name] = Certificate(layer, generator)
+            found = self._certificates[layer.name] = Certificate(layer, generator, self.exchanged)
             self._certified += found.attach()
 
     def _drop_certificates(self) -> None:
@@ -289,6 +290,8 @@ class Capture(Backend):
         Returns what stands in the output's place, if anything.
         """
         self._inside = False
+        if inside_transform():
+            return None
         if self.data is not None:
             self.keep_data(args, kwargs)
         ordered = self.samples_first(output)
@@ -360,9 +363,10 @@ class Capture(Backend):
             return
         self.clear()
         raise ArgumentError(
-            "no gradient has come to the output of the model that the likelihood reads, so the loss is not made of it; "
-            "say which tensor it is made of with osculate.build(..., output=), return that tensor from the model, or "
-            "run passes whose output is not used inside optimizer.paused()"
+            "in some pass no gradient has come to the output of the model that the likelihood reads, so the loss is not "
+            "made of it, or only of its derivatives; say which tensor it is made of with osculate.build(..., output=), "
+            "return that tensor from the model, run passes whose output is not used inside optimizer.paused(), or take "
+            "a method that needs no likelihood (step_size=ConstantStep(), EmpiricalFisher())"
         )
 
     def _order(self, output: Any) -> Callable[[Tensor], Tensor] | None:
@@ -427,14 +431,21 @@ class Capture(Backend):
             ArgumentError: if it cannot be found out, naming a layer.
         """
         batch = batch_of(output)
-        if len(self._axes) == 1 and not self._square and (batch is None or batch.shape[0] in self._axes):
+        plain = len(self._axes) == 1 and not self._square and (batch is None or batch.shape[0] in self._axes)
+        if plain and self._shuffled is None and batch is not None and self._asks_for_samples():
+            self._shuffled = self._look_for_shuffles(batch) if batch.shape[0] > 1 else None
+        if plain and not self._shuffled:
             self._watchful, self._edges = False, {}
             self._ended = self._pass, self._axes.pop()
             return
         calls = [call for call in self._calls.alive() if call.pass_index == self._pass and not call.complete]
         layers = {layer.name: layer for layer in self.layers}
+        unread = [call for call in calls if layers[call.layer].adapter is None]
         calls = [call for call in calls if layers[call.layer].adapter is not None]
         edges, self._edges, self._watchful = self._edges, {}, True
+        if batch is not None:
+            for call in unread:  # nothing but whole gradients is recorded of them
+                call.samples = batch.shape[0]
         if not calls:
             return
         if batch is None:
@@ -449,7 +460,21 @@ class Capture(Backend):
         def replay(buffers: dict[str, Tensor]) -> Any:
             return self.samples_first(functional_call(self.model, buffers, args, kwargs))
 
-        self._probes.settle(layers, batch, calls, edges, replay)
+        self._probes.settle(layers, batch, calls, edges, replay, self._kind == "look back")
+        if plain and all(call.ownership is None for call in calls):
+            self._shuffled = False  # samples see each other: told once, and no order would change that
+
+    def _asks_for_samples(self) -> bool:
+        return self._extra or any(entry.gradients for entry in self._asked.values())
+
+    def _look_for_shuffles(self, batch: Tensor) -> bool:
+        """Whether some layer's N entries are not the samples in their order; asked once, where it can be told."""
+        if not torch.is_grad_enabled():
+            return False
+        named = {layer.name: layer for layer in self.layers if layer.adapter is not None}
+        calls = [call for call in self._calls.alive() if call.pass_index == self._pass and call.layer in named]
+        points = [self._edges[id(call)] for call in calls if id(call) in self._edges]
+        return len(points) == len(calls) and self._probes.shuffles(named, batch, calls, points)
 
     def _require_samples(self, output: Any) -> None:
         """Check that layers which were called on nothing are parts of a pass that has samples.
@@ -489,7 +514,7 @@ class Capture(Backend):
 
     def on_use(self, uses: Sequence[Use], output: Any) -> Tensor | None:
         """Record one output for every layer whose weight made it; returns what stands in its place, if anything."""
-        if not isinstance(output, Tensor):
+        if not isinstance(output, Tensor) or inside_transform():
             return None
         if self.pauses.depth:
             return self._with_leaf(output)
@@ -540,7 +565,10 @@ class Capture(Backend):
         if adapter is None:
             return call
         if asked.inputs:
-            call.input = adapter.recorded_input(layer.module, use.value.detach())
+            value = use.value.detach()
+            if use.value.grad_fn is None and is_borrowed(value):
+                value = value.clone()
+            call.input = adapter.recorded_input(layer.module, value)
             call.version = 0 if call.input.is_inference() else call.input._version
         if adapter.reads_calls:
             adapter = call.adapter = adapter.of_call(layer.module, use.value, output)

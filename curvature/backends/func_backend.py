@@ -7,7 +7,7 @@ makes this backend the oracle of the others, and lets it serve modules that no a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -120,9 +120,9 @@ class FuncBackend(ReplayBackend):
                     _store(model.layer(name), call, wanted[name], record, value.transpose(0, 1).flatten(1, 2))
         if not names or not cotangents:
             return
-        _, pull = _linearised(lambda shifts: model.run({}, shifts), model.zeros(names))
+        pull = _pull_back(lambda shifts: model.run({}, shifts), model.zeros(names), self.chunk)
         for record, cotangent in cotangents.items():
-            (found,) = vmap(pull, chunk_size=self.chunk)(cotangent.transpose(0, 1).contiguous())
+            found = pull(cotangent.transpose(0, 1).contiguous())
             for name in names:
                 layer = model.layer(name)
                 for call, value in zip(result[name].calls, found[name], strict=True):
@@ -166,10 +166,10 @@ class FuncBackend(ReplayBackend):
         layers = [layer for layer in model.layers if Record.SAMPLED_PARAMETERS in wanted[layer.name]]
         if not layers:
             return
-        _, pull = _linearised(lambda chosen: model.run(chosen, {}), model.parameters(layers))
-        (found,) = pull(cotangents[Record.SAMPLED].squeeze(1))
+        pull = _pull_back(lambda chosen: model.run(chosen, {}), model.parameters(layers), self.chunk)
+        found = pull(cotangents[Record.SAMPLED].transpose(0, 1))
         for layer in layers:
-            values = tuple(found[name].detach() for name in model.names(layer))
+            values = tuple(found[name][0].detach() for name in model.names(layer))
             result[layer.name].sums = [ParameterSum(entry.index, entry.samples, values)]
 
 
@@ -177,6 +177,35 @@ def _linearised(function: Callable[[Any], Tensor], at: Any) -> tuple[Tensor, Cal
     """Value of a function and its pull-back."""
     output, pull = vjp(function, at)[:2]
     return output, pull
+
+
+def _pull_back(function: Callable[[Any], Tensor], at: Any, chunk: int) -> Callable[[Tensor], Any]:
+    """Pull-back of many vectors (K, *output) at once."""
+    try:
+        _, pull = _linearised(function, at)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # torch.func refuses packed sequences
+        return _plain_pull_back(function, at)[1]
+
+    def along(vectors: Tensor) -> Any:
+        return vmap(pull, chunk_size=chunk)(vectors)[0]
+
+    return along
+
+
+def _plain_pull_back(function: Callable[[Any], Tensor], at: Any) -> tuple[Tensor, Callable[[Iterable[Tensor]], Any]]:
+    """Value of a function, and the pull-back of vectors one by one: plain autograd refuses nothing that a loop does."""
+    leaves, spec = tree_flatten(at)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    output = function(tree_unflatten(leaves, spec))
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+
+    def along(vectors: Iterable[Tensor]) -> Any:
+        pulled = [torch.autograd.grad(output, leaves, vector, **options) for vector in vectors]
+        return tree_unflatten([torch.stack(values) for values in zip(*pulled, strict=True)], spec)
+
+    return output, along
 
 
 def _give_each_sample_its_own(call: Call) -> None:
@@ -269,9 +298,10 @@ class Model:
             found: Shifts = vmap(lambda vector: pull(vector.unsqueeze(0))[0])(vectors)
             return found, output.squeeze(0)
 
-        axes = [0 if single else None for single in self._batched]
-        each = {name: value.expand(len(cotangent), *value.shape) for name, value in self._constants.items()}
-        found = self._one_by_one(one, axes, each, cotangent, chunk)
+        def together(shifts: Shifts) -> Tensor:
+            return self.run({}, shifts)
+
+        found = self._one_by_one(one, together, at, cotangent, chunk)
         return {name: tuple(value.detach() for value in values) for name, values in found.items()}
 
     def per_sample(self, layers: Sequence[Layer], cotangent: Tensor, chunk: int) -> Named:
@@ -284,24 +314,48 @@ class Model:
             found: Named = vmap(lambda vector: pull(vector.unsqueeze(0))[0])(vectors)
             return found, output.squeeze(0)
 
-        axes = [0 if single else None for single in self._batched]
-        # One view of the parameters per sample: recurrent layers add in place to what they made of parameters alone.
-        each = {name: value.expand(len(cotangent), *value.shape) for name, value in self._constants.items()}
-        found = self._one_by_one(one, axes, each, cotangent, chunk)
+        def together(values: Named) -> Tensor:
+            return self._call(self._constants | values, self._leaves)
+
+        found = self._one_by_one(one, together, self.parameters(layers), cotangent, chunk)
         return {name: value.detach() for name, value in found.items()}
 
     def _one_by_one(
-        self, one: Callable[..., Any], axes: list[int | None], constants: Named, cotangent: Tensor, chunk: int
+        self, one: Callable[..., Any], together: Callable[[Any], Tensor], at: Any, cotangent: Tensor, chunk: int
     ) -> Any:
-        """``one`` for all samples, vectorised.
+        """``one`` for all samples, vectorised; samples that cannot be run alone are told apart at the joint output.
+
+        Those of a graph, of experts, of packed sequences: N K backward passes through the whole batch.
 
         Raises:
-            ArgumentError: if the model's samples depend on each other.
+            ArgumentError: if neither is possible.
         """
-        run = vmap(one, in_dims=(0, axes, 0), chunk_size=chunk)
-        found, output = run(constants, self._leaves, cotangent)
-        _require_equal(output, self._output, "its output for one sample depends on the other samples")
-        return found
+        axes = [0 if single else None for single in self._batched]
+        # One view of the parameters per sample: recurrent layers add in place to what they made of parameters alone.
+        each = {name: value.expand(len(cotangent), *value.shape) for name, value in self._constants.items()}
+        try:
+            found, output = vmap(one, in_dims=(0, axes, 0), chunk_size=chunk)(each, self._leaves, cotangent)
+            _require_equal(output, self._output, "its output for one sample depends on the other samples")
+            return found
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ValueError):  # ours, and what a model says that needs its whole batch
+            return self._apart_at_output(together, at, cotangent)
+
+    def _apart_at_output(self, together: Callable[[Any], Tensor], at: Any, cotangent: Tensor) -> Any:
+        """K vectors of every sample pulled back through the whole batch, by plain autograd: it refuses nothing."""
+        output, pull = _plain_pull_back(together, at)
+        _require_equal(output, self._output, "a second evaluation gives another output")
+
+        def placed() -> Iterator[Tensor]:
+            for place, vectors in enumerate(cotangent):
+                for vector in vectors:
+                    along = torch.zeros_like(output)
+                    along[place] = vector
+                    yield along
+
+        leaves, spec = tree_flatten(pull(placed()))
+        return tree_unflatten([leaf.unflatten(0, cotangent.shape[:2]) for leaf in leaves], spec)
 
     def require_same_output(self, output: Tensor, backend: str) -> None:
         """Check that the pass can be repeated. One synchronisation with the device."""

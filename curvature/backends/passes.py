@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["OWN", "Pauses", "accumulates", "extra_backward", "standing_for_backward"]
+__all__ = ["OWN", "Pauses", "accumulates", "extra_backward", "inside_transform", "standing_for_backward"]
 
 
 class _OwnPasses:
@@ -68,6 +68,11 @@ def standing_for_backward(parameters: Iterable[Tensor]) -> Iterator[None]:
         yield
     finally:
         OWN.stand_ins.pop()
+
+
+def inside_transform() -> bool:
+    """Whether torch.func (``grad``, ``vmap``) runs now: it hands every gradient to its caller, and fills none."""
+    return torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling()
 
 
 def accumulates(leaves: Iterable[Tensor]) -> bool:

@@ -8,11 +8,13 @@ more probe with random weights checks what was read.
 
 It runs once per signature of shapes, and again at the 2nd, 8th, 64th, 512th, ... pass of that signature: where data
 decide (experts, packed sequences, graphs), two passes differ, or samples have different numbers of rows, and such
-signatures are probed in every pass. A model all of whose calls have N entries on the first axis is never probed.
+signatures are probed in every pass. Of a model all of whose calls have N entries on the first axis it is asked once, by
+two backward passes, whether they are the samples in their order (:meth:`Probes.shuffles`); if so, it is never probed.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, FallbackWarning
 from ..layers.layer import Layer
 from ..records.calls import Call
 from ..records.ownership import NOBODY, Ownership
@@ -38,6 +40,12 @@ SEVERAL = -2
 
 _FREE_AXES = ("Linear", "LayerNorm", "RMSNorm", "Embedding")
 """Kinds of layers that do not care which of their leading axes counts samples."""
+
+_COUPLED = (
+    "the samples of a mini-batch see each other in layer {layer!r} (a graph network, attention across the batch): "
+    "every row of it is taken for a sample of its own, as with batch normalisation; backend='func' tells whole "
+    "gradients and exact Gauss-Newton matrices of the samples apart"
+)
 
 _BASE = 16
 _SEED = 20_231
@@ -81,6 +89,7 @@ class Probes:
     def __init__(self, model: nn.Module):
         self.model = model
         self.known: dict[Any, Known] = {}
+        self._told = False  # that samples see each other
 
     def settle(
         self,
@@ -89,6 +98,7 @@ class Probes:
         calls: Sequence[Call],
         edges: Mapping[int, GradientEdge],
         replay: Callable[[dict[str, Tensor]], Any],
+        again: bool = False,
     ) -> None:
         """Say of every call of one pass whose its rows are.
 
@@ -98,6 +108,7 @@ class Probes:
             calls: of the pass.
             edges: where a gradient arrives at each call, by the call's id; may be missing.
             replay: runs the model once more with the given buffers; returns the output, samples first.
+            again: whether the pass repeats the mini-batch before: it shows nothing of what differs between batches.
 
         Raises:
             ArgumentError: if it cannot be found out, naming the layer.
@@ -105,9 +116,9 @@ class Probes:
         signature = tuple((call.layer, call.samples, call.positions) for call in calls)
         key = (tuple(output.shape), self.model.training, signature)
         known = self.known.get(key)
-        if known is not None:
+        if known is not None and not again:
             known.passes += 1
-        if known is None or not known.fixed or _is_due(known.passes):
+        if known is None or not known.fixed or (not again and _is_due(known.passes)):
             found = self._probe(layers, output, calls, edges, replay)
             regular = all(entry is None or entry.regular for entry in found)
             if known is None:
@@ -119,6 +130,43 @@ class Probes:
             known.found = found
         for call, entry in zip(calls, known.found, strict=True):
             call.ownership = entry
+
+    def shuffles(
+        self, layers: Mapping[str, Layer], output: Tensor, calls: Sequence[Call], points: Sequence[GradientEdge]
+    ) -> bool:
+        """Whether entry n of some call is not sample n alone. Two backward passes.
+
+        Args:
+            layers: by name.
+            output: of the pass, samples first.
+            calls: of the pass, with N entries each.
+            points: where a gradient arrives at each call.
+        """
+        if not points or not output.requires_grad or any(_normalises_over_batch(part) for part in self.model.modules()):
+            return False
+        weights = 1 + torch.rand(len(output), generator=seeded_generator(_SEED, output.device), device=output.device)
+        direction = _direction(output)
+        vectors = direction, direction * weights.to(output.dtype).reshape(-1, *[1] * (output.ndim - 1))
+        try:
+            with extra_backward():
+                plain, scaled = (
+                    torch.autograd.grad(output, points, vector, retain_graph=True, allow_unused=True)
+                    for vector in vectors
+                )
+        except RuntimeError:  # reentrant checkpoints
+            return False
+        tolerance = 0.1 if output.dtype in (torch.float16, torch.bfloat16) else 1e-2
+        doubts = []
+        for call, one, other in zip(calls, plain, scaled, strict=True):
+            if one is None or other is None:
+                continue
+            adapter, module = layers[call.layer].adapter, layers[call.layer].module
+            assert adapter is not None
+            rows, found = (adapter.expand_output(module, call.arranged(value)).detach() for value in (one, other))
+            wanted = rows.double() * weights.double().reshape(-1, *[1] * (rows.ndim - 1))
+            size = torch.linalg.vector_norm(wanted)
+            doubts.append(torch.linalg.vector_norm(found.double() - wanted) > tolerance * size)
+        return bool(torch.stack(doubts).any()) if doubts else False
 
     def _probe(
         self,
@@ -156,9 +204,14 @@ class Probes:
 
         samples = output.shape[0]
         found = read_owners(pull, samples, output.device, output.dtype)
-        return [
+        result = [
             _ownership(layers[call.layer], call, owners, samples) for call, owners in zip(calls, found, strict=True)
         ]
+        for call, owners, entry in zip(calls, found, result, strict=True):
+            if entry is None and not (coupling or self._told) and bool((owners == SEVERAL).any()):
+                self._told = True
+                warnings.warn(_COUPLED.format(layer=call.layer), FallbackWarning, stacklevel=2)
+        return result
 
     def _again(
         self,
@@ -309,6 +362,11 @@ def _patterns(entries: int, positions: int, samples: int) -> Iterator[Tensor]:
     if positions % samples == 0:
         yield column % samples + shape
         yield column // (positions // samples) + shape
+
+
+def _normalises_over_batch(module: nn.Module) -> bool:
+    """Whether a module uses the statistics of the batch now: known, and documented."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
 
 
 def _couples(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from ..layers.attention import ProjectionCall, ProjectionWatch
 from ..layers.layer import Layer
 from ..records.calls import EMPTY, Arrange, BatchSecond, Call
 
-__all__ = ["Observer", "Use", "attention_modules", "observed", "use_of", "watch_attention"]
+__all__ = ["Observer", "Use", "attention_modules", "is_borrowed", "observed", "use_of", "watch_attention"]
 
 Observer = Callable[[Sequence["Use"], Tensor], Tensor | None]
 """Takes the uses that made an output, and the output; may return a tensor that takes its place."""
@@ -68,6 +68,14 @@ def use_of(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Us
     if isinstance(value, Tensor) and value.layout is not torch.strided:
         value = value.detach().to_dense()  # records are matrices that are multiplied with each other
     return Use(layer, value.transpose(0, 1), BatchSecond()) if layer.batch_axis else Use(layer, value)
+
+
+def is_borrowed(value: Tensor) -> bool:
+    """Whether a tensor's memory is not torch's own (``from_numpy``): others refill it, and no version counts that."""
+    try:
+        return value.device.type == "cpu" and not value.untyped_storage().resizable()
+    except (NotImplementedError, RuntimeError):  # wrappers of tensors have no storage
+        return False
 
 
 def watch_attention(layers: Sequence[Layer], observer: Observer) -> ProjectionWatch:

@@ -114,6 +114,8 @@ def why_unread(module: nn.Module) -> str:
     reason = own_forward(module)
     if reason:
         return f"{reason}; osculate.register_adapter can say how it is read"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a module of torch.jit, which cannot be looked into; script a copy, or trace the model after training"
     if isinstance(module, nn.ParameterList | nn.ParameterDict):
         return f"parameters in a {type(module).__name__}, which is never called"
     return ""
@@ -140,6 +142,8 @@ def _linear_map(module: nn.Module) -> LayerAdapter | None:
 
 def _may_be_linear(module: nn.Module) -> bool:
     """Whether a module is worth trying: nothing but a matrix and perhaps a vector, in a forward of its class."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     own = module._parameters
     weight, bias = own.get("weight"), own.get("bias")
     return (

@@ -59,6 +59,7 @@ class Call:
         kept: :class:`Calls` holds it.
         task: autograd's number of the backward that made it complete.
         version: of its input when it was recorded: a later change in place would change the record.
+        mark: of a certified call, the sum of its input when its gradient came: tells of changes that no version counts.
         adapter: how it is read, where its arguments decide that; ``None``: as the layer.
         explained: what its record says of the gradient along a random direction, and what rounding may make of it.
         ownership: the sample of every row, where the first axis does not count the samples.
@@ -84,6 +85,7 @@ class Call:
     task: int = -1
     version: int = 0
     explained: tuple[Tensor, Tensor] | None = None
+    mark: Tensor | None = None
     adapter: LayerAdapter | None = None
     ownership: Ownership | None = None
     copies: int = 1
@@ -99,7 +101,7 @@ class Call:
 
     def forget_gradient(self) -> None:
         """As before the first backward: the user has cleared ``.grad``, and may go backward again."""
-        self.gradient = self.gradient_sum = self.explained = None
+        self.gradient = self.gradient_sum = self.explained = self.mark = None
         self.complete = self.labelled = self.kept = False
 
     def arranged(self, value: Tensor) -> Tensor:

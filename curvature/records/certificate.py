@@ -34,30 +34,50 @@ class Certificate:
     Args:
         layer: with an adapter.
         generator: of the direction, on the parameters' device.
+        exchanged: whether ``.grad`` holds what other processes added too, once a backward is over: then what this
+            backward brings is taken before it is added.
     """
 
-    def __init__(self, layer: Layer, generator: torch.Generator):
-        self.layer, self._generator = layer, generator
+    def __init__(self, layer: Layer, generator: torch.Generator, exchanged: bool = False):
+        self.layer, self._generator, self._exchanged = layer, generator, exchanged
         self.names = [name for name, parameter in layer.parameters.items() if parameter.requires_grad]
         self.directions: dict[str, Tensor] = {}
         self._actual: dict[str, Tensor] = {}
+        self._coming: dict[str, Tensor] = {}  # sums, this backward's part included, if it fills .grad
 
     def attach(self) -> list[Any]:
         """Look at every gradient the moment it is complete: a user may clip it later. Returns handles."""
         own = weakref.ref(self)  # a parameter outlives its optimizer
-        return [
-            self.layer.parameters[name].register_post_accumulate_grad_hook(partial(_take, own, name))
-            for name in self.names
-        ]
+        handles: list[Any] = []
+        for name in self.names:
+            parameter = self.layer.parameters[name]
+            if self._exchanged:
+                handles.append(parameter.register_hook(partial(_announce, own, name)))
+            handles.append(parameter.register_post_accumulate_grad_hook(partial(_take, own, name)))
+        return handles
 
     def forget(self) -> None:
         """The gradients were thrown away."""
-        self.directions, self._actual = {}, {}
+        self.directions, self._actual, self._coming = {}, {}, {}
+
+    def announce(self, name: str, gradient: Tensor) -> None:
+        """Take in what a backward is about to add to the gradient of one parameter, in this process alone."""
+        direction = self.directions.get(name)
+        if direction is None:
+            return
+        found, before = torch.sum(gradient.detach().to(direction.dtype) * direction), self.layer.parameters[name].grad
+        if before is not None and name in self._actual:  # else whatever earlier backwards had added is gone
+            kept = torch.sum(before.detach().to(direction.dtype) * direction) != 0  # zeros: it was thrown away
+            found = found + torch.where(kept, self._actual[name], torch.zeros_like(found))
+        self._coming[name] = found
 
     def take(self, name: str, parameter: Tensor) -> None:
         """Take in the gradient of one parameter."""
         direction = self.directions.get(name)
-        if parameter.grad is not None and direction is not None:
+        if self._exchanged:
+            if name in self._coming:
+                self._actual[name] = self._coming.pop(name)
+        elif parameter.grad is not None and direction is not None:
             self._actual[name] = torch.sum(parameter.grad.detach().to(direction.dtype) * direction)
 
     @torch.no_grad()
@@ -66,6 +86,8 @@ class Certificate:
         adapter = call.adapter or self.layer.adapter
         if call.input is None or adapter is None or not self.names:
             return
+        if call.mark is None:
+            call.mark = torch.sum(call.input)
         if not self.directions:  # drawn when a backward has come: evaluations leave nothing behind
             for name in self.names:
                 self.directions[name] = _direction(self.layer, name, self.layer.parameters[name], self._generator)
@@ -75,7 +97,10 @@ class Certificate:
         directions = self.directions
         if seen.is_floating_point():
             directions = {name: entry.to(seen.dtype) for name, entry in directions.items()}
-        moved = adapter.directional(self.layer.module, seen, directions.get("weight"), directions.get("bias"))
+        try:
+            moved = adapter.directional(self.layer.module, seen, directions.get("weight"), directions.get("bias"))
+        except RuntimeError:  # a parameter with another shape than its module: the step says so
+            moved = value.new_zeros(0)
         value = value.to(moved.dtype)
         if moved.numel() != value.numel():
             call.explained = (value.new_full((), torch.inf), value.new_zeros(()))
@@ -101,6 +126,9 @@ class Certificate:
         allowed = sum(call.explained[1] for call in calls if call.explained is not None)
         actual = sum(self._actual.values())
         found: Tensor = torch.as_tensor(explained - actual).abs() / (allowed + torch.finfo(torch.float32).tiny)
+        for call in calls:  # by .data, or from outside of torch; autograd has used what was there before
+            if call.mark is not None and call.input is not None:
+                found = torch.where(torch.sum(call.input) == call.mark, found, torch.inf)
         return found.double()
 
 
@@ -108,6 +136,12 @@ def _take(certificate: weakref.ref[Certificate], name: str, parameter: Tensor) -
     found = certificate()
     if found is not None:
         found.take(name, parameter)
+
+
+def _announce(certificate: weakref.ref[Certificate], name: str, gradient: Tensor) -> None:
+    found = certificate()
+    if found is not None:
+        found.announce(name, gradient)
 
 
 def _direction(layer: Layer, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:

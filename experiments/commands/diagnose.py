@@ -80,12 +80,13 @@ class Diagnose(SavedRunFlags):
         last: list[BlockQuality] = []
         effort = Effort(self.dense, largest=self.largest)
         known: dict[tuple[str, tuple[str, ...], str], ExactBlock] = {}
-        for source in self._sources(folder):
+        sources = self._sources(folder)
+        for place, source in enumerate(sources, 1):
             run = reopen(folder, self.data_dir, source, self.device)
             (probe,) = probes(run.problem, run.data, self.samples, 1)
             known.clear()
-            with console.status(f"measuring after {run.iterations} iterations"):
-                last = measure_approximation(run.optimizer, probe, targets=self.targets, effort=effort, known=known)
+            say(console, f"measuring after {run.iterations} iterations, checkpoint {place} of {len(sources)}")
+            last = measure_approximation(run.optimizer, probe, targets=self.targets, effort=effort, known=known)
             rows += [{"iterations": run.iterations} | quality.as_dict() for quality in last]
         if not rows:
             raise ArgumentError(f"no layer was measured: none has at most {self.largest} parameters; raise --largest")

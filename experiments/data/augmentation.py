@@ -40,6 +40,10 @@ class RandomCrop:
         if self.margin < 1:
             raise ArgumentError(f"margin must be >= 1, got {self.margin}; leave the crop out to keep images in place")
 
+    def __str__(self) -> str:
+        """In words."""
+        return f"crops within a margin of {self.margin} pixels"
+
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the windows."""
         count, _, height, width = images.shape
@@ -56,6 +60,10 @@ class RandomCrop:
 @dataclass(frozen=True)
 class RandomFlip:
     """Left and right exchanged, with probability one half."""
+
+    def __str__(self) -> str:
+        """In words."""
+        return "reflections"
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the reflected images."""
@@ -83,6 +91,11 @@ class ColourJitter:
             if not 0 <= low <= high:
                 raise ArgumentError(f"{name} must be an interval of numbers >= 0, got ({low}, {high})")
 
+    def __str__(self) -> str:
+        """In words."""
+        names = ("brightness", "contrast", "saturation")
+        return ", ".join(f"{name} times {getattr(self, name)[0]:g} to {getattr(self, name)[1]:g}" for name in names)
+
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the recoloured images (N, 3, H, W)."""
         drawn = _moved(torch.rand(3, len(images), generator=generator), images.device)
@@ -108,6 +121,10 @@ class Chain:
     """
 
     parts: Sequence[Augmentation]
+
+    def __str__(self) -> str:
+        """In words."""
+        return ", then ".join(map(str, self.parts))
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return what the last part returns."""

@@ -31,7 +31,7 @@ from .replay_methods import Recipe, RecordedTargets, recipe_of
 from .replay_observed import Observer, load_initial
 from .trajectory import Settings, Trajectory, build_network, is_input, load_trajectory, loss_of
 
-__all__ = ["TOLERANCE", "Comparison", "Report", "replay", "replay_file"]
+__all__ = ["TOLERANCE", "Difference", "Report", "replay", "replay_file"]
 
 TOLERANCE = 1e-8
 """Largest relative error that counts as agreement; rounding errors grow less than fivefold over the recorded runs."""
@@ -42,7 +42,7 @@ _DETAILS = 8
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Difference:
     """One array.
 
     Args:
@@ -74,11 +74,11 @@ class Report:
     name: str
     algorithm: str
     iterations: int
-    comparisons: Sequence[Comparison]
+    comparisons: Sequence[Difference]
     notes: Sequence[str] = ()
 
     @property
-    def worst(self) -> Comparison:
+    def worst(self) -> Difference:
         """The array with the largest error."""
         return max(self.comparisons, key=lambda entry: entry.error)
 
@@ -262,23 +262,23 @@ class _Run:
         self.values.update({name: value.detach().numpy() for name, value in found.items()})
 
 
-def _compare(name: str, value: NDArray[Any], trajectory: Trajectory) -> Comparison:
+def _compare(name: str, value: NDArray[Any], trajectory: Trajectory) -> Difference:
     reference = trajectory.arrays[name]
     if name.startswith("status_"):  # 0 says applied; the reasons for skipping have no common numbering
         reference = reference != 0
     if value.shape != reference.shape:
         problem = f"{name} has shape {reference.shape} in the file, the replay makes {value.shape}"
-        return Comparison(name, math.inf, problem=problem)
+        return Difference(name, math.inf, problem=problem)
     if not reference.size:
-        return Comparison(name, 0.0)
+        return Difference(name, 0.0)
     value, reference = value.astype(np.float64), reference.astype(np.float64)
     difference = np.abs(value - reference)
     bad = ~np.isfinite(difference)
     largest = np.unravel_index(np.argmax(np.where(bad, np.inf, difference)), difference.shape)
     error = math.inf if bad.any() else float(difference[largest] / (np.abs(reference).max() or 1.0))
     if "_init_" in name:
-        return Comparison(name, error)
+        return Difference(name, error)
     iteration = int(largest[0])
     if name.startswith("F_inv_") and "inverse_iterations" in trajectory.arrays:
         iteration = int(trajectory.arrays["inverse_iterations"][iteration])
-    return Comparison(name, error, iteration)
+    return Difference(name, error, iteration)

@@ -109,8 +109,8 @@ class Certificate:
         subjects = len({(row.kind, row.subject) for row in self.rows})
         counts = self.counts()
         return (
-            f"{subjects} subjects, {len(self.rows)} contracts: {counts['held']} held, {counts['violated']} violated, "
-            f"{counts['not applicable']} not applicable"
+            f"{_counted(subjects, 'subject')}, {_counted(len(self.rows), 'contract')}: {counts['held']} held, "
+            f"{counts['violated']} violated, {counts['not applicable']} not applicable"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Certificate:
             return
         lines = [f"{row.kind} {row.subject}, {row.contract}: {row.detail}" for row in self.violations]
         if lines:
-            raise ContractViolation("\n".join([f"{len(lines)} contracts violated", *lines]))
+            raise ContractViolation("\n".join([f"{_counted(len(lines), 'contract')} violated", *lines]))
         raise ContractViolation("\n".join(["nothing was checked", *self.silences()]))
 
     def silences(self) -> list[str]:
@@ -138,6 +138,10 @@ class Certificate:
 def contracts_for(kind: str) -> tuple[Contract, ...]:
     """All contracts of a kind of part."""
     return tuple(contract for contract in CONTRACTS if kind in contract.kinds)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def certify(

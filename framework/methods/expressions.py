@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -154,7 +155,7 @@ def _built(node: ast.expr, classes: Mapping[str, type], text: str) -> Any:
 def _part(name: str, args: tuple[Any, ...], named: Mapping[str, Any], classes: Mapping[str, type]) -> Any:
     if name not in classes:
         raise UnknownNameError("part", name, classes)
-    fields = [entry.name for entry in dataclasses.fields(classes[name]) if entry.init]
+    fields = list(inspect.signature(classes[name]).parameters)
     for key in named:
         if key not in fields:
             raise UnknownNameError(f"argument of {name}:", key, fields)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from importlib.metadata import entry_points
+from inspect import Parameter, signature
 from itertools import product
 from typing import Any
 
@@ -193,7 +194,8 @@ def register_part(kind: str, cls: type, *instances: Any) -> None:
 
     Raises:
         UnknownNameError: for an unknown kind.
-        ArgumentError: if the name is taken, or an instance takes the place of the class.
+        ArgumentError: if the name is taken, an instance takes the place of the class, or the class has none of the
+            kind's verbs.
     """
     if kind not in _PARTS:
         raise UnknownNameError("kind of part", str(kind), _PARTS)
@@ -202,11 +204,24 @@ def register_part(kind: str, cls: type, *instances: Any) -> None:
         raise ArgumentError(
             f"register_part takes a class, got {cls!r}; write register_part({kind!r}, {name}, {name}(...))"
         )
+    verbs = _verbs(kind)
+    if verbs and not any(hasattr(cls, verb) for verb in verbs):
+        raise ArgumentError(
+            f"{cls.__name__} is no {kind}: it has none of the verbs {', '.join(verbs)}; see osculate's own, or "
+            "docs/examples/own_parts"
+        )
     if cls.__name__ in _PARTS[kind]:
         raise ArgumentError(f"{kind} {cls.__name__!r} is registered already; choose another name")
     _PARTS[kind][cls.__name__] = cls
     if instances:
         _EXAMPLES[cls] = instances
+
+
+def _verbs(kind: str) -> list[str]:
+    """What all parts of a kind that ship can be asked."""
+    classes = [cls for cls in KINDS[kind].values() if cls is not preconditioners.ByLayer]  # which only points to others
+    shared = set.intersection(*({name for name in dir(cls) if not name.startswith("_")} for cls in classes))
+    return sorted(name for name in shared if all(callable(getattr(cls, name, None)) for cls in classes))
 
 
 def examples() -> dict[str, dict[str, Any]]:
@@ -221,12 +236,12 @@ def instances(cls: type) -> tuple[Any, ...]:
     """Example instances of one part: those of the table, else the part with its defaults, if it has them all."""
     if cls in _EXAMPLES:
         return _EXAMPLES[cls]
-    required = [
-        entry
-        for entry in (dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ())
-        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-    ]
+    required = [name for name, entry in signature(cls).parameters.items() if _is_required(entry)]
     return () if required else (cls(),)
+
+
+def _is_required(entry: Parameter) -> bool:
+    return entry.default is Parameter.empty and entry.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def structure_examples(

@@ -130,7 +130,7 @@ class Block:
         return self.part.schedule.inverses_due(step - self.born)
 
     def gradients(self) -> Tensors | None:
-        """Gradients of the parameters, half precision as float32; ``None`` if one is missing (it sits out)."""
+        """Gradients of the parameters, half precision as float32; ``None`` if none has one (it sits out)."""
         found = present_gradients(self.parameters)
         return None if found is None else tuple(map(full_precision, found))
 
@@ -195,20 +195,18 @@ def present_gradients(parameters: Sequence[Tensor]) -> Tensors | None:
     """Gradients of parameters that take part in a step together.
 
     Returns:
-        One gradient per parameter; zeros for one that is frozen while others are not. ``None`` if all are frozen, or if
-        the backward pass did not reach one that is trainable.
+        One gradient per parameter; zeros for one that is frozen, or that the backward pass did not reach, while others
+        have theirs (tokens of a model that only pretraining uses). ``None`` if none has.
     """
     found: list[Tensor] = []
-    frozen = 0
+    reached = 0
     for parameter in parameters:
-        if not parameter.requires_grad:
-            frozen += 1
+        if not parameter.requires_grad or parameter.grad is None:
             found.append(torch.zeros_like(parameter))
-        elif parameter.grad is None:
-            return None
         else:
+            reached += 1
             found.append(parameter.grad)
-    return tuple(found) if frozen < len(found) else None
+    return tuple(found) if reached else None
 
 
 def describe(part: Preconditioner) -> str:

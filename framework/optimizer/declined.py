@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from ...errors import FallbackWarning
 from .blocks import Block, describe
 
 __all__ = ["warn_of_declined"]
@@ -30,6 +31,7 @@ def warn_of_declined(blocks: Sequence[Block]) -> bool:
         warnings.warn(
             f"the fallback {describe(part)} serves large layers: {'; '.join(found)}. A structure takes them with a "
             "higher limit: osculate.Method, or dataclasses.replace(method, preconditioner=...(limit=...))",
+            FallbackWarning,
             stacklevel=4,
         )
     return bool(found)

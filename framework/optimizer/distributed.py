@@ -99,6 +99,14 @@ class Ranks:
         distributed.all_reduce(total, group=self._group)
         return total / self.count
 
+    def largest(self, layers: Sequence[Layer], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of one number per layer the largest of all ranks; 0 where a rank has none. Every rank must ask."""
+        device = next(iter(layers[0].parameters.values())).device
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        values = torch.stack([own.get(layer.name, zero).to(zero) for layer in layers])
+        distributed.all_reduce(values, op=distributed.ReduceOp.MAX, group=self._group)
+        return dict(zip((layer.name for layer in layers), values, strict=True))
+
     def joint(self, layers: Sequence[Layer], own: Mapping[str, LayerStatistics]) -> dict[str, LayerStatistics]:
         """Records of the joint mini-batch, the samples of rank 0 first.
 

@@ -157,12 +157,12 @@ class GroupValues:
         return values.pop()
 
     def of_block(self, groups: Sequence[Mapping[str, Any]], block: Block, key: str) -> tuple[float, ...]:
-        """The value of ``key`` for each parameter of a block; 0 for one that is frozen."""
+        """The value of ``key`` for each parameter of a block; 0 for one that is frozen, or has no gradient."""
         if not any(group[key] for group in groups):
             return (0.0,) * len(block.names)
         indices = self.indices[block.layer.name]
         return tuple(
-            float(groups[indices[name]][key]) if parameter.requires_grad else 0.0
+            float(groups[indices[name]][key]) if parameter.requires_grad and parameter.grad is not None else 0.0
             for name, parameter in zip(block.names, block.parameters, strict=True)
         )
 

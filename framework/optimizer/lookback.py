@@ -283,7 +283,7 @@ class LookBack:
                     parameter.requires_grad_(False)
                 self._before.restore()
                 with session.ranks.silent():
-                    loss = run_closure(closure, session.device)
+                    loss = _run_without_gradients(closure, session.device)
             finally:
                 for parameter in frozen:
                     parameter.requires_grad_(True)
@@ -309,3 +309,21 @@ class LookBack:
             observed.append((block.part, block.state, record, later, self.session.sides(block)))
         observe_waiting(batch)
         return observe_steps(*zip(*observed, strict=True)) if observed else {}
+
+
+def _run_without_gradients(closure: Closure, device: torch.device) -> Tensor:
+    """The closure once more, where parameters that are held constant have no ``.grad``.
+
+    Raises:
+        ArgumentError: if the closure stumbles over that.
+    """
+    try:
+        return run_closure(closure, device)
+    except (AttributeError, TypeError) as error:
+        if "NoneType" not in str(error):
+            raise
+        raise ArgumentError(
+            f"the closure failed when it was evaluated again after the step ({error}): .grad of parameters is None "
+            "then, because only the loss is looked at; skip parameters without one (if parameter.grad is not None), as "
+            "clip_grad_norm_ does, or change gradients before step() by a method that does not look back"
+        ) from error

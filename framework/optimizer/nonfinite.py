@@ -74,10 +74,11 @@ def find_trouble(
 _UNEXPLAINED = (
     "what was recorded of layers {layers} does not explain their gradients, so their curvature would be wrong. Likely "
     "causes: the gradient was set to zero without optimizer.zero_grad(), the weight is also used outside the module's "
-    "own call, the module's forward is not that of its class (or a hook changes what goes in or out), or the loss "
-    "contains derivatives of the model. Serve these layers by a part without statistics, ByLayer({{'name': Identity(), "
-    "'default': ...}}), take backend='func', or, if the difference is meant, build with certify_records='never'; no "
-    "parameter and no state was changed"
+    "own call (a penalty on it in the loss: use weight_decay=, or a backward of its own inside optimizer.paused()), "
+    "the module's forward is not that of its class (or a hook changes what goes in or out, or the gradient), the input "
+    "was changed in place after the model had seen it, or the loss contains derivatives of the model. Serve these "
+    "layers by a part without statistics, ByLayer({{'name': Identity(), 'default': ...}}), take backend='func', or, if "
+    "the difference is meant, build with certify_records='never'; no parameter and no state was changed"
 )
 
 

@@ -168,26 +168,38 @@ def _nothing_recorded(block: Block) -> ArgumentError:
 
 
 def require_sampled(statistics: Mapping[str, LayerStatistics], active: Collection[str]) -> None:
-    """Check that labels were sampled, at a step whose rule measures curvature along it with them.
+    """Check that labels were sampled, for the same samples of all layers, at a step whose rule measures with them.
 
     Args:
         statistics: per layer.
         active: names of the layers that have a gradient: each must have been measured, or it would never move.
 
     Raises:
-        ArgumentError: naming the layers that have nothing from the sampled backward.
+        ArgumentError: naming the layers that have nothing from the sampled backward, or other samples than the rest.
     """
     missing = []
+    counts: dict[int, str] = {}
     for name in active:
         entry = statistics.get(name)
         if entry is None or (entry.sampled_gradient is None and entry.sampled_parameter_gradients is None):
             missing.append(name)
+        elif entry.sampled_gradient is not None:
+            counts.setdefault(entry.samples, name)
     if missing:
         raise ArgumentError(
             f"no labels were sampled for layers {', '.join(missing)}: run the whole model that was given to "
             "osculate.build, not its parts one by one; the layer must be called as a module (not read by "
             "F.linear(x, layer.weight)), must influence the model's output, and must not run "
             "inside checkpoint(..., use_reentrant=True), whose forward pass has no graph (use_reentrant=False has)"
+        )
+    if len(counts) > 1:
+        seen = ", ".join(f"layer {name!r} {count}" for count, name in counts.items())
+        raise ArgumentError(
+            f"the layers saw different numbers of samples in this mini-batch ({seen}), so no curvature along a step of "
+            "all of them can be measured: some gradient does not come from the model's own output. Let the loss depend "
+            "on the model's output (not only on its derivatives) for all samples, keep such passes out with "
+            "optimizer.paused(), or take a rule that measures nothing, step_size=ConstantStep(); no parameter and no "
+            "state was changed"
         )
 
 

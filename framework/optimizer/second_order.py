@@ -143,7 +143,7 @@ class SecondOrder(Session):
         super().__init__(split_into_groups(model, layers, groups), values)
         self._check_values()
         self.capture = make_backend(backend, model, layers, resolved, loss_reduction, seed, samples)
-        self.capture.output = output
+        self.capture.output, self.capture.exchanged = output, wrapper is not None
         wanted = all_records(self.blocks, layers, method)
         require_supported(self.capture, wanted)
         self.capture.arm(wanted)  # places the hooks that any step will need
@@ -250,8 +250,11 @@ class SecondOrder(Session):
         team, gradients = self._with_gradients()
         if not gradients:
             raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
+        doubts = self.capture.doubts
+        if self.capture.certifies and self.ranks.count > 1:
+            doubts = self.ranks.largest(self.layers, doubts)
         try:
-            troubled = find_trouble(loss, gradients, statistics.values(), self.capture.doubts)
+            troubled = find_trouble(loss, gradients, statistics.values(), doubts)
         except (RuntimeError, TypeError):
             require_dense_gradients(self.blocks, statistics)
             raise
@@ -529,9 +532,5 @@ class SecondOrder(Session):
             self.capture.seen.take()
         self.capture.step, self.capture.stream = self._step, self.ranks.rank
         self.due = self.plan.at(self._step, self._warm)
-        self.capture.certifies = self._certifies()
+        self.capture.certifies = self.looks_closely
         self.capture.arm(self.due.records)
-
-    def _certifies(self) -> bool:
-        """Whether the records of the coming step are compared with its gradients; not beside other processes."""
-        return self.looks_closely and self.ranks.wrapper is None

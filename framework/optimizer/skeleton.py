@@ -20,7 +20,7 @@ from .groups import unowned_parameters
 
 __all__ = ["Skeleton"]
 
-_DTYPE = attrgetter("dtype")
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 _BUILD_AGAIN = "no parameter and no state was changed; build a new optimizer for the model as it is"
 
 
@@ -46,7 +46,7 @@ class Skeleton:
                 if parameter is not None and id(parameter) in owned:
                     self._owned.append((f"{path}.{name}" if path else name, module, name, parameter))
         self._parameters = [parameter for _, _, _, parameter in self._owned]
-        self._dtypes = list(map(_DTYPE, self._parameters))
+        self._dtypes, self._shapes = list(map(_DTYPE, self._parameters)), list(map(_SHAPE, self._parameters))
         self._holders = [holder for holder in holders if holder]
         self._empty = [holder for holder in holders if not holder]
         self._names = list(chain.from_iterable(self._holders))
@@ -54,12 +54,13 @@ class Skeleton:
         self._ids = list(map(id, self._held))
 
     def unchanged(self) -> bool:
-        """Whether every module and parameter is where it was, in the dtype that it had."""
+        """Whether every module and parameter is where it was, in the dtype and shape that it had."""
         return (
             [id(value) for holder in self._holders for value in holder.values()] == self._ids
             and list(chain.from_iterable(self._holders)) == self._names
             and not any(self._empty)
             and list(map(_DTYPE, self._parameters)) == self._dtypes
+            and list(map(_SHAPE, self._parameters)) == self._shapes
         )
 
     def updated(self, model: nn.Module, layers: Sequence[Layer], unowned: dict[str, Tensor]) -> Skeleton:
@@ -71,9 +72,15 @@ class Skeleton:
             unowned: parameters of the model that no layer has; brought up to date in place.
 
         Raises:
-            ArgumentError: if a parameter that is served has another dtype, is another one, or is no longer in the
-                model.
+            ArgumentError: if a parameter that is served has another dtype or shape, is another one, or is no longer in
+                the model.
         """
+        for (name, _, _, parameter), shape in zip(self._owned, self._shapes, strict=True):
+            if parameter.shape != shape:
+                raise ArgumentError(
+                    f"parameter {name!r} had shape {tuple(shape)} when the optimizer was built and has "
+                    f"{tuple(parameter.shape)} now (parameter.data = ...); {_BUILD_AGAIN}"
+                )
         for (name, _, _, parameter), dtype in zip(self._owned, self._dtypes, strict=True):
             if parameter.dtype is not dtype:
                 raise ArgumentError(

@@ -182,8 +182,13 @@ _LAST = "last_steps"
 
 
 def _example(layers: Sequence[Layer]) -> Tensor:
-    """A zero in the precision and on the device of the evidence: what ``StepSize.init`` is given as ``like``."""
-    return full_precision(next(iter(layers[0].parameters.values())).detach()).new_zeros(())
+    """A zero in the precision and on the device of the evidence: what ``StepSize.init`` is given as ``like``.
+
+    Layers of several dtypes have evidence in the widest of them.
+    """
+    first = full_precision(next(iter(layers[0].parameters.values())).detach())
+    wide = any(value.dtype == torch.float64 for layer in layers for value in layer.parameters.values())
+    return first.new_zeros((), dtype=torch.float64 if wide else first.dtype)
 
 
 class StepRule:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
@@ -31,11 +32,17 @@ _SHARDED = {"DTensor": "FSDP2 (fully_shard) or tensor parallelism", "FlatParamet
 
 
 def require_local(model: nn.Module) -> None:
-    """Check that every process has all of every parameter.
+    """Check that every process has all of every parameter, and that modules take hooks.
 
     Raises:
-        ArgumentError: if some are sharded.
+        ArgumentError: if some parameters are sharded, or a module is a script.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ArgumentError(
+                f"module {name or '(root)'!r} is a script of torch.jit, which takes no hooks; build on the eager "
+                "model, and script a copy of it (torch.jit.script(copy.deepcopy(model))), or use torch.compile"
+            )
     for name, parameter in model.named_parameters():
         kind = next((own.__name__ for own in type(parameter).__mro__ if own.__name__ in _SHARDED), None)
         if kind is not None:

@@ -115,7 +115,9 @@ def test_modules_that_couple_samples_or_are_random_are_refused_by_name(make: Cal
         assert record("func", model, [x])
 
 
-def test_hidden_coupling_is_found_out() -> None:
+def test_hidden_coupling_is_measured_and_chance_is_found_out() -> None:
+    """Samples that cannot be run alone are told apart at the joint output."""
+
     class Centred(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -124,8 +126,12 @@ def test_hidden_coupling_is_found_out() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(x) - self.head(x).mean(0)
 
-    with pytest.raises(ArgumentError, match="depends on the other samples"):
-        record("func", Centred(), [torch.randn(5, 4)])
+    model, x = Centred().double(), torch.randn(5, 4).double()
+    found = record("func", model, [x])["head"]
+    parameters = list(model.parameters())
+    own = [torch.autograd.grad(half_squares(model(x)[i : i + 1]), parameters) for i in range(len(x))]
+    for value, right in zip(found.loss_vectors(), map(torch.stack, zip(*own, strict=True)), strict=True):
+        close(value, right)
 
     class Noisy(Centred):
         def forward(self, x: Tensor) -> Tensor:

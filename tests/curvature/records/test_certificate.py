@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import osculate as osc
 import pytest
 import torch
+from small_nets import differences
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -193,3 +195,27 @@ def test_accumulation_clipping_and_many_kinds_of_layers_are_explained(dtype: tor
 def test_what_is_asked_for_is_checked() -> None:
     with pytest.raises(osc.ArgumentError, match="certify_records"):
         osc.build("kfac", nn.Linear(2, 2), likelihood="categorical", certify_records="often")
+
+
+@pytest.mark.parametrize("method", ["lw-sgdm", "lw-adamw", "joint-kfac", "joint-sgdm", "joint-kbfgs"])
+def test_layers_that_saw_other_numbers_of_samples_are_refused_where_all_are_measured_together(method: str) -> None:
+    """Second derivatives at inner points do not reach the last layer's output: only the points of the edge do."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = osc.build(method, net, likelihood="gaussian", certify_records="never")
+    inner, edge = torch.rand(20, 2, requires_grad=True), torch.rand(6, 2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        (slope,) = torch.autograd.grad(net(inner).sum(), inner, create_graph=True)
+        (second,) = torch.autograd.grad(slope.sum(), inner, create_graph=True)
+        loss = (second + 1).square().mean() + net(edge).square().mean()
+        loss.backward()
+        return loss
+
+    before = [p.detach().clone() for p in net.parameters()]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(osc.ArgumentError, match=r"only of its derivatives.*ConstantStep"):
+        optimizer.step(closure)
+    assert all(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
+    assert differences(optimizer.state_dict()["state"], state) == []

@@ -39,7 +39,7 @@ def test_a_part_that_holds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     file = tmp_path / "certificate.json"
     assert execute(["certify", "osculate:DoubleDamping", "--json", str(file)]) == 0
     shown = capsys.readouterr().out
-    assert "pair-positive" in shown and "1 subjects, 10 contracts: 10 held, 0 violated" in shown
+    assert "pair-positive" in shown and "1 subject, 10 contracts: 10 held, 0 violated" in shown
     written = json.loads(file.read_text())
     assert written["ok"] and written["target"] == "osculate:DoubleDamping" and len(written["rows"]) == 10
     assert {row["status"] for row in written["rows"]} == {"held"}

@@ -167,3 +167,8 @@ class TestProblems:
             assert all(f"{option}{value:g}" in text for option, value in numbers.items())
         options = shown(show_problems, name, width=120).split("options")[1]
         assert "source" not in options and "classes" not in options
+
+
+def test_changes_of_images_are_told_in_words() -> None:
+    text = squeezed(shown(show_problems, "svhn-vgg11"))
+    assert squeezed("crops within a margin of 2 pixels, then brightness times") in text and "RandomCrop(" not in text

@@ -7,7 +7,7 @@ import pytest
 from osculate import registry
 from osculate.errors import ArgumentError, CompatibilityError, UnknownNameError
 from osculate.framework.methods.expressions import is_part_text, places, read_part, with_parts
-from osculate.framework.methods.parts import label
+from osculate.framework.methods.parts import instances, label
 
 
 def test_every_registered_part_with_defaults_is_built_from_its_name() -> None:
@@ -79,3 +79,20 @@ def test_places_cover_every_nested_number() -> None:
 
 def test_capital_letters_make_a_part() -> None:
     assert is_part_text("Split") and not is_part_text("sampled") and not is_part_text(1.0)
+
+
+class Sized:
+    """A part that is no dataclass, and has no default."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def test_a_class_of_ones_own_that_misses_arguments_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("osculate.framework.methods.expressions.parts", lambda: {"guard": {"Sized": Sized}})
+    assert read_part("Sized(size=3)").size == 3
+    with pytest.raises(osc.ArgumentError, match=r"Sized cannot be built: .*'size'"):
+        read_part("Sized")
+    with pytest.raises(osc.UnknownNameError, match="did you mean 'size'"):
+        read_part("Sized(sise=3)")
+    assert instances(Sized) == ()

@@ -184,6 +184,8 @@ def test_what_no_state_depends_on_may_change_in_a_run() -> None:
     [
         (lambda: osc.registry.register_part("damping", osc.Split()), r"takes a class, got Split\(\)"),
         (lambda: osc.registry.register_part(3, osc.Split), "unknown kind of part '3'"),
+        (lambda: osc.registry.register_part("step size", int), "int is no step size: it has none of the verbs due,"),
+        (lambda: osc.registry.register_part("structure", int), r"int is no structure.*precondition"),
         (lambda: osc.registry.register(3, osc.Method), "name must be a name, got 3"),
         (lambda: osc.registry.register("mine", osc.Method()), "factory must be a function, got Method"),
         (lambda: osc.Method(damping=osc.LevenbergMarquardt()), "Identity has no matrix that is damped"),

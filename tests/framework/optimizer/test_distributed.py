@@ -15,16 +15,21 @@ from distributed_worker import cases, run
 from small_nets import build, differences, leaves, make
 
 WORKER = Path(__file__).resolve().parents[2] / "distributed_worker.py"
+CERTIFICATES = WORKER.with_name("distributed_certificates.py")
 CASES = cases()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both processes saved."""
-    folder = tmp_path_factory.mktemp("ranks")
+    return saved(WORKER, tmp_path_factory.mktemp("ranks"))
+
+
+def saved(script: Path, folder: Path) -> list[dict[str, Any]]:
+    """Run two processes; what each of them saved."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [
-        [sys.executable, str(WORKER), str(rank), "2", str(folder / "init"), str(folder / str(rank))] for rank in (0, 1)
+        [sys.executable, str(script), str(rank), "2", str(folder / "init"), str(folder / str(rank))] for rank in (0, 1)
     ]
     started = [subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) for line in words]
     for process in started:
@@ -80,6 +85,19 @@ def test_without_a_group_every_process_is_for_itself(ranks: list[dict[str, Any]]
 def test_each_rank_draws_its_own_labels(ranks: list[dict[str, Any]]) -> None:
     for one, other in zip(ranks[0]["results"], ranks[1]["results"], strict=True):
         assert one["labels"] != other["labels"]
+
+
+def test_records_are_certified_in_every_process_and_refused_in_all(tmp_path: Path) -> None:
+    """Each compares its own records with its own gradient, before the exchange; what one of them sees stops all."""
+    one, other = saved(CERTIFICATES, tmp_path)
+    assert one == other and len(one) == 22
+    for name, said in one.items():
+        if "zeroed" in name:
+            assert "'first', 'last' does not explain" in said, (name, said)
+        elif "by hand" in name and "not asked" not in name:
+            assert "layers 'first' does not explain" in said, (name, said)
+        else:
+            assert said == "stepped", (name, said)
 
 
 def test_a_wrong_group_is_refused() -> None:

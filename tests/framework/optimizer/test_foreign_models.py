@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parents[2]
-EXAMPLE = TESTS.parent / "docs" / "examples" / "huggingface.py"
+EXAMPLES = TESTS.parent / "docs" / "examples"
 
 
 def require(*packages: str) -> None:
@@ -35,19 +35,47 @@ def run(*words: str) -> str:
     return found.stdout
 
 
-@pytest.mark.parametrize("package", ["transformers", "timm", "torch_geometric"])
-def test_records_of_foreign_models_are_those_of_torch_func(package: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "package"),
+    [("gpt2", "transformers"), ("bert", "transformers"), ("timm", "timm"), ("gcn", "torch_geometric")],
+)
+def test_records_of_foreign_models_are_those_of_torch_func(case: str, package: str) -> None:
     """Per-sample gradients, Gauss-Newton blocks, and more than 95 % of the parameters served by K-FAC."""
     require(package)
-    assert "right" in run(str(TESTS / "foreign_models.py"), package)
+    assert "right" in run(str(TESTS / "foreign_models.py"), case)
 
 
-def test_the_trainer_of_transformers_trains_both_models_by_every_method() -> None:
-    require("transformers", "accelerate")
-    lines = re.findall(r"(\S+) +(\w+): loss (\S+) to (\S+), (\S+) % served", run(str(EXAMPLE)))
+@pytest.mark.parametrize(
+    ("example", "packages", "models"),
+    [
+        ("huggingface", ("transformers", "accelerate"), ("gpt2", "bert")),
+        ("timm_network", ("timm",), ("efficientnet",)),
+        ("graph_network", ("torch_geometric",), ("gcn",)),
+    ],
+)
+def test_examples_train_foreign_models_by_every_method(
+    example: str, packages: tuple[str, ...], models: tuple[str, ...]
+) -> None:
+    require(*packages)
+    lines = re.findall(r"(\S+) +(\w+): loss (\S+) to (\S+), (\S+) % served", run(str(EXAMPLES / f"{example}.py")))
     assert {(method, model) for method, model, *_ in lines} == {
-        (method, model) for method in ("kfac", "lw-adamw", "joint-kfac", "soap", "muon") for model in ("gpt2", "bert")
+        (method, model) for method in ("kfac", "lw-adamw", "joint-kfac", "soap", "muon") for model in models
     }
     for method, model, first, last, share in lines:
         assert float(last) < float(first), (method, model, first, last)
         assert float(share) > 95.0, (method, model, share)
+
+
+def test_the_example_of_lightning_accumulates_or_says_why_not() -> None:
+    require("lightning")
+    said = run(str(EXAMPLES / "lightning_accumulation.py"))
+    lines = re.findall(r"(\S+) +(\w+): loss (\S+) to (\S+)", said)
+    assert [line[:2] for line in lines] == [
+        ("kfac", "automatic"),
+        ("joint-kfac", "automatic"),
+        ("soap", "automatic"),
+        ("muon", "automatic"),
+        ("kbfgs", "manual"),
+    ]
+    assert all(float(last) < 0.8 * float(first) for *_, first, last in lines)
+    assert re.search(r"kbfgs +automatic: refused, .*Let one closure run every micro-batch", said)
