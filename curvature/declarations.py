@@ -15,12 +15,14 @@ class is so forwarded by every wrapper from the start.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor
 
+from .layers.layer import Layer
 from .records.needs import Needs
 from .records.statistics import Tensors
 
@@ -32,6 +34,7 @@ __all__ = [
     "EstimatorDeclarations",
     "FactorDeclarations",
     "FormDeclarations",
+    "Measure",
     "MomentumDeclarations",
     "PairDampingDeclarations",
     "SignDeclarations",
@@ -42,6 +45,13 @@ __all__ = [
 ]
 
 Value = TypeVar("Value")
+
+Measure = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
+"""A statistic of one call of a layer, ``measure(layer, inputs, outputs, gradients)``, added up over all calls.
+
+Inputs as the layer's adapter records them, pre-activations (N, S, d_out) and the gradients of the user's loss there, N
+samples and S positions, all without a graph; ``inputs`` are those of an attention's projection where it is one.
+"""
 
 
 def derived(read: Callable[[Any], Value]) -> Value:
@@ -183,6 +193,9 @@ class StructureDeclarations(Declarations):
 
     pairs: Any = None
     """The rule that damps its secant pairs, where it has one."""
+
+    measures: Mapping[str, Measure] = MappingProxyType({})
+    """Statistics of its own, by the name under which ``update`` finds them in ``statistics.measured``."""
 
     _many = (("update_many", "update"), ("precondition_many", "precondition"))
     update: Callable[..., None]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
+from ..declarations import Measure
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
 from ..loss_curvature import LossDifferentiation, LossPoint
@@ -46,6 +48,7 @@ class Backend(ABC):
             form (N, ...).
         readers: of the weights that samples have in the user's loss, one per head.
         differentiates: whether losses are being differentiated twice, at the outputs in ``points``.
+        measures: by layer what its structures measure themselves; backends other than ``hooks`` take none.
         data: tensors that the model was given, pass by pass; ``None``: they are not kept.
         inverse_scale: 1 / scale of the user's loss (0-dimensional) where a ``GradScaler`` multiplies it, for weights.
         output: which tensor of what the model returns the likelihood reads, as the user says; ``None``: the obvious.
@@ -54,6 +57,7 @@ class Backend(ABC):
     output: Choice = None
     inverse_scale: Tensor | None = None
     data: list[tuple[Tensor, ...]] | None = None
+    measures: Mapping[str, Mapping[str, Measure]] = MappingProxyType({})
     name: ClassVar[str]
     seen: SeenLoss | None = None
     """What reads the loss of plain loops off the output's gradient, where a step-size rule wants it."""

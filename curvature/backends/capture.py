@@ -23,12 +23,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 
 from ...errors import ArgumentError
+from ..declarations import Measure
 from ..layers.attention import ProjectionWatch
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
 from ..loss_curvature import differentiate
 from ..records import joining
-from ..records.calls import EMPTY, Call, Calls, ParameterSum, column_sum
+from ..records.calls import EMPTY, Call, Calls, ParameterSum, column_sum, total_measured
 from ..records.certificate import Certificate
 from ..records.needs import PassKind, Record
 from ..records.owned import combine
@@ -213,6 +214,8 @@ class Capture(Backend):
             if layer.name in calls or layer.name in sums:
                 record = join(layer, calls.get(layer.name, []), sums.get(layer.name, []), self.loss_reduction)
                 if record is not None:
+                    if layer.name in self.measures:
+                        record = record.with_fields(measured=total_measured(calls.get(layer.name, [])))
                     result[layer.name] = record
             elif layer.name in unseen:
                 result[layer.name] = LayerStatistics(layer, 1, 1, unseen=True)
@@ -363,8 +366,8 @@ class Capture(Backend):
             return
         self.clear()
         raise ArgumentError(
-            "in some pass no gradient has come to the output of the model that the likelihood reads, so the loss is not "
-            "made of it, or only of its derivatives; say which tensor it is made of with osculate.build(..., output=), "
+            "in some pass no gradient has come to the output of the model that the likelihood reads, so the loss is not"
+            " made of it, or only of its derivatives; say which tensor it is made of with osculate.build(output=...), "
             "return that tensor from the model, run passes whose output is not used inside optimizer.paused(), or take "
             "a method that needs no likelihood (step_size=ConstantStep(), EmpiricalFisher())"
         )
@@ -541,6 +544,8 @@ class Capture(Backend):
             hook = GradientHook(layer, call, self._asked[layer.name], self._calls, self.pauses, leaves)
             hook.accumulating = not looks_back
             hook.certificate = self._certificates.get(layer.name)
+            if layer.name in self.measures and not looks_back:
+                hook.measures = self.measures[layer.name], use.value.detach(), output.detach()
             output.register_hook(hook)
         return replaced
 
@@ -724,6 +729,7 @@ class GradientHook:
         self._pauses, self._leaves = pauses, leaves
         self.accumulating = False
         self.certificate: Certificate | None = None
+        self.measures: tuple[Mapping[str, Measure], Tensor, Tensor] | None = None  # with the input and output
 
     def __call__(self, gradient: Tensor) -> None:
         """Take it in, if it belongs to a backward that fills the leaves' ``.grad``."""
@@ -744,5 +750,21 @@ class GradientHook:
         if self._asked.means and adapter is not None:
             expanded = adapter.expand_output(self._layer.module, call.arranged(gradient.detach()))
             call.take_gradient_sum(column_sum(expanded))
+        if self.measures is not None and adapter is not None:
+            self._measure(self.measures, gradient.detach())
         if self.certificate is not None:
             self.certificate.add(call, gradient)
+
+    @torch.no_grad()
+    def _measure(self, measures: tuple[Mapping[str, Measure], Tensor, Tensor], gradient: Tensor) -> None:
+        """What structures measure themselves."""
+        functions, value, output = measures
+        layer, call = self._layer, self._call
+        adapter = call.adapter or layer.adapter
+        assert adapter is not None
+        inputs = adapter.recorded_input(layer.module, value)
+        rows = [adapter.expand_output(layer.module, call.arranged(entry)) for entry in (output, gradient)]
+        before, call.measured = call.measured or {}, {}
+        for name, measure in functions.items():
+            found = measure(layer, inputs, *rows)
+            call.measured[name] = before[name] + found if name in before else found

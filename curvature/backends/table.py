@@ -55,6 +55,11 @@ def require_supported(backend: Backend, wanted: Mapping[str, Record]) -> None:
     Raises:
         CompatibilityError: with the backend's own reason.
     """
+    if backend.measures and not isinstance(backend, Capture):
+        raise CompatibilityError(
+            f"backend={backend.name!r} takes no statistics that a structure measures itself (layer "
+            f"{min(backend.measures)!r}); use backend='hooks'"
+        )
     for layer, record in wanted.items():
         for refused, reason in backend.cannot.items():
             if refused in record:

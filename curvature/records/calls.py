@@ -15,7 +15,7 @@ from ..layers.adapters import LayerAdapter
 from ..layers.layer import Layer
 from .ownership import Ownership
 
-__all__ = ["EMPTY", "Arrange", "BatchSecond", "Call", "Calls", "ParameterSum", "column_sum"]
+__all__ = ["EMPTY", "Arrange", "BatchSecond", "Call", "Calls", "ParameterSum", "column_sum", "total_measured"]
 
 
 EMPTY = "it has no statistics: skip empty batches, or run them inside optimizer.paused() or torch.no_grad()"
@@ -63,6 +63,7 @@ class Call:
         adapter: how it is read, where its arguments decide that; ``None``: as the layer.
         explained: what its record says of the gradient along a random direction, and what rounding may make of it.
         ownership: the sample of every row, where the first axis does not count the samples.
+        measured: what structures measure themselves, by name.
         copies: how often its rows stand in the record, once for every sample, where all samples share them.
     """
 
@@ -89,6 +90,7 @@ class Call:
     adapter: LayerAdapter | None = None
     ownership: Ownership | None = None
     copies: int = 1
+    measured: dict[str, Tensor] | None = None
 
     def take_gradient(self, gradient: Tensor) -> None:
         """Keep the gradient of one backward; several through one forward add up, as they do in ``.grad``."""
@@ -201,6 +203,15 @@ class ParameterSum:
     pass_index: int
     samples: int
     gradients: tuple[Tensor, ...]
+
+
+def total_measured(calls: Iterable[Call]) -> dict[str, Tensor]:
+    """What structures have measured themselves, of all calls."""
+    result: dict[str, Tensor] = {}
+    for call in calls:
+        for name, value in (call.measured or {}).items():
+            result[name] = result[name] + value if name in result else value
+    return result
 
 
 def column_sum(value: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ class LayerStatistics:
         matrix: builds the dense curvature matrix (P, P) over the P parameters of the layer, in the layer's order, each
             flattened row-major (weight in its own layout, then bias). Symmetric; it may have negative eigenvalues if
             the estimator says ``definite = False``. Call it during ``update`` only: it may use the autograd graph.
+        measured: what a structure measures itself (``measures``), by name, added up over all calls and samples.
     """
 
     layer: Layer
@@ -118,6 +119,7 @@ class LayerStatistics:
     unseen: bool = False
     row_count: int | None = None
     matrix: Callable[[], Tensor] | None = None
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
 
     def recorded(self) -> list[Tensor]:
         """Every tensor that was measured in passes; not what was filled in afterwards."""

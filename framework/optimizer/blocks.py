@@ -101,6 +101,8 @@ class Block:
         self.views = self.parameter_views(self.storage)
         self.vector = self.storage
         self.needs, self.asked = self.part.needs, Asked.of(self.part.needs)
+        if self.structure.measures:
+            self.asked = self.asked._replace(anything=True)
         self.damped = None
         self.whole = self.alone is not None or self.names == tuple(self.layer.parameters)
 

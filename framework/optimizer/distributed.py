@@ -170,6 +170,7 @@ class Ranks:
             sample_gradients=SampleGradients(
                 self._all(raw, counts), self._all(measured.sampled, counts), self._all(measured.roots, counts)
             ),
+            measured={name: self._summed(value, 1.0) for name, value in sorted(entry.measured.items())},
             hessian=None if hessian is None else lambda: self._summed(hessian(), weight),
         )
 

@@ -7,18 +7,20 @@ from functools import partial
 
 from torch import Tensor
 
+from ...curvature.declarations import Measure
 from ...curvature.estimators import Estimator
 from ...curvature.layers.layer import Layer
 from ...curvature.products import GraphKeepingBackward, hessian_block
 from ...curvature.records.needs import LOOKING_BACK, Needs, Record
 from ...curvature.records.statistics import LayerStatistics, Tensors
-from ...errors import ArgumentError
+from ...errors import ArgumentError, CompatibilityError
 from ..methods.method import Method
 from .blocks import Block, present_gradients
 
 __all__ = [
     "all_records",
     "fill",
+    "own_measures",
     "records_for_forward",
     "records_for_step",
     "require_filled",
@@ -39,6 +41,8 @@ def records_for_step(
             # Parts that look back use the mean input of every step; the rest sits this step out.
             needs = needs & (LOOKING_BACK | Needs.INPUTS) if needs & LOOKING_BACK else Needs.NOTHING
         _add(wanted, block.layer.name, method.curvature.records(needs))
+        if block.structure.measures and block.statistics_due(step, warm):
+            _add(wanted, block.layer.name, Record.COUNT)
     for layer in layers:
         _add(wanted, layer.name, _records_for_scores(layer, method.measures_at(step)))
     return wanted
@@ -66,9 +70,29 @@ def all_records(blocks: Sequence[Block], layers: Sequence[Layer], method: Method
     wanted = records_for_forward(blocks, method.warm_start) if method.warm_start is not None else {}
     for block in blocks:
         _add(wanted, block.layer.name, method.curvature.records(block.needs))
+        if block.structure.measures:
+            _add(wanted, block.layer.name, Record.COUNT)
     for layer in layers:
         _add(wanted, layer.name, _records_for_scores(layer, method.measures_at(None)))
     return wanted
+
+
+def own_measures(blocks: Sequence[Block]) -> dict[str, dict[str, Measure]]:
+    """By layer what its structures measure themselves.
+
+    Raises:
+        CompatibilityError: if nobody can read the layer, or two structures give one name to different measures.
+    """
+    found: dict[str, dict[str, Measure]] = {}
+    for block in blocks:
+        own = found.setdefault(block.layer.name, {}) if block.structure.measures else {}
+        for name, measure in block.structure.measures.items():
+            if block.layer.adapter is None or own.setdefault(name, measure) is not measure:
+                reason = "two structures call two measures so" if name in own else "no adapter reads the layer"
+                raise CompatibilityError(
+                    f"{type(block.part).__name__} measures {name!r} of layer {block.layer.name!r} itself, but {reason}"
+                )
+    return found
 
 
 def with_hessians(

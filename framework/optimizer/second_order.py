@@ -39,7 +39,7 @@ from .observers import Observer, StepTrace
 from .observing import observe, refine, refresh, warm_up
 from .plan import Plan
 from .precision import Scaling, require_plain_loss
-from .recording import all_records, require_sampled, with_hessians
+from .recording import all_records, own_measures, require_sampled, with_hessians
 from .report import LayerRow, StepReport
 from .saving import restore_state, saved_state
 from .session import Session
@@ -144,6 +144,7 @@ class SecondOrder(Session):
         self._check_values()
         self.capture = make_backend(backend, model, layers, resolved, loss_reduction, seed, samples)
         self.capture.output, self.capture.exchanged = output, wrapper is not None
+        self.capture.measures = own_measures(self.blocks)
         wanted = all_records(self.blocks, layers, method)
         require_supported(self.capture, wanted)
         self.capture.arm(wanted)  # places the hooks that any step will need

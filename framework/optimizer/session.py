@@ -26,6 +26,7 @@ from .kinds_of_numbers import require_real_and_dense
 from .loss_reading import require_right_loss
 from .plan import Plan, StepPlan
 from .precision import widened
+from .recording import own_measures
 from .skeleton import Skeleton
 from .stepping import StepRule
 from .team import Team
@@ -187,6 +188,7 @@ class Session(torch.optim.Optimizer):
         self._given = []
         self._values.assign(layers, self.param_groups)
         self.capture = self.capture.extended(layers)
+        self.capture.measures = own_measures(blocks)
         self._rule.grow(layers)
         self._unowned = unowned_parameters(self.model, layers)
         self._skeleton = Skeleton(self.model, layers)
