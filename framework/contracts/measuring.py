@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...curvature.backends.capture import Capture
-from ...curvature.declarations import EstimatorDeclarations, declared
+from ...curvature.declarations import EstimatorDeclarations, Measure, declared
 from ...curvature.layers.discovery import discover_layers
 from ...curvature.layers.layer import Layer
 from ...curvature.products import GraphKeepingBackward, hessian_block
@@ -117,9 +118,12 @@ def captured(
     batches: Sequence[Batch],
     reduction: str = "mean",
     seed: int = 0,
+    *,
+    measures: Mapping[str, Mapping[str, Measure]] = MappingProxyType({}),
 ) -> dict[str, LayerStatistics]:
     """What the hooks record of one gradient over micro-batches, by layer; the gradient is left on the parameters."""
     capture = Capture(model, layers, case.distribution(), reduction, seed)
+    capture.measures = measures
     capture.arm(wanted)
     model.zero_grad()
     try:

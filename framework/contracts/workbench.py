@@ -21,7 +21,7 @@ from ...preconditioners.structures.by_layer import ByLayer
 from ...preconditioners.structures.identity import Identity
 from ..optimizer.blocks import Block, make_blocks
 from ..optimizer.observing import refresh
-from ..optimizer.recording import fill
+from ..optimizer.recording import fill, own_measures
 from .cases import Batch, Case
 from .contract import NotApplicable
 from .measuring import captured
@@ -146,12 +146,19 @@ class Workbench:
         if self.estimator.needs_likelihood:
             record |= self.estimator.records(~Needs.NOTHING)
         parameters = list(self.model.parameters())
-        key = (self.case, reduction, record, *(_content(value) for value in (inputs, targets, *parameters)))
+        measures = own_measures(self.blocks)
+        own = tuple(
+            (index, name, measure)
+            for index, layer in enumerate(self.layers)
+            for name, measure in measures.get(layer.name, {}).items()
+        )
+        key = (self.case, reduction, record, own, *(_content(value) for value in (inputs, targets, *parameters)))
         if key not in _RECORDED:
             if len(_RECORDED) == _REMEMBERED:
                 _RECORDED.clear()
             wanted = {layer.name: record for layer in self.layers}
-            named = captured(self.case, self.model, self.layers, wanted, [(inputs.clone(), targets)], reduction)
+            batches = [(inputs.clone(), targets)]
+            named = captured(self.case, self.model, self.layers, wanted, batches, reduction, measures=measures)
             found = {index: named[layer.name] for index, layer in enumerate(self.layers) if layer.name in named}
             _RECORDED[key] = found, [None if p.grad is None else p.grad.clone() for p in parameters]
         found, gradients = _RECORDED[key]
@@ -270,6 +277,7 @@ def _copied(entry: LayerStatistics, layer: Layer) -> LayerStatistics:
             changes[name] = value.clone()
         elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
             changes[name] = tuple(item.clone() if isinstance(item, Tensor) else item for item in value)
+    changes["measured"] = {name: value.clone() for name, value in entry.measured.items()}
     return replace(entry, **changes)
 
 
