@@ -9,7 +9,7 @@ from torch import Tensor
 from ...curvature.loss_weights import LossReader
 from ...errors import ArgumentError, LossWarning
 
-__all__ = ["require_right_loss"]
+__all__ = ["require_right_loss", "warn_of_loss"]
 
 _ASSUMED = (
     "The curvature is that of weight 1 for every sample (the loss a mean over samples, summed over everything else)"
@@ -17,7 +17,7 @@ _ASSUMED = (
 
 
 def require_right_loss(reader: LossReader, inverse_scale: Tensor | None) -> None:
-    """Check that the loss is the one that the optimizer was told of; says once what could not be read.
+    """Check that the loss is the one that the optimizer was told of.
 
     Args:
         reader: of the backend.
@@ -27,51 +27,48 @@ def require_right_loss(reader: LossReader, inverse_scale: Tensor | None) -> None
         ArgumentError: if it is the loss of another likelihood, or a sum where a mean was announced.
     """
     found = reader.found
-    if reader.unread and reader.kind != "gaussian" and not reader.told:
-        reader.told = True
-        warnings.warn(
-            f"likelihood={reader.kind!r}: {reader.unread}, so the gradient that the loss sends there is not seen, and "
-            f"the weights of the samples cannot be read off it. {_ASSUMED}",
-            LossWarning,
-            stacklevel=4,
-        )
-    if reader.shape.concave and reader.kind == "from-loss" and not reader.told:
-        reader.told = True
-        warnings.warn(
-            "likelihood='from-loss': the loss is not convex in the model's output; what is concave in it is left out "
-            "of the curvature",
-            LossWarning,
-            stacklevel=4,
-        )
-    if found is not None and found.looks_like:
+    if found is None:
+        return
+    if found.looks_like:
         words = {"categorical": "a cross entropy over classes", "bernoulli": "a binary cross entropy with logits"}
         raise ArgumentError(
             f"likelihood={reader.kind!r}, but the gradient that the loss sends into the model's output is that of "
             f"{words[found.looks_like]}: build with likelihood={found.looks_like!r}"
         )
-    if reader.kind == "gaussian" and reader.assumed and not reader.told:
-        reader.told = True
-        warnings.warn(
-            "likelihood='gaussian': the scale of a squared error cannot be read off its gradient. The curvature is "
-            "that of half the squared error, summed over outputs, a mean over samples. For nn.MSELoss() over D outputs "
-            "per sample pass likelihood=osculate.Gaussian(weight=2 / D), to agree Gaussian(weight=1.0); or call "
-            "optimizer.step(closure), where it is measured",
-            LossWarning,
-            stacklevel=4,
-        )
-    if found is None:
-        return
     if found.summed and reader.loss_reduction == "mean" and inverse_scale is None:
         raise ArgumentError(
             "loss_reduction='mean', but every sample has weight 1 in the loss, which is therefore a sum over samples: "
             "build with loss_reduction='sum', or divide the loss by their number"
         )
-    if found.mode == "assumed" and reader.kind != "gaussian" and not reader.told:
-        reader.told = True
-        warnings.warn(
-            f"likelihood={reader.kind!r}: the gradient at the model's output is not that of a cross entropy with hard, "
-            "mixed or evenly smoothed labels (soft targets with unequal weights, negative weights, or another loss), "
-            f"so the weights of the samples cannot be read off it. {_ASSUMED}",
-            LossWarning,
-            stacklevel=4,
+
+
+def warn_of_loss(reader: LossReader) -> None:
+    """Say once what could not be read of the loss, and what is assumed."""
+    if reader.told:
+        return
+    said = ""
+    if reader.kind == "from-loss":
+        if reader.shape.concave:
+            said = "the loss is not convex in the model's output; what is concave in it is left out of the curvature"
+    elif reader.kind == "gaussian":
+        if reader.assumed:
+            said = (
+                "the scale of a squared error cannot be read off its gradient. The curvature is that of half the "
+                "squared error, summed over outputs, a mean over samples. For nn.MSELoss() over D outputs per sample "
+                "pass likelihood=osculate.Gaussian(weight=2 / D), to agree Gaussian(weight=1.0); or call "
+                "optimizer.step(closure), where it is measured"
+            )
+    elif reader.unread:
+        said = (
+            f"{reader.unread}, so the gradient that the loss sends there is not seen, and the weights of the samples "
+            f"cannot be read off it. {_ASSUMED}"
         )
+    elif reader.found is not None and reader.found.mode == "assumed":
+        said = (
+            "the gradient at the model's output is not that of a cross entropy with hard, mixed or evenly smoothed "
+            "labels (soft targets with unequal weights, negative weights, or another loss), so the weights of the "
+            f"samples cannot be read off it. {_ASSUMED}"
+        )
+    if said:
+        reader.told = True
+        warnings.warn(f"likelihood={reader.kind!r}: {said}", LossWarning, stacklevel=4)

@@ -34,6 +34,7 @@ from .earlier import EarlierGradients, require_whole_batch
 from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
 from .kinds_of_numbers import require_dense_gradients, require_real_and_dense
 from .lookback import LookBack
+from .loss_reading import warn_of_loss
 from .nonfinite import Undo, describe_trouble, find_trouble, require_finite_loss, spoiled_parameters
 from .observers import Observer, StepTrace
 from .observing import observe, refine, refresh, warm_up
@@ -262,6 +263,9 @@ class SecondOrder(Session):
         if troubled:
             trouble = spoiled_parameters(self.blocks) or describe_trouble(loss, team, gradients, statistics)
             return self._refuse(trouble, loss)
+        for reader in self.capture.readers:
+            if not reader.told:
+                warn_of_loss(reader)
         if due.measures_scores:
             require_sampled(statistics, team.layers)
         decays = self.decays(team)

@@ -118,7 +118,7 @@ class Session(torch.optim.Optimizer):
         self.capture.inverse_scale = self._inverse_scale
         found = self.capture.collect()
         for reader in self.capture.readers:
-            if reader.found is not None or reader.unread or reader.assumed or reader.shape.concave:
+            if reader.found is not None:
                 require_right_loss(reader, self._inverse_scale)
         if found:
             found = widened(found, self._inverse_scale)

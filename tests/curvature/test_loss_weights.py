@@ -308,3 +308,15 @@ def test_hard_labels_are_read_as_such_at_any_confidence(
     matters = own * (1 - own)  # the curvature that carries the weight
     limit = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.2}[dtype]
     assert float(((weights - right).abs() * matters).max()) <= limit * float(right.max())
+
+
+@pytest.mark.parametrize("lower", [torch.float32, torch.bfloat16])
+def test_the_loss_may_be_computed_in_lower_precision_than_the_output(lower: torch.dtype) -> None:
+    model = net() if lower == torch.float32 else net().float()
+    x = X if lower == torch.float32 else X.float()
+    optimizer = osc.build("kfac", model, likelihood="categorical", damping=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x).to(lower), LABELS).backward()
+        optimizer.step()
+    assert optimizer.capture.readers[0].found.mode == "hard"

@@ -34,7 +34,7 @@ def test_a_broken_part_is_caught_by_its_contract_and_by_no_other(name: str) -> N
     certificate = certify(BROKEN[name], name=name)
     assert not certificate.ok
     assert {row.contract: row.detail for row in certificate.violations}.keys() == {name}, certificate.violations
-    with pytest.raises(ContractViolation, match=f"1 contracts violated\n.*{name}"):
+    with pytest.raises(ContractViolation, match=f"1 contract violated\n.*{name}"):
         certificate.require()
 
 
