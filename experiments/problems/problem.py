@@ -120,6 +120,8 @@ class Problem:
         settings: for some methods lr, damping, weight decay or keywords that suit the problem better than the method's
             defaults, chosen on the validation samples; used where a run names none.
         optimum: the least training loss, where it is known.
+        floor: what no training loss gets below, such as the entropy of the targets, where it is known and not 0.
+        landmarks: losses by name that a reader wants to see beside the curves, such as that of the mean image.
         objective: the loss of output and target, a mean over samples, where it is more than that of the likelihood; the
             likelihood then reads ``logits`` of what the network returns.
     """
@@ -138,6 +140,8 @@ class Problem:
     undecayed: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: MappingProxyType({}))
     optimum: Callable[[Data], float] | None = None
+    floor: float | None = None
+    landmarks: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     objective: Callable[[Any, Tensor], Tensor] | None = None
 
     def loss(self, output: Any, target: Tensor) -> Tensor:

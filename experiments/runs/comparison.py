@@ -67,12 +67,16 @@ class Comparison:
         budget: training time (and epochs) every method had.
         environment: see ``describe_environment``.
         curves: one per method, in the order they ran.
+        floor: of the problem, what no training loss gets below; None where that is unknown.
+        landmarks: of the problem, losses to be drawn beside the curves.
     """
 
     problem: str
     budget: Budget
     environment: dict[str, Any]
     curves: list[Curve] = field(default_factory=list)
+    floor: float | None = None
+    landmarks: dict[str, float] = field(default_factory=dict)
 
     def ranked(self) -> list[Curve]:
         """Return the curves, smallest final training loss first, breakdowns last."""
@@ -132,7 +136,9 @@ def compare(
     data = move_data(problem.load(data_dir), device)
     checksum = data_checksum(data)
     descriptions = [describe_run(config, prepare(config, problem, data), checksum) for config in configs]
-    comparison = Comparison(problem.name, budget, describe_environment(device))
+    comparison = Comparison(
+        problem.name, budget, describe_environment(device), floor=problem.floor, landmarks=dict(problem.landmarks)
+    )
     earlier = _earlier(file, comparison, resume)
     with exclusive(file.parent), display, interruptible() as interrupted:
         for config, description in zip(configs, descriptions, strict=True):
