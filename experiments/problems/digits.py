@@ -42,6 +42,26 @@ MEAN_IMAGE = 27.1
 """The loss of a network that returns the mean of the training images."""
 
 
+_SETTINGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        "kbfgs": MappingProxyType({"lr": 0.3, "damping": 0.03}),
+        "kbfgs-l": MappingProxyType({"lr": 0.6, "damping": 0.1}),
+        "mbf": MappingProxyType({"lr": 3e-4, "damping": 1e-2}),
+        "kfac": MappingProxyType({"lr": 0.3, "damping": 0.1}),
+        "lw-sgdm": MappingProxyType({"lr": 0.3}),
+        "lw-adamw": MappingProxyType({"lr": 0.3}),
+        "soap": MappingProxyType({"lr": 3e-3}),
+        "muon": MappingProxyType({"lr": 0.01}),
+        "adam": MappingProxyType({"lr": 3e-3}),
+        "sgdm": MappingProxyType({"lr": 0.03}),
+    }
+)
+"""Chosen on other seeds than a race has, the last 250 training images held out: the least training loss after 4 s of
+one thread, a mean over seeds 101 to 103 of which none may break down. Tried were lr on a 1-3-10 grid (K-BFGS also 0.6)
+and damping on another, all of them on seed 101 for 2.5 s, the best few again. ``joint-kfac`` has no learning rate and
+is not tuned."""
+
+
 def digits_autoencoder(size: str = "full", validation: int = 0) -> Problem:
     """Return the autoencoder of the digits, pixels divided by 16.
 
@@ -61,6 +81,7 @@ def digits_autoencoder(size: str = "full", validation: int = 0) -> Problem:
         load=lambda data_dir: _themselves(_digits(small, validation)),
         source=_SOURCE,
         floor=ENTROPY,
+        settings=MappingProxyType({}) if small else _SETTINGS,
         landmarks=MappingProxyType({"mean image": MEAN_IMAGE}),
     )
 

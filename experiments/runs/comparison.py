@@ -32,6 +32,7 @@ __all__ = ["Comparison", "Curve", "compare", "comparison_table", "load_compariso
 
 EVALUATION_SHARE = 0.4
 POINTS_WITHIN_EPOCHS = 24
+MOST_POINTS = 120
 
 
 @dataclass(frozen=True)
@@ -214,8 +215,9 @@ def _run(
 ) -> Curve:
     curve = Curve(config.method, description, [])
     run = prepare(config, *material)
-    longest = math.inf if budget.seconds is None else budget.seconds / POINTS_WITHIN_EPOCHS
-    schedule = BoundedShare(EVALUATION_SHARE, longest)
+    seconds = budget.seconds
+    between = (math.inf, 0.0) if seconds is None else (seconds / POINTS_WITHIN_EPOCHS, seconds / MOST_POINTS)
+    schedule = BoundedShare(EVALUATION_SHARE, *between)
     display.begin(config.method)
     try:
         for metrics in measure(run, budget, schedule, display.step, interrupted):
