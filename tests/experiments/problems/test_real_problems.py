@@ -10,6 +10,7 @@ import torch
 from osculate.analysis.quality.approximation import Effort, measure_approximation
 from osculate.errors import ArgumentError, UnknownNameError
 from osculate.experiments.commands.flags import ProblemFlags
+from osculate.experiments.commands.train import Compare
 from osculate.experiments.problems import PROBLEMS, get_problem
 from osculate.experiments.problems import text as text_problems
 from osculate.experiments.problems.digits import ENTROPY, MEAN_IMAGE, FreshNoise, evidence_bound
@@ -236,3 +237,22 @@ def test_the_language_model_has_the_size_of_nanogpt() -> None:
     assert model.layers[0].self_attn.num_heads == 4 and len(model.places.weight) == 64
     assert problem.batch_size == 12 and 6000 // 12 * problem.epochs == 2000
     assert 12000 // 12 * get_problem("char-lm", text="shakespeare").epochs == 2000
+
+
+def test_the_race_without_arguments_is_on_the_digits_with_settings_of_their_own() -> None:
+    race = Compare()
+    problem = get_problem(race.problem)
+    assert race.problem == "digits-autoencoder"
+    assert set(race.methods) - problem.settings.keys() == {"joint-kfac"}
+    assert race.seconds * len(race.methods) <= 60
+    assert not get_problem(race.problem, size="small").settings
+
+
+@pytest.mark.parametrize("method", sorted(get_problem("digits-autoencoder").settings))
+def test_settings_of_the_digits_build_and_step(method: str) -> None:
+    problem = get_problem("digits-autoencoder")
+    run = prepare(RunConfig("digits-autoencoder", method), problem, problem.load(None))
+    assert run.config.lr == problem.settings[method].get("lr")
+    for _ in range(12):
+        run.step()
+    assert run.last_loss is not None and float(run.last_loss) < 45
