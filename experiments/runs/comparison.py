@@ -32,7 +32,7 @@ __all__ = ["Comparison", "Curve", "compare", "comparison_table", "load_compariso
 
 EVALUATION_SHARE = 0.4
 POINTS_WITHIN_EPOCHS = 24
-MOST_POINTS = 120
+MOST_POINTS = 60
 
 
 @dataclass(frozen=True)
