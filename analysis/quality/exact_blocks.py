@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 
+from ...curvature.backends.outputs import select_output
 from ...curvature.likelihoods import Likelihood, resolve_likelihood
 from ...curvature.records.statistics import Tensors
 from ...errors import ArgumentError
@@ -33,7 +34,8 @@ class Probe:
         inputs: (N, ...), what the model is called with.
         targets: whatever the loss takes.
         loss: of output and targets, a mean over samples, 0-dimensional.
-        likelihood: of which the loss is the negative logarithm; needed for the Gauss-Newton matrix.
+        likelihood: of which the loss is the negative logarithm; needed for the Gauss-Newton matrix. Of a model that
+            returns several tensors it reads the obvious one, such as ``logits``.
     """
 
     inputs: Tensor
@@ -144,7 +146,7 @@ def _ggn(model: nn.Module, point: Named, probe: Probe) -> Callable[[Named], Name
     likelihood = resolve_likelihood(probe.likelihood)
     if likelihood is None:
         raise ArgumentError("the Gauss-Newton matrix needs a likelihood: Probe(..., likelihood='categorical')")
-    output, pull = vjp(lambda values: functional_call(model, values, (probe.inputs,)), point)[:2]
+    output, pull = vjp(lambda values: select_output(functional_call(model, values, (probe.inputs,))), point)[:2]
     push = vjp(lambda vector: pull(vector)[0], torch.zeros_like(output))[1]  # transposed twice: J d
     labels = likelihood.sample(output.detach(), torch.Generator(device=output.device).manual_seed(0))
     slope = grad(lambda value: likelihood.negative_log_likelihood(value, labels) / len(output))

@@ -40,7 +40,7 @@ class DataFlag:
 class ProblemFlags(DataFlag, DeviceFlag):
     """What a command that trains on a problem of its own takes."""
 
-    problem: str = "curves-autoencoder"
+    problem: str = "digits-autoencoder"
     """Problem; 'osculate problems' lists them."""
     problem_option: Options = ()
     """Further keyword of the problem: --problem-option size=small."""

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Compare", "Replay", "Train"]
 
-DEFAULT_METHODS = ("kbfgs", "kbfgs-l", "mbf", "lw-sgdm", "lw-adamw", "joint-kfac", "adam", "sgdm")
+DEFAULT_METHODS = (
+    *("kbfgs", "kbfgs-l", "mbf", "lw-sgdm", "lw-adamw", "joint-kfac"),
+    *("kfac", "soap", "muon", "adam", "sgdm"),
+)
 SHOWN = ["method", "train loss", "test loss", "accuracy", "epochs", "ms/step", "note"]
 FILES = tuple(f"comparison.{ending}" for ending in ("json", "csv", "png", "pdf"))
 _STATUS = {"finished": 0, "broken down": 1, "no step taken": 1, "interrupted": 130}
@@ -124,7 +127,7 @@ class Compare(Common):
 
     methods: tuple[str, ...] = DEFAULT_METHODS
     """Methods, separated by blanks; 'osculate methods' lists them."""
-    seconds: float = 15.0
+    seconds: float = 5.0
     """Training time of each method in seconds, warm start included, evaluation excluded."""
     epochs: Count = None
     """Passes over the training data after which a method stops early. Default: no bound."""

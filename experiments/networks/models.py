@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CharTransformer", "autoencoder", "classifier", "digit_cnn", "seeded"]
+__all__ = ["CharTransformer", "VariationalAutoencoder", "autoencoder", "classifier", "digit_cnn", "seeded"]
 
 
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -109,10 +109,39 @@ class CharTransformer(nn.Module):
         return logits
 
 
-def _dense(widths: Sequence[int]) -> list[nn.Module]:
+class VariationalAutoencoder(nn.Module):
+    """Pixels and noise (N, pixels + code) to ``logits``, and ``mean`` and ``log_variance`` of the code.
+
+    The code is z = mean + exp(log_variance / 2) * noise: the noise is given, so that the network is a function of its
+    inputs. Tanh in between, the decoder mirrors the encoder.
+
+    Args:
+        widths: pixels and hidden widths of the encoder, at least one; each >= 1.
+        code: numbers in a code, >= 1.
+
+    Source: Kingma and Welling, arXiv:1312.6114v11, appendix C.
+    """
+
+    def __init__(self, widths: Sequence[int], code: int) -> None:
+        super().__init__()
+        self.code = code
+        self.encoder = nn.Sequential(*_dense(widths, nn.Tanh), nn.Tanh())
+        self.mean = nn.Linear(widths[-1], code)
+        self.log_variance = nn.Linear(widths[-1], code)
+        self.decoder = nn.Sequential(*_dense((code, *widths[::-1]), nn.Tanh))
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Logits of the pixels (N, pixels), mean and log variance of the code (N, code)."""
+        hidden = self.encoder(inputs[:, : -self.code])
+        mean, log_variance = self.mean(hidden), self.log_variance(hidden)
+        codes = mean + (log_variance / 2).exp() * inputs[:, -self.code :]
+        return {"logits": self.decoder(codes), "mean": mean, "log_variance": log_variance}
+
+
+def _dense(widths: Sequence[int], between: Callable[[], nn.Module] = nn.ReLU) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs), between()]
     return layers[:-1]
 
 

@@ -11,16 +11,19 @@ from typing import Any
 from ...errors import UnknownNameError
 from ..data.datasets import FASHION, MNIST
 from .citations import GRAPH_TASKS, graph_network
+from .digits import digits_autoencoder, digits_classifier, digits_vae
 from .images import curves_autoencoder, faces_autoencoder, fashion_mlp, image_autoencoder, image_cnn
 from .known import logistic, quadratic
 from .natural_images import cifar10_resnet32, cifar_vgg16, svhn_vgg11
 from .problem import Data, Problem, Source, Target
-from .text import char_transformer
+from .tabular import tabular_regression
+from .text import char_lm, char_transformer
 
 __all__ = ["PROBLEMS", "Data", "Problem", "Source", "Target", "get_problem"]
 
 PROBLEMS: Mapping[str, Callable[..., Problem]] = MappingProxyType(
     {
+        "digits-autoencoder": digits_autoencoder,
         "curves-autoencoder": curves_autoencoder,
         "mnist-autoencoder": partial(image_autoencoder, "mnist-autoencoder", MNIST),
         "fashion-autoencoder": partial(image_autoencoder, "fashion-autoencoder", FASHION),
@@ -33,12 +36,16 @@ PROBLEMS: Mapping[str, Callable[..., Problem]] = MappingProxyType(
         "cifar100-vgg16": partial(cifar_vgg16, 100),
         "svhn-vgg11": svhn_vgg11,
         **{name: partial(graph_network, name) for name in GRAPH_TASKS},
+        "digits-classifier": digits_classifier,
+        "digits-vae": digits_vae,
+        "tabular-regression": tabular_regression,
+        "char-lm": char_lm,
         "char-transformer": char_transformer,
         "logistic": logistic,
         "quadratic": quadratic,
     }
 )
-"""Each problem's name and what makes it; the first is the default and needs no files."""
+"""Each problem's name and what makes it; the first is the default; its data come with the package."""
 
 
 def get_problem(name: str, **options: Any) -> Problem:

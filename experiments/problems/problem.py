@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,6 +48,8 @@ class Data:
         context: what all samples have in common, such as the features and edges of a graph; given to the model's
             ``set_context`` before training.
         test_set: what the test samples are, where they are not the published test set.
+        origin: what decides the data beside the problem and its options, such as a version and a checksum of what they
+            were made of; a run's configuration has it.
     """
 
     train_inputs: Tensor
@@ -58,6 +60,7 @@ class Data:
     valid_targets: Tensor | None = None
     context: tuple[Tensor, ...] = ()
     test_set: str = "test set"
+    origin: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,10 @@ class Problem:
         settings: for some methods lr, damping, weight decay or keywords that suit the problem better than the method's
             defaults, chosen on the validation samples; used where a run names none.
         optimum: the least training loss, where it is known.
+        floor: what no training loss gets below, such as the entropy of the targets, where it is known and not 0.
+        landmarks: losses by name that a reader wants to see beside the curves, such as that of the mean image.
+        objective: the loss of output and target, a mean over samples, where it is more than that of the likelihood; the
+            likelihood then reads ``logits`` of what the network returns.
     """
 
     name: str
@@ -133,14 +140,19 @@ class Problem:
     undecayed: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: MappingProxyType({}))
     optimum: Callable[[Data], float] | None = None
+    floor: float | None = None
+    landmarks: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    objective: Callable[[Any, Tensor], Tensor] | None = None
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Negative log-likelihood, summed over pixels or tokens, mean over samples, in nats, shape ().
+    def loss(self, output: Any, target: Tensor) -> Tensor:
+        """Negative log-likelihood in nats, summed over pixels or tokens, mean over samples, or the objective, shape ().
 
         Args:
-            output: (N, ...) of the network.
+            output: (N, ...) of the network, or whatever the objective takes.
             target: see ``Data``.
         """
+        if self.objective is not None:
+            return self.objective(output, target)
         likelihood = resolve_likelihood(self.likelihood)
         assert likelihood is not None
         return likelihood.negative_log_likelihood(output, target) / len(output)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator, SymmetricalLogLocator
+from numpy.typing import NDArray
 
 from ..runs.comparison import Comparison, Curve
-from .figures import MARKERS, Styles, new_figure, plain_axes, scale_losses
+from .figures import MARKERS, PLAIN, Styles, new_figure, plain_axes, scale_losses
 
 __all__ = ["comparison_figure"]
+
+_MANY_EPOCHS = 5
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
@@ -25,12 +33,12 @@ def comparison_figure(comparison: Comparison) -> Figure:
     styles = Styles([curve.method for curve in comparison.curves])
     handles: dict[str, Line2D] = {}
     for axes, clock, label in zip(grid, ("epoch", "seconds"), ("epochs", "training time (s)"), strict=True):
-        for curve, marker in zip(comparison.curves, MARKERS * len(comparison.curves), strict=False):
+        for place, curve in enumerate(comparison.curves):
             finite = [point for point in curve.points if point["train_loss"] is not None]
             (handles[curve.method],) = axes.plot(
                 [point[clock] for point in finite],
                 [point["train_loss"] for point in finite],
-                marker=marker,
+                marker=MARKERS[(place + 3 * (place // len(MARKERS))) % len(MARKERS)],
                 markersize=4.5,
                 markevery=max(1, len(finite) // 8),
                 markeredgecolor="white",
@@ -40,10 +48,18 @@ def comparison_figure(comparison: Comparison) -> Figure:
         axes.set(xlabel=label)
         plain_axes(axes)
         axes.set_xlim(left=0)
+        for name, loss in comparison.landmarks.items():
+            axes.axhline(loss, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+            across = axes.get_yaxis_transform()  # x as a share of the width, y a loss
+            axes.text(0.99, loss, name, transform=across, ha="right", va="bottom", color="0.35", fontsize=8)
+    _widen_first_epochs(grid[0], [curve.points[-1]["epoch"] for curve in comparison.curves if curve.points])
     grid[0].set(ylabel="training loss")
     losses = [[point["train_loss"] for point in curve.points] for curve in comparison.curves]
     known = [value for values in losses for value in values if value is not None]
-    scale_losses(grid[0], np.array(known), [values[0] or 0.0 for values in losses if values])
+    if comparison.floor is None or min(known, default=0.0) <= comparison.floor:
+        scale_losses(grid[0], np.array(known), [values[0] or 0.0 for values in losses if values])
+    else:
+        _scale_distances(grid[0], np.array(known), comparison.floor, [values[0] or 0.0 for values in losses if values])
     ranked = comparison.ranked()
     figure.legend(
         [handles[curve.method] for curve in ranked],
@@ -55,6 +71,31 @@ def comparison_figure(comparison: Comparison) -> Figure:
     )
     figure.suptitle(_title(comparison), fontsize=11)
     return figure
+
+
+def _widen_first_epochs(axes: Axes, last: Sequence[float]) -> None:
+    """Logarithmic beyond the first epoch where cheap methods see far more epochs than dear ones in the same time."""
+    if last and max(last) > _MANY_EPOCHS * max(min(last), 1.0):
+        axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)
+        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1.0, subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(PLAIN)
+        axes.set_xlim(0, max(last))
+
+
+def _scale_distances(axes: Axes, losses: NDArray[np.float64], floor: float, starts: Sequence[float]) -> None:
+    """Logarithmic in the distance from the floor, the ticks still losses: what is left to gain is what can be seen."""
+    nearest = 0.9 * (float(losses.min()) - floor)
+    ceiling = floor + 1.1 * (max(starts, default=float(losses.max())) - floor)
+    axes.set_yscale(
+        "function",
+        functions=(lambda loss: np.log(np.maximum(loss - floor, nearest / 2)), lambda height: floor + np.exp(height)),
+    )
+    axes.set_ylim(floor + nearest, ceiling)
+    steps = [step * 10.0**power for power in range(-3, 6) for step in (1, 2, 3, 5)]
+    ticks = {round(step * math.ceil((floor + step) / step), 6) for step in steps}
+    axes.yaxis.set_major_locator(FixedLocator(sorted(tick for tick in ticks if floor + nearest < tick < ceiling)))
+    axes.yaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _label(curve: Curve) -> str:

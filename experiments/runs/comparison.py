@@ -32,6 +32,7 @@ __all__ = ["Comparison", "Curve", "compare", "comparison_table", "load_compariso
 
 EVALUATION_SHARE = 0.4
 POINTS_WITHIN_EPOCHS = 24
+MOST_POINTS = 60
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,16 @@ class Comparison:
         budget: training time (and epochs) every method had.
         environment: see ``describe_environment``.
         curves: one per method, in the order they ran.
+        floor: of the problem, what no training loss gets below; None where that is unknown.
+        landmarks: of the problem, losses to be drawn beside the curves.
     """
 
     problem: str
     budget: Budget
     environment: dict[str, Any]
     curves: list[Curve] = field(default_factory=list)
+    floor: float | None = None
+    landmarks: dict[str, float] = field(default_factory=dict)
 
     def ranked(self) -> list[Curve]:
         """Return the curves, smallest final training loss first, breakdowns last."""
@@ -132,7 +137,9 @@ def compare(
     data = move_data(problem.load(data_dir), device)
     checksum = data_checksum(data)
     descriptions = [describe_run(config, prepare(config, problem, data), checksum) for config in configs]
-    comparison = Comparison(problem.name, budget, describe_environment(device))
+    comparison = Comparison(
+        problem.name, budget, describe_environment(device), floor=problem.floor, landmarks=dict(problem.landmarks)
+    )
     earlier = _earlier(file, comparison, resume)
     with exclusive(file.parent), display, interruptible() as interrupted:
         for config, description in zip(configs, descriptions, strict=True):
@@ -208,8 +215,9 @@ def _run(
 ) -> Curve:
     curve = Curve(config.method, description, [])
     run = prepare(config, *material)
-    longest = math.inf if budget.seconds is None else budget.seconds / POINTS_WITHIN_EPOCHS
-    schedule = BoundedShare(EVALUATION_SHARE, longest)
+    seconds = budget.seconds
+    between = (math.inf, 0.0) if seconds is None else (seconds / POINTS_WITHIN_EPOCHS, seconds / MOST_POINTS)
+    schedule = BoundedShare(EVALUATION_SHARE, *between)
     display.begin(config.method)
     try:
         for metrics in measure(run, budget, schedule, display.step, interrupted):

@@ -81,6 +81,8 @@ def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str
     described = config.as_dict() | numbers
     described |= {"batch_size": run.order.batch_size, "method_options": options, "warm_start": warm}
     described |= {"training_samples": run.order.samples, "data_checksum": checksum}
+    if run.data.origin:
+        described["data_origin"] = dict(run.data.origin)
     return described if run.data.test_set == "test set" else described | {"test_set": run.data.test_set}
 
 

@@ -64,15 +64,17 @@ class BoundedShare:
     Args:
         share: evaluation time allowed, as a share of training time, > 0.
         longest: seconds of training after which an evaluation is due within an epoch, > 0.
+        closest: seconds of training that lie between two evaluations at least, >= 0: epochs may be shorter.
     """
 
     share: float
     longest: float
+    closest: float = 0.0
 
     def due(self, run: TrainingRun, last: float, cost: float) -> bool:
-        """Whether an epoch has ended, or ``longest`` has passed, and the share allows it."""
+        """Whether an epoch has ended and ``closest`` has passed, or ``longest`` has, and the share allows it."""
         seconds = run.clock.seconds
-        wanted = run.at_epoch_end or seconds - last >= self.longest
+        wanted = (run.at_epoch_end and seconds - last >= self.closest) or seconds - last >= self.longest
         return wanted and cost <= self.share * seconds
 
 

@@ -36,6 +36,8 @@ class TinyProblem:
     undecayed: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     optimum: Callable[[Data], float] | None = None
+    floor: float | None = None
+    landmarks: Mapping[str, float] = field(default_factory=dict)
 
     def build_model(self, seed: int) -> nn.Module:
         with torch.random.fork_rng():

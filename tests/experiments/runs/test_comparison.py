@@ -1,5 +1,6 @@
 """Racing methods: equal conditions, the table, the files, the figure."""
 
+import dataclasses
 import json
 import math
 from io import StringIO
@@ -121,15 +122,51 @@ class TestFigure:
             assert path.stat().st_size > 5000
 
     def test_no_two_methods_look_alike(self) -> None:
-        figure = self.figure(*(curve(f"method {k}", 9, 8 - k / 10) for k in range(8)))
+        figure = self.figure(*(curve(f"method {k}", 9, 8 - k / 20) for k in range(16)))
         looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines()}
-        assert len(looks) == 8
+        assert len(looks) == 16
 
     def test_a_diverging_method_does_not_flatten_the_others(self) -> None:
         figure = self.figure(curve("adam", 9, 5, 3), curve("sgdm", 9, 1e9, 1e12))
         low, high = figure.axes[0].get_ylim()
         assert high == pytest.approx(13.5)
         assert 2.5 < low < 3
+
+    def test_ticks_are_losses_where_distances_from_the_floor_are_shown(self) -> None:
+        """Methods that differ by a tenth near the floor are as far apart as methods that differ by a lot above it."""
+        curves = [
+            curve("adam", 44, 27, 15.6),
+            curve("kfac", 44, 20, 14.6),
+            curve("sgdm", 44, 43, 42, failure="stopped"),
+        ]
+        marked = Comparison("tiny", Budget(3), {}, curves, floor=13.6, landmarks={"mean image": 27.1})
+        axes = comparison_figure(marked).axes[0]
+        heights = axes.transData.transform([(0, loss) for loss in (14.6, 15.6, 17.6, 21.6)])[:, 1]
+        assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], rel=1e-3)
+        assert heights[2] - heights[1] == pytest.approx(heights[3] - heights[2], rel=1e-3)
+        low, high = axes.get_ylim()
+        assert 13.6 < low < 14.6 and high > 44
+        ticks = [tick for tick in axes.get_yticks() if low < tick < high]
+        assert ticks == [15, 16, 18, 20, 30, 40]
+        assert "mean image" in [text.get_text() for text in axes.texts]
+
+    def test_losses_at_or_below_the_floor_are_drawn_as_usual(self) -> None:
+        marked = Comparison("tiny", Budget(3), {}, [curve("adam", 9, 3, 1)], floor=2.0)
+        assert comparison_figure(marked).axes[0].get_yscale() == "log"
+
+    def test_many_epochs_of_a_cheap_method_do_not_squeeze_the_dear_ones(self) -> None:
+        cheap, dear = curve("sgdm", 9, 5, 4), curve("kbfgs", 9, 5, 3)
+        assert self.figure(cheap, dear).axes[0].get_xscale() == "linear"
+        cheap.points[-1]["epoch"] = 100
+        figure = self.figure(cheap, dear)
+        assert [axes.get_xscale() for axes in figure.axes] == ["symlog", "linear"]
+        assert figure.axes[0].get_xlim() == (0, 100)
+
+    def test_comparisons_without_landmarks_are_still_read(self, tmp_path: Path) -> None:
+        plain = dataclasses.asdict(Comparison("tiny", Budget(3), {}, [curve("adam", 9, 3)]))
+        del plain["floor"], plain["landmarks"]
+        (tmp_path / "c.json").write_text(json.dumps(plain))
+        assert load_comparison(tmp_path / "c.json").floor is None
 
     def test_a_narrow_range_stays_linear(self) -> None:
         assert self.figure(curve("adam", 9, 8, 7)).axes[0].get_yscale() == "linear"

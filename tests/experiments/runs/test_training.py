@@ -340,6 +340,8 @@ class TestMeasure:
         assert not schedule.due(run, last=8.1, cost=0.0)
         run.iterations = run.order.batches_per_epoch
         assert schedule.due(run, last=8.1, cost=0.0)
+        rarer = BoundedShare(share=0.4, longest=2.0, closest=1.0)
+        assert rarer.due(run, last=9.0, cost=0.0) and not rarer.due(run, last=9.1, cost=0.0)
 
     def test_a_loss_that_is_not_finite_stops(self, tiny: Any) -> None:
         tiny.break_after = -1
