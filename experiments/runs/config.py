@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ... import registry
-from ...errors import ArgumentError
+from ...errors import ArgumentError, UnknownNameError
 from ...framework.methods.expressions import with_parts
 from ...framework.methods.method import Method
+from ..rivals.catalogue import runnable
+from ..rivals.rival import Rival
 
 __all__ = ["Budget", "RunConfig", "WarmStart", "differences", "parse_options"]
 
@@ -43,7 +45,7 @@ class RunConfig:
 
     Args:
         problem: registered problem.
-        method: registered method.
+        method: registered method, or a rival.
         lr: learning rate; None is the method's default.
         damping: damping; None is the method's default.
         weight_decay: weight decay; None is the method's default.
@@ -120,7 +122,14 @@ class RunConfig:
         Raises:
             ArgumentError: an option or a part is unknown or out of range, or the parts do not fit together.
         """
-        arguments = self.method_arguments()
+        arguments, entries = self.method_arguments(), runnable()
+        if self.method not in entries:
+            raise UnknownNameError("method", self.method, entries)
+        if self.parts and isinstance(entries[self.method], Rival):
+            raise ArgumentError(
+                f"{self.method!r} is the optimizer of another package: it has no part {', '.join(self.parts)} to "
+                f"exchange; its options: {', '.join(entries[self.method].options)}"
+            )
         if not self.parts:
             return self.method, arguments
         numbers = {name: arguments.pop(name) for name in _NUMBERS if name in arguments}

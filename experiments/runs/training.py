@@ -16,6 +16,9 @@ from ... import build
 from ...errors import NumericalError, require_positive_integer
 from ...framework.optimizer.second_order import SecondOrder
 from ..problems import Data, Problem
+from ..rivals.catalogue import runnable
+from ..rivals.foreign import ForeignOptimizer
+from ..rivals.rival import Rival
 from .batches import move_data
 from .config import Budget, RunConfig
 from .environment import choose_device
@@ -95,7 +98,7 @@ def prepare(config: RunConfig, problem: Problem, data: Data) -> TrainingRun:
     return TrainingRun(config, problem, data, model, optimizer_for(config, problem, model))
 
 
-def optimizer_for(config: RunConfig, problem: Problem, model: nn.Module) -> SecondOrder:
+def optimizer_for(config: RunConfig, problem: Problem, model: nn.Module) -> SecondOrder | ForeignOptimizer:
     """Build the optimizer of a run, with the problem's likelihood and without decay where the problem wants none.
 
     Args:
@@ -104,9 +107,13 @@ def optimizer_for(config: RunConfig, problem: Problem, model: nn.Module) -> Seco
         model: its network.
 
     Raises:
-        ArgumentError: a number is out of range, a name is unknown, or parts do not fit together or to the network.
+        ArgumentError: a number is out of range, a name is unknown, or parts do not fit together or to the network;
+            a rival's package is not installed.
     """
     method, arguments = config.composed()
+    entry = runnable()[method] if isinstance(method, str) else None
+    if isinstance(entry, Rival):
+        return ForeignOptimizer(entry, model, arguments, problem.undecayed)
     groups = [{"params": list(problem.undecayed), "weight_decay": 0.0}] if problem.undecayed else None
     return build(method, model, likelihood=problem.likelihood, seed=config.seed, groups=groups, **arguments)
 

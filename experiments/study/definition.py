@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ... import registry
 from ...errors import ArgumentError, UnknownNameError, require_positive_integer
 from ...framework.methods.expressions import is_part_text
+from ..rivals.catalogue import runnable
 from ..runs.config import Budget, RunConfig, WarmStart
 from .spaces import SAMPLERS, Range, grid_size, points
 
@@ -135,7 +135,7 @@ class Arm:
             UnknownNameError: the method is unknown.
             ArgumentError: a value is of the wrong kind.
         """
-        entries = registry.methods()
+        entries = runnable()
         if self.method not in entries:
             raise UnknownNameError("method", self.method, entries)
         options = entries[self.method].options
