@@ -39,6 +39,9 @@ _LEFT_OUT = ("gradient evaluations to target", "test_loss", "ms per step")
 _CAPTIONS = {
     "overview": "Median over seeds with quartiles; a miss counts as infinite.",
     "profiles": "Area under the performance profile up to a ratio of 4, scaled to [0, 1], with bootstrap intervals.",
+    "targets": "Time to the target: median over seeds, quartiles and exact interval between order statistics.",
+    "rule": "Whether the mean over seeds meets the target beyond one chance in a thousand.",
+    "tests": "Paired tests on the same seeds, with Holm's correction over the arms.",
     "pairs": "Comparison on the same seeds: median ratio to the reference with bootstrap intervals.",
     "ablation": "One part replaced at a time: ratio to the base on the same seeds with bootstrap intervals.",
 }
@@ -77,6 +80,7 @@ class Report:
 
 def report_tables(record: StudyRecord) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """All tables of a report by name, and the values of the final runs they come from."""
+    from ..report import report_referee as referee
     from ..report import report_tables as made
 
     values = made.final_values(record)
@@ -84,7 +88,10 @@ def report_tables(record: StudyRecord) -> tuple[dict[str, pd.DataFrame], pd.Data
     tables = {
         "overview": made.overview_table(record, scores),
         "profiles": made.profile_table(record, values),
+        "targets": referee.targets_table(record, values),
+        "rule": referee.rule_table(record, values),
         "pairs": made.pairs_table(record, values),
+        "tests": referee.tests_table(record, values),
         "ablation": made.ablation_table(record, values),
         "budget": made.budget_table(record),
         "scores": scores,
@@ -166,6 +173,8 @@ def _flat(table: pd.DataFrame) -> pd.DataFrame:
 
 def _values(record: StudyRecord, tables: Mapping[str, pd.DataFrame], figures: Collection[str]) -> dict[str, Any]:
     """Plain values for report.json; infinities, which JSON lacks, are the word ``inf``."""
+    from ..report.report_referee import seed_warnings
+
     plain = {
         name: [{key: _word(value) for key, value in row.items()} for row in _flat(table).to_dict("records")]
         for name, table in tables.items()
@@ -174,6 +183,7 @@ def _values(record: StudyRecord, tables: Mapping[str, pd.DataFrame], figures: Co
         "study": dict(record.description) or {"name": record.name},
         "complete": not record.gaps,
         "gaps": list(record.gaps),
+        "warnings": seed_warnings(record),
         "figures": sorted(map(_file_name, figures)),
         "tables": plain,
     }
@@ -186,7 +196,9 @@ def _word(value: Any) -> Any:
 
 
 def _show(record: StudyRecord, tables: Mapping[str, pd.DataFrame], console: Console) -> None:
-    """The overview on the terminal, and what is missing."""
+    """The overview on the terminal, what is missing, and what too few seeds cannot show."""
+    from ..report.report_referee import seed_warnings
+
     overview = tables["overview"]
     targeted = any("to target" in str(name) for name in overview)
     rows = []
@@ -198,6 +210,8 @@ def _show(record: StudyRecord, tables: Mapping[str, pd.DataFrame], console: Cons
     columns |= {name: heading for name, heading in _SHOWN.items() if name in overview}
     caption = "medians; steps and seconds to target" if targeted else "medians"
     console.print(screen_table(record.name, rows, columns, caption=caption))
+    for warning in seed_warnings(record):
+        say(console, warning, "yellow")
     for gap in record.gaps[:8]:
         say(console, gap, "yellow")
     if len(record.gaps) > 8:
