@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, UnknownNameError
 from ..report.study_records import StudyRecord, read_study, side_by_side
 from ..report.tables import Spread, screen_table
 from ..runs.records import write_json
@@ -62,6 +63,9 @@ class Report:
     """Folder of the study, or any folder with run folders below it."""
     compare: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="STUDY ...", help_behavior_hint="")] = ()
     """Further studies to put beside it; each arm gets its study's name in front."""
+    reference: str | None = None
+    """Arm that all others are compared with on the same seeds. Default: the study's base, else the best arm, which the
+    data have chosen."""
     out: Place = None
     """Folder to write. Default: STUDY/report, with --compare STUDY/report-and-OTHER."""
 
@@ -71,6 +75,10 @@ class Report:
         out = self.out or self.study / default
         require_folder(out, "report.html", "report.json", "tables.tex")
         record = side_by_side([read_study(path) for path in (self.study, *self.compare)])
+        if self.reference is not None:
+            if self.reference not in record.arms:
+                raise UnknownNameError("arm", self.reference, record.arms)
+            record = dataclasses.replace(record, description={**record.description, "base": self.reference})
         with console.status("scoring and drawing"):
             tables = write_report(record, out)
         _show(record, tables, console)

@@ -338,6 +338,16 @@ def test_how_many_seeds_are_enough_depends_on_the_size(samples: int, seeds: int,
     assert len(found) == bool(warned) and all(f"at least {warned} on" in text for text in found)
 
 
+def test_a_named_reference_takes_the_place_of_the_best_arm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = small_study(tmp_path / "s")
+    for words, expected in (((), "fast"), (("--reference", "slow & sure"), "slow & sure")):
+        assert execute(["report", str(study.folder), *words]) == 0
+        tables = json.loads((study.folder / "report/report.json").read_text())["tables"]
+        assert {row["reference"] for name in ("pairs", "tests") for row in tables[name]} == {expected}
+    assert execute(["report", str(study.folder), "--reference", "fats"]) == 2
+    assert "did you mean 'fast'" in capsys.readouterr().err
+
+
 def test_no_run_and_no_target_make_no_rows(tmp_path: Path) -> None:
     study = MadeStudy(tmp_path / "s")
     study.problem("p", target=None)
