@@ -123,7 +123,9 @@ class ForeignOptimizer:
         Args:
             batches: inputs of mini-batches of the training data, for running statistics of batch normalisation.
         """
-        if self._averager is not None and self.last_report.step >= 0:
+        if self.last_report.step < 0:
+            yield self.model  # as every method shows it
+        elif self._averager is not None:
             yield self._averager.averaged_model
         elif self.rival.modes:
             before = [parameter.detach().clone() for parameter in self._parameters]

@@ -159,6 +159,8 @@ def test_schedule_free_running_statistics_are_those_of_the_parameters_that_are_e
     optimizer = ForeignOptimizer(rival, model, {"lr": 0.1})
     train(optimizer, model, 20)
     before = model[1].running_mean.clone()
+    with ForeignOptimizer(rival, network(normalised=True), {}).evaluated(lambda: [INPUTS]) as start:
+        assert torch.equal(start[1].running_mean, torch.zeros(8))  # before the first step all show the same
     with optimizer.evaluated(lambda: [INPUTS] * 60) as shown, torch.no_grad():
         mean = shown[0](INPUTS).mean(dim=0)
         assert torch.allclose(shown[1].running_mean, mean, atol=0.02)  # after 50 batches nearly all of it is new
