@@ -66,6 +66,12 @@ class ForeignOptimizer:
         self.gradient_evaluations = 0
         self.last_report = StepReport(-1)
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The package's own, with ``lr``."""
+        groups: list[dict[str, Any]] = self.inner.param_groups
+        return groups
+
     def zero_grad(self) -> None:
         """Clear the gradients."""
         self.inner.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str
     described |= {"batch_size": run.order.batch_size, "method_options": options, "warm_start": warm}
     if isinstance(entry, Rival):
         described |= {"library": entry.library}
+    if run.schedule is not None:
+        described |= {"lr_over": dataclasses.asdict(run.schedule.budget)}
     described |= {"training_samples": run.order.samples, "data_checksum": checksum}
     return described if run.data.test_set == "test set" else described | {"test_set": run.data.test_set}
 
@@ -117,7 +120,7 @@ def run_in_folder(
         raise ArgumentError(f"{folder.path} holds no checkpoint to continue; use --resume auto to start")
     problem = get_problem(config.problem, **config.problem_options)
     data = problem.load(data_dir)
-    run = prepare(config, problem, data)
+    run = prepare(config, problem, data, budget)
     if extras.watch_every is not None:
         _ = run.composed  # nothing of a rival could be watched
     described = describe_run(config, run, data_checksum(data))

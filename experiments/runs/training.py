@@ -79,13 +79,14 @@ class BoundedShare:
         return wanted and cost <= self.share * seconds
 
 
-def prepare(config: RunConfig, problem: Problem, data: Data) -> TrainingRun:
+def prepare(config: RunConfig, problem: Problem, data: Data, budget: Budget | None = None) -> TrainingRun:
     """Build model and optimizer, and move everything to the device.
 
     Args:
         config: what is run; numbers it leaves open are the problem's for this method, else the method's defaults.
         problem: the problem that ``config`` names.
         data: its data.
+        budget: of the run, for learning rates that change over it.
 
     Raises:
         ArgumentError: a number is out of range, the method is unknown, or there is no such device.
@@ -95,7 +96,7 @@ def prepare(config: RunConfig, problem: Problem, data: Data) -> TrainingRun:
     model: Any = problem.build_model(config.seed).to(device)
     if data.context:
         model.set_context(*data.context)
-    return TrainingRun(config, problem, data, model, optimizer_for(config, problem, model))
+    return TrainingRun(config, problem, data, model, optimizer_for(config, problem, model), budget)
 
 
 def optimizer_for(config: RunConfig, problem: Problem, model: nn.Module) -> SecondOrder | ForeignOptimizer:

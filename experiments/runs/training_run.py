@@ -17,9 +17,10 @@ from ...stepsize.constant import ConstantStep
 from ..problems import Data, Problem
 from ..rivals.foreign import ForeignOptimizer, evaluated
 from .batches import BatchOrder, augmentation_generator
-from .config import RunConfig, WarmStart
+from .config import Budget, RunConfig, WarmStart
 from .environment import peak_memory_bytes, reset_peak_memory
 from .evaluation import Metrics, score
+from .schedules import schedule_of
 
 __all__ = ["Stopwatch", "TrainingRun", "closure_of"]
 
@@ -80,6 +81,7 @@ class TrainingRun:
         data: training and test samples, on the run's device.
         model: on the run's device.
         optimizer: of the model's parameters.
+        budget: of the run, for learning rates that change over it; ``None``: they stand still.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class TrainingRun:
         data: Data,
         model: nn.Module,
         optimizer: SecondOrder | ForeignOptimizer,
+        budget: Budget | None = None,
     ) -> None:
         self.config = config
         self.problem = problem
@@ -98,6 +101,8 @@ class TrainingRun:
         self.device = data.train_inputs.device
         samples = len(data.train_inputs)
         self.order = BatchOrder(samples, config.batch_size or problem.batch_size or samples, config.seed, self.device)
+        self.schedule = schedule_of(config, budget, self.order.batches_per_epoch)
+        self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.clock = Stopwatch(self.device)
         self.iterations = 0
         self.warm_start_seconds = 0.0
@@ -168,6 +173,10 @@ class TrainingRun:
         if self.problem.augmentation is not None:
             generator = augmentation_generator(self.config.seed, self.iterations)
             inputs = self.problem.augmentation(inputs, generator)
+        if self.schedule is not None:
+            factor = self.schedule.factor(self.iterations, self.clock.seconds)
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = factor * rate
         loss = self.optimizer.step(closure_of(self.optimizer, lambda: self.problem.loss(self.model(inputs), targets)))
         self.iterations += 1
         self.last_loss = None if loss is None else loss.detach()

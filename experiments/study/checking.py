@@ -21,7 +21,7 @@ from .definition import METRICS, Arm, Study, StudyProblem
 
 __all__ = ["checked"]
 
-_OTHER = ("lr", "damping", "weight_decay", "batch_size", "warm_start")
+_OTHER = ("lr", "damping", "weight_decay", "batch_size", "warm_start", "lr_schedule", "lr_warm_up")
 
 
 def checked(study: Study, data_dir: Path | None, load: bool = True) -> Study:

@@ -346,16 +346,17 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> Rival:
 
 
 def losses(config: RunConfig, problem: Any, data: Data | None = None, epochs: int = 2) -> list[float]:
-    run = prepare(config, problem, problem.load(None) if data is None else data)
+    run = prepare(config, problem, problem.load(None) if data is None else data, Budget(epochs))
     return [metrics.train_loss for metrics in measure(run, Budget(epochs), EveryEpoch())]
 
 
 def test_torchs_sgd_is_the_registered_one(sgd: Rival, tiny: Any) -> None:
-    """Weight decay, the penalty in the loss and parameters without decay included."""
-    for undecayed in ((), ("*.bias",)):
+    """Weight decay, the penalty in the loss, parameters without decay and a declining rate included."""
+    for undecayed, schedule in (((), None), (("*.bias",), None), (("*.bias",), "cosine")):
         tiny.undecayed = undecayed
-        ours = losses(RunConfig("tiny", "sgdm", lr=0.05, weight_decay=0.1), tiny)
-        theirs = losses(RunConfig("tiny", "their-sgd", lr=0.05, weight_decay=0.1), tiny)
+        numbers = {"lr": 0.05, "weight_decay": 0.1, "lr_schedule": schedule}
+        ours = losses(RunConfig("tiny", "sgdm", **numbers), tiny)
+        theirs = losses(RunConfig("tiny", "their-sgd", **numbers), tiny)
         assert theirs == pytest.approx(ours, rel=1e-6)
 
 
