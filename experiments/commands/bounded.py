@@ -79,7 +79,7 @@ class BoundedTraining(ProblemFlags):
             assert run.last_loss is not None
             return float(run.last_loss)
 
-        result = bounded_run(run.optimizer, step, steps=self.train_steps, every=self.every)
+        result = bounded_run(run.composed, step, steps=self.train_steps, every=self.every)
         if not result.readings:
             raise ArgumentError(f"{method} has no quasi-Newton matrix to examine; take kbfgs or kbfgs-l")
         return result

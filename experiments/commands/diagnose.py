@@ -86,7 +86,7 @@ class Diagnose(SavedRunFlags):
             (probe,) = probes(run.problem, run.data, self.samples, 1)
             known.clear()
             say(console, f"measuring after {run.iterations} iterations, checkpoint {place} of {len(sources)}")
-            last = measure_approximation(run.optimizer, probe, targets=self.targets, effort=effort, known=known)
+            last = measure_approximation(run.composed, probe, targets=self.targets, effort=effort, known=known)
             rows += [{"iterations": run.iterations} | quality.as_dict() for quality in last]
         if not rows:
             raise ArgumentError(f"no layer was measured: none has at most {self.largest} parameters; raise --largest")
@@ -146,7 +146,7 @@ class Microscope(SavedRunFlags):
         require_folder(out, "microscope.csv", "microscope.json", "microscope.png")
         run = reopen(RunFolder(self.folder), self.data_dir, device=self.device)
         optimizers = {
-            name: run.optimizer
+            name: run.composed
             if name == run.config.method
             else build(name, copy_of(run), likelihood=run.problem.likelihood, seed=run.config.seed)
             for name in self.methods

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from ..runs.config import RunConfig, parse_options
 
-__all__ = ["Count", "DataFlag", "DeviceFlag", "Number", "Options", "Place", "ProblemFlags", "SavedRunFlags"]
+__all__ = [
+    "Count",
+    "DataFlag",
+    "DeviceFlag",
+    "Number",
+    "Options",
+    "Place",
+    "ProblemFlags",
+    "SavedRunFlags",
+    "Schedules",
+]
 
 # The help of these flags says in words what is taken where they are left out; "(default: None)" would contradict it.
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 Place = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 Options = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")]
+Schedules = Annotated[
+    Literal["cosine", "linear", "constant"] | None, tyro.conf.arg(help_behavior_hint="", metavar="NAME")
+]
 Saved = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 
 

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from ... import Method, registry
 from ...framework.methods.parts import label
+from ..rivals.catalogue import Runnable, runnable
+from ..rivals.rival import Rival
 from .docstrings import Argument, Description, describe
 from .screen import show_named
 
@@ -35,7 +37,8 @@ def show_methods(console: Console, words: Sequence[str]) -> None:
     Raises:
         UnknownNameError: a word occurs in no name.
     """
-    table = dict(sorted(registry.methods().items()))
+    table = {**registry.methods(), **runnable()}
+    table = dict(sorted(table.items(), key=lambda entry: (isinstance(entry[1], Rival), entry[0])))
     show_named(console, "method", words, table, _method_page, _methods_table)
 
 
@@ -77,16 +80,18 @@ def exported_name(part: type) -> str:
     return f"{part.__module__}.{part.__qualname__}"
 
 
-def _methods_table(entries: Sequence[registry.MethodEntry]) -> Table:
+def _methods_table(entries: Sequence[Runnable]) -> Table:
     caption = "'osculate methods NAME' shows a method with its options, 'osculate methods --parts' what methods are of"
     table = Table(title="methods", caption=caption)
     table.add_column("method", no_wrap=True, style="bold")
     for heading in ("what it is", "paper", "defaults"):
         table.add_column(heading, overflow="fold")
-    for entry in entries:
+    for number, entry in enumerate(entries):
+        if number and isinstance(entry, Rival) > isinstance(entries[number - 1], Rival):
+            table.add_section()
         numbers = {name: value for name, value in entry.defaults.items() if value or name == "lr"}
         defaults = "\n".join(f"{name} {value:g}" for name, value in numbers.items())
-        table.add_row(escape(entry.name), escape(describe(entry.factory).summary), escape(entry.paper or ""), defaults)
+        table.add_row(escape(entry.name), escape(_summary(entry)), escape(entry.paper or ""), defaults)
     return table
 
 
@@ -104,7 +109,15 @@ def _parts_table(rows: Sequence[tuple[str, str, type]]) -> Table:
     return table
 
 
-def _method_page(entry: registry.MethodEntry) -> RenderableType:
+def _summary(entry: Runnable) -> str:
+    if isinstance(entry, Rival):
+        return f"{entry.summary} Of the package {entry.distribution}."
+    return describe(entry.factory).summary
+
+
+def _method_page(entry: Runnable) -> RenderableType:
+    if isinstance(entry, Rival):
+        return _rival_page(entry)
     described, method = describe(entry.factory), entry.factory()
     numbers = [Argument(name, f"{value:g}", _NUMBERS[name]) for name, value in entry.defaults.items()]
     options = described.arguments
@@ -119,6 +132,18 @@ def _method_page(entry: registry.MethodEntry) -> RenderableType:
     }
     parts = {name.replace("_", " "): label(getattr(method, name)) for name in _QUESTIONS}
     return _page(entry.name, described, facts, [*numbers, *options], ("composed of", parts))
+
+
+def _rival_page(rival: Rival) -> RenderableType:
+    facts = {
+        "paper": rival.paper,
+        "package": f"{rival.distribution}, {rival.licence}; tested with {rival.tested}",
+        "installed": rival.installed or f"no; python -m pip install '{rival.distribution}=={rival.tested}'",
+        "in a shell": f"osculate train --method {rival.name}",
+    }
+    numbers = [Argument(name, f"{value:g}", _NUMBERS[name]) for name, value in rival.defaults.items()]
+    options = [Argument(name, str(entry.default), entry.meaning) for name, entry in rival.keywords.items()]
+    return _page(rival.name, Description(rival.summary, "", (), ""), facts, [*numbers, *options])
 
 
 def _likelihood(method: Method) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, UnknownNameError
 from ..report.study_records import StudyRecord, read_study, side_by_side
 from ..report.tables import Spread, screen_table
 from ..runs.records import write_json
@@ -39,6 +40,9 @@ _LEFT_OUT = ("gradient evaluations to target", "test_loss", "ms per step")
 _CAPTIONS = {
     "overview": "Median over seeds with quartiles; a miss counts as infinite.",
     "profiles": "Area under the performance profile up to a ratio of 4, scaled to [0, 1], with bootstrap intervals.",
+    "targets": "Time to the target: median over seeds, quartiles and exact interval between order statistics.",
+    "rule": "Whether the mean over seeds meets the target beyond one chance in a thousand.",
+    "tests": "Paired tests on the same seeds, with Holm's correction over the arms.",
     "pairs": "Comparison on the same seeds: median ratio to the reference with bootstrap intervals.",
     "ablation": "One part replaced at a time: ratio to the base on the same seeds with bootstrap intervals.",
 }
@@ -59,6 +63,9 @@ class Report:
     """Folder of the study, or any folder with run folders below it."""
     compare: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="STUDY ...", help_behavior_hint="")] = ()
     """Further studies to put beside it; each arm gets its study's name in front."""
+    reference: str | None = None
+    """Arm that all others are compared with on the same seeds. Default: the study's base, else the best arm, which the
+    data have chosen."""
     out: Place = None
     """Folder to write. Default: STUDY/report, with --compare STUDY/report-and-OTHER."""
 
@@ -68,6 +75,10 @@ class Report:
         out = self.out or self.study / default
         require_folder(out, "report.html", "report.json", "tables.tex")
         record = side_by_side([read_study(path) for path in (self.study, *self.compare)])
+        if self.reference is not None:
+            if self.reference not in record.arms:
+                raise UnknownNameError("arm", self.reference, record.arms)
+            record = dataclasses.replace(record, description={**record.description, "base": self.reference})
         with console.status("scoring and drawing"):
             tables = write_report(record, out)
         _show(record, tables, console)
@@ -77,6 +88,7 @@ class Report:
 
 def report_tables(record: StudyRecord) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """All tables of a report by name, and the values of the final runs they come from."""
+    from ..report import report_referee as referee
     from ..report import report_tables as made
 
     values = made.final_values(record)
@@ -84,7 +96,10 @@ def report_tables(record: StudyRecord) -> tuple[dict[str, pd.DataFrame], pd.Data
     tables = {
         "overview": made.overview_table(record, scores),
         "profiles": made.profile_table(record, values),
+        "targets": referee.targets_table(record, values),
+        "rule": referee.rule_table(record, values),
         "pairs": made.pairs_table(record, values),
+        "tests": referee.tests_table(record, values),
         "ablation": made.ablation_table(record, values),
         "budget": made.budget_table(record),
         "scores": scores,
@@ -166,6 +181,8 @@ def _flat(table: pd.DataFrame) -> pd.DataFrame:
 
 def _values(record: StudyRecord, tables: Mapping[str, pd.DataFrame], figures: Collection[str]) -> dict[str, Any]:
     """Plain values for report.json; infinities, which JSON lacks, are the word ``inf``."""
+    from ..report.report_referee import seed_warnings
+
     plain = {
         name: [{key: _word(value) for key, value in row.items()} for row in _flat(table).to_dict("records")]
         for name, table in tables.items()
@@ -174,6 +191,7 @@ def _values(record: StudyRecord, tables: Mapping[str, pd.DataFrame], figures: Co
         "study": dict(record.description) or {"name": record.name},
         "complete": not record.gaps,
         "gaps": list(record.gaps),
+        "warnings": seed_warnings(record),
         "figures": sorted(map(_file_name, figures)),
         "tables": plain,
     }
@@ -186,7 +204,9 @@ def _word(value: Any) -> Any:
 
 
 def _show(record: StudyRecord, tables: Mapping[str, pd.DataFrame], console: Console) -> None:
-    """The overview on the terminal, and what is missing."""
+    """The overview on the terminal, what is missing, and what too few seeds cannot show."""
+    from ..report.report_referee import seed_warnings
+
     overview = tables["overview"]
     targeted = any("to target" in str(name) for name in overview)
     rows = []
@@ -198,6 +218,8 @@ def _show(record: StudyRecord, tables: Mapping[str, pd.DataFrame], console: Cons
     columns |= {name: heading for name, heading in _SHOWN.items() if name in overview}
     caption = "medians; steps and seconds to target" if targeted else "medians"
     console.print(screen_table(record.name, rows, columns, caption=caption))
+    for warning in seed_warnings(record):
+        say(console, warning, "yellow")
     for gap in record.gaps[:8]:
         say(console, gap, "yellow")
     if len(record.gaps) > 8:

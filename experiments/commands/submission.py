@@ -1,8 +1,9 @@
-"""Submissions to AlgoPerf (v0.6, external tuning, PyTorch) of registered methods.
+"""Submissions to AlgoPerf (v0.6, PyTorch) of registered methods, for either of its tuning rulesets.
 
-AlgoPerf calls the functions of a module; this writes such a module, which needs ``osculate`` and ``algoperf`` to run,
-and the search space beside it. Names, arguments and returned triples follow the benchmark's documentation (version
-0.6.0) and its ``algoperf/spec.py``; batch sizes are those of its published baselines.
+AlgoPerf calls the functions of a module; this writes such a module, which needs ``osculate`` and ``algoperf`` to run.
+Under external tuning the search space stands beside it; under self-tuning there is none: every workload gets the same
+module, hyperparameters are None, and the method must choose its steps. Names, arguments and returned triples follow
+the benchmark's documentation (version 0.6.0) and its ``algoperf/spec.py``; batch sizes are those of its baselines.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jinja2 import StrictUndefined, Template
 from rich.console import Console
 
 from ... import registry
-from ...errors import ArgumentError
+from ...errors import ArgumentError, UnknownNameError
 from ...framework.methods.method import Method
 from ...framework.methods.momentum import Decoupled
 from ...stepsize.constant import ConstantStep
@@ -35,6 +36,7 @@ _AROUND = 30.0
 _LARGEST_PAIR_DAMPING = 0.9
 """Double damping needs damping below 1."""
 
+_SPACE = "tuning_search_space.json"
 _SEARCHED = ("lr", "damping", "weight_decay")
 
 
@@ -74,18 +76,30 @@ def _has_learning_rate(method: Method) -> bool:
     return isinstance(rule, ConstantStep)
 
 
-def submission_source(name: str, options: Mapping[str, Any]) -> str:
+def submission_source(name: str, options: Mapping[str, Any], *, self_tuning: bool = False) -> str:
     """The module's source.
 
     Args:
         name: registered method.
-        options: of the method; plain values.
+        options: of the method; plain values. With ``self_tuning`` also ``damping`` and ``weight_decay``.
+        self_tuning: for the ruleset of this name.
+
+    Raises:
+        ArgumentError: a value is out of range, or a method for self-tuning has a learning rate.
     """
     entry = registry.methods()[name]
-    method = registry.method(name, **options)
+    method = registry.method(name, **{key: value for key, value in options.items() if key not in _SEARCHED})
+    if self_tuning:
+        if _has_learning_rate(method):
+            free = [other for other, known in registry.methods().items() if not _has_learning_rate(known.factory())]
+            raise ArgumentError(
+                f"{name!r} has a learning rate, which nobody tunes under the self-tuning ruleset; take a method that "
+                f"chooses its steps ({', '.join(free)}), or leave --self-tuning out"
+            )
+        method.check_values(**method.hyperparameters({key: options.get(key) for key in _SEARCHED}))
     damping = "hyperparameters.damping" if method.hyperparameters({})["damping"] > 0 else "None"
     source = (Path(__file__).parent / "templates" / "submission.py.jinja").read_text(encoding="utf-8")
-    template = Template(source, undefined=StrictUndefined, keep_trailing_newline=True)
+    template = Template(source, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     text: str = template.render(
         name=name,
         summary=entry.summary.replace("\\", "\\\\").replace('"""', "'''"),
@@ -93,15 +107,16 @@ def submission_source(name: str, options: Mapping[str, Any]) -> str:
         method=repr(name),
         options=repr(dict(options)),
         damping=damping,
+        self_tuning=self_tuning,
     )
     return text
 
 
 @dataclass(frozen=True)
 class ExportSubmission:
-    """Write an AlgoPerf submission of a method: submission.py and tuning_search_space.json.
+    """Write an AlgoPerf submission of a method: submission.py and, for external tuning, tuning_search_space.json.
 
-    The module follows AlgoPerf v0.6 (PyTorch, external tuning). It needs osculate installed beside algoperf.
+    The module follows AlgoPerf v0.6 (PyTorch). It needs osculate installed beside algoperf.
     """
 
     method: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="METHOD")]
@@ -110,22 +125,28 @@ class ExportSubmission:
     """Folder to write."""
     option: Options = ()
     """Further keyword of the method: --option statistics_every=2; 'osculate methods NAME' lists them."""
+    self_tuning: bool = False
+    """Write the form for the self-tuning ruleset, which has no search space: for methods without a learning rate."""
 
     def run(self, console: Console) -> int:
         """Check, write, and return the exit status."""
         options = parse_options(self.option)
-        tuned = sorted(options.keys() & set(_SEARCHED))
+        tuned = sorted(options.keys() & ({"lr"} if self.self_tuning else set(_SEARCHED)))
+        if tuned and self.self_tuning:
+            raise ArgumentError("lr is no option under the self-tuning ruleset: the method chooses its steps")
         if tuned:
-            raise ArgumentError(f"{', '.join(tuned)} is searched, not fixed; edit tuning_search_space.json instead")
-        method = registry.method(self.method, **options)
-        files = {
-            "submission.py": submission_source(self.method, options),
-            "tuning_search_space.json": json.dumps(search_space(method), indent=2) + "\n",
-        }
+            raise ArgumentError(f"{', '.join(tuned)} is searched, not fixed; edit {_SPACE} instead")
+        if self.self_tuning and (self.out / _SPACE).exists():
+            raise ArgumentError(f"{self.out} holds {_SPACE}, which AlgoPerf refuses under this ruleset; remove it")
+        if self.method not in registry.methods():
+            raise UnknownNameError("method", self.method, registry.methods())
+        files = {"submission.py": submission_source(self.method, options, self_tuning=self.self_tuning)}
+        if not self.self_tuning:
+            files[_SPACE] = json.dumps(search_space(registry.method(self.method, **options)), indent=2) + "\n"
         require_folder(self.out, *files)
         with writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             for name, text in files.items():
                 (self.out / name).write_text(text, encoding="utf-8")
-        say(console, f"{' and '.join(files)} lie in {self.out}")
+        say(console, f"{' and '.join(files)} {'lie' if len(files) > 1 else 'lies'} in {self.out}")
         return 0

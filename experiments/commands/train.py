@@ -20,7 +20,7 @@ from ..runs.records import RunFolder
 from ..runs.runs import Resume, default_folder, run_in_folder
 from ..runs.targets import require_folder, writing
 from ..runs.watched import Extras
-from .flags import Count, Number, Options, Place, ProblemFlags
+from .flags import Count, Number, Options, Place, ProblemFlags, Schedules
 from .screen import say
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class Common(ProblemFlags):
     """Damping. Default: the method's own."""
     weight_decay: Number = None
     """Weight decay. Default: the method's own."""
+    lr_schedule: Schedules = None
+    """How the learning rate declines over --epochs (without them, over --seconds): cosine or linear to zero, or
+    constant. Default: it does not change."""
+    lr_warm_up: float = 0.0
+    """Share of the run over which the learning rate rises linearly first."""
     batch_size: Count = None
     """Samples in a mini-batch. Default: the problem's own."""
     threads: Count = None
@@ -67,7 +72,8 @@ class Common(ProblemFlags):
     def configured(self, method: str, method_options: dict[str, Any]) -> RunConfig:
         """Return the configuration these flags describe."""
         numbers = {"lr": self.lr, "damping": self.damping, "weight_decay": self.weight_decay}
-        given = {"batch_size": self.batch_size, "warm_start": self.warm_start, "method_options": method_options}
+        given: dict[str, Any] = {"lr_schedule": self.lr_schedule, "lr_warm_up": self.lr_warm_up}
+        given |= {"batch_size": self.batch_size, "warm_start": self.warm_start, "method_options": method_options}
         return self.config(method, **numbers, **given)
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ...analysis.theorem import Plot, Verdict
+from .report_referee import seed_warnings
 from .study_records import StudyRecord
 from .tables import cell, numeric_columns
 from .theorem_figures import equation_pieces, equation_svg, plots_figure
@@ -32,7 +33,8 @@ def study_page(record: StudyRecord, tables: Mapping[str, pd.DataFrame], figures:
         figures: PNG files by name.
     """
     title = str(record.description.get("title") or record.name)
-    return _render("study.html", title=title, study=record, tables=tables, figures=figures)
+    warnings = seed_warnings(record)
+    return _render("study.html", title=title, study=record, tables=tables, figures=figures, warnings=warnings)
 
 
 def verify_page(verdicts: Sequence[Verdict], environment: Mapping[str, Any], setting: Mapping[str, Any]) -> str:

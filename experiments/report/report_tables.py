@@ -20,6 +20,7 @@ __all__ = [
     "CLOCKS",
     "ablation_table",
     "budget_table",
+    "costs_by_seed",
     "final_values",
     "measures",
     "overview_table",
@@ -27,6 +28,7 @@ __all__ = [
     "primary_measures",
     "profile_table",
     "profile_times",
+    "reference_arm",
     "runs_table",
     "scores_table",
 ]
@@ -172,7 +174,7 @@ def budget_table(record: StudyRecord) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
 
-def _costs(values: pd.DataFrame, problem: str, arm: str, measure: str) -> Values:
+def costs_by_seed(values: pd.DataFrame, problem: str, arm: str, measure: str) -> Values:
     """Of every seed, smaller is better."""
     mine = values[(values.problem == problem) & (values.arm == arm)]
     if measure not in mine:
@@ -182,11 +184,12 @@ def _costs(values: pd.DataFrame, problem: str, arm: str, measure: str) -> Values
     return {int(seed): float(cost) for seed, cost in zip(known.seed, costs, strict=True)}
 
 
-def _reference(record: StudyRecord, values: pd.DataFrame, problem: str, measure: str) -> str | None:
+def reference_arm(record: StudyRecord, values: pd.DataFrame, problem: str, measure: str) -> str | None:
     """The study's base, or else the arm with the best median."""
     if record.base is not None:
         return record.base
-    medians = {arm: summarise(list(_costs(values, problem, arm, measure).values()))["median"] for arm in record.arms}
+    costs = {arm: costs_by_seed(values, problem, arm, measure) for arm in record.arms}
+    medians = {arm: summarise(list(found.values()))["median"] for arm, found in costs.items()}
     known = {arm: median for arm, median in medians.items() if not math.isnan(median)}
     return min(known, key=known.__getitem__) if known else None
 
@@ -196,12 +199,12 @@ def pairs_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for problem in record.problems:
         for measure in primary_measures(record, problem):
-            reference = _reference(record, values, problem, measure)
+            reference = reference_arm(record, values, problem, measure)
             for arm in record.arms if reference is not None else ():
-                own = _costs(values, problem, arm, measure)
+                own = costs_by_seed(values, problem, arm, measure)
                 if arm == reference or not own:
                     continue
-                found = compare_pairs(own, _costs(values, problem, str(reference), measure))
+                found = compare_pairs(own, costs_by_seed(values, problem, str(reference), measure))
                 names = {"problem": problem, "measure": measure, "arm": arm, "reference": reference}
                 rows.append(names | found)
     columns = ["problem", "measure", "arm", "reference", "pairs", "wins", "ties", "losses", "ratio", "low", "high", "p"]
@@ -223,7 +226,7 @@ def ablation_table(record: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
         for measure in dict.fromkeys(m for problem in record.problems for m in primary_measures(record, problem)):
             base = str(record.base)
             both = {
-                problem: (_costs(values, problem, arm, measure), _costs(values, problem, base, measure))
+                problem: (costs_by_seed(values, problem, arm, measure), costs_by_seed(values, problem, base, measure))
                 for problem in record.problems
             }
             groups = {problem: [pair] for problem, pair in both.items() if pair[0].keys() & pair[1].keys()}

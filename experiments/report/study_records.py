@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class StudyRecord:
         courses: one row per evaluation: ``run`` and the numbers of ``metrics.jsonl``.
         layer_steps: one row per evaluation and layer: ``run``, ``epoch``, ``layer``, ``step``.
         gaps: sentences about what is missing, damaged or unfinished.
+        samples: training samples of every problem, where a run says how many.
     """
 
     name: str
@@ -57,6 +59,7 @@ class StudyRecord:
     courses: pd.DataFrame
     layer_steps: pd.DataFrame
     gaps: tuple[str, ...] = ()
+    samples: Mapping[str, int] = field(default_factory=dict)
     _by_run: dict[str, pd.DataFrame] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -127,10 +130,12 @@ def read_study(folder: Path) -> StudyRecord:
     rows: list[list[Any]] = []
     courses: list[dict[str, Any]] = []
     steps: list[list[tuple[str, float, str, float]]] = []
+    samples: dict[str, int] = {}
     for path in _run_folders(folder):
         name = path.relative_to(folder).as_posix()
         lines = _evaluations(path, name, gaps)
         rows.append(_run_row(path, name, lines, gaps))
+        _count_samples(path, str(rows[-1][1]), samples)
         courses.extend({"run": name} | _numbers(line) for line in lines)
         steps.extend(_layer_rows(name, line) for line in lines)
     if not rows and not description:
@@ -139,7 +144,8 @@ def read_study(folder: Path) -> StudyRecord:
     layers = pd.DataFrame([row for group in steps for row in group], columns=["run", "epoch", "layer", "step"])
     table = pd.DataFrame(courses) if courses else pd.DataFrame(columns=["run", "epoch", "iterations", "seconds"])
     gaps += _missing(description, runs)
-    return StudyRecord(description.get("name") or folder.resolve().name, description, runs, table, layers, tuple(gaps))
+    name = description.get("name") or folder.resolve().name
+    return StudyRecord(name, description, runs, table, layers, tuple(gaps), samples)
 
 
 def side_by_side(studies: Sequence[StudyRecord]) -> StudyRecord:
@@ -176,6 +182,7 @@ def side_by_side(studies: Sequence[StudyRecord]) -> StudyRecord:
         pd.concat([_renamed(study.courses, name, "run") for name, study in named.items()], ignore_index=True),
         pd.concat([_renamed(study.layer_steps, name, "run") for name, study in named.items()], ignore_index=True),
         tuple(f"{name}: {gap}" for name, study in named.items() for gap in study.gaps),
+        {problem: count for study in studies for problem, count in study.samples.items()},
     )
 
 
@@ -311,6 +318,14 @@ def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: li
         reason,
         trial.get("settings") or {key: config[key] for key in ("lr", "damping") if config.get(key) is not None},
     ]
+
+
+def _count_samples(path: Path, problem: str, samples: dict[str, int]) -> None:
+    """Note how many training samples a run had, if it says so; damage is told elsewhere."""
+    with suppress(OSError, ValueError):
+        count = _json_object(path / "config.json").get("training_samples")
+        if isinstance(count, int) and not isinstance(count, bool):
+            samples[problem] = max(count, samples.get(problem, 0))
 
 
 def _seed(config: Mapping[str, Any], number: int) -> int:

@@ -31,6 +31,7 @@ from .training import BoundedShare, measure, prepare
 __all__ = ["Comparison", "Curve", "compare", "comparison_table", "load_comparison", "method_configs"]
 
 EVALUATION_SHARE = 0.4
+_OWN = ("lr", "damping", "weight_decay", "lr_schedule", "lr_warm_up")
 POINTS_WITHIN_EPOCHS = 24
 MOST_POINTS = 60
 
@@ -105,7 +106,7 @@ def method_configs(common: RunConfig, methods: Sequence[str], options: Mapping[s
     configs = []
     for method in methods:
         own = {key.partition(".")[2]: options[key] for key, (owner, _, _) in split.items() if owner == method}
-        numbers = {name: own.pop(name) for name in ("lr", "damping", "weight_decay") if name in own}
+        numbers = {name: own.pop(name) for name in _OWN if name in own}
         configs.append(dataclasses.replace(common, method=method, method_options=shared | own, **numbers))
     return configs
 
@@ -136,7 +137,7 @@ def compare(
     device = choose_device(configs[0].device)
     data = move_data(problem.load(data_dir), device)
     checksum = data_checksum(data)
-    descriptions = [describe_run(config, prepare(config, problem, data), checksum) for config in configs]
+    descriptions = [describe_run(config, prepare(config, problem, data, budget), checksum) for config in configs]
     comparison = Comparison(
         problem.name, budget, describe_environment(device), floor=problem.floor, landmarks=dict(problem.landmarks)
     )
@@ -214,7 +215,7 @@ def _run(
     interrupted: Callable[[], bool],
 ) -> Curve:
     curve = Curve(config.method, description, [])
-    run = prepare(config, *material)
+    run = prepare(config, *material, budget)
     seconds = budget.seconds
     between = (math.inf, 0.0) if seconds is None else (seconds / POINTS_WITHIN_EPOCHS, seconds / MOST_POINTS)
     schedule = BoundedShare(EVALUATION_SHARE, *between)

@@ -11,11 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ... import registry
-from ...errors import ArgumentError
+from ...errors import ArgumentError, UnknownNameError
 from ...framework.methods.expressions import with_parts
 from ...framework.methods.method import Method
+from ..rivals.catalogue import runnable
+from ..rivals.rival import Rival
 
-__all__ = ["Budget", "RunConfig", "WarmStart", "differences", "parse_options"]
+__all__ = ["SCHEDULES", "Budget", "RunConfig", "WarmStart", "differences", "parse_options"]
+
+SCHEDULES = ("cosine", "linear", "constant")
+"""How a learning rate may change over a run, see :mod:`.schedules`."""
 
 _NUMBERS = ("lr", "damping", "weight_decay")
 _RESERVED = {
@@ -43,7 +48,7 @@ class RunConfig:
 
     Args:
         problem: registered problem.
-        method: registered method.
+        method: registered method, or a rival.
         lr: learning rate; None is the method's default.
         damping: damping; None is the method's default.
         weight_decay: weight decay; None is the method's default.
@@ -54,9 +59,12 @@ class RunConfig:
         problem_options: further keywords of the problem.
         method_options: further keywords of the method.
         parts: parts of the method exchanged for others, see :func:`osculate.framework.methods.expressions.with_parts`.
+        lr_schedule: how the learning rate declines over the run's budget: ``cosine`` or ``linear`` to zero, or
+            ``constant``; None leaves it alone.
+        lr_warm_up: share of the budget over which the learning rate rises linearly first, in [0, 1).
 
     Raises:
-        ArgumentError: ``batch_size`` or ``seed`` is out of range.
+        ArgumentError: ``batch_size``, ``seed`` or ``lr_warm_up`` is out of range, or there is no such schedule.
     """
 
     problem: str
@@ -71,12 +79,18 @@ class RunConfig:
     problem_options: Mapping[str, Any] = field(default_factory=dict)
     method_options: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Any] = field(default_factory=dict)
+    lr_schedule: str | None = None
+    lr_warm_up: float = 0.0
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
             raise ArgumentError(f"batch_size must be >= 1, got {self.batch_size}; leave it out for the problem's own")
         if not 0 <= self.seed <= _LARGEST_SEED:
             raise ArgumentError(f"seed must be >= 0 and at most {_LARGEST_SEED}, got {self.seed}")
+        if self.lr_schedule is not None and self.lr_schedule not in SCHEDULES:
+            raise UnknownNameError("lr_schedule", str(self.lr_schedule), SCHEDULES)
+        if not _is_number(self.lr_warm_up, int | float) or not 0 <= self.lr_warm_up < 1:
+            raise ArgumentError(f"lr_warm_up is a share of the budget in [0, 1), got {self.lr_warm_up!r}")
 
     def suited_to(self, settings: Mapping[str, Mapping[str, float]]) -> RunConfig:
         """Return the configuration with a problem's own numbers for this method, where the run gives none.
@@ -108,10 +122,11 @@ class RunConfig:
         return given | dict(self.method_options)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for a JSON file; ``parts`` only where there are any."""
+        """Return plain values for a JSON file; ``parts`` and what changes the learning rate only where there is any."""
         plain = dataclasses.asdict(self)
-        if not self.parts:
-            del plain["parts"]
+        for name in ("parts", "lr_schedule", "lr_warm_up"):
+            if not plain[name]:
+                del plain[name]
         return plain | {"warm_start": self.warm_start.value}
 
     def composed(self) -> tuple[str | Method, dict[str, Any]]:
@@ -120,7 +135,14 @@ class RunConfig:
         Raises:
             ArgumentError: an option or a part is unknown or out of range, or the parts do not fit together.
         """
-        arguments = self.method_arguments()
+        arguments, entries = self.method_arguments(), runnable()
+        if self.method not in entries:
+            raise UnknownNameError("method", self.method, entries)
+        if self.parts and isinstance(entries[self.method], Rival):
+            raise ArgumentError(
+                f"{self.method!r} is the optimizer of another package: it has no part {', '.join(self.parts)} to "
+                f"exchange; its options: {', '.join(entries[self.method].options)}"
+            )
         if not self.parts:
             return self.method, arguments
         numbers = {name: arguments.pop(name) for name in _NUMBERS if name in arguments}

@@ -20,6 +20,10 @@ from .training_run import TrainingRun
 __all__ = ["copy_of", "probes", "reopen", "saved_config"]
 
 
+_OPTIONAL = ("parts", "lr_schedule", "lr_warm_up")
+"""Fields that a configuration has only where they were given."""
+
+
 def saved_config(folder: RunFolder, device: str | None = None) -> RunConfig:
     """The configuration of the run in a folder.
 
@@ -34,11 +38,11 @@ def saved_config(folder: RunFolder, device: str | None = None) -> RunConfig:
         raise ArgumentError(f"{str(folder.path)!r} holds no run; name a folder that 'osculate train' wrote")
     saved = folder.read_config()
     try:
-        given = {entry.name: saved[entry.name] for entry in fields(RunConfig) if entry.name != "parts"}
+        given = {entry.name: saved[entry.name] for entry in fields(RunConfig) if entry.name not in _OPTIONAL}
         given["device"] = device or saved["device"]
         given["warm_start"] = WarmStart(saved["warm_start"])
         given["method_options"] = {name: _number(value) for name, value in saved["method_options"].items()}
-        return RunConfig(**given, parts=saved.get("parts", {}))
+        return RunConfig(**given, **{name: saved[name] for name in _OPTIONAL if name in saved})
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ArgumentError(f"{folder.path} holds no complete configuration of a run ({error})") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from ... import registry
 from ...analysis.monitors.readings import WatchCertificate
 from ...errors import ArgumentError, NumericalError
 from ..problems import get_problem
+from ..rivals.catalogue import runnable
+from ..rivals.rival import Rival
 from .batches import data_checksum
 from .config import Budget, RunConfig, differences
 from .environment import describe_environment
@@ -72,7 +74,7 @@ def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str
         run: as prepared from it, with the problem's own numbers where the configuration left them open.
         checksum: of its data, see ``data_checksum``.
     """
-    entry, config = registry.methods()[config.method], run.config
+    entry, config = runnable()[config.method], run.config
     defaults: dict[str, Any] = entry.defaults | entry.options
     given = config.method_arguments()
     numbers = {name: given.get(name, defaults.get(name)) for name in ("lr", "damping", "weight_decay")}
@@ -80,6 +82,10 @@ def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str
     options = {name: _written(value) for name, value in (defaults | given).items() if name not in numbers}
     described = config.as_dict() | numbers
     described |= {"batch_size": run.order.batch_size, "method_options": options, "warm_start": warm}
+    if isinstance(entry, Rival):
+        described |= {"library": entry.library}
+    if run.schedule is not None:
+        described |= {"lr_over": dataclasses.asdict(run.schedule.budget)}
     described |= {"training_samples": run.order.samples, "data_checksum": checksum}
     if run.data.origin:
         described["data_origin"] = dict(run.data.origin)
@@ -116,7 +122,9 @@ def run_in_folder(
         raise ArgumentError(f"{folder.path} holds no checkpoint to continue; use --resume auto to start")
     problem = get_problem(config.problem, **config.problem_options)
     data = problem.load(data_dir)
-    run = prepare(config, problem, data)
+    run = prepare(config, problem, data, budget)
+    if extras.watch_every is not None:
+        _ = run.composed  # nothing of a rival could be watched
     described = describe_run(config, run, data_checksum(data))
     if "test_set" in described:
         console.print(f"test loss and accuracy are those of the {data.test_set}", highlight=False, soft_wrap=True)

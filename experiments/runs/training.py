@@ -16,6 +16,9 @@ from ... import build
 from ...errors import NumericalError, require_positive_integer
 from ...framework.optimizer.second_order import SecondOrder
 from ..problems import Data, Problem
+from ..rivals.catalogue import runnable
+from ..rivals.foreign import ForeignOptimizer
+from ..rivals.rival import Rival
 from .batches import move_data
 from .config import Budget, RunConfig
 from .environment import choose_device
@@ -78,13 +81,14 @@ class BoundedShare:
         return wanted and cost <= self.share * seconds
 
 
-def prepare(config: RunConfig, problem: Problem, data: Data) -> TrainingRun:
+def prepare(config: RunConfig, problem: Problem, data: Data, budget: Budget | None = None) -> TrainingRun:
     """Build model and optimizer, and move everything to the device.
 
     Args:
         config: what is run; numbers it leaves open are the problem's for this method, else the method's defaults.
         problem: the problem that ``config`` names.
         data: its data.
+        budget: of the run, for learning rates that change over it.
 
     Raises:
         ArgumentError: a number is out of range, the method is unknown, or there is no such device.
@@ -94,10 +98,10 @@ def prepare(config: RunConfig, problem: Problem, data: Data) -> TrainingRun:
     model: Any = problem.build_model(config.seed).to(device)
     if data.context:
         model.set_context(*data.context)
-    return TrainingRun(config, problem, data, model, optimizer_for(config, problem, model))
+    return TrainingRun(config, problem, data, model, optimizer_for(config, problem, model), budget)
 
 
-def optimizer_for(config: RunConfig, problem: Problem, model: nn.Module) -> SecondOrder:
+def optimizer_for(config: RunConfig, problem: Problem, model: nn.Module) -> SecondOrder | ForeignOptimizer:
     """Build the optimizer of a run, with the problem's likelihood and without decay where the problem wants none.
 
     Args:
@@ -106,9 +110,13 @@ def optimizer_for(config: RunConfig, problem: Problem, model: nn.Module) -> Seco
         model: its network.
 
     Raises:
-        ArgumentError: a number is out of range, a name is unknown, or parts do not fit together or to the network.
+        ArgumentError: a number is out of range, a name is unknown, or parts do not fit together or to the network;
+            a rival's package is not installed.
     """
     method, arguments = config.composed()
+    entry = runnable()[method] if isinstance(method, str) else None
+    if isinstance(entry, Rival):
+        return ForeignOptimizer(entry, model, arguments, problem.undecayed)
     groups = [{"params": list(problem.undecayed), "weight_decay": 0.0}] if problem.undecayed else None
     return build(method, model, likelihood=problem.likelihood, seed=config.seed, groups=groups, **arguments)
 

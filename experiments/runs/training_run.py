@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import ArgumentError
 from ...framework.optimizer.second_order import SecondOrder
 from ...stepsize.constant import ConstantStep
 from ..problems import Data, Problem
+from ..rivals.foreign import ForeignOptimizer, evaluated
 from .batches import BatchOrder, augmentation_generator
-from .config import RunConfig, WarmStart
+from .config import Budget, RunConfig, WarmStart
 from .environment import peak_memory_bytes, reset_peak_memory
 from .evaluation import Metrics, score
+from .schedules import schedule_of
 
 __all__ = ["Stopwatch", "TrainingRun", "closure_of"]
 
@@ -57,7 +60,7 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
 
 
-def closure_of(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Callable[[], Any]:
+def closure_of(optimizer: torch.optim.Optimizer | ForeignOptimizer, loss: Callable[[], Tensor]) -> Callable[[], Any]:
     """Return what an optimizer's step evaluates: the loss, and its gradients in place of the old ones."""
 
     def closure() -> Tensor:
@@ -78,10 +81,17 @@ class TrainingRun:
         data: training and test samples, on the run's device.
         model: on the run's device.
         optimizer: of the model's parameters.
+        budget: of the run, for learning rates that change over it; ``None``: they stand still.
     """
 
     def __init__(
-        self, config: RunConfig, problem: Problem, data: Data, model: nn.Module, optimizer: SecondOrder
+        self,
+        config: RunConfig,
+        problem: Problem,
+        data: Data,
+        model: nn.Module,
+        optimizer: SecondOrder | ForeignOptimizer,
+        budget: Budget | None = None,
     ) -> None:
         self.config = config
         self.problem = problem
@@ -91,6 +101,8 @@ class TrainingRun:
         self.device = data.train_inputs.device
         samples = len(data.train_inputs)
         self.order = BatchOrder(samples, config.batch_size or problem.batch_size or samples, config.seed, self.device)
+        self.schedule = schedule_of(config, budget, self.order.batches_per_epoch)
+        self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.clock = Stopwatch(self.device)
         self.iterations = 0
         self.warm_start_seconds = 0.0
@@ -100,6 +112,20 @@ class TrainingRun:
         self._events: dict[str, Tensor | int] = {}
         torch.manual_seed(config.seed)
         reset_peak_memory(self.device)
+
+    @property
+    def composed(self) -> SecondOrder:
+        """The optimizer, of a method that is composed of parts.
+
+        Raises:
+            ArgumentError: it is another package's, of which nothing can be examined.
+        """
+        if not isinstance(self.optimizer, SecondOrder):
+            raise ArgumentError(
+                f"{self.config.method!r} is the optimizer of the package {self.optimizer.rival.distribution}: it has "
+                "no parts and records nothing that could be examined; take a method of osculate's own"
+            )
+        return self.optimizer
 
     @property
     def epoch(self) -> float:
@@ -120,11 +146,12 @@ class TrainingRun:
         """
         if self.config.warm_start is WarmStart.NONE or not self.optimizer.has_warm_start:
             return
+        optimizer = self.composed
         self.clock.start()
         passes = self._warm_start_passes(halted)
         first = next(passes, None)
         if first is not None:  # a warm start without a single mini-batch is an error, a run that is out of time is not
-            self.optimizer.warm_start(itertools.chain([first], passes))
+            optimizer.warm_start(itertools.chain([first], passes))
         self.clock.pause()
         self.warm_start_seconds = self.clock.seconds
 
@@ -146,6 +173,10 @@ class TrainingRun:
         if self.problem.augmentation is not None:
             generator = augmentation_generator(self.config.seed, self.iterations)
             inputs = self.problem.augmentation(inputs, generator)
+        if self.schedule is not None:
+            factor = self.schedule.factor(self.iterations, self.clock.seconds)
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = factor * rate
         loss = self.optimizer.step(closure_of(self.optimizer, lambda: self.problem.loss(self.model(inputs), targets)))
         self.iterations += 1
         self.last_loss = None if loss is None else loss.detach()
@@ -157,12 +188,12 @@ class TrainingRun:
     def evaluate(self) -> Metrics:
         """Pause the clock and return the metrics at this point."""
         self.clock.pause()
-        data, penalty = self.data, float(self.optimizer.penalty())
-        train_loss, _ = score(self.model, self.problem, data.train_inputs, data.train_targets)
-        test_loss, test_accuracy = score(self.model, self.problem, data.test_inputs, data.test_targets)
-        valid_loss, valid_accuracy = None, None
-        if data.valid_inputs is not None and data.valid_targets is not None:
-            valid_loss, valid_accuracy = score(self.model, self.problem, data.valid_inputs, data.valid_targets)
+        data, valid_loss, valid_accuracy = self.data, None, None
+        with evaluated(self.optimizer, self.model, self._inputs) as (model, penalty):
+            train_loss, _ = score(model, self.problem, data.train_inputs, data.train_targets)
+            test_loss, test_accuracy = score(model, self.problem, data.test_inputs, data.test_targets)
+            if data.valid_inputs is not None and data.valid_targets is not None:
+                valid_loss, valid_accuracy = score(model, self.problem, data.valid_inputs, data.valid_targets)
         events = {name: int(count) for name, count in sorted(self._events.items()) if int(count)}
         self._events.clear()
         return Metrics(
@@ -183,10 +214,14 @@ class TrainingRun:
             layer_steps=self._layer_steps(),
         )
 
+    def _inputs(self) -> Iterator[Tensor]:
+        """Mini-batches of the training inputs as they lie."""
+        return iter(torch.split(self.data.train_inputs, self.order.batch_size))
+
     def _layer_steps(self) -> dict[str, float]:
         """Step sizes of the last step, fetched at once; empty where all layers share the learning rate."""
         sizes = self.optimizer.last_report.step_sizes
-        if isinstance(self.optimizer.method.step_size, ConstantStep) or not sizes:
+        if not sizes or isinstance(self.composed.method.step_size, ConstantStep):
             return {}
         joined = torch.stack(
             [torch.as_tensor(size, dtype=torch.float64, device=self.device) for size in sizes.values()]

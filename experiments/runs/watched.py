@@ -64,7 +64,7 @@ def watched(
             stack.callback(board.close)
         if extras.watch_every is not None:
             sinks: list[Sink] = [JsonLines(folder.monitors_file), *([board] if board is not None else [])]
-            watching = stack.enter_context(watch(run.optimizer, sinks=sinks, every=extras.watch_every))
+            watching = stack.enter_context(watch(run.composed, sinks=sinks, every=extras.watch_every))
 
         def measured(metrics: Metrics) -> None:
             if board is None:

@@ -13,13 +13,15 @@ from ...errors import ArgumentError, OsculateError, UnknownNameError
 from ...framework.methods.expressions import is_part_text, places, with_parts
 from ...framework.methods.method import Method
 from ..problems import Data, Problem, get_problem
+from ..rivals.catalogue import runnable
+from ..rivals.rival import Rival
 from ..runs.environment import choose_device
 from ..runs.training import optimizer_for
 from .definition import METRICS, Arm, Study, StudyProblem
 
 __all__ = ["checked"]
 
-_OTHER = ("lr", "damping", "weight_decay", "batch_size", "warm_start")
+_OTHER = ("lr", "damping", "weight_decay", "batch_size", "warm_start", "lr_schedule", "lr_warm_up")
 
 
 def checked(study: Study, data_dir: Path | None, load: bool = True) -> Study:
@@ -57,10 +59,16 @@ def checked(study: Study, data_dir: Path | None, load: bool = True) -> Study:
 
 def _check_names(arm: Arm) -> None:
     """Every setting is a number of the optimizer, an option of the method, or a place in it."""
-    entries = registry.methods()
+    entries = runnable()
     if arm.method not in entries:
         raise UnknownNameError("method", arm.method, entries)
-    options = entries[arm.method].options
+    entry = entries[arm.method]
+    options = entry.options
+    if isinstance(entry, Rival):
+        for name in {**arm.settings, **dict.fromkeys(arm.space)}:
+            if name not in _OTHER and name not in options:
+                raise UnknownNameError(f"setting of {arm.method!r}:", name, [*_OTHER, *options])
+        return
     for name, value in {**arm.settings, **dict.fromkeys(arm.space)}.items():
         if name in _OTHER and not is_part_text(value):
             continue
@@ -88,6 +96,10 @@ def _check_points(study: Study, arm: Arm, problem: StudyProblem) -> None:
     """The numbers of every point are in the range of every part."""
     for point in study.points(arm) or [{}]:
         method, arguments = arm.config(problem, point, study.seeds[0], study.device).composed()
+        entry = runnable()[method] if isinstance(method, str) else None
+        if isinstance(entry, Rival):
+            entry.check_values(arguments)
+            continue
         if isinstance(method, str):
             numbers = {name: arguments.pop(name) for name in _OTHER[:3] if name in arguments}
             method, arguments = registry.method(method, **arguments), numbers

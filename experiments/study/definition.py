@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ... import registry
 from ...errors import ArgumentError, UnknownNameError, require_positive_integer
 from ...framework.methods.expressions import is_part_text
+from ..rivals.catalogue import runnable
 from ..runs.config import Budget, RunConfig, WarmStart
 from .spaces import SAMPLERS, Range, grid_size, points
 
@@ -102,8 +102,9 @@ class Arm:
     Args:
         label: its name in tables, and its folder's.
         method: registered method.
-        settings: ``lr``, ``damping``, ``weight_decay``, ``batch_size``, ``warm_start``; options of the method; parts by
-            place (a value with a capital letter first is a part, see :mod:`osculate.framework.methods.expressions`).
+        settings: ``lr``, ``lr_schedule``, ``lr_warm_up``, ``damping``, ``weight_decay``, ``batch_size``,
+            ``warm_start``; options of the method; parts by place (a value with a capital letter first is a part, see
+            :mod:`osculate.framework.methods.expressions`).
         space: ranges of settings that are tuned; none: the arm goes straight to the final seeds.
         varied: in an ablation, which part was changed against the base and to what.
         source: file and line where it is written, for messages.
@@ -135,7 +136,7 @@ class Arm:
             UnknownNameError: the method is unknown.
             ArgumentError: a value is of the wrong kind.
         """
-        entries = registry.methods()
+        entries = runnable()
         if self.method not in entries:
             raise UnknownNameError("method", self.method, entries)
         options = entries[self.method].options
@@ -145,7 +146,7 @@ class Arm:
         for name, value in {**self.settings, **point}.items():
             if is_part_text(value):
                 parts[name] = value
-            elif name in _NUMBERS or name == "batch_size":
+            elif name in _NUMBERS or name in ("batch_size", "lr_schedule", "lr_warm_up"):
                 fields[name] = value
             elif name == "warm_start":
                 fields[name] = _warm_start(value)

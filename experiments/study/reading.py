@@ -28,6 +28,11 @@ space = { lr = { log = [0.01, 1.0] }, damping = { grid = [0.1, 0.3] } }
 extends = "kbfgs"                                   # method, settings and space of another arm
 method = "kbfgs-l"
 
+[arms.adamw]                                        # lr_schedule: "cosine", "linear" or "constant" over the whole run,
+method = "adamw"                                    # after a warm-up of a share of it; optimizers of other packages are
+lr_schedule = "cosine"                              # methods too ("prodigy", "dog", ...: 'osculate methods' lists them)
+lr_warm_up = 0.05
+
 [base]                                              # instead of, or beside arms: one base, of which ...
 method = "kfac"
 [vary]                                              # ... one part is changed at a time,

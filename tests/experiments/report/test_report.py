@@ -332,7 +332,7 @@ def balanced(text: str) -> bool:
 def test_latex_is_escaped_and_balanced(out: Path) -> None:
     text = (out / "tables.tex").read_text()
     assert balanced(text)
-    assert text.count(r"\bottomrule") == text.count(r"\begin{longtable}") == 4
+    assert text.count(r"\bottomrule") == text.count(r"\begin{longtable}") == 7
     assert r"joint\_kfac \& co" in text and r"T2 100\%" in text and r"$\infty$" in text
     assert not re.search(r"[^\\][&_%#]\w", re.sub(r" & |\\label\{[^}]*\}|%\n", "  ", text.split("midrule", 1)[1]))
 
