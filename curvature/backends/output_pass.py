@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ...errors import ArgumentError
 from ..layers.layer import Layer
 from ..likelihoods import Likelihood
 from ..loss_curvature import LossPoint
@@ -145,6 +146,7 @@ class OutputPass:
     ):
         self.waiting, self.likelihood, self.head, self.arrange = waiting, likelihood, head, arrange
         self.output = output.detach()
+        self.version = self.output._version
         self.value = self.output if arrange is None else arrange(self.output)
         self.place = output.output_nr
         self.point: LossPoint | None = None
@@ -159,7 +161,16 @@ class OutputPass:
             gradient: of the user's loss at the output; several backwards through one forward add up.
             reader: of the weights.
             discards: how often the user has cleared gradients; what came before the last time is gone.
+
+        Raises:
+            ArgumentError: if the output is not what it was, or as :meth:`.LossReader.fitted`.
         """
+        if self.output._version != self.version:
+            raise ArgumentError(
+                "the model's output was changed in place after the model had returned it (logits.div_(temperature), "
+                "logits[mask] = ...), so its distribution is not known any more; write logits = logits / temperature, "
+                "logits.masked_fill(mask, value), or let the model return what it is changed to"
+            )
         gone = discards != self._discards or all(leaf.grad is None for leaf in self.waiting.leaves)
         if self._gradient is not None and not gone:
             gradient = self._gradient + gradient

@@ -12,7 +12,8 @@ from ...errors import ArgumentError, LossWarning
 __all__ = ["require_right_loss", "warn_of_loss"]
 
 _ASSUMED = (
-    "The curvature is that of weight 1 for every sample (the loss a mean over samples, summed over everything else)"
+    "The curvature is that of weight 1 for every sample (the loss a mean over samples, summed over everything else); "
+    "likelihood='from-loss' measures any other in optimizer.step(closure)"
 )
 
 

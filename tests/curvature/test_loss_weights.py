@@ -244,6 +244,18 @@ def test_the_weight_of_a_squared_error_can_be_said(backend: str) -> None:
         Gaussian(weight=0.0)
 
 
+def test_an_output_that_is_changed_in_place_is_refused() -> None:
+    """By dividing in place the loss hides that it reads another distribution; dividing otherwise is seen, and said."""
+    model = net()
+    optimizer = osc.build("kfac", model, likelihood="categorical", damping=0.1)
+    with pytest.raises(osc.ArgumentError, match="changed in place"):
+        F.cross_entropy(model(X).div_(3.0), LABELS).backward()
+    optimizer.zero_grad()
+    F.cross_entropy(model(X) / 3.0, LABELS).backward()
+    with pytest.warns(osc.LossWarning, match="from-loss"):
+        optimizer.step()
+
+
 def test_a_loss_that_is_not_made_of_the_output_is_named() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
