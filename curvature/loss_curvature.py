@@ -290,10 +290,7 @@ def differentiate(points: Sequence[LossPoint], losses: Sequence[Tensor], vectors
     except RuntimeError as error:
         if all(point.only_diagonal for point in points):
             return
-        raise ArgumentError(
-            f"the loss cannot be differentiated twice in the model's output ({str(error).partition('. ')[0]}); say "
-            "likelihood='categorical', 'bernoulli' or 'gaussian'"
-        ) from error
+        raise _not_twice(error) from error
     for number, (point, slope) in enumerate(zip(points, slopes, strict=True)):
         if slope is None:
             continue
@@ -305,7 +302,18 @@ def differentiate(points: Sequence[LossPoint], losses: Sequence[Tensor], vectors
                 "the loss couples several outputs (heads, or passes of the model), so its second derivative is not "
                 "that of each by itself; return them as one tensor, or name likelihoods"
             )
-        point.differentiate(slope)
+        try:
+            point.differentiate(slope)
+        except RuntimeError as error:
+            if not point.only_diagonal:
+                raise _not_twice(error) from error
+
+
+def _not_twice(error: RuntimeError) -> ArgumentError:
+    return ArgumentError(
+        f"the loss cannot be differentiated twice in the model's output ({str(error).partition('. ')[0]}); say "
+        "likelihood='categorical', 'bernoulli' or 'gaussian'"
+    )
 
 
 def _are_apart(slope: Tensor, others: Sequence[GradientEdge]) -> bool:

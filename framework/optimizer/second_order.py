@@ -526,6 +526,11 @@ class SecondOrder(Session):
         self._require_same_model()
         if self.capture.pauses.depth:
             raise ArgumentError("step() inside optimizer.paused() would see no statistics; leave the context before it")
+        if torch.is_autocast_enabled(self.device.type) and any(block.asked.anything for block in self.blocks):
+            raise ArgumentError(
+                "step() inside torch.autocast would compute the curvature in low precision; call it outside of the "
+                "context, and enter that in the closure, around the model and the loss"
+            )
         if closure is None or not callable(closure):
             require_closure(closure, self.needs_closure)
         self._check_values()

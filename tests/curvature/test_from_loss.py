@@ -171,6 +171,14 @@ def test_losses_without_curvature_per_sample_are_refused(loss: Loss, words: str)
     assert torch.equal(model[0].weight, before)
 
 
+def test_a_loss_with_one_derivative_only_is_refused() -> None:
+    model = net()
+    before = model[0].weight.detach().clone()
+    with pytest.raises(osc.ArgumentError, match="differentiated twice"):
+        collected(model, X, lambda o: F.multi_margin_loss(o, LABELS))
+    assert torch.equal(model[0].weight, before)
+
+
 def test_concave_parts_are_left_out_with_a_word() -> None:
     model = net()
     with pytest.warns(UserWarning, match="not convex"):

@@ -364,3 +364,24 @@ def test_gradients_that_are_never_cleared_are_seen() -> None:
     with pytest.raises(osc.ArgumentError, match="does not explain"):
         optimizer.step()
     assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("name", ["kfac", "kbfgs", "joint-kfac"])
+def test_a_step_inside_autocast_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(6, 3)
+    optimizer = osc.build(name, model, likelihood="categorical")
+    before = model[0].weight.detach().clone()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x).float(), torch.arange(6) % 2)
+        loss.backward()
+        return loss
+
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(osc.ArgumentError, match="inside torch\\.autocast"):
+        optimizer.step(closure)
+    assert torch.equal(model[0].weight, before)
+    optimizer.step(closure)
+    assert not torch.equal(model[0].weight, before)
