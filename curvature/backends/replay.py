@@ -276,8 +276,12 @@ class ReplayBackend(Backend):
             return False
         likelihood, gradient = entry.likelihood, entry.told if entry.gradient is None else entry.gradient
         curvatures = {head: point.curvature for head, point in entry.points.items()}
-        if gradient is not None and self.inverse_scale is not None:
-            gradient = gradient * self.inverse_scale
+        if self.inverse_scale is not None:
+            gradient = None if gradient is None else gradient * self.inverse_scale
+            curvatures = {
+                head: None if found is None else replace(found, blocks=found.blocks * self.inverse_scale)
+                for head, found in curvatures.items()
+            }
         if isinstance(likelihood, JointLikelihood):
             entry.likelihood, weighted = self._fit_heads(likelihood, entry.output, gradient, samples, curvatures)
         else:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from osculate.curvature import Gaussian
+from osculate.curvature.loss_curvature import LossShape
 from osculate.framework.optimizer.observers import Observer
 from torch import Tensor, nn
 
@@ -314,12 +315,17 @@ def _tensors(value: object) -> list[Tensor]:
     return []
 
 
-def test_a_loss_that_is_scaled_keeps_its_curvature() -> None:
-    for likelihood, loss in (("from-loss", LOSSES["mahalanobis"]), ("categorical", CATEGORICAL["class weights"])):
+@pytest.mark.parametrize("backend", ["hooks", "func"])
+def test_a_loss_that_is_scaled_keeps_its_curvature(backend: str) -> None:
+    for likelihood, loss in (
+        ("gaussian", LOSSES["mse"]),
+        ("from-loss", LOSSES["mahalanobis"]),
+        ("categorical", CATEGORICAL["class weights"]),
+    ):
         model = net()
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         method = osc.Method(osc.Dense(), osc.ExactGGN(), defaults={"lr": 0.0, "damping": 0.1})
-        optimizer = osc.build(method, model, likelihood=likelihood, grad_scaler=scaler)
+        optimizer = osc.build(method, model, likelihood=likelihood, grad_scaler=scaler, backend=backend)
         look = Look(optimizer, "0")
 
         def closure(model=model, loss=loss, optimizer=optimizer, scaler=scaler) -> Tensor:
@@ -355,3 +361,12 @@ def test_time_major_outputs_are_read_where_they_are() -> None:
         equal(osc.ExactGGN().fill(optimizer.collect()["line"]).matrix(), expected)
         optimizer.close()
     assert tokens(model(SEQUENCES)).shape == (5, 7)
+
+
+def test_a_loss_without_curvature_at_first_is_looked_at_again() -> None:
+    """Zeros have every structure: a structure is known once there is curvature, however late that is."""
+    shape, like = LossShape(), X[:, :3]
+    for _ in range(5):
+        shape.measure(torch.zeros_like, like, only_diagonal=False)
+    found = shape.measure(lambda vector: vector @ MIX, like, only_diagonal=False)
+    torch.testing.assert_close(found.blocks, MIX.expand(16, 1, 3, 3))
