@@ -301,11 +301,17 @@ def _quintic(value: Tensor, coefficients: tuple[float, float, float], iterations
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices faster than float32, instead of imitating them."""
-    if device.type != "cuda":
+    """Whether a device multiplies bfloat16 matrices faster than float32, instead of imitating them.
+
+    A processor has such units where it names them and torch's oneDNN, which uses them, was built in.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    with torch.cuda.device(device):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    named = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch before 2.10: unknown
+    return bool(named.get("avx512_bf16") or named.get("amx_bf16"))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ BOUNDS: dict[str, tuple[tuple[int, int, int, int] | None, tuple[int, int, int, i
     "mbf": ((51, 52, 1, 0), (89, 52, 2, 0)),
     "kfac": ((59, 74, 1, 0), (133, 74, 2, 0)),
     "lw-sgdm": ((120, 74, 2, 0), None),
-    "muon": ((109, 52, 1, 0), None),
+    "muon": ((117, 52, 1, 0), None),  # 109 and the casts to bfloat16 where there are units for it
     "joint-kfac": ((159, 74, 2, 0), (233, 74, 3, 0)),
     "kbfgs": ((249, 123, 2, 0), None),
     "kbfgs-l": ((306, 123, 2, 0), None),

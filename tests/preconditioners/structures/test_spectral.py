@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from measuring import close, generator_of
 from osculate.curvature import discover_layers
 from osculate.experiments.runs.launches import counting
-from osculate.preconditioners.linalg import newton_schulz, newton_schulz_of_many
+from osculate.preconditioners.linalg import has_bfloat16_units, newton_schulz, newton_schulz_of_many
 from osculate.preconditioners.structures import spectral
 from torch import nn
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
@@ -124,10 +124,31 @@ def test_the_precision_is_chosen_by_the_device(monkeypatch: pytest.MonkeyPatch) 
     """bfloat16 for float32 parameters where there are units for it; a given type is heeded; the state shows it."""
     (layer,) = discover_layers(nn.Linear(2, 3))
     weight = layer.parameters["weight"]
-    assert osc.Spectral().init(layer, (weight,)).dtype is None
     assert osc.Spectral(dtype=torch.bfloat16).init(layer, (weight,)).dtype == torch.bfloat16
+    monkeypatch.setattr(spectral, "has_bfloat16_units", lambda device: False)
+    assert osc.Spectral().init(layer, (weight,)).dtype is None
     monkeypatch.setattr(spectral, "has_bfloat16_units", lambda device: True)
     state = osc.Spectral().init(layer, (weight,))
     assert state.dtype == torch.bfloat16 and "bfloat16" in repr(state)
     assert osc.Spectral(dtype=torch.float32).init(layer, (weight,)).dtype == torch.float32
     assert osc.Spectral().init(layer, (weight.double(),)).dtype is None
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "built", "units"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, True, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True, True),
+        ({"avx512_bf16": False, "amx_bf16": False}, True, False),
+        ({"avx2": True}, True, False),
+        ({"avx512_bf16": True}, False, False),
+    ],
+)
+def test_the_units_of_a_processor(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], built: bool, units: bool
+) -> None:
+    """A processor that names units for bfloat16 has them if torch was built with the library that uses them."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: built)
+    assert has_bfloat16_units(torch.device("cpu")) is units
+    assert not has_bfloat16_units(torch.device("meta"))
