@@ -74,7 +74,7 @@ class TrailScaled(StepSizeDeclarations, forwards="rule"):
     """
 
     rule: StepSize = field(default_factory=JointLayerwise)
-    window: float = 4.0
+    window: float = 3.0
     threshold: float = 0.25
     gain: float = 0.1
     longest: float = 2.0
