@@ -150,7 +150,8 @@ class Proposal:
             moved.add(move.step_size, last, directions)
             remembered += last
         moved.add_to_first(fraction)
-        torch._foreach_mul_(remembered, keeps)
+        if remembered:
+            torch._foreach_mul_(remembered, keeps)
 
 
 class _Batches:
