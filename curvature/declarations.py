@@ -362,6 +362,11 @@ class StepSizeDeclarations(Declarations):
     recalls: bool = False
     """Whether steps go along the layers' last steps too."""
 
+    keeps: Callable[[int], float] | None = None
+    """``keeps(step)``, in [0, 1), of a rule that recalls: remembered of a layer is then not its last step but the sum
+    of its steps alpha d so far, which keeps this share of itself after every step: the way back from the weights to an
+    average of theirs. ``None``: its last step."""
+
     uses_loss: bool = False
     """Whether it takes the loss of the mini-batch into account, where that is known."""
 

@@ -2,6 +2,7 @@
 
 from .averages import Average, MovingAverage, PlainAverage, RunningSum, ZeroStartAverage
 from .damping.levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt
+from .damping.relative import RelativeDamping
 from .damping.scheduled import Geometric, Scheduled
 from .damping.split import ConstantDamping, Damping, Factored, MeanEigenvalues, SideDamping, Split
 from .factors.bfgs import BFGS, HessianActionBFGS
@@ -88,6 +89,7 @@ __all__ = [
     "Preconditioner",
     "Reduce",
     "Refining",
+    "RelativeDamping",
     "Request",
     "Root",
     "RunningSum",

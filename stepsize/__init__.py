@@ -11,6 +11,7 @@ from .layerwise import LayerwiseQuadratic, LeadingSlope, MomentumSlope, RowSums,
 from .protocol import StepEvidence, StepSize
 from .self_concordant import SelfConcordant
 from .signs import Clipped, Safeguarded, Unrestricted
+from .trail_scaled import TrailScaled
 
 __all__ = [
     "Armijo",
@@ -34,6 +35,7 @@ __all__ = [
     "Separate",
     "StepEvidence",
     "StepSize",
+    "TrailScaled",
     "Trial",
     "Unrestricted",
 ]

@@ -45,7 +45,7 @@ class KLClip(StepSizeDeclarations, forwards="rule"):
         require_interval("kappa of KLClip", self.kappa, 0.0, float("inf"), closed="(]")
         if declared(self.rule, StepSizeDeclarations).recalls:
             inner: object = self.rule
-            while hasattr(inner, "rule"):
+            while hasattr(inner, "rule") and declared(inner.rule, StepSizeDeclarations).recalls:
                 inner = inner.rule
             name = type(inner).__name__
             raise CompatibilityError(

@@ -6,7 +6,8 @@ layer, no model and no learning-rate schedule.
 
 A rule that *recalls* steps along two directions per layer, ``theta_l <- theta_l - alpha_l d_l - beta_l p_l``, where p_l
 is what alpha_l d_l + beta_l p_l was when the layer last moved (zero before that; without weight decay). Its evidence
-covers K = 2L directions, the L new ones and then the L last steps; for every other rule K = L.
+covers K = 2L directions, the L new ones and then the L last steps; for every other rule K = L. One that declares
+``keeps`` finds a fading sum of all steps in the place of the last one.
 """
 
 from __future__ import annotations

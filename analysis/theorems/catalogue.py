@@ -22,6 +22,7 @@ from . import (
     quadratic_forms,
     secant_pairs,
     stochastic,
+    trails,
 )
 
 __all__ = ["THEOREMS", "find_theorems"]
@@ -42,6 +43,7 @@ _FILES: tuple[tuple[Theorem, ...], ...] = (
     natural_gradient_limit.THEOREMS,
     layer_steps.THEOREMS,
     joint_layer_steps.THEOREMS,
+    trails.THEOREMS,
     # a file with theorems of its own adds one line here
 )
 

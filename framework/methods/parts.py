@@ -98,6 +98,7 @@ KINDS: dict[str, dict[str, type]] = {
         preconditioners.ConstantDamping,
         preconditioners.Split,
         preconditioners.Factored,
+        preconditioners.RelativeDamping,
         preconditioners.LevenbergMarquardt,
         preconditioners.Scheduled,
     ),
@@ -128,6 +129,7 @@ KINDS: dict[str, dict[str, type]] = {
         stepsize.JointWithLastStep,
         stepsize.GlobalQuadratic,
         stepsize.SelfConcordant,
+        stepsize.TrailScaled,
         stepsize.RelativeBound,
         stepsize.KLClip,
     ),
@@ -158,6 +160,7 @@ EXAMPLES: dict[type, tuple[Any, ...]] = {
     stepsize.RelativeBound: (
         stepsize.RelativeBound(stepsize.JointLayerwise()),
         stepsize.RelativeBound(stepsize.JointWithLastStep()),
+        stepsize.RelativeBound(stepsize.TrailScaled()),
     ),
 }
 """Instances to try, for parts whose default construction is missing or not telling."""

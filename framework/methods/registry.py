@@ -77,6 +77,7 @@ _METHODS: dict[str, MethodEntry] = {
         MethodEntry("lw-adamw", _LAYERWISE, layer_steps.layerwise_adamw),
         MethodEntry("joint-kfac", "osculate", layer_steps.joint_kfac),
         MethodEntry("joint-kfac-momentum", "osculate", layer_steps.joint_kfac_momentum),
+        MethodEntry("joint-kfac-noise-aware", "osculate", layer_steps.joint_kfac_noise_aware),
         MethodEntry("joint-kbfgs", "osculate", layer_steps.joint_kbfgs),
         MethodEntry("joint-sgdm", "osculate", layer_steps.joint_sgdm),
         MethodEntry("mini-block-lbfgs", "osculate", mini_block.mini_block_lbfgs),

@@ -335,7 +335,7 @@ class SecondOrder(Session):
         for observer in self.observers:
             observer.after_step(self, StepTrace(report, batch.statistics, proposal, sides))
         if self._rule.last is not None:
-            self._rule.remember(proposal, fraction)
+            self._rule.remember(proposal, fraction, self._step)
         return report
 
     def _with_gradients(self) -> tuple[Team, list[Tensor]]:

@@ -136,6 +136,23 @@ class Proposal:
         faded.multiply()
         moved.add_to_first(1.0)
 
+    def gather(self, fraction: float, keeps: float) -> None:
+        """Add what was taken of this step to what is remembered: last <- keeps (last + fraction step_size direction).
+
+        Args:
+            fraction: of the step, in [0, 1].
+            keeps: in [0, 1).
+        """
+        moved = _Batches()
+        remembered: list[Tensor] = []
+        for move in self.moves:
+            _, directions, last = move.trainable()
+            moved.add(move.step_size, last, directions)
+            remembered += last
+        moved.add_to_first(fraction)
+        if remembered:
+            torch._foreach_mul_(remembered, keeps)
+
 
 class _Batches:
     """Tensors that one operation may take together: those that go with the same number."""
@@ -202,7 +219,8 @@ class StepRule:
         self.names = [layer.name for layer in layers]
         self.needs = rule.needs
         self.state = rule.init(len(layers), _example(layers))
-        self.last = LastSteps(layers) if declared(rule, StepSizeDeclarations).recalls else None
+        stated = declared(rule, StepSizeDeclarations)
+        self.last, self.keeps = LastSteps(layers) if stated.recalls else None, stated.keeps
 
     def grow(self, layers: Sequence[Layer]) -> None:
         """Make room for layers that were added behind the present ones; what was gathered stays."""
@@ -238,9 +256,21 @@ class StepRule:
         if self.last is not None:
             self.last.load_dict(values[_LAST])
 
-    def remember(self, proposal: Proposal, fraction: float) -> None:
-        """For rules that recall: the step that was taken is the last one now, unless a guard left nothing of it."""
-        if self.last is not None and fraction:
+    def remember(self, proposal: Proposal, fraction: float, step: int) -> None:
+        """For rules that recall: the step that was taken is the last one now, unless a guard left nothing of it.
+
+        Or it joins those before it, of which a share is kept.
+
+        Args:
+            proposal: the step.
+            fraction: of it that was taken.
+            step: its number.
+        """
+        if self.last is None:
+            return
+        if self.keeps is not None:
+            proposal.gather(fraction, self.keeps(step))
+        elif fraction:
             proposal.remember()
 
     def propose(self, step: int, lr: float | Tensor, batch: MiniBatch, momentum: Momentum) -> Proposal:

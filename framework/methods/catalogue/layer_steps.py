@@ -6,12 +6,14 @@ from dataclasses import replace
 
 from ....curvature.estimators import SampledFisher
 from ....preconditioners.averages import MovingAverage
+from ....preconditioners.damping.relative import RelativeDamping
 from ....preconditioners.damping.split import Split
 from ....preconditioners.structures.diagonal import Diagonal
 from ....stepsize.bounded import RelativeBound
 from ....stepsize.joint import JointLayerwise
 from ....stepsize.last_step import JointWithLastStep
 from ....stepsize.layerwise import LayerwiseQuadratic
+from ....stepsize.trail_scaled import TrailScaled
 from ..method import Method
 from ..momentum import EMA, CorrectedEMA, Decoupled
 from .kfac import kronecker_fisher
@@ -22,6 +24,7 @@ __all__ = [
     "joint_kbfgs",
     "joint_kfac",
     "joint_kfac_momentum",
+    "joint_kfac_noise_aware",
     "joint_rule",
     "joint_sgdm",
     "layerwise_adamw",
@@ -139,6 +142,39 @@ def joint_kfac_momentum(
         eager=eager,
     )
     return replace(base, step_size=RelativeBound(JointWithLastStep(every=curvature_every), limit=0.25, decrease=0.5))
+
+
+def joint_kfac_noise_aware(
+    *,
+    momentum: float = 0.8,
+    statistics_decay: float = 0.95,
+    statistics_every: int = 1,
+    inverses_every: int = 10,
+    eager: int = 20,
+    curvature_every: int = 1,
+) -> Method:
+    """K-FAC directions, joint layer steps that shrink by what new mini-batches see: no learning rate (ours).
+
+    The damping is relative to each factor's mean eigenvalue: what keeps steps short where gradients are noise is no
+    longer the damping, so it can be small, and the same everywhere.
+
+    Args:
+        momentum: decay in [0, 1).
+        statistics_decay: of both covariances, in [0, 1).
+        statistics_every: T1 >= 1.
+        inverses_every: T2 >= 1.
+        eager: inverses at each of the steps 0 ... eager as well.
+        curvature_every: steps between two measurements along the directions and towards the average, >= 1.
+    """
+    base = joint_kfac(
+        momentum=momentum,
+        statistics_decay=statistics_decay,
+        statistics_every=statistics_every,
+        inverses_every=inverses_every,
+        eager=eager,
+    )
+    rule = RelativeBound(TrailScaled(JointLayerwise(every=curvature_every)), limit=0.25, decrease=0.5)
+    return replace(base, damping=RelativeDamping(), step_size=rule, defaults={"lr": 1.0, "damping": 0.01})
 
 
 def joint_kbfgs(*, momentum: float = 0.9, growth: float = 1.1, curvature_every: int = 1) -> Method:

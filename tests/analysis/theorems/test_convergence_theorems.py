@@ -8,12 +8,12 @@ import torch
 from osculate.analysis.function_space.function_space import FunctionSpace
 from osculate.analysis.function_space.function_structures import PerOutputBlocks, Solved
 from osculate.analysis.theorem import Setting, Theorem, verify
-from osculate.analysis.theorems import joint_layer_steps, layer_steps, linear_limit, mini_block_convergence
+from osculate.analysis.theorems import joint_layer_steps, layer_steps, linear_limit, mini_block_convergence, trails
 from osculate.analysis.theorems import natural_gradient_limit as whole
 from osculate.analysis.theorems.layer_problems import exact_layerwise_rule, random_problems, run_rule
 from torch import Tensor
 
-MODULES = (linear_limit, mini_block_convergence, whole, layer_steps, joint_layer_steps)
+MODULES = (linear_limit, mini_block_convergence, whole, layer_steps, joint_layer_steps, trails)
 THEOREMS = [theorem for module in MODULES for theorem in module.THEOREMS]
 
 
@@ -30,7 +30,7 @@ def test_the_theorem_holds_and_its_control_fails(theorem: Theorem) -> None:
 
 
 def test_names_are_those_of_the_papers() -> None:
-    assert [theorem.name for theorem in THEOREMS] == ["T10", "T11", "T12", "T13", "T14", "T18"]
+    assert [theorem.name for theorem in THEOREMS] == ["T10", "T11", "T12", "T13", "T14", "T18", "T19"]
 
 
 @dataclass(frozen=True)
@@ -87,3 +87,34 @@ def test_layer_jacobians_are_those_of_autograd() -> None:
     net(points[2:3]).sum().backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in net.parameters() if parameter.grad is not None])
     torch.testing.assert_close(torch.cat(found, 1)[2], expected)
+
+
+def test_expected_shares_are_those_of_a_long_run() -> None:
+    curvature, rate, momentum, new = 0.5, 0.6, 0.3, 0.2
+    fresh, old, _ = trails.expected_shares(curvature, rate, momentum, new)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(200_000, generator=generator, dtype=torch.float64).tolist()
+    theta = velocity = average = 0.0
+    sums = [0.0, 0.0, 0.0]
+    for value in noise:
+        gradient = curvature * theta + value
+        velocity = momentum * velocity + (1.0 - momentum) * gradient
+        theta -= rate * velocity
+        average += new * (theta - average)
+        way = theta - average
+        for index, term in enumerate((curvature * theta * way, gradient * way, curvature * way * way)):
+            sums[index] += term
+    assert sums[0] / sums[2] == pytest.approx(fresh, rel=0.02)
+    assert sums[1] / sums[2] == pytest.approx(old, rel=0.02)
+
+
+def test_a_rule_that_forgets_otherwise_violates_t19(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(trails.TrailScaled):
+        def keeps(self, step: int) -> float:
+            return super().keeps(step) ** (1 + step % 2)
+
+    (theorem,) = trails.THEOREMS
+    assert theorem.check(Setting()).status == "held"
+    weights = trails.trail(Setting(), trails.TrailScaled(), trails._slope, 0.5, 0.0)
+    measured, stated, *_ = trails._shares(weights, trails._slope, Other(), trails._quadratic)
+    assert max(abs(one - two) for one, two in zip(measured, stated, strict=True)) > 1e-2

@@ -28,7 +28,7 @@ def mine(*, momentum: float = 0.5) -> osc.Method:
 def test_the_promised_methods_are_there() -> None:
     assert set(METHODS) >= {
         "kbfgs", "kbfgs-l", "mbf", "mbf-released", "lw-sgdm", "lw-adamw", "joint-kfac", "joint-kbfgs", "joint-sgdm",
-        "joint-kfac-momentum", "sgdm", "adam", "adamw", "adagrad", "rmsprop", "kfac",
+        "joint-kfac-momentum", "joint-kfac-noise-aware", "sgdm", "adam", "adamw", "adagrad", "rmsprop", "kfac",
     }  # fmt: skip
 
 

@@ -11,7 +11,15 @@ from osculate.curvature.backends.loss_seen import cross_entropy_seen
 from torch import Tensor, nn
 from torch.nn import functional
 
-RULES = ("joint-kfac", "joint-kfac-momentum", "joint-sgdm", "joint-kbfgs", "lw-adamw", "lw-sgdm")
+RULES = (
+    "joint-kfac",
+    "joint-kfac-momentum",
+    "joint-kfac-noise-aware",
+    "joint-sgdm",
+    "joint-kbfgs",
+    "lw-adamw",
+    "lw-sgdm",
+)
 
 
 def trained(

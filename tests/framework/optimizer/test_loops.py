@@ -230,7 +230,9 @@ class _Flip:
         raise NotImplementedError
 
 
-@pytest.mark.parametrize("name", ["kfac", "joint-kfac", "joint-kfac-momentum", "lw-sgdm", "joint-sgdm", "lw-adamw"])
+@pytest.mark.parametrize(
+    "name", ["kfac", "joint-kfac", "joint-kfac-momentum", "joint-kfac-noise-aware", "lw-sgdm", "joint-sgdm", "lw-adamw"]
+)
 def test_four_micro_batches_are_one_batch_with_sampled_statistics(name: str) -> None:
     """The sampler is replaced by one that ignores its generator, so that both loops see the same labels."""
     results = []

@@ -163,7 +163,9 @@ class Gate(nn.Module):
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip"])
-@pytest.mark.parametrize("name", ["kfac", "kbfgs", "kbfgs-l", "joint-kfac", "joint-kfac-momentum"])
+@pytest.mark.parametrize(
+    "name", ["kfac", "kbfgs", "kbfgs-l", "joint-kfac", "joint-kfac-momentum", "joint-kfac-noise-aware"]
+)
 def test_a_statistic_that_overflows_beside_finite_gradients_is_found(name: str, policy: str) -> None:
     torch.manual_seed(0)
     model = Gate().double()

@@ -70,7 +70,7 @@ def test_a_checkpoint_with_options(options: StateDictOptions) -> None:
     assert differences(own, other.state_dict()) == [] and other.param_groups[0]["lr"] == 0.05
 
 
-@pytest.mark.parametrize("name", ["sgdm", "kfac", "kbfgs-l", "joint-kfac-momentum"])
+@pytest.mark.parametrize("name", ["sgdm", "kfac", "kbfgs-l", "joint-kfac-momentum", "joint-kfac-noise-aware"])
 def test_a_checkpoint_goes_through_torchs_files(name: str, tmp_path: Path) -> None:
     model = make()
     optimizer = build(name, model)
