@@ -27,12 +27,15 @@ from .quadratic_forms import (
 )
 from .records.needs import Needs, Record
 from .records.statistics import LayerStatistics, SampleGradients
+from .residuals.penalty import Cauchy, HalfSquare, Huber, Penalty, PseudoHuber
+from .residuals.residual import Residual
 
 __all__ = [
     "BatchMean",
     "Bernoulli",
     "Capture",
     "Categorical",
+    "Cauchy",
     "EmpiricalFisher",
     "Estimator",
     "ExactGGN",
@@ -40,15 +43,20 @@ __all__ = [
     "ExactHessianBlock",
     "FromLoss",
     "Gaussian",
+    "HalfSquare",
     "HessianRowSums",
+    "Huber",
     "InputsOnly",
     "Layer",
     "LayerAdapter",
     "LayerStatistics",
     "Likelihood",
     "Needs",
+    "Penalty",
+    "PseudoHuber",
     "QuadraticForm",
     "Record",
+    "Residual",
     "SampleGradients",
     "SampledBatchMean",
     "SampledBatchScores",

@@ -27,6 +27,9 @@ from .structures.moments import GradientMoments, LayerMoments, Moments
 from .structures.partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutput, PerOutputAveraged
 from .structures.secant_blocks import SecantBlocks
 from .structures.spectral import AspectRatio, MatchAdam, Spectral
+from .whole.models import GaussNewton, Secant, Spring
+from .whole.secant import FullBFGS, LimitedBFGS, SelfScaledBFGS, SelfScaledBroyden
+from .whole.systems import ConjugateGradients, NormalEquations, ResidualKernel, SingularValues, SystemBySize
 
 __all__ = [
     "BFGS",
@@ -38,6 +41,7 @@ __all__ = [
     "AspectRatio",
     "Average",
     "ByLayer",
+    "ConjugateGradients",
     "ConstantDamping",
     "ConstantScale",
     "Covariance",
@@ -52,6 +56,8 @@ __all__ = [
     "Factor",
     "Factored",
     "FlatChunk",
+    "FullBFGS",
+    "GaussNewton",
     "Geometric",
     "GradientCovariance",
     "GradientMoments",
@@ -65,6 +71,7 @@ __all__ = [
     "Kronecker",
     "LayerMoments",
     "LevenbergMarquardt",
+    "LimitedBFGS",
     "MatchAdam",
     "MeanEigenvalues",
     "MergedDoubleDamping",
@@ -74,6 +81,7 @@ __all__ = [
     "NewestPair",
     "NoDamping",
     "NoState",
+    "NormalEquations",
     "Observation",
     "PairDamping",
     "Partition",
@@ -89,21 +97,28 @@ __all__ = [
     "Reduce",
     "Refining",
     "Request",
+    "ResidualKernel",
     "Root",
     "RunningSum",
     "ScalingLaw",
     "Schedule",
     "Scheduled",
+    "Secant",
     "SecantBlocks",
+    "SelfScaledBFGS",
+    "SelfScaledBroyden",
     "Semidefinite",
     "Sharing",
     "SideDamping",
+    "SingularValues",
     "SkipRule",
     "Spectral",
     "Split",
+    "Spring",
     "State",
     "Stateless",
     "Sum",
+    "SystemBySize",
     "TwoSidedCurvatureTest",
     "ZeroStartAverage",
 ]

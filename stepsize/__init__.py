@@ -9,6 +9,9 @@ from .kl_clip import KLClip
 from .last_step import JointWithLastStep
 from .layerwise import LayerwiseQuadratic, LeadingSlope, MomentumSlope, RowSums, Separate
 from .protocol import StepEvidence, StepSize
+from .search.levenberg_marquardt import Geodesic, LevenbergMarquardtSearch, Straight
+from .search.lines import FullStep, GridSearch, HagerZhang, StrongWolfe
+from .search.protocol import Search
 from .self_concordant import SelfConcordant
 from .signs import Clipped, Safeguarded, Unrestricted
 
@@ -17,23 +20,31 @@ __all__ = [
     "Backtrack",
     "Clipped",
     "ConstantStep",
+    "FullStep",
+    "Geodesic",
     "GlobalQuadratic",
+    "GridSearch",
     "Guard",
+    "HagerZhang",
     "JointLayerwise",
     "JointWithLastStep",
     "KLClip",
     "LayerwiseQuadratic",
     "LeadingSlope",
+    "LevenbergMarquardtSearch",
     "MomentumSlope",
     "NoGuard",
     "Nonmonotone",
     "RelativeBound",
     "RowSums",
     "Safeguarded",
+    "Search",
     "SelfConcordant",
     "Separate",
     "StepEvidence",
     "StepSize",
+    "Straight",
+    "StrongWolfe",
     "Trial",
     "Unrestricted",
 ]

@@ -96,7 +96,9 @@ class Implicit:
         """(P,) -> (V,), J x: the derivative of J'u, which is linear in u, along x."""
         pieces = vector.split([parameter.numel() for parameter in self.parameters])
         used = [
-            (value, piece.reshape(value.shape)) for value, piece in zip(self.back, pieces, strict=True) if value is not None
+            (value, piece.reshape(value.shape))
+            for value, piece in zip(self.back, pieces, strict=True)
+            if value is not None
         ]
         with torch.enable_grad():
             (found,) = torch.autograd.grad(
@@ -133,6 +135,7 @@ class JacobianReader:
         self._known: set[str] = set()  # blocks whose rows have been compared
         self._layout: dict[str, tuple[int, ...]] = {}
 
+    @torch.enable_grad()
     def evaluate(self, closure: ResidualClosure, *, look: bool = True) -> Jacobian:
         """Residuals and Jacobian of one mini-batch.
 
@@ -155,9 +158,12 @@ class JacobianReader:
                 found.append(self._by_copies(block, mode, look or block.name not in self._known, keep=not last))
         if any(rows is None for rows in found):
             _, blocks = evaluate_residuals(closure, graph=True)
-            found = [self._row_by_row(block) if rows is None else rows for block, rows in zip(blocks, found, strict=True)]
+            found = [
+                self._row_by_row(block) if rows is None else rows for block, rows in zip(blocks, found, strict=True)
+            ]
         return self._joined(blocks, [rows for rows in found if rows is not None])
 
+    @torch.enable_grad()
     def products(self, closure: ResidualClosure) -> Implicit:
         """Residuals of one mini-batch with products of the Jacobian, which is not built.
 

@@ -10,8 +10,8 @@ from typing import Any
 from ...checking import require_fields, require_kind
 from ...errors import ArgumentError, CompatibilityError, UnknownNameError, require_interval
 from ...preconditioners.whole.models import Curvature, GaussNewton, Secant, Spring
-from ...preconditioners.whole.secant import BFGS, LBFGS, SelfScaledBFGS, SelfScaledBroyden
-from ...preconditioners.whole.systems import Automatic, System
+from ...preconditioners.whole.secant import FullBFGS, LimitedBFGS, SelfScaledBFGS, SelfScaledBroyden
+from ...preconditioners.whole.systems import System, SystemBySize
 from ...stepsize.search.levenberg_marquardt import Geodesic, LevenbergMarquardtSearch, Straight
 from ...stepsize.search.lines import GridSearch, HagerZhang, StrongWolfe
 from ...stepsize.search.protocol import Search
@@ -59,7 +59,7 @@ def levenberg_marquardt(*, system: System | None = None, geodesic: bool = True) 
         geodesic: whether steps are bent along the valley (arXiv:1201.5885); else the method of 1963.
     """
     bend = Geodesic() if geodesic else Straight()
-    return WholeMethod(GaussNewton(system or Automatic()), LevenbergMarquardtSearch(bend))
+    return WholeMethod(GaussNewton(system or SystemBySize()), LevenbergMarquardtSearch(bend))
 
 
 def energy_natural_gradient(*, damping: float = 1e-14) -> WholeMethod:
@@ -83,7 +83,7 @@ def spring(*, momentum: float = 0.9, damping: float = 1e-10) -> WholeMethod:
 
 def bfgs() -> WholeMethod:
     """Full-memory BFGS over all parameters with a strong Wolfe search, for any loss on a fixed batch."""
-    return WholeMethod(Secant(BFGS()), StrongWolfe())
+    return WholeMethod(Secant(FullBFGS()), StrongWolfe())
 
 
 def self_scaled_bfgs() -> WholeMethod:
@@ -102,7 +102,7 @@ def limited_bfgs(*, memory: int = 20) -> WholeMethod:
     Args:
         memory: pairs, >= 1.
     """
-    return WholeMethod(Secant(LBFGS(memory)), HagerZhang())
+    return WholeMethod(Secant(LimitedBFGS(memory)), HagerZhang())
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,9 @@ class WholeModel(torch.optim.Optimizer):
         length = float(found.step.norm()) if moved and found.step is not None else 0.0
         damping = found.numbers.get("damping", float(self.param_groups[0]["damping"]))
         sizes = {name: value for name, value in found.numbers.items() if name != "damping"} | {"norm": length}
-        return StepReport(self._step, seen.loss, found.loss, sizes, damping, shortened=0 if moved else found.evaluations)
+        return StepReport(
+            self._step, seen.loss, found.loss, sizes, damping, shortened=0 if moved else found.evaluations
+        )
 
 
 class _Evaluations:

@@ -12,9 +12,19 @@ from torch import Tensor
 from ...checking import require_fields
 from ...errors import require_interval
 from .secant import SecantUpdate
-from .systems import Automatic, Products, Solver, System
+from .systems import Products, Solver, System, SystemBySize
 
-__all__ = ["Curvature", "GaussNewton", "Linearised", "Secant", "SecantModel", "Sighted", "Spring", "SpringState", "flattened"]
+__all__ = [
+    "Curvature",
+    "GaussNewton",
+    "Linearised",
+    "Secant",
+    "SecantModel",
+    "Sighted",
+    "Spring",
+    "SpringState",
+    "flattened",
+]
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,9 @@ def _weighted(seen: Sighted) -> tuple[Tensor | None, Products, Tensor, Tensor | 
     )
     rows = None if seen.rows is None else roots[:, None] * seen.rows
     flat = roots == 0.0
-    weighted = torch.where(flat, torch.zeros_like(roots), seen.slopes / torch.where(flat, torch.ones_like(roots), roots))
+    weighted = torch.where(
+        flat, torch.zeros_like(roots), seen.slopes / torch.where(flat, torch.ones_like(roots), roots)
+    )
     rest = given.transposed(torch.where(flat, seen.slopes, torch.zeros_like(roots))) if bool(flat.any()) else None
     return rows, products, weighted, rest, roots
 
@@ -149,7 +161,7 @@ class GaussNewton:
     Memory: V P numbers for V residuals and P parameters, unless the system is free of matrices.
     """
 
-    system: System = field(default_factory=Automatic)
+    system: System = field(default_factory=SystemBySize)
     needs_residuals = True
 
     def __post_init__(self) -> None:
@@ -203,7 +215,7 @@ class Spring:
     """
 
     momentum: float = 0.9
-    system: System = field(default_factory=Automatic)
+    system: System = field(default_factory=SystemBySize)
     needs_residuals = True
 
     def __post_init__(self) -> None:

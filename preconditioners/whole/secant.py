@@ -14,7 +14,15 @@ from torch import Tensor
 from ...checking import require_fields
 from ...errors import require_positive_integer
 
-__all__ = ["BFGS", "LBFGS", "FullInverse", "SecantUpdate", "SelfScaledBFGS", "SelfScaledBroyden", "StoredPairs"]
+__all__ = [
+    "FullBFGS",
+    "FullInverse",
+    "LimitedBFGS",
+    "SecantUpdate",
+    "SelfScaledBFGS",
+    "SelfScaledBroyden",
+    "StoredPairs",
+]
 
 
 class SecantUpdate(Protocol):
@@ -79,9 +87,13 @@ class _Full:
 
     def declines(self, parameters: int) -> str:
         """More parameters than the limit."""
-        return "" if parameters <= self.limit else (
-            f"{parameters} parameters are more than limit={self.limit}, and one matrix would take "
-            f"{8 * parameters**2 / 2**30:,.1f} GiB; LBFGS() stores pairs"
+        return (
+            ""
+            if parameters <= self.limit
+            else (
+                f"{parameters} parameters are more than limit={self.limit}, and one matrix would take "
+                f"{8 * parameters**2 / 2**30:,.1f} GiB; LimitedBFGS() stores pairs"
+            )
         )
 
     def init(self, parameters: int, like: Tensor) -> FullInverse:
@@ -121,7 +133,7 @@ class _Full:
 
 
 @dataclass(frozen=True)
-class BFGS(_Full):
+class FullBFGS(_Full):
     """The update of Broyden, Fletcher, Goldfarb and Shanno, with H scaled by the first pair.
 
     Memory: P^2 numbers. Cost: 6 P^2 flops per step.
@@ -199,7 +211,7 @@ class StoredPairs:
 
 
 @dataclass(frozen=True)
-class LBFGS:
+class LimitedBFGS:
     """The last ``memory`` pairs, applied by the two-loop recursion (Nocedal and Wright, algorithm 7.4).
 
     Args:

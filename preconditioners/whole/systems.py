@@ -17,14 +17,14 @@ from ...checking import require_fields
 from ...errors import ArgumentError, NumericalError, require_interval, require_positive_integer
 
 __all__ = [
-    "Automatic",
-    "Cholesky",
     "ConjugateGradients",
-    "Kernel",
+    "NormalEquations",
     "Products",
+    "ResidualKernel",
     "SingularValues",
     "Solver",
     "System",
+    "SystemBySize",
     "products_of",
 ]
 
@@ -107,7 +107,9 @@ class SingularValues:
 
     def declines(self, residuals: int, parameters: int) -> str:
         """Both sides beyond the limit."""
-        return _beyond(self.limit, "residuals and parameters", min(residuals, parameters), "ConjugateGradients() takes any")
+        return _beyond(
+            self.limit, "residuals and parameters", min(residuals, parameters), "ConjugateGradients() takes any"
+        )
 
     def prepare(self, rows: Tensor | None, products: Products) -> _Decomposed:
         """The decomposition."""
@@ -142,7 +144,7 @@ class _Decomposed:
 
 
 @dataclass(frozen=True)
-class Cholesky:
+class NormalEquations:
     """By a Cholesky factorisation of A'A + lambda I, for fewer parameters than residuals.
 
     Args:
@@ -161,7 +163,7 @@ class Cholesky:
 
     def declines(self, residuals: int, parameters: int) -> str:
         """More parameters than the limit."""
-        return _beyond(self.limit, "parameters", parameters, "Kernel() works on the residuals' side")
+        return _beyond(self.limit, "parameters", parameters, "ResidualKernel() works on the residuals' side")
 
     def prepare(self, rows: Tensor | None, products: Products) -> _Normal:
         """A'A."""
@@ -185,7 +187,7 @@ class _Normal:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class ResidualKernel:
     """By a Cholesky factorisation of A A' + lambda I, for fewer residuals than parameters (Woodbury).
 
     Args:
@@ -203,16 +205,16 @@ class Kernel:
 
     def declines(self, residuals: int, parameters: int) -> str:
         """More residuals than the limit."""
-        return _beyond(self.limit, "residuals", residuals, "Cholesky() works on the parameters' side")
+        return _beyond(self.limit, "residuals", residuals, "NormalEquations() works on the parameters' side")
 
-    def prepare(self, rows: Tensor | None, products: Products) -> _Kernel:
+    def prepare(self, rows: Tensor | None, products: Products) -> _OnResiduals:
         """A A'."""
         assert rows is not None
-        return _Kernel(rows, rows @ rows.T)
+        return _OnResiduals(rows, rows @ rows.T)
 
 
 @dataclass(frozen=True)
-class _Kernel:
+class _OnResiduals:
     rows: Tensor
     matrix: Tensor
 
@@ -303,7 +305,7 @@ class _Iterated:
 
 
 @dataclass(frozen=True)
-class Automatic:
+class SystemBySize:
     """By what suits the size: singular values of A up to ``exact``, then a Cholesky factor of the smaller side up to
     ``limit``, then conjugate gradients.
 
@@ -333,7 +335,7 @@ class Automatic:
             return self.iterative
         if small <= self.exact:
             return SingularValues(self.exact)
-        return Cholesky(self.limit) if parameters <= residuals else Kernel(self.limit)
+        return NormalEquations(self.limit) if parameters <= residuals else ResidualKernel(self.limit)
 
     def declines(self, residuals: int, parameters: int) -> str:
         """Nothing."""
@@ -350,8 +352,8 @@ def chosen_system(system: System, residuals: int, parameters: int) -> System:
     Raises:
         ArgumentError: if it does not, with the way out.
     """
-    found = system.chosen(residuals, parameters) if isinstance(system, Automatic) else system
+    found = system.chosen(residuals, parameters) if isinstance(system, SystemBySize) else system
     reason = found.declines(residuals, parameters)
     if reason:
-        raise ArgumentError(f"{type(found).__name__}: {reason}, or Automatic() what suits the size")
+        raise ArgumentError(f"{type(found).__name__}: {reason}, or SystemBySize() what suits the size")
     return found

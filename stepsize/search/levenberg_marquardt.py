@@ -123,9 +123,7 @@ class LevenbergMarquardtSearch:
         """Damping is that of the parameter group."""
         return DampingState()
 
-    def run(
-        self, state: DampingState, objective: Objective, model: LocalModel, damping: float
-    ) -> SearchOutcome:
+    def run(self, state: DampingState, objective: Objective, model: LocalModel, damping: float) -> SearchOutcome:
         """Try dampings until one lowers the loss."""
         relative = damping if state.damping is None else state.damping
         evaluations, ratio = 0, math.nan
