@@ -210,10 +210,12 @@ class JacobianReader:
             whole = got[len(copies) :]
             reached = [name for name, value in zip(self.names, whole, strict=True) if value is not None]
             if reached:
-                return self._give_up(block, f"parameter {reached[0]!r} is used by something else than a linear layer")
+                self._give_up(block, f"parameter {reached[0]!r} is used by something else than a linear layer")
+                return None
             arrived = got[: len(copies)]
             if any(value is not None and len(value) != rows for value in arrived):
-                return self._give_up(block, "its rows are not those of the tensor that the model was given")
+                self._give_up(block, "its rows are not those of the tensor that the model was given")
+                return None
             columns.append(mode.per_parameter(arrived, rows, values))
         result = [torch.stack(parts, 1).flatten(0, 1) for parts in zip(*columns, strict=True)]
         if look:
@@ -226,7 +228,8 @@ class JacobianReader:
             ours = [torch.tensordot(vector.flatten(), part, 1) for part in result]
             self._require_dependence(block, any(value is not None for value in exact))
             if not _agree(total, ours):
-                return self._give_up(block, "a row of it depends on other rows of what the model was given")
+                self._give_up(block, "a row of it depends on other rows of what the model was given")
+                return None
         return result
 
     def _give_up(self, block: ResidualBlock, reason: str) -> None:
