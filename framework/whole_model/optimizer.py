@@ -352,7 +352,8 @@ class _Evaluations:
     # -- the function ------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> Any:
-        """For those who read residuals."""
+        """For those who read residuals, perhaps twice."""
+        self._before.restore()
         return self._run()
 
     def _run(self) -> Any:
