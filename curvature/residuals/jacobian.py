@@ -416,7 +416,7 @@ class _OwnCopies(TorchFunctionMode):
         if func is nn.functional.linear and self.recording:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             value, weight, bias = given["input"], given["weight"], given.get("bias")
-            plain = value.ndim > 1 and torch._C._functorch.peek_interpreter_stack() is None
+            plain = value.ndim > 1 and value.numel() and torch._C._functorch.peek_interpreter_stack() is None
             if plain and id(weight) in self._places:
                 return self._linear(value, weight, bias)
         return func(*args, **kwargs)
