@@ -191,7 +191,7 @@ def test_products_without_a_matrix(seed: int) -> None:
         return {"interior": second_derivatives(model, points)[2], "edge": model(points)}
 
     reader = reader_of(model)
-    matrix, implicit = reader.evaluate(closure).matrix(), reader.products(closure)
+    matrix, implicit = reader.evaluate(closure).matrix(), reader.products(closure, model)
     generator = torch.Generator().manual_seed(seed)
     along = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64)
     across = torch.randn(matrix.shape[0], generator=generator, dtype=torch.float64)
@@ -247,3 +247,24 @@ def test_the_global_random_state_is_left_alone() -> None:
     reader_of(model).evaluate(lambda: {"a": model(points)})
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_products_stay_what_they_are_while_parameters_move() -> None:
+    model, points = network(2, 3, 1), torch.rand(4, 2).double()
+    reader = reader_of(model)
+    matrix, implicit = (
+        reader.evaluate(lambda: {"a": model(points)}).matrix(),
+        reader.products(lambda: {"a": model(points)}, model),
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    along = torch.ones(matrix.shape[1]).double()
+    close(implicit.times(along), matrix @ along, 1e-10)
+
+
+def test_products_of_parameters_that_were_captured_are_refused() -> None:
+    model, points = network(2, 3, 1), torch.rand(4, 2).double()
+    weight = next(model.parameters())
+    with pytest.raises(ArgumentError, match="itself"):
+        reader_of(model).products(lambda: {"a": model(points), "decay": weight.flatten()}, model)
