@@ -243,8 +243,8 @@ class JacobianReader:
         for name, value in zip(self.names, back[len(copies) :], strict=True):
             if value is not None:
                 raise ArgumentError(
-                    f"the residuals use parameter {name!r} itself, from before the function was called, and not through "
-                    "the model; read it from the model inside of the function (model.get_parameter(...))"
+                    f"the residuals use parameter {name!r} itself, from before the function was called, and not "
+                    "through the model; read it from the model inside of the function (model.get_parameter(...))"
                 )
         empty: list[list[Tensor]] = [[p.new_zeros(0, *p.shape) for p in self.parameters]]
         return Implicit(self._joined(blocks, empty), flat, cotangent, tuple(copies), back[: len(copies)])
@@ -388,8 +388,8 @@ def _require_same(blocks: Sequence[ResidualBlock], again: Sequence[ResidualBlock
         now = named.get(block.name)
         if now is None or now.shape != block.values.shape or not torch.allclose(now, block.values.detach()):
             raise ArgumentError(
-                f"block {block.name!r} of the residuals is another when it is evaluated again at once; the function must "
-                "evaluate the same points each time it is called in one step: draw them outside of it"
+                f"block {block.name!r} of the residuals is another when it is evaluated again at once; the function "
+                "must evaluate the same points each time it is called in one step: draw them outside of it"
             )
 
 

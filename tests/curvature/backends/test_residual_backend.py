@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import osculate as osc
@@ -160,7 +161,7 @@ UNABLE = {"kbfgs", "kbfgs-l", "kbfgs-conv", "joint-kbfgs"}
 def test_every_registered_method_steps_or_is_refused(name: str) -> None:
     model, inside = network(1), points_of(1)
     if name in UNABLE:
-        with pytest.raises(CompatibilityError, match="cannot record MEANS.*ssbroyden"):
+        with pytest.raises(CompatibilityError, match=r"cannot record MEANS.*ssbroyden"):
             osc.build(name, model, backend="residuals")
         return
     optimizer = osc.build(name, model, backend="residuals")
@@ -206,7 +207,7 @@ def test_joint_steps_minimise_the_model_of_the_residuals(seed: int) -> None:
     optimizer.step(lambda: {"fit": model(inside) - 1.0})
     step = torch.cat([p.detach().flatten() for p in parameters]) - before
     sizes = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in model]
-    pieces = [piece for piece in step.split([size for size in sizes if size])]
+    pieces = list(step.split([size for size in sizes if size]))
     for number, piece in enumerate(pieces):  # the model's derivative along each layer's own step vanishes
         along = torch.cat([piece if place == number else torch.zeros_like(other) for place, other in enumerate(pieces)])
         slope = (rows @ along) @ (residual + rows @ step)
@@ -219,7 +220,7 @@ def test_guards_and_levenberg_marquardt_look_at_the_same_residuals() -> None:
     method = joint(rule, guard=osc.Armijo(), damping=osc.LevenbergMarquardt(every=1, minimum=1e-12, omega=0.5))
     optimizer = osc.build(method, model, backend="residuals")
     losses = [float(optimizer.step(lambda: by_autograd(model, inside))) for _ in range(40)]
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(losses))
     assert losses[-1] < 1e-2 * losses[0]
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import osculate as osc
@@ -25,7 +26,7 @@ def reader_of(model: nn.Module) -> JacobianReader:
 def network(*widths: int, act: type[nn.Module] = nn.Tanh, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for place, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
+    for place, (inner, outer) in enumerate(pairwise(widths)):
         layers += [nn.Linear(inner, outer, bias=place % 2 == 0), act()]
     return nn.Sequential(*layers[:-1]).double()
 

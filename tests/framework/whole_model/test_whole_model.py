@@ -5,6 +5,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_every_method_fits_a_curve(name: str) -> None:
     model = net()
     optimizer = osc.build(name, model)
     before = [float(optimizer.step(fit(model))) for _ in range(150)]
-    assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(before, before[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in pairwise(before))
     assert before[-1] < 2e-4 < before[0]
     assert optimizer.last_report.step == 149 and optimizer.gradient_evaluations >= 300
 
