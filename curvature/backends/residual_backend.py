@@ -122,7 +122,7 @@ class ResidualBackend(Backend):
             raise CompatibilityError(
                 f"layer {layer.name!r}: Kronecker factors need every product with its weight, and the residuals "
                 "contain derivatives of the network by torch.autograd.grad, whose backward passes multiply with it "
-                "again. Compute them with osculate.derivatives(model, x), which carries them forward through the layers, "
+                "again. Compute them with osculate.derivatives(model, x), which carries them forward through layers, "
                 "or take a structure that needs whole gradients: Dense(), MiniBlock(), Diagonal(), or build('lm')"
             )
         width = layer.matrix_shape[1]
