@@ -304,6 +304,7 @@ def by_autograd(name: str, model: nn.Module, points: Tensor) -> Tensor:
     return bend(bend(value))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # inside of torch.func
 @pytest.mark.parametrize("name", OPERATORS)
 def test_every_operator_against_forward_over_reverse(name: str) -> None:
     """The Jacobian of torch.func, point by point, knows nothing of copies of weights."""
