@@ -228,7 +228,7 @@ class WholeModel(torch.optim.Optimizer):
         """
         lr = self.param_groups[0]["lr"]
         if lr != 1.0:
-            raise ArgumentError(f"a method over the whole model searches its steps: no lr, no scheduler, got lr={lr!r}")
+            raise ArgumentError(f"a method over the whole model has no lr and takes no scheduler, got lr={lr!r}")
         for name, parameter in zip(self._names, self._parameters, strict=True):
             if not parameter.requires_grad:
                 raise ArgumentError(f"parameter {name!r} was frozen after osculate.build; build the optimizer anew")
