@@ -27,12 +27,17 @@ from .quadratic_forms import (
 )
 from .records.needs import Needs, Record
 from .records.statistics import LayerStatistics, SampleGradients
+from .residuals.derivatives import Derivatives, derivatives
+from .residuals.penalty import Cauchy, HalfSquare, Huber, Penalty, PseudoHuber
+from .residuals.residual import Residual
 
 __all__ = [
     "BatchMean",
     "Bernoulli",
     "Capture",
     "Categorical",
+    "Cauchy",
+    "Derivatives",
     "EmpiricalFisher",
     "Estimator",
     "ExactGGN",
@@ -40,15 +45,20 @@ __all__ = [
     "ExactHessianBlock",
     "FromLoss",
     "Gaussian",
+    "HalfSquare",
     "HessianRowSums",
+    "Huber",
     "InputsOnly",
     "Layer",
     "LayerAdapter",
     "LayerStatistics",
     "Likelihood",
     "Needs",
+    "Penalty",
+    "PseudoHuber",
     "QuadraticForm",
     "Record",
+    "Residual",
     "SampleGradients",
     "SampledBatchMean",
     "SampledBatchScores",
@@ -57,6 +67,7 @@ __all__ = [
     "SecantPairs",
     "SignedHessian",
     "WithPairs",
+    "derivatives",
     "discover_layers",
     "register_adapter",
 ]

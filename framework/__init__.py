@@ -6,6 +6,8 @@ from .methods.momentum import EMA, CorrectedEMA, Coupled, Decoupled, HeavyBall, 
 from .optimizer.build import build
 from .optimizer.report import LayerRow, StepReport
 from .optimizer.second_order import SecondOrder
+from .whole_model.method import WholeMethod
+from .whole_model.optimizer import WholeModel
 
 __all__ = [
     "EMA",
@@ -19,6 +21,8 @@ __all__ = [
     "NoMomentum",
     "SecondOrder",
     "StepReport",
+    "WholeMethod",
+    "WholeModel",
     "build",
     "registry",
 ]

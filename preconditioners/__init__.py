@@ -28,6 +28,9 @@ from .structures.moments import GradientMoments, LayerMoments, Moments
 from .structures.partitions import FlatChunk, Kernel, Partition, PerInputAveraged, PerOutput, PerOutputAveraged
 from .structures.secant_blocks import SecantBlocks
 from .structures.spectral import AspectRatio, MatchAdam, Spectral
+from .whole.models import GaussNewton, Secant, Spring
+from .whole.secant import FullBFGS, LimitedBFGS, SelfScaledBFGS, SelfScaledBroyden
+from .whole.systems import ConjugateGradients, NormalEquations, ResidualKernel, SingularValues, SystemBySize
 
 __all__ = [
     "BFGS",
@@ -39,6 +42,7 @@ __all__ = [
     "AspectRatio",
     "Average",
     "ByLayer",
+    "ConjugateGradients",
     "ConstantDamping",
     "ConstantScale",
     "Covariance",
@@ -53,6 +57,8 @@ __all__ = [
     "Factor",
     "Factored",
     "FlatChunk",
+    "FullBFGS",
+    "GaussNewton",
     "Geometric",
     "GradientCovariance",
     "GradientMoments",
@@ -66,6 +72,7 @@ __all__ = [
     "Kronecker",
     "LayerMoments",
     "LevenbergMarquardt",
+    "LimitedBFGS",
     "MatchAdam",
     "MeanEigenvalues",
     "MergedDoubleDamping",
@@ -75,6 +82,7 @@ __all__ = [
     "NewestPair",
     "NoDamping",
     "NoState",
+    "NormalEquations",
     "Observation",
     "PairDamping",
     "Partition",
@@ -91,21 +99,28 @@ __all__ = [
     "Refining",
     "RelativeDamping",
     "Request",
+    "ResidualKernel",
     "Root",
     "RunningSum",
     "ScalingLaw",
     "Schedule",
     "Scheduled",
+    "Secant",
     "SecantBlocks",
+    "SelfScaledBFGS",
+    "SelfScaledBroyden",
     "Semidefinite",
     "Sharing",
     "SideDamping",
+    "SingularValues",
     "SkipRule",
     "Spectral",
     "Split",
+    "Spring",
     "State",
     "Stateless",
     "Sum",
+    "SystemBySize",
     "TwoSidedCurvatureTest",
     "ZeroStartAverage",
 ]

@@ -20,6 +20,7 @@ from . import (
     mini_blocks,
     natural_gradient_limit,
     quadratic_forms,
+    residual_steps,
     secant_pairs,
     stochastic,
     trails,
@@ -44,6 +45,7 @@ _FILES: tuple[tuple[Theorem, ...], ...] = (
     layer_steps.THEOREMS,
     joint_layer_steps.THEOREMS,
     trails.THEOREMS,
+    residual_steps.THEOREMS,
     # a file with theorems of its own adds one line here
 )
 

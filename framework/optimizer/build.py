@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,28 @@ from ...curvature.likelihoods import Likelihood
 from ...errors import ArgumentError
 from ..methods import registry
 from ..methods.method import Method
+from ..whole_model.method import WholeMethod, whole_method, whole_methods
+from ..whole_model.optimizer import WholeModel
 from .second_order import SecondOrder
 
 __all__ = ["build"]
 
 
+_Whole = Literal["lm", "engd", "spring", "bfgs", "ssbfgs", "ssbroyden", "lbfgs"]
+
+
+@overload
+def build(
+    method: _Whole | WholeMethod,
+    model: nn.Module,
+    *,
+    damping: float | None = None,
+    on_nonfinite: str = "raise",
+    **options: Any,
+) -> WholeModel: ...
+
+
+@overload
 def build(
     method: str | Method,
     model: nn.Module,
@@ -38,11 +55,36 @@ def build(
     process_group: Any = "auto",
     certify_records: str = "start",
     **options: Any,
-) -> SecondOrder:
+) -> SecondOrder: ...
+
+
+def build(
+    method: str | Method | WholeMethod,
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    damping: float | None = None,
+    weight_decay: float | None = None,
+    likelihood: str | Likelihood | Mapping[str | int, str | Likelihood] | None = None,
+    output: Choice = None,
+    loss_reduction: str = "mean",
+    seed: int = 0,
+    strict: bool = False,
+    on_nonfinite: str = "raise",
+    groups: Sequence[Mapping[str, Any]] | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    backend: str = "hooks",
+    samples: int | Callable[[Any], Tensor] = 0,
+    process_group: Any = "auto",
+    certify_records: str = "start",
+    **options: Any,
+) -> SecondOrder | WholeModel:
     """Build an optimizer.
 
     Args:
-        method: a registered name (``osculate methods`` lists them) or a :class:`Method`.
+        method: a registered name (``osculate methods`` lists them) or a :class:`Method`; or the name of a method over
+            the whole model (``"lm"``, ``"bfgs"``, ...) or a :class:`~osculate.WholeMethod`, which take ``damping`` and
+            ``on_nonfinite`` alone: see :class:`~osculate.WholeModel`.
         model: the module to train.
         lr: learning rate >= 0; a multiplier (default 1) for methods that choose their steps. ``None``: the default.
         damping: lambda >= 0; ``None``: the default.
@@ -87,6 +129,19 @@ def build(
         raise ArgumentError(
             f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself, not its parameters"
         )
+    if isinstance(method, WholeMethod) or (isinstance(method, str) and method in whole_methods()):
+        given = {
+            "lr": (lr, None),
+            "weight_decay": (weight_decay, None),
+            "likelihood": (likelihood, None),
+            "output": (output, None),
+            "loss_reduction": (loss_reduction, "mean"),
+            "groups": (groups, None),
+            "grad_scaler": (grad_scaler, None),
+            "backend": (backend, "hooks"),
+            "samples": (samples, 0),
+        }
+        return _build_whole(method, model, damping, on_nonfinite, options, given)
     if not isinstance(method, str | Method):
         raise ArgumentError(
             f"method must be a registered name or a Method, got {type(method).__name__}; put parts together with "
@@ -117,3 +172,27 @@ def build(
         process_group=process_group,
         certify_records=certify_records,
     )
+
+
+def _build_whole(
+    method: str | WholeMethod,
+    model: nn.Module,
+    damping: float | None,
+    on_nonfinite: str,
+    options: Mapping[str, Any],
+    given: Mapping[str, tuple[Any, Any]],
+) -> WholeModel:
+    """An optimizer over the whole model, which has no use for most of what others are told."""
+    for name, (value, default) in given.items():
+        if value is not default and value != default:
+            way_out = {
+                "lr": "it searches for the length of every step",
+                "weight_decay": "add a block of residuals, {'decay': Residual(theta, weight=...)}",
+                "likelihood": "its curvature is that of the residuals that step() is given",
+            }.get(name, "it works on all parameters and on what the function of residuals returns")
+            raise ArgumentError(f"a method over the whole model takes no {name}, got {value!r}: {way_out}")
+    if isinstance(method, WholeMethod):
+        if options:
+            raise ArgumentError(f"a WholeMethod takes no options, got {', '.join(options)}; set them on its parts")
+        return WholeModel(model, method, damping=damping, on_nonfinite=on_nonfinite)
+    return WholeModel(model, whole_method(method, **options), damping=damping, on_nonfinite=on_nonfinite)

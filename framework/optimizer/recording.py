@@ -205,9 +205,10 @@ def require_sampled(statistics: Mapping[str, LayerStatistics], active: Collectio
     counts: dict[int, str] = {}
     for name in active:
         entry = statistics.get(name)
-        if entry is None or (entry.sampled_gradient is None and entry.sampled_parameter_gradients is None):
+        rows = entry is not None and (entry.sampled_gradient is not None or entry.sample_gradients.sampled is not None)
+        if entry is None or not (rows or entry.sampled_parameter_gradients is not None):
             missing.append(name)
-        elif entry.sampled_gradient is not None:
+        elif rows:
             counts.setdefault(entry.samples, name)
     if missing:
         raise ArgumentError(
@@ -221,7 +222,8 @@ def require_sampled(statistics: Mapping[str, LayerStatistics], active: Collectio
         raise ArgumentError(
             f"the layers saw different numbers of samples in this mini-batch ({seen}), so no curvature along a step of "
             "all of them can be measured: some gradient does not come from the model's own output. Let the loss depend "
-            "on the model's output (not only on its derivatives) for all samples, keep such passes out with "
+            "on the model's output for all samples (if it contains derivatives of the model, return its residuals: "
+            "backend='residuals'), keep such passes out with "
             "optimizer.paused(), or take a rule that measures nothing, step_size=ConstantStep(); no parameter and no "
             "state was changed"
         )

@@ -1,0 +1,1 @@
+"""Losses that are sums over residuals: what they are, and their Jacobians row by row."""
