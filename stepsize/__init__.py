@@ -1,6 +1,7 @@
 """Floor 2: how far to go along a direction, layer by layer, and whether a step stays."""
 
 from .bounded import RelativeBound
+from .ceiling import Ceiling
 from .constant import ConstantStep
 from .global_quadratic import GlobalQuadratic
 from .guard import Armijo, Backtrack, Guard, NoGuard, Nonmonotone, Trial
@@ -15,6 +16,7 @@ from .signs import Clipped, Safeguarded, Unrestricted
 __all__ = [
     "Armijo",
     "Backtrack",
+    "Ceiling",
     "Clipped",
     "ConstantStep",
     "GlobalQuadratic",

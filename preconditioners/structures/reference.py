@@ -129,6 +129,12 @@ class DenseReference(StructureDeclarations, forwards="part"):
         assert isinstance(self.part, TwoSided)
         return self.part.mean_eigenvalues(state.live)
 
+    @property
+    def mean_eigenvalue(self) -> Callable[[ReferenceState], Tensor] | None:
+        """That of the structure."""
+        own = declared(self.part, StructureDeclarations).mean_eigenvalue
+        return None if own is None else lambda state: own(state.live)
+
     def matrices(self, state: ReferenceState, damping: SideDamping) -> Sequence[Request]:
         """What the structure asks for: states that keep an inverse as their approximation start from it."""
         for target in (state.live_damping, state.frozen_damping):
