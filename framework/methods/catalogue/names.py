@@ -128,7 +128,11 @@ def step_guard(growth: float, guard: str = "backtrack") -> Guard:
         growth: the factor.
         guard: ``backtrack`` (grows beyond the loss before the step) or ``ceiling`` (beyond the lowest mean, too).
     """
-    found = chosen("guard", guard, {"backtrack": lambda: Backtrack(growth), "ceiling": lambda: Ceiling(growth)})
+    guards: dict[str, Callable[[], Guard]] = {
+        "backtrack": lambda: Backtrack(growth),
+        "ceiling": lambda: Ceiling(growth),
+    }
+    found = chosen("guard", guard, guards)
     return NoGuard() if growth == float("inf") else found
 
 
