@@ -44,8 +44,8 @@ MEAN_IMAGE = 27.1
 
 _SETTINGS: Mapping[str, Mapping[str, float | str]] = MappingProxyType(
     {
-        "kbfgs": MappingProxyType({"lr": 0.3, "damping": 0.03}),
-        "kbfgs-l": MappingProxyType({"lr": 0.6, "damping": 0.1}),
+        "kbfgs": MappingProxyType({"lr": 0.3, "damping": 0.03, **PUBLISHED["kbfgs"]}),
+        "kbfgs-l": MappingProxyType({"lr": 0.6, "damping": 0.1, **PUBLISHED["kbfgs-l"]}),
         "mbf": MappingProxyType({"lr": 3e-4, "damping": 1e-2, **PUBLISHED["mbf"]}),
         "kfac": MappingProxyType({"lr": 0.3, "damping": 0.1, **PUBLISHED["kfac"]}),
         "lw-sgdm": MappingProxyType({"lr": 0.3}),

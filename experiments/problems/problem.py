@@ -39,7 +39,7 @@ GENERATED_HERE = "generated here, none needed"
 PUBLISHED: Mapping[str, Mapping[str, float | str]] = MappingProxyType(
     {
         "mbf": MappingProxyType({"units": "absolute", "limit": math.inf}),
-        "kfac": MappingProxyType({"limit": math.inf}),
+        **{name: MappingProxyType({"limit": math.inf}) for name in ("kfac", "kbfgs", "kbfgs-l")},
     }
 )
 """Options of methods in the form of their papers, for which a problem's settings may have been chosen; a run that was

@@ -152,7 +152,8 @@ def _average(trajectory: Trajectory, settings: Settings) -> Average:
 
 
 def _quasi_newton(name: str, trajectory: Trajectory, settings: Settings, log: Log) -> Method:
-    base = registry.method(name, **({"memory": settings.count("memory", 100)} if name == "kbfgs-l" else {}))
+    memory = {"memory": settings.count("memory", 100)} if name == "kbfgs-l" else {}
+    base = registry.method(name, limit=math.inf, **memory)
     own = CurvatureTest().tolerance
     threshold = settings.number("skip_threshold", own)
     if threshold != own:

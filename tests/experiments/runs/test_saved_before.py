@@ -12,7 +12,10 @@ from osculate.experiments.commands.cli import execute
 from osculate.experiments.runs.records import RunFolder
 from osculate.experiments.runs.reopen import saved_config
 
-FORMS = {"kfac": {"limit": math.inf}, "mbf": {"units": "absolute", "limit": math.inf}}
+FORMS: dict[str, dict[str, Any]] = {
+    **{name: {"limit": math.inf} for name in ("kfac", "kbfgs", "kbfgs-l")},
+    "mbf": {"units": "absolute", "limit": math.inf},
+}
 
 
 @pytest.mark.parametrize("method", FORMS)

@@ -114,7 +114,8 @@ def test_kbfgs(
     else:
         _, history = replay(
             "kbfgs" if memory is None else "kbfgs-l", loss, arrays, [], lr=lr, damping=damping, weight_decay=tau,
-            momentum=rho, pairs=pairs, growth=float("inf"), statistics_decay=decay, pair_decay=pair_decay, **options,
+            momentum=rho, pairs=pairs, growth=float("inf"), limit=float("inf"), statistics_decay=decay,
+            pair_decay=pair_decay, **options,
         )  # fmt: skip
     compare(results, history)
 
