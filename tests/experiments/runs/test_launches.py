@@ -21,7 +21,7 @@ from torch import nn
 BOUNDS: dict[str, tuple[tuple[int, int, int, int] | None, tuple[int, int, int, int] | None]] = {
     "sgdm": ((19, 52, 1, 0), None),
     "adam": ((25, 52, 1, 0), None),
-    # mbf, kfac, kbfgs and kbfgs-l bound their step by default: norms and slopes of all layers, and on the CPU the read of
+    # mbf, kfac, kbfgs and kbfgs-l bound their step by default: norms and slopes of all layers, and on the CPU reading
     # the step sizes. Their published forms below, which do not, keep the bounds that they had.
     "mbf": ((94, 52, 2, 0), (141, 52, 4, 0)),
     "kfac": ((95, 74, 2, 0), (169, 74, 3, 0)),
