@@ -188,6 +188,10 @@ class StructureDeclarations(Declarations):
     reference: Callable[[], Any] | None = None
     """``reference()``: a structure with the same directions, computed plainly; ``None``: made from ``to_dense``."""
 
+    mean_eigenvalue: Callable[[Any], Tensor] | None = None
+    """``mean_eigenvalue(state)`` of the undamped matrix over the layer that is inverted, 0-dimensional; ``None``: it
+    has none, or several."""
+
     partition: Any = None
     """The rule by which it cuts its layers into blocks, where it does."""
 
@@ -298,6 +302,9 @@ class DampingDeclarations(Declarations):
 
     uses_eigenvalues: bool = False
     """Whether it wants the mean eigenvalues of Kronecker factors."""
+
+    uses_whole: bool = False
+    """Whether it wants the mean eigenvalue of a structure's single matrix too."""
 
     splits: bool = False
     """Whether the dampings of the two sides multiply to that of the whole."""

@@ -2,6 +2,7 @@
 
 from .averages import Average, MovingAverage, PlainAverage, RunningSum, ZeroStartAverage
 from .damping.levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt
+from .damping.own_units import CurvatureUnits
 from .damping.relative import RelativeDamping
 from .damping.scheduled import Geometric, Scheduled
 from .damping.split import ConstantDamping, Damping, Factored, MeanEigenvalues, SideDamping, Split
@@ -47,6 +48,7 @@ __all__ = [
     "ConstantScale",
     "Covariance",
     "CurvatureTest",
+    "CurvatureUnits",
     "Damping",
     "Dense",
     "Diagonal",

@@ -1,6 +1,7 @@
 """Floor 2: how far to go along a direction, layer by layer, and whether a step stays."""
 
 from .bounded import RelativeBound
+from .ceiling import Ceiling
 from .constant import ConstantStep
 from .global_last_step import GlobalWithLastStep
 from .global_quadratic import GlobalQuadratic
@@ -20,6 +21,7 @@ from .trail_scaled import TrailScaled
 __all__ = [
     "Armijo",
     "Backtrack",
+    "Ceiling",
     "Clipped",
     "ConstantStep",
     "FullStep",

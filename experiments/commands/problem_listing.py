@@ -56,7 +56,7 @@ def _page(name: str) -> RenderableType:
         "augmentation": "none" if problem.augmentation is None else str(problem.augmentation),
     }
     for method, numbers in problem.settings.items():
-        facts[f"{method} takes"] = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+        facts[f"{method} takes"] = ", ".join(f"{name} {_setting(value)}" for name, value in numbers.items())
     factory: Any = PROBLEMS[problem.name]
     taken = factory.args if isinstance(factory, functools.partial) else ()
     described = describe(factory.func if isinstance(factory, functools.partial) else factory)
@@ -66,3 +66,8 @@ def _page(name: str) -> RenderableType:
 
 def _batch(problem: Problem) -> str:
     return "all" if problem.batch_size is None else str(problem.batch_size)
+
+
+def _setting(value: float | str) -> str:
+    """A number in short, a word as it is."""
+    return value if isinstance(value, str) else f"{value:g}"

@@ -19,14 +19,14 @@ from torch import Tensor
 from ..data.planetoid import CITESEER, CORA, PUBMED, Citations, GraphFiles, load_citations
 from ..networks.graph_models import GraphConvolutions
 from ..networks.models import seeded
-from .problem import Data, Problem, Source, Target, is_small
+from .problem import PUBLISHED, Data, Problem, Source, Target, is_small
 
 __all__ = ["GRAPH_TASKS", "graph_network", "made_citations"]
 
-_SETTINGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+_SETTINGS: Mapping[str, Mapping[str, float | str]] = MappingProxyType(
     {
         "adamw": MappingProxyType({"lr": 0.02, "weight_decay": 0.5, "epsilon": 1e-3}),
-        "mbf": MappingProxyType({"lr": 2e-3, "damping": 1e-3, "weight_decay": 1.5}),
+        "mbf": MappingProxyType({"lr": 2e-3, "damping": 1e-3, "weight_decay": 1.5, **PUBLISHED["mbf"]}),
         "lw-adamw": MappingProxyType({"lr": 0.1, "weight_decay": 1.5, "epsilon": 1e-3}),
     }
 )

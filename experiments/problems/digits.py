@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from ..data.shipped import DIGIT_LEVELS, load_digits
 from ..networks.models import VariationalAutoencoder, autoencoder, classifier, seeded
-from .problem import Data, Problem, Source, held_out, is_small, labelled
+from .problem import PUBLISHED, Data, Problem, Source, held_out, is_small, labelled
 
 __all__ = ["FreshNoise", "digits_autoencoder", "digits_classifier", "digits_vae", "evidence_bound"]
 
@@ -42,12 +42,12 @@ MEAN_IMAGE = 27.1
 """The loss of a network that returns the mean of the training images."""
 
 
-_SETTINGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+_SETTINGS: Mapping[str, Mapping[str, float | str]] = MappingProxyType(
     {
-        "kbfgs": MappingProxyType({"lr": 0.3, "damping": 0.03}),
-        "kbfgs-l": MappingProxyType({"lr": 0.6, "damping": 0.1}),
-        "mbf": MappingProxyType({"lr": 3e-4, "damping": 1e-2}),
-        "kfac": MappingProxyType({"lr": 0.3, "damping": 0.1}),
+        "kbfgs": MappingProxyType({"lr": 0.3, "damping": 0.03, **PUBLISHED["kbfgs"]}),
+        "kbfgs-l": MappingProxyType({"lr": 0.6, "damping": 0.1, **PUBLISHED["kbfgs-l"]}),
+        "mbf": MappingProxyType({"lr": 3e-4, "damping": 1e-2, **PUBLISHED["mbf"]}),
+        "kfac": MappingProxyType({"lr": 0.3, "damping": 0.1, **PUBLISHED["kfac"]}),
         "lw-sgdm": MappingProxyType({"lr": 0.3}),
         "lw-adamw": MappingProxyType({"lr": 0.3}),
         "soap": MappingProxyType({"lr": 3e-3}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..data.datafiles import LabelledImages
 
 __all__ = [
     "GENERATED_HERE",
+    "PUBLISHED",
     "Data",
     "Problem",
     "Source",
@@ -32,6 +34,16 @@ __all__ = [
 
 GENERATED_HERE = "generated here, none needed"
 """The licence of data that are."""
+
+
+PUBLISHED: Mapping[str, Mapping[str, float | str]] = MappingProxyType(
+    {
+        "mbf": MappingProxyType({"units": "absolute", "limit": math.inf}),
+        **{name: MappingProxyType({"limit": math.inf}) for name in ("kfac", "kbfgs", "kbfgs-l")},
+    }
+)
+"""Options of methods in the form of their papers, for which a problem's settings may have been chosen; a run that was
+saved before these options existed had that form."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,7 @@ class Problem:
     target: Target | None = None
     augmentation: Augmentation | None = None
     undecayed: tuple[str, ...] = ()
-    settings: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: MappingProxyType({}))
+    settings: Mapping[str, Mapping[str, float | str]] = field(default_factory=lambda: MappingProxyType({}))
     optimum: Callable[[Data], float] | None = None
     floor: float | None = None
     landmarks: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))

@@ -152,7 +152,8 @@ def _average(trajectory: Trajectory, settings: Settings) -> Average:
 
 
 def _quasi_newton(name: str, trajectory: Trajectory, settings: Settings, log: Log) -> Method:
-    base = registry.method(name, **({"memory": settings.count("memory", 100)} if name == "kbfgs-l" else {}))
+    memory = {"memory": settings.count("memory", 100)} if name == "kbfgs-l" else {}
+    base = registry.method(name, limit=math.inf, **memory)
     own = CurvatureTest().tolerance
     threshold = settings.number("skip_threshold", own)
     if threshold != own:
@@ -187,6 +188,7 @@ def _quasi_newton(name: str, trajectory: Trajectory, settings: Settings, log: Lo
 def _kfac(trajectory: Trajectory, settings: Settings, log: Log) -> Method:
     base = registry.method(
         "kfac",
+        limit=math.inf,
         momentum=settings.number("momentum", 0.9),
         statistics_every=settings.count("statistics_every", 1),
         inverses_every=settings.count("inverses_every", 20),
@@ -206,6 +208,8 @@ def _mbf(trajectory: Trajectory, settings: Settings, log: Log) -> Method:
     base = registry.method(
         "mbf",
         blocks=_BLOCKS[name],
+        units="absolute",
+        limit=math.inf,
         statistics_every=settings.count("statistics_every", 2),
         inverses_every=settings.count("inverses_every", 25),
     )

@@ -92,7 +92,7 @@ class RunConfig:
         if not _is_number(self.lr_warm_up, int | float) or not 0 <= self.lr_warm_up < 1:
             raise ArgumentError(f"lr_warm_up is a share of the budget in [0, 1), got {self.lr_warm_up!r}")
 
-    def suited_to(self, settings: Mapping[str, Mapping[str, float]]) -> RunConfig:
+    def suited_to(self, settings: Mapping[str, Mapping[str, float | str]]) -> RunConfig:
         """Return the configuration with a problem's own numbers for this method, where the run gives none.
 
         Args:

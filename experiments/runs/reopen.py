@@ -12,6 +12,7 @@ from torch import nn
 from ...analysis.quality.exact_blocks import Probe
 from ...errors import ArgumentError
 from ..problems import Data, Problem, get_problem
+from ..problems.problem import PUBLISHED
 from .config import RunConfig, WarmStart
 from .records import RunFolder
 from .training import prepare
@@ -41,7 +42,8 @@ def saved_config(folder: RunFolder, device: str | None = None) -> RunConfig:
         given = {entry.name: saved[entry.name] for entry in fields(RunConfig) if entry.name not in _OPTIONAL}
         given["device"] = device or saved["device"]
         given["warm_start"] = WarmStart(saved["warm_start"])
-        given["method_options"] = {name: _number(value) for name, value in saved["method_options"].items()}
+        options = {name: _number(value) for name, value in saved["method_options"].items()}
+        given["method_options"] = dict(PUBLISHED.get(saved["method"], {})) | options
         return RunConfig(**given, **{name: saved[name] for name in _OPTIONAL if name in saved})
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ArgumentError(f"{folder.path} holds no complete configuration of a run ({error})") from error

@@ -128,6 +128,11 @@ class Method:
         """Whether the damping rule wants the mean eigenvalues of Kronecker factors."""
         return declared(self.damping, DampingDeclarations).uses_eigenvalues
 
+    @cached_property
+    def measures_matrices(self) -> bool:
+        """Whether the damping rule wants the mean eigenvalues of single matrices."""
+        return declared(self.damping, DampingDeclarations).uses_whole
+
     @property
     def looks_back(self) -> bool:
         """Whether a step, or some of them, evaluates the same mini-batch again afterwards."""
@@ -255,7 +260,10 @@ class Method:
             for part in leaves(self.preconditioner)
             if isinstance(part, TwoSided) and part.without_eigenvalues() is not None
         }
-        if not missing:
+        single = self.measures_matrices and any(
+            declared(part, StructureDeclarations).mean_eigenvalue is not None for part in leaves(self.preconditioner)
+        )
+        if not missing and not single:
             found = ", ".join(sorted({type(part).__name__ for part in leaves(self.preconditioner)}))
             raise CompatibilityError(
                 f"{name} balances the two factors of Kronecker structures by their traces, and {found} has none; use "

@@ -99,6 +99,7 @@ KINDS: dict[str, dict[str, type]] = {
         preconditioners.Split,
         preconditioners.Factored,
         preconditioners.RelativeDamping,
+        preconditioners.CurvatureUnits,
         preconditioners.LevenbergMarquardt,
         preconditioners.Scheduled,
     ),
@@ -137,7 +138,7 @@ KINDS: dict[str, dict[str, type]] = {
     "coupling": _named(stepsize.RowSums, stepsize.Separate),
     "slope": _named(stepsize.LeadingSlope, stepsize.MomentumSlope),
     "sign": _named(stepsize.Clipped, stepsize.Safeguarded, stepsize.Unrestricted),
-    "guard": _named(stepsize.Backtrack, stepsize.Armijo, stepsize.Nonmonotone, stepsize.NoGuard),
+    "guard": _named(stepsize.Backtrack, stepsize.Armijo, stepsize.Nonmonotone, stepsize.Ceiling, stepsize.NoGuard),
 }
 """Every part by kind and by the name under which ``osculate`` exports it."""
 

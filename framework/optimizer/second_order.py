@@ -338,7 +338,8 @@ class SecondOrder(Session):
             observer.before_step(self)
         looks_back = self.due.looks_back and closure is not None
         observe(self, batch)
-        refreshes, rescues = refresh(self.due.inverses, self.sides) if self.due.inverses else (0, 0)
+        due = self.due.inverses
+        refreshes, rescues = refresh(due, self.sides_of(due)) if due else (0, 0)
         if batch.team.refines:
             refine(batch)
         proposal = self._propose(batch)

@@ -6,6 +6,7 @@ The phases of a step take a session; torch's face on it is in ``second_order``.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from ...curvature.backends.backend import Backend
 from ...curvature.layers.layer import Layer
 from ...curvature.records.statistics import LayerStatistics
-from ...preconditioners.damping.split import SideDamping, TwoSided
+from ...preconditioners.damping.split import MeanEigenvalues, SideDamping, TwoSided
+from ...preconditioners.linalg import fetch
 from ...preconditioners.protocol import Preconditioner
 from ...preconditioners.structures.by_layer import ByLayer
 from ..methods.method import Method
@@ -134,8 +136,23 @@ class Session(torch.optim.Optimizer):
                 total = total + 0.5 * factor * torch.stack(torch._foreach_norm(parameters)).square().sum()
         return total
 
-    def sides(self, block: Block) -> SideDamping:
-        """Damping of a block's matrices."""
+    def sides_of(self, blocks: Sequence[Block]) -> Callable[[Block], SideDamping]:
+        """``sides``, with what the damping rule wants to know of the single matrices of some blocks fetched at once."""
+        if not self.method.measures_matrices:
+            return self.sides
+        told = [(block, block.structure.mean_eigenvalue) for block in blocks]
+        asked = [(block, tell(block.state)) for block, tell in told if tell is not None]
+        values = fetch([value for _, value in asked])
+        known = {block.key: value for (block, _), value in zip(asked, values, strict=True)}
+        return lambda block: self.sides(block, known.get(block.key))
+
+    def sides(self, block: Block, known: float | None = None) -> SideDamping:
+        """Damping of a block's matrices.
+
+        Args:
+            block: the block.
+            known: the mean eigenvalue of its single matrix, if somebody has asked it already.
+        """
         if len(self.param_groups) == 1:
             value = float(self.param_groups[0]["damping"])
         else:
@@ -145,6 +162,10 @@ class Session(torch.optim.Optimizer):
             value = scheduled.at(value, self._step)
         if self.method.balances_eigenvalues and isinstance(part, TwoSided) and part.without_eigenvalues() == ():
             return rule.sides(value, block.positions, part.mean_eigenvalues(block.state))
+        tell = block.structure.mean_eigenvalue if self.method.measures_matrices else None
+        if tell is not None:
+            mean = float(tell(block.state)) if known is None else known
+            return rule.sides(value, block.positions, MeanEigenvalues(mean, 1.0))
         key = (value, block.positions)
         if block.damped is None or block.damped[0] != key:
             block.damped = (key, rule.sides(value, block.positions))

@@ -40,7 +40,10 @@ class SideDamping:
 
 @dataclass(frozen=True)
 class MeanEigenvalues:
-    """tr A / d_a and tr G / d_g of the undamped Kronecker factors of one layer, each >= 0 where it is finite."""
+    """tr A / d_a and tr G / d_g of the undamped Kronecker factors of one layer, each >= 0 where it is finite.
+
+    Of a structure with one matrix F over the layer: tr F / d as ``inputs``, 1 as ``outputs``.
+    """
 
     inputs: float
     outputs: float
@@ -61,8 +64,9 @@ class Damping(Protocol):
     """A rule from lambda >= 0 and what is known of a layer to the damping of each matrix.
 
     A rule that wants the mean eigenvalues declares ``uses_eigenvalues = True``; to others they are not given. They cost
-    one synchronisation per layer whenever inverses are due, or secant pairs are damped. It may declare more:
-    :class:`.DampingDeclarations`.
+    one synchronisation per layer whenever inverses are due, or secant pairs are damped. One that wants the mean
+    eigenvalue of a structure's single matrix declares ``uses_whole = True`` besides; these cost one synchronisation of
+    all layers together. It may declare more: :class:`.DampingDeclarations`.
     """
 
     def sides(self, value: float, positions: int, eigenvalues: MeanEigenvalues | None = None) -> SideDamping:
@@ -71,7 +75,7 @@ class Damping(Protocol):
         Args:
             value: lambda, finite, >= 0.
             positions: S >= 1 shared positions.
-            eigenvalues: of the layer's Kronecker factors, or ``None`` where the structure has none.
+            eigenvalues: of the layer's Kronecker factors, or of its one matrix; ``None`` where neither is known.
         """
 
 

@@ -115,6 +115,10 @@ class MiniBlock(Stateless):
         columns = torch.stack(vectors, 2)  # (blocks, d, V)
         blocks.baddbmm_(columns, columns.transpose(1, 2), beta=keep, alpha=add)
 
+    def mean_eigenvalue(self, state: MiniBlockState) -> Tensor:
+        """Of the undamped blocks, all blocks of the layer together."""
+        return state.blocks.diagonal(dim1=-2, dim2=-1).mean()
+
     def matrices(self, state: MiniBlockState, damping: SideDamping) -> Sequence[Request]:
         """All blocks of the layer as one request, damped by the whole lambda."""
         return (Request(state.blocks, damping.whole),)

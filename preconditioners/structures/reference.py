@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...curvature.declarations import StructureDeclarations, declared
+from ...curvature.declarations import StructureDeclarations, declared, derived
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
@@ -128,6 +128,12 @@ class DenseReference(StructureDeclarations, forwards="part"):
         """Those of the structure."""
         assert isinstance(self.part, TwoSided)
         return self.part.mean_eigenvalues(state.live)
+
+    @derived
+    def mean_eigenvalue(self) -> Any:
+        """That of the structure."""
+        own = declared(self.part, StructureDeclarations).mean_eigenvalue
+        return None if own is None else lambda state: own(state.live)
 
     def matrices(self, state: ReferenceState, damping: SideDamping) -> Sequence[Request]:
         """What the structure asks for: states that keep an inverse as their approximation start from it."""

@@ -16,7 +16,7 @@ from ....preconditioners.structures.kronecker import Kronecker
 from ....preconditioners.structures.moments import LayerMoments
 from ..method import Method
 from ..momentum import EMA, Decoupled, HeavyBall
-from .names import fisher_estimator
+from .names import bounded_step, fisher_estimator
 
 __all__ = ["ekfac", "kfac", "kfac_conv", "kronecker_fisher", "ngd_exact"]
 
@@ -49,6 +49,7 @@ def _on_fisher(
 def kfac(
     *,
     statistics: str = "sampled",
+    limit: float = 0.05,
     momentum: float = 0.9,
     statistics_decay: float = 0.9,
     statistics_every: int = 1,
@@ -57,8 +58,12 @@ def kfac(
 ) -> Method:
     """K-FAC (arXiv:1503.05671v7) as the baseline of the K-BFGS code runs it (PAPERS 1.7): sqrt(damping) per side.
 
+    That code has no bound (``limit=inf``) and (lr, damping) = (1, 3) on the MNIST autoencoder, where a damping that
+    small classifiers and networks with BatchNorm need breaks down. The bound and the default lr and damping are ours.
+
     Args:
         statistics: ``sampled`` labels (needs a likelihood) or ``empirical`` (no extra pass).
+        limit: > 0, the largest step of a layer in units of its norm; ``inf``: lr alone decides (that code).
         momentum: decay in [0, 1) of the 0.9/0.1 average.
         statistics_decay: in [0, 1).
         statistics_every: T1 >= 1.
@@ -66,7 +71,8 @@ def kfac(
         eager: inverses at each of the steps 0 ... eager as well.
     """
     structure = kronecker_fisher(statistics_decay, statistics_every, inverses_every, eager)
-    return _on_fisher(structure, statistics, Split(), momentum, {"lr": 1.0, "damping": 3.0})
+    method = _on_fisher(structure, statistics, Split(), momentum, {"lr": 0.3, "damping": 0.01})
+    return replace(method, step_size=bounded_step(limit))
 
 
 def kfac_conv(
@@ -95,6 +101,7 @@ def kfac_conv(
     """
     base = kfac(
         statistics=statistics,
+        limit=float("inf"),
         statistics_decay=statistics_decay,
         statistics_every=statistics_every,
         inverses_every=inverses_every,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ....curvature.estimators import BatchMean, SampledBatchMean, SecantPairs
 from ....preconditioners.averages import MovingAverage, ZeroStartAverage
-from ....preconditioners.damping.split import ConstantDamping
+from ....preconditioners.damping.split import ConstantDamping, Damping
 from ....preconditioners.protocol import Schedule
 from ....preconditioners.structures.by_layer import ByLayer
 from ....preconditioners.structures.diagonal import Diagonal
@@ -14,14 +14,15 @@ from ....preconditioners.structures.identity import Identity
 from ....preconditioners.structures.mini_block import MiniBlock
 from ....preconditioners.structures.partitions import Kernel, Partition
 from ....preconditioners.structures.secant_blocks import SecantBlocks
+from ....stepsize.protocol import StepSize
 from ..method import Method
 from ..momentum import EMA, Decoupled, HeavyBall
-from .names import CONVOLUTIONS, pair_damping, partition, step_guard
+from .names import CONVOLUTIONS, UNITS, bounded_step, chosen, pair_damping, partition, step_guard
 
 __all__ = ["mbf", "mbf_released", "mini_block_lbfgs"]
 
 
-def _mini_block(blocks: Partition, schedule: Schedule, lr: float, damping: float) -> Method:
+def _mini_block(blocks: Partition, schedule: Schedule, damping: Damping, step_size: StepSize) -> Method:
     # e / (sqrt(v_e) + 1e-8) with e the 0.9/0.1 average equals M / (sqrt(v_M) + 1e-7) with heavy-ball M = 10 e.
     adam_type = Diagonal(average=MovingAverage(0.999), epsilon=1e-7, source="momentum")
     average = MovingAverage(0.9)
@@ -34,29 +35,41 @@ def _mini_block(blocks: Partition, schedule: Schedule, lr: float, damping: float
             otherwise=adam_type,
         ),
         curvature=BatchMean(),
-        damping=ConstantDamping(),
+        damping=damping,
         momentum=HeavyBall(0.9),
         weight_decay=Decoupled(),
+        step_size=step_size,
         fallback=adam_type,
         warm_start=SampledBatchMean(),
-        defaults={"lr": lr, "damping": damping, "weight_decay": 0.0},
+        defaults={"lr": 3e-4, "damping": 1.0, "weight_decay": 0.0},
     )
 
 
-def mbf(*, blocks: str = "per-output", statistics_every: int = 2, inverses_every: int = 25) -> Method:
+def mbf(
+    *,
+    blocks: str = "per-output",
+    units: str = "curvature",
+    limit: float = 0.05,
+    statistics_every: int = 2,
+    inverses_every: int = 25,
+) -> Method:
     """Mini-Block Fisher (arXiv:2202.04124v3) with the paper's blocks: per output neuron, per kernel.
 
-    The default (lr, damping) is the released setting (1e-5, 3e-4) for flat chunks moved to where per-output blocks,
-    whose curvature is spread over many directions, are stable on every shipped problem; tune both.
+    The paper's form is ``units="absolute", limit=inf``, with an lr and a damping to be tuned for each problem: the
+    blocks are products of mini-batch gradients, so a step is the longer the smaller the gradient. The defaults are
+    ours and need no tuning to train: damping in units of each layer's blocks, and a bound on the step.
 
     Args:
         blocks: ``per-output`` (averaged where a layer is too wide), ``per-output-averaged``, ``per-input-averaged``
             or ``flat-chunk``.
+        units: of damping: ``curvature``, the mean eigenvalue of a layer's blocks, or ``absolute`` (the paper).
+        limit: > 0, the largest step of a layer in units of its norm; ``inf``: lr alone decides (the paper).
         statistics_every: T1 >= 1; the paper uses 2 for autoencoders, 10 for CNNs.
         inverses_every: T2 >= 1; 25 and 100.
     """
     schedule = Schedule(statistics=statistics_every, inverses=inverses_every, eager=inverses_every)
-    return _mini_block(partition(blocks), schedule, lr=1e-3, damping=0.3)
+    method = _mini_block(partition(blocks), schedule, chosen("units", units, UNITS), bounded_step(limit))
+    return method if units == "curvature" else replace(method, defaults={"lr": 1e-3, "damping": 0.3})
 
 
 def mbf_released(*, statistics_every: int = 2, inverses_every: int = 25) -> Method:
@@ -66,7 +79,13 @@ def mbf_released(*, statistics_every: int = 2, inverses_every: int = 25) -> Meth
         statistics_every: T1 >= 1.
         inverses_every: T2 >= 1.
     """
-    base = mbf(blocks="flat-chunk", statistics_every=statistics_every, inverses_every=inverses_every)
+    base = mbf(
+        blocks="flat-chunk",
+        units="absolute",
+        limit=float("inf"),
+        statistics_every=statistics_every,
+        inverses_every=inverses_every,
+    )
     return replace(base, defaults={"lr": 1e-5, "damping": 3e-4})
 
 

@@ -16,6 +16,8 @@ from ....curvature.quadratic_forms import (
     SignedHessian,
 )
 from ....errors import ArgumentError
+from ....preconditioners.damping.own_units import CurvatureUnits
+from ....preconditioners.damping.split import ConstantDamping, Damping
 from ....preconditioners.pairs.damping import (
     DoubleDamping,
     MergedDoubleDamping,
@@ -32,9 +34,23 @@ from ....preconditioners.structures.partitions import (
     PerOutput,
     PerOutputAveraged,
 )
+from ....stepsize.bounded import RelativeBound
+from ....stepsize.ceiling import Ceiling
+from ....stepsize.constant import ConstantStep
 from ....stepsize.guard import Backtrack, Guard, NoGuard
+from ....stepsize.protocol import StepSize
 
-__all__ = ["CONVOLUTIONS", "chosen", "fisher_estimator", "pair_damping", "partition", "quadratic_form", "step_guard"]
+__all__ = [
+    "CONVOLUTIONS",
+    "UNITS",
+    "bounded_step",
+    "chosen",
+    "fisher_estimator",
+    "pair_damping",
+    "partition",
+    "quadratic_form",
+    "step_guard",
+]
 
 Part = TypeVar("Part")
 
@@ -56,6 +72,8 @@ PAIRS: dict[str, type[PairDamping]] = {
     "powell-b0": PowellB0,
     "none": NoDamping,
 }
+
+UNITS: dict[str, type[Damping]] = {"curvature": CurvatureUnits, "absolute": ConstantDamping}
 
 FORMS: dict[str, type[QuadraticForm]] = {
     "sampled": SampledScores,
@@ -103,6 +121,24 @@ def quadratic_form(name: str) -> QuadraticForm:
     return chosen("curvature", name, FORMS)
 
 
-def step_guard(growth: float) -> Guard:
-    """Backtracking when the mini-batch loss grows by more than ``growth`` > 1; infinity means no guard."""
-    return NoGuard() if growth == float("inf") else Backtrack(growth)
+def step_guard(growth: float, guard: str = "backtrack") -> Guard:
+    """Backtracking when the mini-batch loss grows by more than ``growth`` > 1; infinity means no guard.
+
+    Args:
+        growth: the factor.
+        guard: ``backtrack`` (grows beyond the loss before the step) or ``ceiling`` (beyond the lowest mean, too).
+    """
+    guards: dict[str, Callable[[], Guard]] = {
+        "backtrack": lambda: Backtrack(growth),
+        "ceiling": lambda: Ceiling(growth),
+    }
+    found = chosen("guard", guard, guards)
+    return NoGuard() if growth == float("inf") else found
+
+
+def bounded_step(limit: float) -> StepSize:
+    """lr, and no step moves a layer by more than ``limit`` times its norm; infinity means lr alone.
+
+    Nor does a step promise to take away more than half of the loss, see :class:`.RelativeBound`.
+    """
+    return ConstantStep() if limit == float("inf") else RelativeBound(limit=limit, decrease=0.5)

@@ -14,15 +14,21 @@ from ....preconditioners.factors.lbfgs import LBFGS
 from ....preconditioners.protocol import Schedule
 from ....preconditioners.structures.kronecker import Kronecker
 from ....stepsize.guard import Guard
+from ....stepsize.protocol import StepSize
 from ..method import Method
 from ..momentum import EMA, Decoupled
-from .names import chosen, pair_damping, step_guard
+from .names import bounded_step, chosen, pair_damping, step_guard
 
 __all__ = ["kbfgs", "kbfgs_conv", "kbfgs_limited"]
 
 
 def _quasi_newton(
-    outputs: Factor, statistics: Average, momentum_decay: float, statistics_every: int, guard: Guard
+    outputs: Factor,
+    statistics: Average,
+    momentum_decay: float,
+    statistics_every: int,
+    guard: Guard,
+    step_size: StepSize,
 ) -> Method:
     return Method(
         preconditioner=Kronecker(
@@ -33,9 +39,10 @@ def _quasi_newton(
         curvature=SecantPairs(),
         damping=Split(),
         momentum=EMA(momentum_decay),
+        step_size=step_size,
         guard=guard,
         warm_start=InputsOnly(),
-        defaults={"lr": 0.1, "damping": 0.3, "weight_decay": 0.0},
+        defaults={"lr": 0.3, "damping": 0.1, "weight_decay": 0.0},
     )
 
 
@@ -47,6 +54,8 @@ def kbfgs(
     pair_decay: float = 0.9,
     statistics_every: int = 1,
     growth: float = 1.1,
+    guard: str = "backtrack",
+    limit: float = 0.05,
 ) -> Method:
     """K-BFGS (arXiv:2006.08877v3): BFGS at the outputs, Hessian-action BFGS at the inputs, double damping.
 
@@ -57,9 +66,18 @@ def kbfgs(
         pair_decay: of the averaged pair; 0 in full-batch mode.
         statistics_every: T1, steps between updates of A.
         growth: the guard's factor, > 1; ``inf`` switches it off (the released code).
+        guard: ``backtrack`` compares a step with the loss before it, ``ceiling`` with the lowest mean so far too.
+        limit: > 0, the largest step of a layer in units of its norm; ``inf``: lr alone decides (the released code).
     """
     outputs = BFGS(pair_damping(pairs), ZeroStartAverage(pair_decay))
-    return _quasi_newton(outputs, MovingAverage(statistics_decay), momentum, statistics_every, step_guard(growth))
+    return _quasi_newton(
+        outputs,
+        MovingAverage(statistics_decay),
+        momentum,
+        statistics_every,
+        step_guard(growth, guard),
+        bounded_step(limit),
+    )
 
 
 def kbfgs_limited(
@@ -71,6 +89,8 @@ def kbfgs_limited(
     pair_decay: float = 0.9,
     statistics_every: int = 1,
     growth: float = 1.1,
+    guard: str = "backtrack",
+    limit: float = 0.05,
 ) -> Method:
     """K-BFGS(L) (arXiv:2006.08877v3): as K-BFGS with L-BFGS over the last ``memory`` pairs at the outputs.
 
@@ -82,9 +102,18 @@ def kbfgs_limited(
         pair_decay: of the averaged pair; 0 in full-batch mode.
         statistics_every: T1, steps between updates of A.
         growth: the guard's factor, > 1; ``inf`` switches it off (the released code).
+        guard: ``backtrack`` compares a step with the loss before it, ``ceiling`` with the lowest mean so far too.
+        limit: > 0, the largest step of a layer in units of its norm; ``inf``: lr alone decides (the released code).
     """
     outputs = LBFGS(memory, pair_damping(pairs), ZeroStartAverage(pair_decay))
-    return _quasi_newton(outputs, MovingAverage(statistics_decay), momentum, statistics_every, step_guard(growth))
+    return _quasi_newton(
+        outputs,
+        MovingAverage(statistics_decay),
+        momentum,
+        statistics_every,
+        step_guard(growth, guard),
+        bounded_step(limit),
+    )
 
 
 def kbfgs_conv(
@@ -112,11 +141,12 @@ def kbfgs_conv(
         "averaged": lambda: MovingAverage(statistics_decay),
         "mini-batch": lambda: ZeroStartAverage(0.0),
     }
-    base = kbfgs(pairs="powell-then-lm", momentum=momentum, pair_decay=pair_decay, growth=growth)
+    base = kbfgs(pairs="powell-then-lm", momentum=momentum, pair_decay=pair_decay, growth=growth, limit=float("inf"))
     structure = base.preconditioner
     assert isinstance(structure, Kronecker)
     return replace(
         base,
         preconditioner=replace(structure, inputs=HessianActionBFGS(chosen("action", action, averages))),
         weight_decay=Decoupled(),
+        defaults={"lr": 0.1, "damping": 0.3, "weight_decay": 0.0},
     )

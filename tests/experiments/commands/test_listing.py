@@ -164,7 +164,8 @@ class TestProblems:
             assert f"{problem.target.metric}{problem.target.value:g}" in text
         for method, numbers in problem.settings.items():
             assert squeezed(f"{method} takes") in text
-            assert all(f"{option}{value:g}" in text for option, value in numbers.items())
+            shown_as = {key: value if isinstance(value, str) else f"{value:g}" for key, value in numbers.items()}
+            assert all(f"{option}{value}" in text for option, value in shown_as.items())
         options = shown(show_problems, name, width=120).split("options")[1]
         assert "source" not in options and "classes" not in options
 

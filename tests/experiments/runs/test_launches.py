@@ -1,8 +1,11 @@
 """How many operations a step asks of its device: the bounds of ten methods, and that the counting is right."""
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +21,15 @@ from torch import nn
 BOUNDS: dict[str, tuple[tuple[int, int, int, int] | None, tuple[int, int, int, int] | None]] = {
     "sgdm": ((19, 52, 1, 0), None),
     "adam": ((25, 52, 1, 0), None),
-    "mbf": ((51, 52, 1, 0), (89, 52, 2, 0)),
-    "kfac": ((59, 74, 1, 0), (133, 74, 2, 0)),
+    # mbf, kfac, kbfgs and kbfgs-l bound their step by default: norms and slopes of all layers, and on the CPU reading
+    # the step sizes. Their published forms below, which do not, keep the bounds that they had.
+    "mbf": ((94, 52, 2, 0), (141, 52, 4, 0)),
+    "kfac": ((95, 74, 2, 0), (169, 74, 3, 0)),
     "lw-sgdm": ((120, 74, 2, 0), None),
     "muon": ((117, 52, 1, 0), None),  # 109 and the casts to bfloat16 where there are units for it
     "joint-kfac": ((159, 74, 2, 0), (233, 74, 3, 0)),
-    "kbfgs": ((249, 123, 2, 0), None),
-    "kbfgs-l": ((306, 123, 2, 0), None),
+    "kbfgs": ((279, 123, 3, 0), None),
+    "kbfgs-l": ((338, 123, 3, 0), None),
     "soap": ((165, 52, 1, 0), (470, 52, 2, 0)),
 }
 
@@ -38,6 +43,33 @@ def test_steps_stay_within_their_bounds(method: str) -> None:
         if counts is not None and bound is not None:
             limit = Launches(*bound)
             assert counts | limit == limit, f"{method}, {kind}: {counts} beyond {limit}; found {found}"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "quiet", "renewing"),
+    [
+        ("mbf", {"units": "absolute", "limit": math.inf}, (51, 52, 1, 0), (89, 52, 2, 0)),
+        ("mbf", {"limit": math.inf}, (51, 52, 1, 0), (98, 52, 3, 0)),  # units: one read of all layers' means
+        ("kfac", {"limit": math.inf}, (59, 74, 1, 0), (133, 74, 2, 0)),
+        ("kbfgs", {"limit": math.inf}, (249, 123, 2, 0), None),
+        ("kbfgs-l", {"limit": math.inf}, (306, 123, 2, 0), None),
+    ],
+)
+def test_steps_without_a_bound(
+    name: str,
+    options: dict[str, Any],
+    quiet: tuple[int, int, int, int],
+    renewing: tuple[int, int, int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = replace(registry.methods()[name], factory=lambda: registry.method(name, **options))
+    monkeypatch.setitem(registry._METHODS, "published", entry)
+    (found,) = count_launches(["published"])
+    for counts, bound in ((found.quiet, quiet), (found.renewing, renewing)):
+        assert (counts is None) == (bound is None)
+        if counts is not None and bound is not None:
+            limit = Launches(*bound)
+            assert counts | limit == limit, f"{counts} beyond {limit}"
 
 
 @pytest.mark.parametrize(

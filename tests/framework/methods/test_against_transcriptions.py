@@ -114,7 +114,8 @@ def test_kbfgs(
     else:
         _, history = replay(
             "kbfgs" if memory is None else "kbfgs-l", loss, arrays, [], lr=lr, damping=damping, weight_decay=tau,
-            momentum=rho, pairs=pairs, growth=float("inf"), statistics_decay=decay, pair_decay=pair_decay, **options,
+            momentum=rho, pairs=pairs, growth=float("inf"), limit=float("inf"), statistics_decay=decay,
+            pair_decay=pair_decay, **options,
         )  # fmt: skip
     compare(results, history)
 
@@ -158,7 +159,7 @@ def test_kfac(
     labels = [*results["warm_fisher_targets"], *results["fisher_targets"]]
     _, history = replay(
         "kfac", loss, arrays, labels, lr=lr, damping=damping, weight_decay=tau, momentum=rho, statistics_decay=decay,
-        inverses_every=every, eager=eager,
+        inverses_every=every, eager=eager, limit=float("inf"),
     )  # fmt: skip
     compare(results, history)
 
@@ -189,7 +190,7 @@ def test_mbf(seed: int, loss: str, blocks: str, lr: float, damping: float, gamma
     decided(results)
     optimizer, history = replay(
         "mbf", loss, arrays, list(results["warm_targets"]), lr=lr, damping=damping, weight_decay=gamma, blocks=blocks,
-        statistics_every=T1, inverses_every=T2,
+        statistics_every=T1, inverses_every=T2, units="absolute", limit=float("inf"),
     )  # fmt: skip
     compare(results, history)
     for l, block in enumerate(optimizer.state_dict()["state"].values()):

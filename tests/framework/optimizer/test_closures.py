@@ -293,7 +293,7 @@ def test_a_look_back_that_fails_takes_the_step_back(name: str, net: str, wrong: 
 @pytest.mark.parametrize("wrong", ["raises", "interrupted"])
 def test_a_look_back_that_fails_while_the_guard_shortens(wrong: str) -> None:
     model = make()
-    optimizer = build("kbfgs", model, lr=1e3)
+    optimizer = build("kbfgs", model, lr=1e3, limit=float("inf"))
     before, state = everything(model), state_of(optimizer)
     with pytest.raises(FAILURES[wrong]):
         optimizer.step(Calls(optimizer, model, "mlp", wrong, at=4))

@@ -64,7 +64,7 @@ def test_a_hopeless_step_is_taken_back_bit_for_bit(lr: float, decay: Any) -> Non
 
 def test_a_quasi_newton_step_that_is_taken_back_teaches_nothing() -> None:
     model, (x, y) = make(), data()
-    optimizer = build("kbfgs", model, lr=1e8)
+    optimizer = build("kbfgs", model, lr=1e8, limit=float("inf"))
     optimizer.step(closure_of(optimizer, model, x, y))
     assert optimizer.last_report.shortened > 0
     for block in optimizer.state_dict()["state"].values():
