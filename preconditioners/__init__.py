@@ -3,7 +3,6 @@
 from .averages import Average, MovingAverage, PlainAverage, RunningSum, ZeroStartAverage
 from .damping.levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt
 from .damping.own_units import CurvatureUnits
-from .damping.relative import RelativeDamping
 from .damping.scheduled import Geometric, Scheduled
 from .damping.split import ConstantDamping, Damping, Factored, MeanEigenvalues, SideDamping, Split
 from .factors.bfgs import BFGS, HessianActionBFGS
@@ -99,7 +98,6 @@ __all__ = [
     "Preconditioner",
     "Reduce",
     "Refining",
-    "RelativeDamping",
     "Request",
     "ResidualKernel",
     "Root",

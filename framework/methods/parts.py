@@ -98,7 +98,6 @@ KINDS: dict[str, dict[str, type]] = {
         preconditioners.ConstantDamping,
         preconditioners.Split,
         preconditioners.Factored,
-        preconditioners.RelativeDamping,
         preconditioners.CurvatureUnits,
         preconditioners.LevenbergMarquardt,
         preconditioners.Scheduled,

@@ -37,6 +37,8 @@ class CurvatureUnits(DampingDeclarations):
             return split
         inputs, outputs = eigenvalues.inputs, eigenvalues.outputs
         whole, root = value * inputs * outputs, math.sqrt(value)
-        if not (inputs > 0.0 and outputs > 0.0 and math.isfinite(whole) and (whole > 0.0 or value == 0.0)):
-            return split
-        return SideDamping(whole, root * inputs, root * outputs)
+        found = SideDamping(whole, root * inputs, root * outputs)
+        apart = inputs > 0.0 and outputs > 0.0 and math.isfinite(whole)
+        if not (apart and (value == 0.0 or min(found.whole, found.inputs, found.outputs) > 0.0)):
+            return split  # dead, not finite, or below the smallest number
+        return found

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ....curvature.estimators import SampledFisher
 from ....preconditioners.averages import MovingAverage
-from ....preconditioners.damping.relative import RelativeDamping
+from ....preconditioners.damping.own_units import CurvatureUnits
 from ....preconditioners.damping.split import Split
 from ....preconditioners.structures.diagonal import Diagonal
 from ....stepsize.bounded import RelativeBound
@@ -174,7 +174,7 @@ def joint_kfac_noise_aware(
         eager=eager,
     )
     rule = RelativeBound(TrailScaled(JointLayerwise(every=curvature_every)), limit=0.25, decrease=0.5)
-    return replace(base, damping=RelativeDamping(), step_size=rule, defaults={"lr": 1.0, "damping": 0.01})
+    return replace(base, damping=CurvatureUnits(), step_size=rule, defaults={"lr": 1.0, "damping": 0.01})
 
 
 def joint_kbfgs(*, momentum: float = 0.9, growth: float = 1.1, curvature_every: int = 1) -> Method:

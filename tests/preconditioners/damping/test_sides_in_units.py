@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from osculate.preconditioners import MeanEigenvalues, RelativeDamping, Split
+from osculate.preconditioners import CurvatureUnits, MeanEigenvalues, Split
 from small_nets import batches, build, flat, make, train
 
 positive = st.floats(1e-12, 1e12)
@@ -15,25 +15,25 @@ positive = st.floats(1e-12, 1e12)
 
 @given(st.floats(0, 100), st.integers(1, 50), positive, positive)
 def test_each_side_gets_the_same_share_of_its_own(value: float, positions: int, inputs: float, outputs: float) -> None:
-    sides = RelativeDamping().sides(value, positions, MeanEigenvalues(inputs, outputs))
-    assert sides.whole == value
+    sides = CurvatureUnits().sides(value, positions, MeanEigenvalues(inputs, outputs))
+    assert sides.whole == pytest.approx(value * inputs * outputs)
     assert sides.inputs == pytest.approx(math.sqrt(value) * inputs)
     assert sides.outputs == pytest.approx(math.sqrt(value) * outputs)
 
 
 @pytest.mark.parametrize("pair", [(0.0, 1.0), (1.0, 0.0), (math.inf, 1.0), (1.0, math.nan), (5e-324, 1.0)])
 def test_where_a_side_has_no_eigenvalue_it_is_split(pair: tuple[float, float]) -> None:
-    assert RelativeDamping().sides(1e-3, 4, MeanEigenvalues(*pair)) == Split().sides(1e-3, 4)
+    assert CurvatureUnits().sides(1e-3, 4, MeanEigenvalues(*pair)) == Split().sides(1e-3, 4)
 
 
 def test_a_layer_without_factors_gets_the_whole() -> None:
-    assert RelativeDamping().sides(0.3, 4) == Split().sides(0.3, 4)
+    assert CurvatureUnits().sides(0.3, 4) == Split().sides(0.3, 4)
 
 
 @pytest.mark.parametrize("bad", [-1.0, math.inf, math.nan])
 def test_a_lambda_out_of_range_is_refused(bad: float) -> None:
     with pytest.raises(osc.ArgumentError, match="damping"):
-        RelativeDamping().sides(bad, 1, MeanEigenvalues(1.0, 1.0))
+        CurvatureUnits().sides(bad, 1, MeanEigenvalues(1.0, 1.0))
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1e3])
@@ -51,7 +51,7 @@ def test_units_of_the_inputs_change_nothing(unit: float) -> None:
         method = osc.Method(
             osc.Kronecker(osc.Covariance(), osc.Covariance()),
             osc.SampledFisher(),
-            damping=RelativeDamping(),
+            damping=CurvatureUnits(),
             step_size=rule,
             defaults={"lr": 1.0, "damping": 0.01},
         )
