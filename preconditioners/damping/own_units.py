@@ -37,8 +37,8 @@ class CurvatureUnits(DampingDeclarations):
             return split
         inputs, outputs = eigenvalues.inputs, eigenvalues.outputs
         whole, root = value * inputs * outputs, math.sqrt(value)
-        found = SideDamping(whole, root * inputs, root * outputs)
-        apart = inputs > 0.0 and outputs > 0.0 and math.isfinite(whole)
-        if not (apart and (value == 0.0 or min(found.whole, found.inputs, found.outputs) > 0.0)):
+        sides = whole, root * inputs, root * outputs
+        apart = inputs > 0.0 and outputs > 0.0 and all(map(math.isfinite, sides))
+        if not (apart and (value == 0.0 or min(sides) > 0.0)):
             return split  # dead, not finite, or below the smallest number
-        return found
+        return SideDamping(*sides)
