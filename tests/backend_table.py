@@ -16,6 +16,10 @@ from osculate.curvature.backends.table import BACKENDS, make_backend
 from torch import Tensor, nn
 
 
+OF_LOSSES = [name for name, backend in BACKENDS.items() if not backend.takes_residuals]  # type: ignore[attr-defined]
+"""Backends that measure a loss; residuals have a page of their own."""
+
+
 class Tied(nn.Module):
     """Two modules with one weight."""
 
@@ -134,8 +138,8 @@ def table() -> str:
     for layer in LAYERS:
         cells = []
         for quantity in QUANTITIES:
-            names = [backend for backend in BACKENDS if serves(backend, layer, quantity)]
-            cells.append("all" if len(names) == len(BACKENDS) else ", ".join(names) or "–")
+            names = [backend for backend in OF_LOSSES if serves(backend, layer, quantity)]
+            cells.append("all" if len(names) == len(OF_LOSSES) else ", ".join(names) or "–")
         lines.append(f"| {layer} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

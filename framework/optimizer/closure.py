@@ -104,8 +104,9 @@ def loss_of(loss: Any, device: torch.device) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         if isinstance(loss, Mapping):
             raise ArgumentError(
-                f"the closure returned a dictionary ({', '.join(map(str, loss))}): residuals are measured by "
-                "osculate.build(..., backend='residuals'), or by a method over the whole model, build('lm', model)"
+                f"the closure must return the scalar loss, got a dictionary ({', '.join(map(str, loss))}); end it with "
+                "`return loss`. If these are residuals: osculate.build(..., backend='residuals') takes them, and so do "
+                "methods over the whole model, osculate.build('lm', model)"
             )
         raise ArgumentError(
             f"the closure must return the scalar loss, got {type(loss).__name__}"
