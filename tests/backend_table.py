@@ -15,7 +15,6 @@ from osculate.curvature import Categorical, LayerStatistics, Record
 from osculate.curvature.backends.table import BACKENDS, make_backend
 from torch import Tensor, nn
 
-
 OF_LOSSES = [name for name, backend in BACKENDS.items() if not backend.takes_residuals]  # type: ignore[attr-defined]
 """Backends that measure a loss; residuals have a page of their own."""
 
