@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Compare", "Replay", "Train"]
 
 DEFAULT_METHODS = (
-    *("kbfgs", "kbfgs-l", "mbf", "lw-sgdm", "lw-adamw", "joint-kfac"),
+    *("kbfgs", "kbfgs-l", "mbf", "lw-sgdm", "lw-adamw", "joint-kfac", "joint-kfac-noise-aware"),
     *("kfac", "soap", "muon", "adam", "sgdm"),
 )
 SHOWN = ["method", "train loss", "test loss", "accuracy", "epochs", "ms/step", "note"]
