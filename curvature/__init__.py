@@ -27,6 +27,7 @@ from .quadratic_forms import (
 )
 from .records.needs import Needs, Record
 from .records.statistics import LayerStatistics, SampleGradients
+from .residuals.derivatives import Derivatives, derivatives
 from .residuals.penalty import Cauchy, HalfSquare, Huber, Penalty, PseudoHuber
 from .residuals.residual import Residual
 
@@ -36,6 +37,7 @@ __all__ = [
     "Capture",
     "Categorical",
     "Cauchy",
+    "Derivatives",
     "EmpiricalFisher",
     "Estimator",
     "ExactGGN",
@@ -65,6 +67,7 @@ __all__ = [
     "SecantPairs",
     "SignedHessian",
     "WithPairs",
+    "derivatives",
     "discover_layers",
     "register_adapter",
 ]

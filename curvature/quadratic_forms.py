@@ -87,6 +87,10 @@ def _slopes_of_shared(statistics: LayerStatistics, direction: Tensors) -> Tensor
     return torch.stack([(v * d).flatten(1).sum(1) for v, d in zip(vectors, direction, strict=True)]).sum(0)
 
 
+def _has_scores(statistics: LayerStatistics) -> bool:
+    return statistics.sampled_gradient is not None or statistics.sample_gradients.sampled is not None
+
+
 @dataclass(frozen=True)
 class SampledScores(FormDeclarations):
     """(a) Sampled Fisher: M = mean_i s(i) s(i)' from per-sample scores s_l(i); one backward, one product per layer.
@@ -106,10 +110,10 @@ class SampledScores(FormDeclarations):
         known: dict[int, LayerStatistics] = {}
         extra: dict[int, list[tuple[int, float, Tensor]]] = {}
         measured = [evidence.statistics[name] for name in evidence.names if name in evidence.statistics]
-        samples = next((entry.samples for entry in measured if entry.sampled_gradient is not None), 1)
+        samples = next((entry.samples for entry in measured if _has_scores(entry)), 1)
         for index, name in enumerate(evidence.names):
             statistics, direction = evidence.statistics.get(name), evidence.directions[name]
-            if statistics is not None and statistics.sampled_gradient is not None and statistics.shared_by == 1.0:
+            if statistics is not None and _has_scores(statistics) and statistics.shared_by == 1.0:
                 known[index] = statistics
                 continue
             rows[index] = direction[0].new_zeros(samples)

@@ -59,6 +59,8 @@ class Backend(ABC):
     data: list[tuple[Tensor, ...]] | None = None
     measures: Mapping[str, Mapping[str, Measure]] = MappingProxyType({})
     name: ClassVar[str]
+    takes_residuals: ClassVar[bool] = False
+    """Whether ``step`` is given residuals, whose curvature needs no likelihood."""
     seen: SeenLoss | None = None
     """What reads the loss of plain loops off the output's gradient, where a step-size rule wants it."""
     cannot: ClassVar[Mapping[Record, str]] = {}
@@ -114,6 +116,10 @@ class Backend(ABC):
     @abstractmethod
     def _attach(self) -> list[Any]:
         """Place the hooks; returns their handles."""
+
+    def closure(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """The user's closure as one that fills ``.grad`` and returns the loss."""
+        return function
 
     def clear(self) -> None:
         """Forget every pass."""

@@ -15,11 +15,17 @@ from .backend import Backend
 from .backpack_backend import BackpackBackend
 from .capture import Capture
 from .func_backend import FuncBackend
+from .residual_backend import ResidualBackend
 
 __all__ = ["BACKENDS", "make_backend", "require_supported"]
 
 
-BACKENDS: dict[str, Callable[..., Backend]] = {"hooks": Capture, "func": FuncBackend, "backpack": BackpackBackend}
+BACKENDS: dict[str, Callable[..., Backend]] = {
+    "hooks": Capture,
+    "func": FuncBackend,
+    "backpack": BackpackBackend,
+    "residuals": ResidualBackend,
+}
 
 
 def make_backend(

@@ -352,7 +352,12 @@ def scores_of_many(records: Sequence[LayerStatistics], directions: Sequence[Tens
     """:meth:`LayerStatistics.scores` of many layers: all their products in one operation."""
     moved: list[Tensor] = []
     gradients: list[Tensor] = []
-    for record, values in zip(records, directions, strict=True):
+    whole: dict[int, Tensor] = {}
+    for place, (record, values) in enumerate(zip(records, directions, strict=True)):
+        if record.sample_gradients.sampled is not None:
+            pairs = zip(record.sample_gradients.sampled, values, strict=True)
+            whole[place] = torch.stack([torch.tensordot(v.flatten(1), d.flatten(), 1) for v, d in pairs]).sum(0)
+            continue
         layer, inputs, gradient = record.layer, record.inputs, record.sampled_gradient
         named = dict(zip(layer.parameters, values, strict=True))
         if record.ragged or record.shared_by > 1.0 or layer.adapter is None or inputs is None or gradient is None:
@@ -365,7 +370,10 @@ def scores_of_many(records: Sequence[LayerStatistics], directions: Sequence[Tens
         gradients.append(gradient.reshape(moved[-1].shape))
     if moved:
         torch._foreach_mul_(moved, gradients)
-    return [_by_sample(record, product) for record, product in zip(records, moved, strict=True)]
+    products = iter(moved)
+    return [
+        whole[place] if place in whole else _by_sample(record, next(products)) for place, record in enumerate(records)
+    ]
 
 
 def _by_sample(record: LayerStatistics, product: Tensor) -> Tensor:

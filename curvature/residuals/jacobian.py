@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from ...errors import ArgumentError, FallbackWarning, NumericalError
 from .residual import ResidualBlock, ResidualClosure, read_residuals, total_loss
 
-__all__ = ["Implicit", "Jacobian", "JacobianReader", "evaluate_residuals"]
+__all__ = ["Implicit", "Jacobian", "JacobianReader", "Uses", "evaluate_residuals"]
 
 _CHUNK = 64
 """Backward passes that run as one batch where rows are not independent."""
@@ -44,6 +45,8 @@ class Jacobian:
         curvatures: (V,) second derivative of the loss by each residual, >= 0.
         rows: per parameter (V, *shape), derivatives of the residuals.
         loss: 0-dimensional.
+        points: rows of all blocks together.
+        uses: by the place of a weight among the parameters, those that were asked for.
     """
 
     names: tuple[str, ...]
@@ -53,6 +56,8 @@ class Jacobian:
     curvatures: Tensor
     rows: tuple[Tensor, ...]
     loss: Tensor
+    points: int = 0
+    uses: Mapping[int, Uses] = field(default_factory=lambda: MappingProxyType({}))
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Gradient of the loss per parameter, J' slopes."""
@@ -66,6 +71,24 @@ class Jacobian:
     def matrix(self) -> Tensor:
         """(V, P) all derivatives side by side, parameters in their order."""
         return torch.cat([value.flatten(1) for value in self.rows], 1)
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What linear layers multiply one weight with, in all blocks.
+
+    Attributes:
+        inputs: (R, d_in + 1) rows a, the last column 1 where the bias was added and 0 where it was not (a derivative of
+            the network does not see it).
+        outputs: (R', d_out) rows: derivatives of single residuals by the products, each times the square root of
+            the second derivative of the loss by its residual.
+        complete: whether the derivatives of all residuals by the weight are the sums over these rows. They are not
+            where the closure differentiates the network by autograd, whose backward passes use the weight once more.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    complete: bool
 
 
 @dataclass(frozen=True)
@@ -133,35 +156,66 @@ class JacobianReader:
         self.parameters, self.names = list(parameters), list(names)
         self._coupled: dict[str, str] = {}  # blocks that are differentiated row by row, and why
         self._known: set[str] = set()  # blocks whose rows have been compared
-        self._layout: dict[str, tuple[int, ...]] = {}
 
     @torch.enable_grad()
-    def evaluate(self, closure: ResidualClosure, *, look: bool = True) -> Jacobian:
+    def evaluate(self, closure: ResidualClosure, *, look: bool = True, uses: Sequence[int] = ()) -> Jacobian:
         """Residuals and Jacobian of one mini-batch.
 
         Args:
             closure: see :data:`.ResidualClosure`.
             look: compare the rows with an exact product; blocks that were never seen are compared in any case.
+            uses: places of weights among the parameters whose :class:`Uses` are wanted.
 
         Raises:
             ArgumentError: for what is no dictionary of residuals, or if they do not depend on the parameters.
             NumericalError: for a residual that is not finite, naming the block and the row.
         """
-        mode = _OwnCopies(self.parameters)
+        mode = _OwnCopies(self.parameters, frozenset(uses))
         with mode:
             _, blocks = evaluate_residuals(closure, graph=True)
             mode.recording = False
             self._require_finite(blocks)
             found: list[list[Tensor] | None] = []
             for position, block in enumerate(blocks):
-                last = position == len(blocks) - 1
-                found.append(self._by_copies(block, mode, look or block.name not in self._known, keep=not last))
+                keep = bool(uses) or position < len(blocks) - 1
+                found.append(self._by_copies(block, mode, look or block.name not in self._known, keep))
+            collected = {place: self._uses(place, blocks, mode, found) for place in uses}
         if any(rows is None for rows in found):
-            _, blocks = evaluate_residuals(closure, graph=True)
+            _, again = evaluate_residuals(closure, graph=True)
+            _require_same(blocks, again)
             found = [
-                self._row_by_row(block) if rows is None else rows for block, rows in zip(blocks, found, strict=True)
+                self._row_by_row(block) if rows is None else rows for block, rows in zip(again, found, strict=True)
             ]
-        return self._joined(blocks, [rows for rows in found if rows is not None])
+        return self._joined(blocks, [rows for rows in found if rows is not None], collected)
+
+    def _uses(
+        self, place: int, blocks: Sequence[ResidualBlock], mode: _OwnCopies, rows: Sequence[Sequence[Tensor] | None]
+    ) -> Uses:
+        """The rows of one weight in all blocks, and whether they explain its derivatives."""
+        seen, parameter = mode.uses.get(place, []), self.parameters[place]
+        outputs: list[Tensor] = []
+        complete = bool(seen)
+        for block, known in zip(blocks, rows, strict=True):
+            roots = (block.factor * block.penalty.curvature(block.values.detach())).sqrt()
+            for component in range(block.values.shape[1] if seen else 0):
+                asked = [use.output for use in seen]
+                total = block.values[:, component].sum()
+                got = torch.autograd.grad(total, asked, retain_graph=True, allow_unused=True)
+                explained = torch.zeros_like(parameter).detach()
+                for use, value in zip(seen, got, strict=True):
+                    if value is not None and len(value) == len(roots):
+                        flat = value.detach()
+                        outputs.append((flat * roots[:, component, None, None]).flatten(0, 1))
+                        explained += flat.flatten(0, 1).T @ use.input.flatten(0, 1)
+                if known is None:
+                    complete = False
+                else:
+                    exact = known[place].unflatten(0, block.values.shape)[:, component].sum(0)
+                    complete = complete and _agree([exact], [explained])
+        ones = [use.input.new_full((*use.input.shape[:2], 1), float(use.bias)) for use in seen]
+        inputs = [torch.cat([use.input, one], 2).flatten(0, 1) for use, one in zip(seen, ones, strict=True)]
+        rows_in, rows_out = parameter.new_zeros(0, parameter.shape[1] + 1), parameter.new_zeros(0, parameter.shape[0])
+        return Uses(torch.cat([rows_in.detach(), *inputs]), torch.cat([rows_out.detach(), *outputs]), complete)
 
     @torch.enable_grad()
     def products(self, closure: ResidualClosure) -> Implicit:
@@ -210,10 +264,12 @@ class JacobianReader:
             whole = got[len(copies) :]
             reached = [name for name, value in zip(self.names, whole, strict=True) if value is not None]
             if reached:
-                return self._give_up(block, f"parameter {reached[0]!r} is used by something else than a linear layer")
+                self._give_up(block, f"parameter {reached[0]!r} is used by something else than a linear layer")
+                return None
             arrived = got[: len(copies)]
             if any(value is not None and len(value) != rows for value in arrived):
-                return self._give_up(block, "its rows are not those of the tensor that the model was given")
+                self._give_up(block, "its rows are not those of the tensor that the model was given")
+                return None
             columns.append(mode.per_parameter(arrived, rows, values))
         result = [torch.stack(parts, 1).flatten(0, 1) for parts in zip(*columns, strict=True)]
         if look:
@@ -226,7 +282,8 @@ class JacobianReader:
             ours = [torch.tensordot(vector.flatten(), part, 1) for part in result]
             self._require_dependence(block, any(value is not None for value in exact))
             if not _agree(total, ours):
-                return self._give_up(block, "a row of it depends on other rows of what the model was given")
+                self._give_up(block, "a row of it depends on other rows of what the model was given")
+                return None
         return result
 
     def _give_up(self, block: ResidualBlock, reason: str) -> None:
@@ -265,7 +322,12 @@ class JacobianReader:
             )
         return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
-    def _joined(self, blocks: Sequence[ResidualBlock], rows: Sequence[Sequence[Tensor]]) -> Jacobian:
+    def _joined(
+        self,
+        blocks: Sequence[ResidualBlock],
+        rows: Sequence[Sequence[Tensor]],
+        uses: Mapping[int, Uses] = MappingProxyType({}),
+    ) -> Jacobian:
         values = [block.values.detach() for block in blocks]
         with torch.no_grad():
             return Jacobian(
@@ -276,6 +338,24 @@ class JacobianReader:
                 torch.cat([(b.factor * b.penalty.curvature(v)).flatten() for b, v in zip(blocks, values, strict=True)]),
                 tuple(torch.cat(parts).detach() for parts in zip(*rows, strict=True)),
                 total_loss(blocks).detach(),
+                sum(len(value) for value in values),
+                uses,
+            )
+
+
+def _require_same(blocks: Sequence[ResidualBlock], again: Sequence[ResidualBlock]) -> None:
+    """Check that a second evaluation is of the same points.
+
+    Raises:
+        ArgumentError: naming a block that is not.
+    """
+    named = {block.name: block.values.detach() for block in again}
+    for block in blocks:
+        now = named.get(block.name)
+        if now is None or now.shape != block.values.shape or not torch.allclose(now, block.values.detach()):
+            raise ArgumentError(
+                f"block {block.name!r} of the residuals is another when it is evaluated again at once; the function must "
+                "evaluate the same points each time it is called in one step: draw them outside of it"
             )
 
 
@@ -302,16 +382,28 @@ def _pulled_back(values: Tensor, parameters: Sequence[Tensor], vectors: Tensor) 
     return [None if column[0] is None else torch.stack(list(column)) for column in columns]
 
 
+@dataclass(frozen=True)
+class _Use:
+    """One product of a linear layer: input (N, S, d_in), output (N, S, d_out) with its graph, bias added to it."""
+
+    input: Tensor
+    output: Tensor
+    bias: bool
+
+
 class _OwnCopies(TorchFunctionMode):
     """While it is active, linear layers multiply every row of their input with a copy of the weights of its own.
 
     Args:
         parameters: that are replaced where a linear layer uses them.
+        watched: places of weights whose inputs and products are kept.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]):
+    def __init__(self, parameters: Sequence[nn.Parameter], watched: frozenset[int] = frozenset()):
         super().__init__()
         self.recording = True
+        self.uses: dict[int, list[_Use]] = {}
+        self._watched = watched
         self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
         self._parameters = parameters
         self._copies: list[tuple[int, Tensor]] = []
@@ -324,14 +416,18 @@ class _OwnCopies(TorchFunctionMode):
         if func is nn.functional.linear and self.recording:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             value, weight, bias = given["input"], given["weight"], given.get("bias")
-            plain = value.ndim > 1 and torch._C._functorch.peek_interpreter_stack() is None
+            plain = value.ndim > 1 and value.numel() and torch._C._functorch.peek_interpreter_stack() is None
             if plain and id(weight) in self._places:
                 return self._linear(value, weight, bias)
         return func(*args, **kwargs)
 
     def _linear(self, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = value.shape[0]
-        product = torch.bmm(value.reshape(rows, -1, value.shape[-1]), self._copy(weight, rows).mT)
+        inputs = value.reshape(rows, -1, value.shape[-1])
+        product = torch.bmm(inputs, self._copy(weight, rows).mT)
+        place = self._places[id(weight)]
+        if place in self._watched:
+            self.uses.setdefault(place, []).append(_Use(inputs.detach(), product, bias is not None))
         if bias is not None:
             own = self._copy(bias, rows) if id(bias) in self._places else bias.expand(rows, -1)
             product = product + own.unsqueeze(1)

@@ -65,7 +65,7 @@ def read_residuals(found: Any) -> list[ResidualBlock]:
     """What a closure returned, checked.
 
     Raises:
-        ArgumentError: for what is no mapping of names to residuals, an empty one, a block without rows or with the wrong
+        ArgumentError: for what is no mapping of names to residuals, an empty one, a block without rows or of another
             dtype; it names the block, the value and the way out.
     """
     if isinstance(found, Tensor | Residual):
@@ -95,8 +95,8 @@ def _read(name: Any, value: Any) -> ResidualBlock:
     values = residual.values
     if not values.ndim or not values.numel():
         raise ArgumentError(
-            f"block {name!r} of the residuals has shape {tuple(values.shape)}; it needs one row per point, and at least "
-            "one: leave the block out where there is nothing to fit, and give one number as tensor.reshape(1)"
+            f"block {name!r} of the residuals has shape {tuple(values.shape)}; it needs one row per point, and at "
+            "least one: leave the block out where there is nothing to fit, and give one number as tensor.reshape(1)"
         )
     if not values.is_floating_point():
         raise ArgumentError(f"block {name!r} of the residuals is {values.dtype}; return floating-point residuals")

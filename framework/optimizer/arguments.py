@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...checking import require_kind
 from ...curvature.likelihoods import Likelihood
-from ...errors import ArgumentError, ClosureRequiredError
+from ...errors import ArgumentError, ClosureRequiredError, CompatibilityError
 
 __all__ = [
     "as_number",
@@ -18,6 +18,8 @@ __all__ = [
     "require_callable",
     "require_closure",
     "require_one_choice",
+    "require_one_process",
+    "require_residual_method",
     "require_values",
 ]
 
@@ -35,7 +37,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     ),
     "seed": (int, "any whole number will do"),
     "strict": (bool, "strict=True refuses parameters that no part serves"),
-    "backend": (str, "take 'hooks', 'func' or 'backpack'"),
+    "backend": (str, "take 'hooks', 'func' or 'backpack', or 'residuals' for a loss that is a sum over residuals"),
     "certify_records": (Literal["always", "start", "never"], "choose how often records are compared with gradients"),
     "samples": (
         int | Callable,
@@ -67,6 +69,47 @@ def require_one_choice(likelihood: Any, output: Any) -> None:
     if isinstance(likelihood, Mapping) and output is not None:
         raise ArgumentError(
             f"the keys of likelihood say which heads are read, so output={output!r} says it twice; leave output out"
+        )
+
+
+def require_residual_method(asks_products: bool, likelihood: Likelihood | None, grad_scaler: Any) -> None:
+    """Check what ``backend='residuals'`` is given beside the method.
+
+    Args:
+        asks_products: whether a part wants products with the Hessian.
+        likelihood: that was named.
+        grad_scaler: of the loop.
+
+    Raises:
+        CompatibilityError: if a part wants the Hessian of a loss that the user runs backward.
+        ArgumentError: if a likelihood is named, or the loss is scaled.
+    """
+    if asks_products:
+        raise CompatibilityError(
+            "backend='residuals' differentiates the residuals itself, and products with the Hessian are made of the "
+            "user's own backward; take SampledScores() or ExactGGN(), which are exact for residuals"
+        )
+    if likelihood is not None:
+        raise ArgumentError(
+            "backend='residuals' takes the curvature from the residuals that step() is given: leave the likelihood out, "
+            "and give blocks their weights by osculate.Residual(values, weight=...)"
+        )
+    if grad_scaler is not None:
+        raise ArgumentError(
+            "backend='residuals' runs the backward passes itself and scales nothing: leave grad_scaler out"
+        )
+
+
+def require_one_process(count: int) -> None:
+    """Check that residuals are evaluated by one process.
+
+    Raises:
+        ArgumentError: if several share a mini-batch.
+    """
+    if count > 1:
+        raise ArgumentError(
+            f"backend='residuals' works in one process, and {count} share a mini-batch here; build with "
+            "process_group=None for a process of its own"
         )
 
 

@@ -24,7 +24,7 @@ _Whole = Literal["lm", "engd", "spring", "bfgs", "ssbfgs", "ssbroyden", "lbfgs"]
 
 
 @overload
-def build(  # type: ignore[overload-overlap]  # the names of methods over the whole model are no others
+def build(
     method: _Whole | WholeMethod,
     model: nn.Module,
     *,

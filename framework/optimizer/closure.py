@@ -102,6 +102,11 @@ def loss_of(loss: Any, device: torch.device) -> Tensor:
     if isinstance(loss, float | int):
         loss = torch.full((), float(loss), device=device)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
+        if isinstance(loss, Mapping):
+            raise ArgumentError(
+                f"the closure returned a dictionary ({', '.join(map(str, loss))}): residuals are measured by "
+                "osculate.build(..., backend='residuals'), or by a method over the whole model, osculate.build('lm', model)"
+            )
         raise ArgumentError(
             f"the closure must return the scalar loss, got {type(loss).__name__}"
             f"{f' of shape {tuple(loss.shape)}' if isinstance(loss, Tensor) else ''}; end it with `return loss`"

@@ -205,9 +205,10 @@ def require_sampled(statistics: Mapping[str, LayerStatistics], active: Collectio
     counts: dict[int, str] = {}
     for name in active:
         entry = statistics.get(name)
-        if entry is None or (entry.sampled_gradient is None and entry.sampled_parameter_gradients is None):
+        rows = entry is not None and (entry.sampled_gradient is not None or entry.sample_gradients.sampled is not None)
+        if entry is None or not (rows or entry.sampled_parameter_gradients is not None):
             missing.append(name)
-        elif entry.sampled_gradient is not None:
+        elif rows:
             counts.setdefault(entry.samples, name)
     if missing:
         raise ArgumentError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...curvature.backends.loss_seen import SeenLoss
 from ...curvature.backends.outputs import Choice, resolve_heads
+from ...curvature.backends.residual_backend import ResidualBackend
 from ...curvature.backends.table import make_backend, require_supported
 from ...curvature.declarations import StepSizeDeclarations, declared
 from ...curvature.layers.discovery import discover_layers, last_matrix
@@ -24,7 +25,14 @@ from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.structures.by_layer import ByLayer, require_matching_keys, with_last
 from ..methods.method import Method
-from .arguments import require_arguments, require_closure, require_one_choice, require_values
+from .arguments import (
+    require_arguments,
+    require_closure,
+    require_one_choice,
+    require_one_process,
+    require_residual_method,
+    require_values,
+)
 from .blocks import full_precision, make_blocks
 from .closure import Closure, loss_of
 from .coverage import warn_of_fallback
@@ -119,7 +127,11 @@ class SecondOrder(Session):
         method.check_values(**values)
         resolved = resolve_heads(likelihood)
         require_one_choice(likelihood, output)
-        if method.needs_likelihood and resolved is None:
+        residuals = backend == ResidualBackend.name
+        if residuals:
+            asks = Needs.PRODUCTS in method.measures_at(None) | method.asks
+            require_residual_method(asks, resolved, grad_scaler)
+        if method.needs_likelihood and resolved is None and not residuals:
             raise ArgumentError(
                 "this method draws labels from the model's own distribution: pass likelihood='categorical', "
                 "'bernoulli' or 'gaussian', or 'from-loss' for any other loss that is differentiated in a closure"
@@ -148,6 +160,9 @@ class SecondOrder(Session):
         self.capture.measures = own_measures(self.blocks)
         wanted = all_records(self.blocks, layers, method)
         require_supported(self.capture, wanted)
+        if isinstance(self.capture, ResidualBackend):
+            require_one_process(self.ranks.count)
+            self.capture.rows_of = frozenset(block.layer.name for block in self.blocks if block.asked.roots)
         self.capture.arm(wanted)  # places the hooks that any step will need
         self.last_report = StepReport(-1)
         self.gradient_evaluations = self.skipped_steps = 0
@@ -168,12 +183,15 @@ class SecondOrder(Session):
     @property
     def needs_closure(self) -> bool:
         """Whether ``step`` must be given a closure."""
-        return self.plan.needs_closure or (self.method.needs_likelihood and self.capture.needs_loss)
+        needs_loss = self.method.needs_likelihood and self.capture.needs_loss
+        return self.plan.needs_closure or needs_loss or self.capture.takes_residuals
 
     @property
     def has_warm_start(self) -> bool:
         """Whether the method has an initial pass over the data that this optimizer can make."""
         start = self.method.warm_start
+        if self.capture.takes_residuals:
+            return False
         return start is not None and not (start.needs_likelihood and self.capture.likelihood is None)
 
     def layer_table(self) -> list[LayerRow]:
@@ -226,6 +244,7 @@ class SecondOrder(Session):
                 parameter and no state has changed.
         """
         self._require_ready(closure)
+        closure = None if closure is None else self.capture.closure(closure)
         due = self.due
         evaluations, scaling = self.gradient_evaluations, None
         if self.grad_scaler is not None or "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:

@@ -41,8 +41,8 @@ class WholeMethod:
         require_interval("damping", self.damping, 0.0, float("inf"), closed="()")
         if self.search.needs_residuals and not self.curvature.needs_residuals:
             raise CompatibilityError(
-                f"{type(self.search).__name__} damps the equations of residuals, and {type(self.curvature).__name__} has "
-                "none; take a line search (StrongWolfe(), HagerZhang()), or GaussNewton()"
+                f"{type(self.search).__name__} damps the equations of residuals, and {type(self.curvature).__name__} "
+                "has none; take a line search (StrongWolfe(), HagerZhang()), or GaussNewton()"
             )
 
     @property

@@ -41,9 +41,9 @@ class WholeModel(torch.optim.Optimizer):
             price here: in single precision these methods end where its rounding does.
         method: the composition.
         damping: relative to the largest eigenvalue of the curvature, > 0; ``None``: the method's.
-        on_nonfinite: ``"raise"`` (default) or ``"skip"`` when the residuals, the loss or the gradient at the beginning of
-            a step are not finite. No parameter and no state changes; ``skipped_steps`` counts it. Beyond the beginning
-            they only make steps shorter.
+        on_nonfinite: ``"raise"`` (default) or ``"skip"`` when the residuals, the loss or the gradient at the beginning
+            of a step are not finite. No parameter and no state changes; ``skipped_steps`` counts it. Farther along they
+            only make the step shorter.
 
     Memory: as the method's curvature says, and two copies of the parameters.
 
@@ -67,8 +67,8 @@ class WholeModel(torch.optim.Optimizer):
         kinds = {(value.dtype, value.device) for value in named.values()}
         if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
             raise ArgumentError(
-                f"methods over the whole model need parameters of one real dtype on one device, got {sorted(map(str, kinds))};"
-                " convert them with model.to(device, torch.float64)"
+                "methods over the whole model need parameters of one real dtype on one device, got "
+                f"{sorted(map(str, kinds))}; convert them with model.to(device, torch.float64)"
             )
         self.model, self.method, self.on_nonfinite = model, method, on_nonfinite
         self._parameters, self._names = list(named.values()), list(named)
@@ -269,7 +269,8 @@ class _Evaluations:
 
     def jacobian(self, look: bool) -> Jacobian:
         """Residuals with their Jacobian."""
-        return self._first(lambda: self.optimizer.reader.evaluate(self._evaluate, look=look))
+        found: Jacobian = self._first(lambda: self.optimizer.reader.evaluate(self._evaluate, look=look))
+        return found
 
     def products(self) -> Any:
         """Residuals with products of their Jacobian."""
@@ -318,8 +319,8 @@ class _Evaluations:
         values = torch.cat([block.values.detach().flatten() for block in blocks])
         if values.numel() != self.optimizer._entries:
             raise ArgumentError(
-                f"the function of residuals returned {self.optimizer._entries} of them and then {values.numel()} in one "
-                "step; it must evaluate the same points each time it is called: draw them outside, or by torch's "
+                f"the function of residuals returned {self.optimizer._entries} of them and then {values.numel()} in "
+                "one step; it must evaluate the same points each time it is called: draw them outside, or by torch's "
                 "global generator"
             )
         return values
@@ -351,7 +352,8 @@ class _Evaluations:
     # -- the function ------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> Any:
-        """For those who read residuals."""
+        """For those who read residuals, perhaps twice."""
+        self._before.restore()
         return self._run()
 
     def _run(self) -> Any:
@@ -373,16 +375,17 @@ class _Evaluations:
                     raise ArgumentError("the residuals do not depend on the model's parameters")
                 given = torch.autograd.grad(loss, parameters, allow_unused=True)
             residuals: Tensor | None = values
+            pieces = [v if v is not None else torch.zeros_like(p) for v, p in zip(given, parameters, strict=True)]
         else:
             if not (isinstance(found, Tensor) and found.numel() == 1) and not isinstance(found, float):
                 raise ArgumentError(
-                    f"the function must return residuals by name, or the loss after loss.backward(); got {type(found).__name__}"
+                    "the function must return residuals by name, or the loss after loss.backward(); got "
+                    f"{type(found).__name__}"
                 )
             loss, residuals = torch.as_tensor(found).detach().reshape(()), None
-            given = tuple(parameter.grad for parameter in parameters)
-            if all(value is None for value in given):
+            if all(parameter.grad is None for parameter in parameters):
                 raise ArgumentError(
                     "no parameter has a gradient; the function must call loss.backward(), or return residuals by name"
                 )
-        pairs = zip(given, parameters, strict=True)
-        return loss.detach(), flattened([torch.zeros_like(p) if v is None else v.detach() for v, p in pairs]), residuals
+            pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        return loss.detach(), flattened([value.detach() for value in pieces]), residuals

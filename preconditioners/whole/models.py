@@ -71,11 +71,11 @@ class Curvature(Protocol):
 
 @dataclass(frozen=True)
 class Linearised:
-    """The loss with its residuals linearised: Gauss and Newton\'s model.
+    """The loss with its residuals linearised: Gauss and Newton's model.
 
     With A = diag(sqrt(curvatures)) J: minimises g'h + |A h|^2 / 2 + lambda |h|^2 / 2.
 
-    ``slid`` is a step that is made in any case (Spring\'s momentum): directions are the rest from there.
+    ``slid`` is a step that is made in any case (Spring's momentum): directions are the rest from there.
     """
 
     seen: Sighted
@@ -201,8 +201,10 @@ class SpringState:
 
 @dataclass(frozen=True)
 class Spring:
-    """Gauss-Newton steps that begin from a part of the last one: momentum in residual space (Goldshlager, Abrahamsen and
-    Lin, arXiv:2401.10190; for physics-informed networks Guzman-Cordero et al., arXiv:2505.12149).
+    """Gauss-Newton steps that begin from a part of the last one: momentum in residual space.
+
+    Goldshlager, Abrahamsen and Lin, arXiv:2401.10190; for physics-informed networks Guzman-Cordero et al.,
+    arXiv:2505.12149.
 
     h = mu p - (A'A + lambda I)^{-1} A'(u + mu A p), the step nearest to mu p that the damped equations allow. What a
     mini-batch does not see keeps its momentum: made for few residuals per step.

@@ -1,7 +1,7 @@
 """Damped least squares over all parameters: (A'A + lambda I) x = A'u + v for one A and many lambda, u and v.
 
-A (V, P) has one row per residual, scaled such that A'A is the Gauss-Newton matrix of the loss. A system is prepared once
-per mini-batch and then solved for every damping that a step tries.
+A (V, P) has one row per residual, scaled such that A'A is the Gauss-Newton matrix of the loss. A system is prepared
+once per mini-batch and then solved for every damping that a step tries.
 """
 
 from __future__ import annotations
@@ -235,9 +235,11 @@ def _factor(matrix: Tensor, damping: float) -> Tensor:
     """Cholesky factor of a semi-definite matrix + damping, tenfold until it exists."""
     floor = torch.finfo(matrix.dtype).eps * float(matrix.diagonal().max())
     for _ in range(20):
-        factor, info = torch.linalg.cholesky_ex(matrix + damping * torch.eye(len(matrix)).to(matrix))
+        damped: Tensor = matrix + damping * torch.eye(len(matrix)).to(matrix)
+        factor, info = torch.linalg.cholesky_ex(damped)
         if not int(info):
-            return factor
+            found: Tensor = factor
+            return found
         damping = max(10.0 * damping, floor)
     raise NumericalError("the Gauss-Newton matrix has no Cholesky factor at any damping; are the residuals finite?")
 
@@ -248,7 +250,7 @@ class ConjugateGradients:
 
     Args:
         iterations: at most, >= 1.
-        tolerance: in (0, 1): the residual of the equations, relative to their right side, at which they count as solved.
+        tolerance: in (0, 1): the residual of the equations, relative to their right side, at which they are solved.
 
     Memory: a few vectors, and the graph of the residuals. Cost: two products with A per iteration, each about two
     gradients.
@@ -270,8 +272,8 @@ class ConjugateGradients:
     def prepare(self, rows: Tensor | None, products: Products) -> _Iterated:
         """Nothing but an estimate of the largest eigenvalue, by ten iterations of the power method."""
         generator = torch.Generator(device=products.like.device).manual_seed(0)
-        options = {"dtype": products.like.dtype, "device": products.like.device}
-        vector = torch.randn(products.shape[1], generator=generator, **options)
+        like = products.like
+        vector = torch.randn(products.shape[1], generator=generator, dtype=like.dtype, device=like.device)
         size = 0.0
         for _ in range(10):
             vector = vector / vector.norm().clamp(min=torch.finfo(vector.dtype).tiny)

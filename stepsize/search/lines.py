@@ -148,8 +148,8 @@ class StrongWolfe(_OnALine):
     and Wright, Numerical Optimization, 2nd edition, algorithms 3.5 and 3.6).
 
     Where the decrease is below the rounding of f, differences of losses are noise: a point whose loss is equal to the
-    start's within ``rounding`` is judged by its slope alone (Hager and Zhang's approximate condition), so that the search
-    does not end one square root short of what the gradient can tell.
+    start's within ``rounding`` is judged by its slope alone (Hager and Zhang's approximate condition), so that the
+    search does not end one square root short of what the gradient can tell.
 
     Args:
         decrease: c1 in (0, 0.5).

@@ -1,0 +1,166 @@
+"""The ``residuals`` backend: the curvature of a loss that is a sum over residuals, J'WJ, nothing sampled.
+
+``step`` is given a function that returns residuals by name. Their Jacobian, row by row, stands in the same record
+as what other backends measure: one vector per residual, whose outer products add up to the Gauss-Newton matrix of the loss.
+Sampled labels have nothing to add to it; where a method asks for them, it gets the exact rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError, CompatibilityError
+from ..layers.layer import Layer
+from ..records.needs import Record
+from ..records.statistics import LayerStatistics, SampleGradients
+from ..residuals.jacobian import Jacobian, JacobianReader, evaluate_residuals
+from ..residuals.rows import RowsLayer
+from .backend import Backend
+
+__all__ = ["ResidualBackend"]
+
+_ROWS = Record.GRADIENTS | Record.SAMPLED | Record.CURVATURE_ROOTS
+
+
+class ResidualBackend(Backend):
+    """See the module. Costs one backward pass per component of the residuals; memory one gradient per residual."""
+
+    name: ClassVar[str] = "residuals"
+    takes_residuals: ClassVar[bool] = True
+    rows_of: frozenset[str] = frozenset()
+    """Layers whose structures want rows of their products, and not only whole gradients; the optimizer says which."""
+    cannot: ClassVar[Mapping[Record, str]] = MappingProxyType(
+        {
+            Record.MEANS: "secant pairs are of means at the pre-activations, and derivatives of the network have "
+            "pre-activations of their own; osculate.build('ssbroyden') has pairs of the parameters"
+        }
+    )
+
+    def _forget(self) -> None:
+        self._found: Jacobian | None = None
+        self._seen_again = 0
+        self._asked: Mapping[str, Record] = {}
+
+    def _attach(self) -> list[Any]:
+        named = {id(value): name for name, value in self.model.named_parameters()}
+        parameters = [value for layer in self.layers for value in layer.parameters.values()]
+        self._places = {id(value): place for place, value in enumerate(parameters)}
+        self.reader = JacobianReader(parameters, [named[id(value)] for value in parameters])
+        return []
+
+    def closure(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """The user's function of residuals as one that evaluates the loss and fills ``.grad``."""
+        return lambda: self._run(function)
+
+    def _run(self, function: Callable[[], Any]) -> Tensor:
+        parameters = self.reader.parameters
+        with torch.enable_grad():
+            if self._kind == "gradient":
+                wanted = [layer for layer in self.layers if self._wants_rows(layer)]
+                places = [self._places[id(layer.parameters["weight"])] for layer in wanted]
+                look = self.step < 3 or self.step % 100 == 0
+                found = self.reader.evaluate(function, look=look, uses=places)
+                self._found, self._asked = found, self._wanted
+                loss, gradients = found.loss, found.gradients()
+            else:
+                moving = [value for value in parameters if value.requires_grad]
+                value, blocks = evaluate_residuals(function, graph=True)
+                self._seen_again = sum(block.values.numel() for block in blocks)
+                given = torch.autograd.grad(value, moving, allow_unused=True) if moving and value.requires_grad else ()
+                by_id = {id(p): g for p, g in zip(moving, given, strict=False)}
+                loss = value.detach()
+                for parameter in parameters:
+                    parameter.grad = by_id.get(id(parameter))
+                return loss
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient if parameter.requires_grad else None
+        return loss
+
+    def _wants_rows(self, layer: Layer) -> bool:
+        """Whether a structure wants rows of the layer's products (Kronecker factors)."""
+        asked = self._wanted.get(layer.name, Record.NOTHING)
+        return bool(asked & _ROWS) and layer.name in self.rows_of and layer.is_matrix
+
+    def collect(self) -> dict[str, LayerStatistics]:
+        """The record of each layer."""
+        found, asked, again = self._found, self._asked, self._seen_again
+        self._found, self._seen_again = None, 0
+        if found is None and again:
+            return {layer.name: LayerStatistics(layer, again, 1) for layer in self.layers if layer.name in self._wanted}
+        if found is None:
+            return {}
+        return {
+            layer.name: self._record(layer, asked[layer.name], found)
+            for layer in self.layers
+            if asked.get(layer.name, Record.NOTHING)
+        }
+
+    def _record(self, layer: Layer, asked: Record, found: Jacobian) -> LayerStatistics:
+        places = [self._places[id(value)] for value in layer.parameters.values()]
+        count = len(found.values)
+        roots = (count * found.curvatures).sqrt()
+        exact = tuple(_times(roots, found.rows[place]) for place in places)
+        per_loss = tuple(_times(found.slopes, found.rows[place]) for place in places)
+        gradients = SampleGradients(per_loss, exact, tuple(value.unsqueeze(1) for value in exact))
+        record = LayerStatistics(layer, count, 1, float(count), sample_gradients=gradients)
+        if Record.SAMPLED_PARAMETERS in asked:
+            record = record.with_fields(sampled_parameter_gradients=tuple(value.mean(0) for value in exact))
+        uses = found.uses.get(self._places.get(id(layer.parameters.get("weight")), -1))
+        if uses is None:
+            return record
+        if Record.GRADIENTS in asked:
+            raise CompatibilityError(
+                f"layer {layer.name!r}: Kronecker factors of residuals are those of their Gauss-Newton matrix; take "
+                "curvature=ExactGGN() or SampledFisher() in the place of the empirical Fisher matrix"
+            )
+        if not uses.complete:
+            raise CompatibilityError(
+                f"layer {layer.name!r}: Kronecker factors need every product with its weight, and the residuals contain "
+                "derivatives of the network by torch.autograd.grad, whose backward passes multiply with it again. "
+                "Compute them with osculate.derivatives(model, x), which carries them forward through the layers, or "
+                "take a structure that needs whole gradients: Dense(), MiniBlock(), Diagonal(), or build('lm')"
+            )
+        width = layer.matrix_shape[1]
+        seen = RowsLayer.of(layer)
+        return record.with_fields(
+            layer=seen,
+            samples=count,
+            row_count=len(uses.outputs),
+            inputs=uses.inputs[:, :width] * (count / found.points) ** 0.5,
+            sampled_gradient=uses.outputs * count**0.5,
+            curvature_roots=(uses.outputs * count**0.5).unsqueeze(1),
+            ragged=True,
+        )
+
+    def finish_forward(self, loss: Tensor | None) -> None:
+        """Warm starts have no residuals.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError("backend='residuals' measures inside step(residuals) only: leave warm_start out")
+
+    def discard_complete(self) -> None:
+        """Nothing is recorded before ``step``."""
+
+    def complete_passes(self) -> list[Any]:
+        """None."""
+        return []
+
+    def forget_passes(self, entries: list[Any]) -> None:
+        """None."""
+
+    def extended(self, layers: Any) -> Any:
+        """A backend for more layers."""
+        result = super().extended(layers)
+        result.rows_of = self.rows_of
+        return result
+
+
+def _times(factors: Tensor, rows: Tensor) -> Tensor:
+    return rows * factors.reshape(-1, *[1] * (rows.ndim - 1))

@@ -1,0 +1,249 @@
+"""Rows of Jacobians of residuals against automatic differentiation, whatever the residuals are made of."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import osculate as osc
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from measuring import close
+from osculate.curvature.residuals.jacobian import JacobianReader
+from osculate.errors import ArgumentError, FallbackWarning, NumericalError
+from torch import Tensor, nn
+
+Closure = Callable[[], Mapping[str, Any]]
+
+
+def reader_of(model: nn.Module) -> JacobianReader:
+    named = dict(model.named_parameters())
+    return JacobianReader(list(named.values()), list(named))
+
+
+def network(*widths: int, act: type[nn.Module] = nn.Tanh, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for place, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
+        layers += [nn.Linear(inner, outer, bias=place % 2 == 0), act()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def values_of(found: Any) -> Tensor:
+    tensor = found.values if isinstance(found, osc.Residual) else found
+    return tensor.reshape(-1)
+
+
+def require_exact(model: nn.Module, closure: Closure) -> None:
+    """Every row, every parameter, against one backward pass per residual."""
+    found = reader_of(model).evaluate(closure)
+    flat = torch.cat([values_of(value) for value in closure().values()])
+    close(found.values, flat.detach(), 1e-12)
+    for place, parameter in enumerate(model.parameters()):
+        rows = [torch.autograd.grad(entry, parameter, retain_graph=True, allow_unused=True)[0] for entry in flat]
+        exact = torch.stack([torch.zeros_like(parameter) if row is None else row for row in rows])
+        close(found.rows[place], exact, 1e-10)
+
+
+def second_derivatives(model: nn.Module, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, gradient and Laplacian of the first output, as users write it."""
+    points = points.clone().requires_grad_()
+    value = model(points)[:, 0]
+    (slope,) = torch.autograd.grad(value.sum(), points, create_graph=True)
+    bends = [
+        torch.autograd.grad(slope[:, axis].sum(), points, create_graph=True)[0][:, axis]
+        for axis in range(points.shape[1])
+    ]
+    return value, slope, torch.stack(bends).sum(0)
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.sampled_from([nn.Tanh, nn.SiLU, nn.Softplus]),
+    st.integers(0, 1000),
+)
+def test_rows_of_equations_with_derivatives(
+    hidden: list[int], inputs: int, rows: int, outputs: int, act: type[nn.Module], seed: int
+) -> None:
+    model = network(inputs, *hidden, outputs, act=act, seed=seed)
+    inside, edge = torch.rand(rows, inputs).double(), torch.rand(rows + 2, inputs).double()
+
+    def closure() -> dict[str, Any]:
+        value, slope, bend = second_derivatives(model, inside)
+        return {
+            "interior": bend + value * slope[:, 0] - 1.0,
+            "edge": osc.Residual(model(edge) - 2.0, weight=3.0),
+            "periodic": model(edge) - model(edge + 1.0),
+        }
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        require_exact(model, closure)
+
+
+class Tied(nn.Module):
+    """One weight used twice, and a scale that is no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.inner(torch.tanh(self.inner(value))) * self.scale
+
+
+class Unlike(nn.Module):
+    """A convolution and a normalisation beside a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 2))
+
+    def forward(self, value: Tensor) -> Tensor:
+        found: Tensor = self.net(value.unsqueeze(1))
+        return found
+
+
+@pytest.mark.parametrize("model", [Tied().double(), Unlike().double()], ids=["tied", "unlike"])
+def test_other_uses_of_parameters_go_row_by_row(model: nn.Module) -> None:
+    width = 3 if isinstance(model, Tied) else 6
+    points = torch.rand(5, width).double()
+    with pytest.warns(FallbackWarning, match="row by row"):
+        require_exact(model, lambda: {"fit": model(points)})
+
+
+def test_weight_used_twice_needs_no_fallback() -> None:
+    layer = nn.Linear(3, 3).double()
+    points = torch.rand(4, 2, 3).double()  # two positions per row
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        require_exact(layer, lambda: {"fit": layer(torch.tanh(layer(points)))})
+
+
+COUPLED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "mean over the batch": lambda model, points: model(points) - model(points).mean(),
+    "an integral": lambda model, points: model(points).mean().reshape(1),
+    "neighbours": lambda model, points: model(points)[1:] - model(points)[:-1],
+    "shuffled": lambda model, points: model(points) - model(points).flip(0),
+    "batch statistics": lambda model, points: nn.functional.batch_norm(model(points), None, None, training=True),
+    "vmapped": lambda model, points: torch.vmap(lambda point: model(point))(points),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_rows_that_are_not_independent(name: str) -> None:
+    model, points = network(2, 4, 1), torch.rand(5, 2).double()
+    with pytest.warns(FallbackWarning, match="'odd'.*row by row"):
+        require_exact(model, lambda: {"plain": model(points), "odd": COUPLED[name](model, points)})
+
+
+def test_a_known_block_is_looked_at_again() -> None:
+    """What becomes coupled later is found by the next look."""
+    model, points = network(2, 4, 1), torch.rand(5, 2).double()
+    reader, coupled = reader_of(model), False
+
+    def closure() -> dict[str, Tensor]:
+        value = model(points)
+        return {"odd": value - value.mean() if coupled else value}
+
+    reader.evaluate(closure)
+    coupled = True
+    with pytest.warns(FallbackWarning):
+        found = reader.evaluate(closure, look=True)
+    assert found.gradients()[0].isfinite().all()
+
+
+@given(st.integers(0, 500))
+def test_gradient_and_curvature_are_those_of_the_loss(seed: int) -> None:
+    model, points = network(2, 3, 2, seed=seed), torch.rand(4, 2).double()
+    penalties = [osc.HalfSquare(), osc.PseudoHuber(0.3), osc.Cauchy(2.0), osc.Huber(0.4)]
+    parameters = list(model.parameters())
+
+    def closure() -> dict[str, Any]:
+        return {
+            str(place): osc.Residual(model(points + place) - 1.0, float(place + 1), rho)
+            for place, rho in enumerate(penalties)
+        }
+
+    found = reader_of(model).evaluate(closure)
+    loss = sum(
+        entry.weight / len(entry.values) * entry.penalty.value(entry.values).sum() for entry in closure().values()
+    )
+    assert isinstance(loss, Tensor)
+    close(found.loss, loss.detach(), 1e-12)
+    for ours, exact in zip(found.gradients(), torch.autograd.grad(loss, parameters), strict=True):
+        close(ours, exact, 1e-10)
+    roots = torch.cat([value.flatten(1) for value in found.roots()], 1)
+    rows = found.matrix()
+    close(roots.T @ roots, rows.T @ (found.curvatures[:, None] * rows), 1e-10)
+
+
+@given(st.integers(0, 200))
+def test_products_without_a_matrix(seed: int) -> None:
+    model, points = network(2, 3, 1, seed=seed), torch.rand(4, 2).double()
+
+    def closure() -> dict[str, Tensor]:
+        return {"interior": second_derivatives(model, points)[2], "edge": model(points)}
+
+    reader = reader_of(model)
+    matrix, implicit = reader.evaluate(closure).matrix(), reader.products(closure)
+    generator = torch.Generator().manual_seed(seed)
+    along = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64)
+    across = torch.randn(matrix.shape[0], generator=generator, dtype=torch.float64)
+    close(implicit.times(along), matrix @ along, 1e-10)
+    close(implicit.transposed(across), matrix.T @ across, 1e-10)
+
+
+BAD: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
+    "a tensor": (lambda model: model(torch.ones(2, 2).double()), ArgumentError, "by name"),
+    "nothing": (lambda model: {}, ArgumentError, "at least one block"),
+    "no rows": (lambda model: {"a": model(torch.ones(0, 2).double())}, ArgumentError, "'a'.*at least one"),
+    "a scalar": (lambda model: {"a": model(torch.ones(2, 2).double()).sum()}, ArgumentError, r"reshape\(1\)"),
+    "whole numbers": (lambda model: {"a": torch.ones(3, dtype=torch.int64)}, ArgumentError, "int64"),
+    "a list": (lambda model: {"a": [1.0]}, ArgumentError, "must be a tensor"),
+    "no dependence": (lambda model: {"a": torch.ones(3).double()}, ArgumentError, "does not depend"),
+    "detached": (lambda model: {"a": model(torch.ones(2, 2).double()).detach()}, ArgumentError, "detach"),
+    "not finite": (
+        lambda model: {"a": model(torch.ones(3, 2).double()) / torch.tensor([[1.0], [0.0], [1.0]]).double()},
+        NumericalError,
+        "'a'.*row 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_residuals_are_named(name: str) -> None:
+    function, kind, words = BAD[name]
+    model = network(2, 3, 1)
+    with pytest.raises(kind, match=words):
+        reader_of(model).evaluate(lambda: function(model))
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_bad_weights(weight: float) -> None:
+    with pytest.raises(ArgumentError, match="weight"):
+        osc.Residual(torch.ones(2), weight)
+
+
+def test_points_that_change_between_evaluations_are_refused() -> None:
+    model, generator = network(2, 3, 1), torch.Generator().manual_seed(0)
+
+    def closure() -> dict[str, Tensor]:
+        value = model(torch.rand(4, 2, generator=generator).double())
+        return {"odd": value - value.mean()}
+
+    with pytest.warns(FallbackWarning), pytest.raises(ArgumentError, match="same points"):
+        reader_of(model).evaluate(closure)
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    model, points = network(2, 3, 1), torch.rand(4, 2).double()
+    before = torch.random.get_rng_state()
+    reader_of(model).evaluate(lambda: {"a": model(points)})
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(parameter.grad is None for parameter in model.parameters())
