@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ...curvature.residuals.derivatives import derivatives
 from ...errors import ArgumentError, require_positive_integer
 from ..networks.models import seeded, smooth_network
 from .problem import GENERATED_HERE, Data, Problem, Source, Target, is_small, require_seed
-from .residual_problem import Equation, Layout, Redrawn, ResidualProblem, derivative, second_derivatives
+from .residual_problem import Equation, Layout, Redrawn, ResidualProblem
 
 __all__ = ["burgers_1d", "burgers_solution", "heat_1d", "poisson_2d", "poisson_5d", "sine_regression"]
 
@@ -193,24 +194,19 @@ def burgers_solution(points: Tensor) -> Tensor:
 
 def _laplace(solution: Solution, factor: float, model: nn.Module, points: Tensor) -> Tensor:
     """Of a solution whose negative Laplacian is ``factor`` pi^2 times itself."""
-    forcing = factor * math.pi**2 * solution(points)
-    points = points.detach().requires_grad_()
-    return forcing + second_derivatives(derivative(model(points), points), points, range(points.shape[1]))
+    laplacian = derivatives(model, points, laplacian=True).laplacian
+    assert laplacian is not None
+    return laplacian + factor * math.pi**2 * solution(points)
 
 
 def _heat(model: nn.Module, points: Tensor) -> Tensor:
-    points = points.detach().requires_grad_()
-    slope = derivative(model(points), points)
-    return slope[:, [0]] - second_derivatives(slope, points, range(1, 2)) / 4
+    found = derivatives(model, points, second=(1,))
+    return found.first[:, 0] - found.second[:, 0] / 4
 
 
 def _burgers(model: nn.Module, points: Tensor) -> Tensor:
-    points = points.detach().requires_grad_()
-    values = model(points)
-    slope = derivative(values, points)
-    bent = second_derivatives(slope, points, range(1, 2))
-    residual: Tensor = slope[:, [0]] + values * slope[:, [1]] - _VISCOSITY * bent
-    return residual
+    found = derivatives(model, points, second=(1,))
+    return found.first[:, 0] + found.value * found.first[:, 1] - _VISCOSITY * found.second[:, 0]
 
 
 def _values(solution: Solution, model: nn.Module, points: Tensor) -> Tensor:

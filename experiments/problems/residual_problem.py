@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...curvature.residuals.residual import Residual, ResidualClosure, read_residuals, total_loss
 from .problem import Problem
 
-__all__ = ["Equation", "Layout", "Redrawn", "ResidualProblem", "derivative", "second_derivatives"]
+__all__ = ["Equation", "Layout", "Redrawn", "ResidualProblem"]
 
 Equation = Callable[[nn.Module, Tensor], Tensor]
 """Residuals (N, components) of a network at points (N, d), with derivatives of the network or without."""
@@ -73,21 +73,3 @@ class ResidualProblem(Problem):
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Half the mean squared error against the solution, shape ()."""
         return 0.5 * (output - target).square().sum() / len(output)
-
-
-def derivative(values: Tensor, points: Tensor) -> Tensor:
-    """Return the derivatives (N, d) of values (N, 1) by the coordinates of their points (N, d), with their graph."""
-    (found,) = torch.autograd.grad(values.sum(), points, create_graph=True)
-    return found
-
-
-def second_derivatives(slope: Tensor, points: Tensor, coordinates: range) -> Tensor:
-    """Return the sum over coordinates of the second derivatives, (N, 1), with their graph.
-
-    Args:
-        slope: (N, d) first derivatives at the points, with their graph.
-        points: (N, d).
-        coordinates: which are summed; all of them make the Laplacian.
-    """
-    terms = [derivative(slope[:, [k]], points)[:, [k]] for k in coordinates]
-    return torch.stack(terms).sum(0)

@@ -18,7 +18,9 @@ from ...framework.whole_model.optimizer import WholeModel
 from ..problems import Problem, ResidualProblem
 from ..rivals.foreign import ForeignOptimizer
 
-__all__ = ["AnyOptimizer", "closure_of", "objective", "require_served"]
+__all__ = ["AnyOptimizer", "chosen_backend", "closure_of", "objective", "require_residuals"]
+
+_RESIDUALS = "residuals"
 
 AnyOptimizer = SecondOrder | WholeModel | ForeignOptimizer
 """What trains a run's model."""
@@ -39,7 +41,7 @@ def closure_of(optimizer: torch.optim.Optimizer | ForeignOptimizer, loss: Callab
 def objective(
     problem: Problem, optimizer: AnyOptimizer, model: nn.Module, inputs: Tensor, targets: Tensor
 ) -> Callable[[], Any]:
-    """Return what a step on a mini-batch evaluates: residuals by name for a method over the whole model, else the loss.
+    """Return what a step on a mini-batch evaluates: residuals by name for an optimizer that reads them, else the loss.
 
     Args:
         problem: gives either.
@@ -48,18 +50,61 @@ def objective(
         inputs: (N, ...) of the mini-batch.
         targets: see ``Data``.
     """
-    whole = isinstance(optimizer, WholeModel)
     if isinstance(problem, ResidualProblem):
-        if whole:
+        if isinstance(optimizer, WholeModel) or _reads_residuals(optimizer):
             return problem.residuals(model, inputs, targets)
         return closure_of(optimizer, lambda: problem.training_loss(model, inputs, targets))
-    if isinstance(optimizer, WholeModel) and optimizer.method.needs_residuals:
+    if _reads_residuals(optimizer):
         return lambda: {"targets": model(inputs) - targets}
     return closure_of(optimizer, lambda: problem.loss(model(inputs), targets))
 
 
-def require_served(problem: Problem, name: str, method: Method | WholeMethod) -> None:
-    """See that a method can make right use of what a problem evaluates; nothing is built yet.
+def _reads_residuals(optimizer: AnyOptimizer) -> bool:
+    """Whether its step must be given residuals."""
+    if isinstance(optimizer, WholeModel):
+        return optimizer.method.needs_residuals
+    return isinstance(optimizer, SecondOrder) and optimizer.capture.takes_residuals
+
+
+def chosen_backend(problem: Problem, name: str, method: Method, asked: str | None) -> str:
+    """Return who is to measure the curvature of a method on a problem; nothing is built yet.
+
+    Where the loss contains derivatives of the network, inputs and output gradients of layers do not explain it: a
+    method that measures layers is given the residuals there, and one that only reads gradients the loss.
+
+    Args:
+        problem: on which it is to run.
+        name: of the method, for messages.
+        method: composed.
+        asked: the backend that the run asks for, or ``None``.
+
+    Raises:
+        ArgumentError: the curvature would be that of another loss, or residuals are wanted of a problem without.
+    """
+    if not isinstance(problem, ResidualProblem):
+        if asked == _RESIDUALS and not _has_residuals(problem):
+            raise ArgumentError(f"backend='residuals' needs residuals, and {_without(problem)}; leave the backend out")
+        return asked or "hooks"
+    measured = method.measures_at(None) | method.asks
+    read = method.curvature.records(method.needs) & ~Record.COUNT
+    if not read and not measured:
+        return asked or "hooks"
+    if read & Record.MEANS or Needs.PRODUCTS in measured or asked not in (None, _RESIDUALS):
+        others = [other for other, entry in registry.methods().items() if _serves(entry.factory())]
+        why, way_out = "", "Take"
+        if asked not in (None, _RESIDUALS):
+            why, way_out = f" with backend={asked!r}", "Leave the backend out, or take"
+        raise ArgumentError(
+            f"{name!r}{why} measures curvature from what goes in and out of layers, and the loss of {problem.name!r} "
+            f"contains derivatives of the network, of which these know nothing: the curvature would be wrong. {way_out} a "
+            f"method over the whole model ({', '.join(whole_methods())}), or one that reads the residuals or gradients "
+            f"alone ({', '.join(others)})"
+        )
+    return _RESIDUALS
+
+
+def require_residuals(problem: Problem, name: str, method: WholeMethod) -> None:
+    """See that a problem has what a method over the whole model solves for.
 
     Args:
         problem: on which it is to run.
@@ -67,25 +112,18 @@ def require_served(problem: Problem, name: str, method: Method | WholeMethod) ->
         method: composed.
 
     Raises:
-        ArgumentError: it measures layers, and the problem's loss contains derivatives of the network; or it needs
-            residuals, and the problem has none.
+        ArgumentError: it needs residuals, and the problem has none.
     """
-    if isinstance(method, WholeMethod):
-        if method.needs_residuals and not _has_residuals(problem):
-            free = [other for other, entry in whole_methods().items() if not entry.factory().needs_residuals]
-            raise ArgumentError(
-                f"{name!r} solves for residuals, and {problem.name!r} has none: its loss is of the likelihood "
-                f"{problem.likelihood}; take a method for any loss ({', '.join(free)}), or one with that likelihood, "
-                "such as joint-kfac"
-            )
-    elif isinstance(problem, ResidualProblem) and _measures_layers(method):
-        plain = [other for other, entry in registry.methods().items() if not _measures_layers(entry.factory())]
+    if method.needs_residuals and not _has_residuals(problem):
+        free = [other for other, entry in whole_methods().items() if not entry.factory().needs_residuals]
         raise ArgumentError(
-            f"{name!r} measures curvature from the inputs and output gradients of layers, and the loss of "
-            f"{problem.name!r} contains derivatives of the network, of which these know nothing: the curvature would "
-            f"be wrong. Take a method over the whole model ({', '.join(whole_methods())}), which is given the "
-            f"residuals, or one that reads gradients alone ({', '.join(plain)})"
+            f"{name!r} solves for residuals, and {_without(problem)}; take a method for any loss ({', '.join(free)}), "
+            "or one with that likelihood, such as joint-kfac"
         )
+
+
+def _without(problem: Problem) -> str:
+    return f"{problem.name!r} has none: its loss is of the likelihood {problem.likelihood}"
 
 
 def _has_residuals(problem: Problem) -> bool:
@@ -93,7 +131,7 @@ def _has_residuals(problem: Problem) -> bool:
     return isinstance(problem, ResidualProblem) or (problem.likelihood == "gaussian" and problem.objective is None)
 
 
-def _measures_layers(method: Method) -> bool:
-    """Whether it reads more than gradients of the loss by the parameters."""
-    read = method.curvature.records(method.needs) & ~Record.COUNT
-    return bool(read) or bool(method.measures_at(None)) or Needs.PRODUCTS in method.asks
+def _serves(method: Method) -> bool:
+    """Whether it can run on a problem whose loss contains derivatives of the network."""
+    read = method.curvature.records(method.needs)
+    return not read & Record.MEANS and Needs.PRODUCTS not in method.measures_at(None) | method.asks

@@ -23,7 +23,7 @@ from .batches import move_data
 from .config import Budget, RunConfig
 from .environment import choose_device
 from .evaluation import Metrics
-from .objectives import AnyOptimizer, require_served
+from .objectives import AnyOptimizer, chosen_backend, require_residuals
 from .training_run import TrainingRun
 
 __all__ = ["BoundedShare", "EveryEpoch", "Schedule", "measure", "optimizer_for", "prepare"]
@@ -122,15 +122,17 @@ def optimizer_for(config: RunConfig, problem: Problem, model: nn.Module) -> AnyO
         return ForeignOptimizer(entry, model, arguments, problem.undecayed)
     if isinstance(entry, WholeEntry):
         given = {name: value for name, value in arguments.items() if name in entry.options}
-        require_served(problem, entry.name, whole_method(entry.name, **given))
+        require_residuals(problem, entry.name, whole_method(entry.name, **given))
         if config.lr_schedule is not None or config.lr_warm_up:
             raise ArgumentError(f"{entry.name!r} searches for the length of every step; it takes no schedule of lr")
         return build(entry.name, model, **arguments)
     options = {} if entry is None else {name: arguments[name] for name in entry.options if name in arguments}
     composed = registry.method(method, **options) if isinstance(method, str) else method
-    require_served(problem, config.method, composed)
+    backend = chosen_backend(problem, config.method, composed, arguments.pop("backend", None))
+    likelihood = None if backend == "residuals" else problem.likelihood
     groups = [{"params": list(problem.undecayed), "weight_decay": 0.0}] if problem.undecayed else None
-    return build(method, model, likelihood=problem.likelihood, seed=config.seed, groups=groups, **arguments)
+    arguments |= {"likelihood": likelihood, "seed": config.seed, "groups": groups, "backend": backend}
+    return build(method, model, **arguments)
 
 
 def measure(

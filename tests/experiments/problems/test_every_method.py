@@ -2,7 +2,7 @@
 
 Problems of which a step takes milliseconds meet every method; every other problem meets every third one, another third
 than its neighbours, and those that the documentation runs on it. A problem of residuals meets every third of those that
-read gradients alone, and every method over the whole model.
+read gradients or residuals, and every method over the whole model.
 """
 
 import math
@@ -14,7 +14,7 @@ from osculate import registry
 from osculate.errors import ArgumentError
 from osculate.experiments.problems import PROBLEMS, Data, ResidualProblem, get_problem
 from osculate.experiments.runs.config import RunConfig
-from osculate.experiments.runs.objectives import require_served
+from osculate.experiments.runs.objectives import chosen_backend
 from osculate.experiments.runs.training import prepare
 from osculate.framework.whole_model.method import whole_methods
 
@@ -66,7 +66,7 @@ def methods_on(problem: str) -> list[str]:
 def serves(problem: str, method: str) -> bool:
     """Whether a method of parts is not refused."""
     try:
-        require_served(get_problem(problem), method, registry.method(method))
+        chosen_backend(get_problem(problem), method, registry.method(method), None)
     except ArgumentError:
         return False
     return True
