@@ -20,6 +20,7 @@ from . import (
     mini_blocks,
     natural_gradient_limit,
     quadratic_forms,
+    residual_steps,
     secant_pairs,
     stochastic,
 )
@@ -42,6 +43,7 @@ _FILES: tuple[tuple[Theorem, ...], ...] = (
     natural_gradient_limit.THEOREMS,
     layer_steps.THEOREMS,
     joint_layer_steps.THEOREMS,
+    residual_steps.THEOREMS,
     # a file with theorems of its own adds one line here
 )
 

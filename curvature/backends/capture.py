@@ -367,7 +367,8 @@ class Capture(Backend):
         self.clear()
         raise ArgumentError(
             "in some pass no gradient has come to the output of the model that the likelihood reads, so the loss is not"
-            " made of it, or only of its derivatives; say which tensor it is made of with osculate.build(output=...), "
+            " made of it, or only of its derivatives (then give step() the residuals: backend='residuals'); say which "
+            "tensor it is made of with osculate.build(output=...), "
             "return that tensor from the model, run passes whose output is not used inside optimizer.paused(), or take "
             "a method that needs no likelihood (step_size=ConstantStep(), EmpiricalFisher())"
         )

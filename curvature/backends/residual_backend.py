@@ -1,8 +1,8 @@
 """The ``residuals`` backend: the curvature of a loss that is a sum over residuals, J'WJ, nothing sampled.
 
-``step`` is given a function that returns residuals by name. Their Jacobian, row by row, stands in the same record
-as what other backends measure: one vector per residual, whose outer products add up to the Gauss-Newton matrix of the loss.
-Sampled labels have nothing to add to it; where a method asks for them, it gets the exact rows.
+``step`` is given a function that returns residuals by name. Their Jacobian, row by row, stands in the same record as
+what other backends measure: one vector per residual, whose outer products add up to the Gauss-Newton matrix of the
+loss. Sampled labels have nothing to add to it; where a method asks for them, it gets the exact rows.
 """
 
 from __future__ import annotations
@@ -120,10 +120,10 @@ class ResidualBackend(Backend):
             )
         if not uses.complete:
             raise CompatibilityError(
-                f"layer {layer.name!r}: Kronecker factors need every product with its weight, and the residuals contain "
-                "derivatives of the network by torch.autograd.grad, whose backward passes multiply with it again. "
-                "Compute them with osculate.derivatives(model, x), which carries them forward through the layers, or "
-                "take a structure that needs whole gradients: Dense(), MiniBlock(), Diagonal(), or build('lm')"
+                f"layer {layer.name!r}: Kronecker factors need every product with its weight, and the residuals "
+                "contain derivatives of the network by torch.autograd.grad, whose backward passes multiply with it "
+                "again. Compute them with osculate.derivatives(model, x), which carries them forward through layers, "
+                "or take a structure that needs whole gradients: Dense(), MiniBlock(), Diagonal(), or build('lm')"
             )
         width = layer.matrix_shape[1]
         seen = RowsLayer.of(layer)

@@ -1,7 +1,7 @@
 """Derivatives of a network by its input, carried forward through the layers.
 
 Every layer takes the value and the derivatives at once, as channels that share its weight (forward-mode Taylor
-propagation; the Laplacian alone is arXiv:2210.17462's forward Laplacian). Half the work of differentiating backward twice,
+propagation; the Laplacian alone: forward Laplacian, arXiv:2307.08214). Half the work of differentiating backward twice,
 and all that a weight does is multiply channels: what Kronecker factors are made of (arXiv:2405.15603).
 """
 
@@ -98,7 +98,8 @@ def _through(module: nn.Module, channels: _Channels, second: list[int], laplacia
     raise CompatibilityError(
         f"{name} ({type(module).__name__}) has no rule for derivatives by the input: osculate.derivatives reads "
         "nn.Sequential of nn.Linear and functions that work entry by entry. Differentiate by torch.autograd.grad with "
-        "create_graph=True instead; structures of whole gradients (build('lm'), Dense(), MiniBlock(), Diagonal()) take it"
+        "create_graph=True instead; structures of whole gradients (build('lm'), Dense(), MiniBlock(), Diagonal()) take "
+        "that"
     )
 
 

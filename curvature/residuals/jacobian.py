@@ -15,7 +15,8 @@ backward passes), right for everything and slower, with one :class:`~osculate.Fa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -218,22 +219,35 @@ class JacobianReader:
         return Uses(torch.cat([rows_in.detach(), *inputs]), torch.cat([rows_out.detach(), *outputs]), complete)
 
     @torch.enable_grad()
-    def products(self, closure: ResidualClosure) -> Implicit:
+    def products(self, closure: ResidualClosure, model: nn.Module) -> Implicit:
         """Residuals of one mini-batch with products of the Jacobian, which is not built.
+
+        The graph is that of copies of the parameters, so that it stays what it is while a search moves them.
+
+        Args:
+            closure: see :data:`.ResidualClosure`.
+            model: whose parameters they are.
 
         Raises:
             ArgumentError, NumericalError: as :meth:`evaluate`.
         """
-        _, blocks = evaluate_residuals(closure, graph=True)
+        with _stood_in(model, self.parameters) as copies:
+            _, blocks = evaluate_residuals(closure, graph=True)
         self._require_finite(blocks)
-        with torch.enable_grad():
-            flat = torch.cat([block.values.flatten() for block in blocks])
-            for block in blocks:
-                self._require_dependence(block, block.values.requires_grad)
-            cotangent = torch.zeros_like(flat, requires_grad=True)
-            back = torch.autograd.grad(flat, self.parameters, cotangent, create_graph=True, allow_unused=True)
+        flat = torch.cat([block.values.flatten() for block in blocks])
+        for block in blocks:
+            self._require_dependence(block, block.values.requires_grad)
+        cotangent = torch.zeros_like(flat, requires_grad=True)
+        asked = [*copies, *self.parameters]
+        back = torch.autograd.grad(flat, asked, cotangent, create_graph=True, allow_unused=True)
+        for name, value in zip(self.names, back[len(copies) :], strict=True):
+            if value is not None:
+                raise ArgumentError(
+                    f"the residuals use parameter {name!r} itself, from before the function was called, and not "
+                    "through the model; read it from the model inside of the function (model.get_parameter(...))"
+                )
         empty: list[list[Tensor]] = [[p.new_zeros(0, *p.shape) for p in self.parameters]]
-        return Implicit(self._joined(blocks, empty), flat, cotangent, tuple(self.parameters), back)
+        return Implicit(self._joined(blocks, empty), flat, cotangent, tuple(copies), back[: len(copies)])
 
     def _require_finite(self, blocks: Sequence[ResidualBlock]) -> None:
         sizes = torch.stack([block.values.detach().abs().sum() for block in blocks])
@@ -343,6 +357,26 @@ class JacobianReader:
             )
 
 
+@contextmanager
+def _stood_in(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Copies of the parameters in their places in the model, for as long as the block lasts."""
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    by_id = {id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in by_id
+    ]
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = by_id[id(parameter)]
+        yield copies
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
 def _require_same(blocks: Sequence[ResidualBlock], again: Sequence[ResidualBlock]) -> None:
     """Check that a second evaluation is of the same points.
 
@@ -354,8 +388,8 @@ def _require_same(blocks: Sequence[ResidualBlock], again: Sequence[ResidualBlock
         now = named.get(block.name)
         if now is None or now.shape != block.values.shape or not torch.allclose(now, block.values.detach()):
             raise ArgumentError(
-                f"block {block.name!r} of the residuals is another when it is evaluated again at once; the function must "
-                "evaluate the same points each time it is called in one step: draw them outside of it"
+                f"block {block.name!r} of the residuals is another when it is evaluated again at once; the function "
+                "must evaluate the same points each time it is called in one step: draw them outside of it"
             )
 
 

@@ -91,8 +91,8 @@ def require_residual_method(asks_products: bool, likelihood: Likelihood | None, 
         )
     if likelihood is not None:
         raise ArgumentError(
-            "backend='residuals' takes the curvature from the residuals that step() is given: leave the likelihood out, "
-            "and give blocks their weights by osculate.Residual(values, weight=...)"
+            "backend='residuals' takes the curvature from the residuals that step() is given: leave the likelihood "
+            "out, and give blocks their weights by osculate.Residual(values, weight=...)"
         )
     if grad_scaler is not None:
         raise ArgumentError(

@@ -105,7 +105,7 @@ def loss_of(loss: Any, device: torch.device) -> Tensor:
         if isinstance(loss, Mapping):
             raise ArgumentError(
                 f"the closure returned a dictionary ({', '.join(map(str, loss))}): residuals are measured by "
-                "osculate.build(..., backend='residuals'), or by a method over the whole model, osculate.build('lm', model)"
+                "osculate.build(..., backend='residuals'), or by a method over the whole model, build('lm', model)"
             )
         raise ArgumentError(
             f"the closure must return the scalar loss, got {type(loss).__name__}"

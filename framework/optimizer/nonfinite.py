@@ -76,7 +76,8 @@ _UNEXPLAINED = (
     "causes: the gradient was set to zero without optimizer.zero_grad(), the weight is also used outside the module's "
     "own call (a penalty on it in the loss: use weight_decay=, or a backward of its own inside optimizer.paused()), "
     "the module's forward is not that of its class (or a hook changes what goes in or out, or the gradient), the input "
-    "was changed in place after the model had seen it, or the loss contains derivatives of the model. Serve these "
+    "was changed in place after the model had seen it, or the loss contains derivatives of the model (then return its "
+    "residuals instead: osculate.build(..., backend='residuals'), docs/residuals.md). Serve these "
     "layers by a part without statistics, ByLayer({{'name': Identity(), 'default': ...}}), take backend='func', or, if "
     "the difference is meant, build with certify_records='never'; no parameter and no state was changed"
 )

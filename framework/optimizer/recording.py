@@ -222,7 +222,8 @@ def require_sampled(statistics: Mapping[str, LayerStatistics], active: Collectio
         raise ArgumentError(
             f"the layers saw different numbers of samples in this mini-batch ({seen}), so no curvature along a step of "
             "all of them can be measured: some gradient does not come from the model's own output. Let the loss depend "
-            "on the model's output (not only on its derivatives) for all samples, keep such passes out with "
+            "on the model's output for all samples (if it contains derivatives of the model, return its residuals: "
+            "backend='residuals'), keep such passes out with "
             "optimizer.paused(), or take a rule that measures nothing, step_size=ConstantStep(); no parameter and no "
             "state was changed"
         )

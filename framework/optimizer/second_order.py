@@ -253,7 +253,10 @@ class SecondOrder(Session):
             self._look_back.prepare()
         if closure is not None and scaling is not None:
             scaling.before_closure()
-        loss, products = self._evaluate(closure)
+        try:
+            loss, products = self._evaluate(closure)
+        except NumericalError as error:  # residuals say which of them it is
+            return self._refuse(str(error), None)
         if loss is None and closure is not None:
             return self._skip("the closure returned None, and no gradient: this mini-batch is skipped", None)
         if self._unowned:

@@ -274,7 +274,7 @@ class _Evaluations:
 
     def products(self) -> Any:
         """Residuals with products of their Jacobian."""
-        return self._first(lambda: self.optimizer.reader.products(self._evaluate))
+        return self._first(lambda: self.optimizer.reader.products(self._evaluate, self.optimizer.model))
 
     def first_residuals(self) -> Any:
         """Residuals alone."""

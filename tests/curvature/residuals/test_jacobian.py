@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import osculate as osc
@@ -25,7 +26,7 @@ def reader_of(model: nn.Module) -> JacobianReader:
 def network(*widths: int, act: type[nn.Module] = nn.Tanh, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for place, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
+    for place, (inner, outer) in enumerate(pairwise(widths)):
         layers += [nn.Linear(inner, outer, bias=place % 2 == 0), act()]
     return nn.Sequential(*layers[:-1]).double()
 
@@ -191,7 +192,7 @@ def test_products_without_a_matrix(seed: int) -> None:
         return {"interior": second_derivatives(model, points)[2], "edge": model(points)}
 
     reader = reader_of(model)
-    matrix, implicit = reader.evaluate(closure).matrix(), reader.products(closure)
+    matrix, implicit = reader.evaluate(closure).matrix(), reader.products(closure, model)
     generator = torch.Generator().manual_seed(seed)
     along = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64)
     across = torch.randn(matrix.shape[0], generator=generator, dtype=torch.float64)
@@ -247,3 +248,73 @@ def test_the_global_random_state_is_left_alone() -> None:
     reader_of(model).evaluate(lambda: {"a": model(points)})
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_products_stay_what_they_are_while_parameters_move() -> None:
+    model, points = network(2, 3, 1), torch.rand(4, 2).double()
+    reader = reader_of(model)
+    matrix, implicit = (
+        reader.evaluate(lambda: {"a": model(points)}).matrix(),
+        reader.products(lambda: {"a": model(points)}, model),
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    along = torch.ones(matrix.shape[1]).double()
+    close(implicit.times(along), matrix @ along, 1e-10)
+
+
+def test_products_of_parameters_that_were_captured_are_refused() -> None:
+    model, points = network(2, 3, 1), torch.rand(4, 2).double()
+    weight = next(model.parameters())
+    with pytest.raises(ArgumentError, match="itself"):
+        reader_of(model).products(lambda: {"a": model(points), "decay": weight.flatten()}, model)
+
+
+OPERATORS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "value": lambda u, x: u(x),
+    "slope": lambda u, x: torch.func.grad(u)(x)[0],
+    "laplacian": lambda u, x: torch.func.hessian(u)(x).trace(),
+    "advection": lambda u, x: u(x) * torch.func.grad(u)(x)[1] - 0.1 * torch.func.hessian(u)(x)[0, 0],
+    "fourth order": lambda u, x: torch.func.hessian(lambda y: torch.func.hessian(u)(y).trace())(x).trace(),
+}
+
+
+def by_autograd(name: str, model: nn.Module, points: Tensor) -> Tensor:
+    """The same operators, as users write them for a batch."""
+    points = points.clone().requires_grad_()
+
+    def along(value: Tensor) -> Tensor:
+        return torch.autograd.grad(value.sum(), points, create_graph=True)[0]
+
+    def bend(value: Tensor) -> Tensor:
+        slope = along(value)
+        return torch.stack([along(slope[:, axis])[:, axis] for axis in range(points.shape[1])]).sum(0)
+
+    value = model(points)[:, 0]
+    if name == "value":
+        return value
+    if name == "slope":
+        return along(value)[:, 0]
+    if name == "laplacian":
+        return bend(value)
+    if name == "advection":
+        slope = along(value)
+        return value * slope[:, 1] - 0.1 * along(slope[:, 0])[:, 0]
+    return bend(bend(value))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # inside of torch.func
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_against_forward_over_reverse(name: str) -> None:
+    """The Jacobian of torch.func, point by point, knows nothing of copies of weights."""
+    model, points = network(2, 4, 3, 1, act=nn.Tanh, seed=3), torch.rand(5, 2).double()
+    named = {key: value.detach() for key, value in model.named_parameters()}
+
+    def one(parameters: dict[str, Tensor], point: Tensor) -> Tensor:
+        return OPERATORS[name](lambda x: torch.func.functional_call(model, parameters, x.unsqueeze(0))[0, 0], point)
+
+    exact = torch.vmap(torch.func.jacrev(one), in_dims=(None, 0))(named, points)
+    found = reader_of(model).evaluate(lambda: {"equation": by_autograd(name, model, points)})
+    for ours, value in zip(found.rows, exact.values(), strict=True):
+        close(ours, value, 1e-8)

@@ -21,7 +21,9 @@ def drawn(size: int, seed: int) -> tuple[Tensor, Tensor]:
     return root @ root.T + 0.1 * torch.eye(size).double(), torch.randn(size, generator=generator).double()
 
 
-def walked(update: SecantUpdate, hessian: Tensor, gradient: Tensor, steps: int, length: float) -> tuple[Any, Tensor, Tensor]:
+def walked(
+    update: SecantUpdate, hessian: Tensor, gradient: Tensor, steps: int, length: float
+) -> tuple[Any, Tensor, Tensor]:
     """A state after steps of some length along -H g on a quadratic, with the last pair."""
     state = update.init(len(gradient), gradient)
     step = change = gradient

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from measuring import close
 from osculate.errors import ArgumentError, NumericalError
 from osculate.preconditioners.whole.systems import System, chosen_system, products_of
 from torch import Tensor
