@@ -96,9 +96,9 @@ def chosen_backend(problem: Problem, name: str, method: Method, asked: str | Non
             why, way_out = f" with backend={asked!r}", "Leave the backend out, or take"
         raise ArgumentError(
             f"{name!r}{why} measures curvature from what goes in and out of layers, and the loss of {problem.name!r} "
-            f"contains derivatives of the network, of which these know nothing: the curvature would be wrong. {way_out} a "
-            f"method over the whole model ({', '.join(whole_methods())}), or one that reads the residuals or gradients "
-            f"alone ({', '.join(others)})"
+            "contains derivatives of the network, of which these know nothing: the curvature would be wrong. "
+            f"{way_out} a method over the whole model ({', '.join(whole_methods())}), or one that reads the residuals "
+            f"or gradients alone ({', '.join(others)})"
         )
     return _RESIDUALS
 

@@ -121,6 +121,14 @@ def test_train_prints_the_relative_error_and_watching_is_refused(capsys: pytest.
     assert not Path("other").exists()
 
 
+@pytest.mark.parametrize("command", ["diagnose", "microscope", "compare-structures"])
+def test_measurements_of_layers_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "train --problem poisson-2d --problem-option size=small --method adam --epochs 1 --out run"
+    assert execute(words.split()) == 0
+    assert execute([command, "run"]) == 2
+    assert "'poisson-2d' is one of residuals" in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
 def test_a_time_measurement_says_what_to_do_instead(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(["bench", "--problem", "heat-1d", "--batch-size", "10"]) == 2
     assert "osculate compare --problem heat-1d" in " ".join(capsys.readouterr().err.replace("│", "").split())
