@@ -2,6 +2,7 @@
 
 from .bounded import RelativeBound
 from .constant import ConstantStep
+from .global_last_step import GlobalWithLastStep
 from .global_quadratic import GlobalQuadratic
 from .guard import Armijo, Backtrack, Guard, NoGuard, Nonmonotone, Trial
 from .joint import JointLayerwise
@@ -23,6 +24,7 @@ __all__ = [
     "FullStep",
     "Geodesic",
     "GlobalQuadratic",
+    "GlobalWithLastStep",
     "GridSearch",
     "Guard",
     "HagerZhang",

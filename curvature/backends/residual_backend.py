@@ -8,7 +8,6 @@ loss. Sampled labels have nothing to add to it; where a method asks for them, it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from ...errors import ArgumentError, CompatibilityError
 from ..layers.layer import Layer
 from ..records.needs import Record
 from ..records.statistics import LayerStatistics, SampleGradients
-from ..residuals.jacobian import Jacobian, JacobianReader, evaluate_residuals
+from ..residuals.jacobian import Jacobian, JacobianReader, Uses
 from ..residuals.rows import RowsLayer
 from .backend import Backend
 
@@ -34,16 +33,10 @@ class ResidualBackend(Backend):
     takes_residuals: ClassVar[bool] = True
     rows_of: frozenset[str] = frozenset()
     """Layers whose structures want rows of their products, and not only whole gradients; the optimizer says which."""
-    cannot: ClassVar[Mapping[Record, str]] = MappingProxyType(
-        {
-            Record.MEANS: "secant pairs are of means at the pre-activations, and derivatives of the network have "
-            "pre-activations of their own; osculate.build('ssbroyden') has pairs of the parameters"
-        }
-    )
 
     def _forget(self) -> None:
         self._found: Jacobian | None = None
-        self._seen_again = 0
+        self._again: tuple[int, dict[int, Uses]] | None = None
         self._asked: Mapping[str, Record] = {}
 
     def _attach(self) -> list[Any]:
@@ -61,16 +54,17 @@ class ResidualBackend(Backend):
         parameters = self.reader.parameters
         with torch.enable_grad():
             if self._kind == "gradient":
-                wanted = [layer for layer in self.layers if self._wants_rows(layer)]
-                places = [self._places[id(layer.parameters["weight"])] for layer in wanted]
+                places = [
+                    self._places[id(layer.parameters["weight"])] for layer in self.layers if self._wants_rows(layer)
+                ]
                 look = self.step < 3 or self.step % 100 == 0
                 found = self.reader.evaluate(function, look=look, uses=places)
                 self._found, self._asked = found, self._wanted
                 loss, gradients = found.loss, found.gradients()
             else:
                 moving = [value for value in parameters if value.requires_grad]
-                value, blocks = evaluate_residuals(function, graph=True)
-                self._seen_again = sum(block.values.numel() for block in blocks)
+                value, count, uses = self.reader.look_back(function, self._paired())
+                self._again = count, uses
                 given = torch.autograd.grad(value, moving, allow_unused=True) if moving and value.requires_grad else ()
                 by_id = {id(p): g for p, g in zip(moving, given, strict=False)}
                 loss = value.detach()
@@ -81,17 +75,27 @@ class ResidualBackend(Backend):
             parameter.grad = gradient if parameter.requires_grad else None
         return loss
 
+    def _paired(self) -> list[int]:
+        """Places of weights whose means are compared before and after a step."""
+        layers = [layer for layer in self.layers if Record.MEANS in self._wanted.get(layer.name, Record.NOTHING)]
+        return [self._places[id(layer.parameters["weight"])] for layer in layers if layer.is_matrix]
+
     def _wants_rows(self, layer: Layer) -> bool:
         """Whether a structure wants rows of the layer's products (Kronecker factors)."""
         asked = self._wanted.get(layer.name, Record.NOTHING)
-        return bool(asked & _ROWS) and layer.name in self.rows_of and layer.is_matrix
+        rows = bool(asked & _ROWS) or Record.MEANS in asked
+        return rows and layer.name in self.rows_of and layer.is_matrix
 
     def collect(self) -> dict[str, LayerStatistics]:
         """The record of each layer."""
-        found, asked, again = self._found, self._asked, self._seen_again
-        self._found, self._seen_again = None, 0
-        if found is None and again:
-            return {layer.name: LayerStatistics(layer, again, 1) for layer in self.layers if layer.name in self._wanted}
+        found, asked, again = self._found, self._asked, self._again
+        self._found, self._again = None, None
+        if found is None and again is not None:
+            count, uses = again
+            plain = {
+                layer.name: LayerStatistics(layer, count, 1) for layer in self.layers if layer.name in self._wanted
+            }
+            return {name: self._with_means(entry, uses.get(self._weight(entry.layer))) for name, entry in plain.items()}
         if found is None:
             return {}
         return {
@@ -110,7 +114,7 @@ class ResidualBackend(Backend):
         record = LayerStatistics(layer, count, 1, float(count), sample_gradients=gradients)
         if Record.SAMPLED_PARAMETERS in asked:
             record = record.with_fields(sampled_parameter_gradients=tuple(value.mean(0) for value in exact))
-        uses = found.uses.get(self._places.get(id(layer.parameters.get("weight")), -1))
+        uses = found.uses.get(self._weight(layer))
         if uses is None:
             return record
         if Record.GRADIENTS in asked:
@@ -127,6 +131,8 @@ class ResidualBackend(Backend):
             )
         width = layer.matrix_shape[1]
         seen = RowsLayer.of(layer)
+        if Record.MEANS in asked:
+            record = self._with_means(record, uses)
         return record.with_fields(
             layer=seen,
             samples=count,
@@ -136,6 +142,18 @@ class ResidualBackend(Backend):
             curvature_roots=(uses.outputs * count**0.5).unsqueeze(1),
             ragged=True,
         )
+
+    def _weight(self, layer: Layer) -> int:
+        """The place of its weight among the parameters; -1 if it has none."""
+        return self._places.get(id(layer.parameters.get("weight")), -1)
+
+    @staticmethod
+    def _with_means(record: LayerStatistics, uses: Uses | None) -> LayerStatistics:
+        """The record with the mean product of a weight and the mean derivative of a residual's share of the loss."""
+        if uses is None or not uses.rows:
+            return record
+        gradient = uses.gradient * (record.samples / uses.rows)
+        return record.with_fields(mean_preactivation=uses.preactivation, mean_gradient=gradient)
 
     def finish_forward(self, loss: Tensor | None) -> None:
         """Warm starts have no residuals.

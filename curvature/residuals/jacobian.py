@@ -79,6 +79,9 @@ class Uses:
     """What linear layers multiply one weight with, in all blocks.
 
     Attributes:
+        rows: R, products in all blocks.
+        preactivation: (d_out,) mean of the products (with the bias where it was added) over all rows.
+        gradient: (d_out,) derivative of the loss by the products, summed over all rows.
         inputs: (R, d_in + 1) rows a, the last column 1 where the bias was added and 0 where it was not (a derivative of
             the network does not see it).
         outputs: (R', d_out) rows: derivatives of single residuals by the products, each times the square root of
@@ -87,6 +90,9 @@ class Uses:
             where the closure differentiates the network by autograd, whose backward passes use the weight once more.
     """
 
+    rows: int
+    preactivation: Tensor
+    gradient: Tensor
     inputs: Tensor
     outputs: Tensor
     complete: bool
@@ -216,7 +222,27 @@ class JacobianReader:
         ones = [use.input.new_full((*use.input.shape[:2], 1), float(use.bias)) for use in seen]
         inputs = [torch.cat([use.input, one], 2).flatten(0, 1) for use, one in zip(seen, ones, strict=True)]
         rows_in, rows_out = parameter.new_zeros(0, parameter.shape[1] + 1), parameter.new_zeros(0, parameter.shape[0])
-        return Uses(torch.cat([rows_in.detach(), *inputs]), torch.cat([rows_out.detach(), *outputs]), complete)
+        means = _means_of(total_loss(blocks), seen, parameter.shape[0], parameter)
+        return Uses(*means, torch.cat([rows_in.detach(), *inputs]), torch.cat([rows_out.detach(), *outputs]), complete)
+
+    @torch.enable_grad()
+    def look_back(self, closure: ResidualClosure, places: Sequence[int]) -> tuple[Tensor, int, dict[int, Uses]]:
+        """The loss with its graph, the number of residuals, and of some weights the means of :class:`Uses`.
+
+        Args:
+            closure: see :data:`.ResidualClosure`.
+            places: of the weights among the parameters.
+        """
+        mode = _OwnCopies(self.parameters, frozenset(places), copies=False)
+        with mode:
+            loss, blocks = evaluate_residuals(closure, graph=True)
+        found: dict[int, Uses] = {}
+        for place in places:
+            weight = self.parameters[place]
+            empty = weight.detach().new_zeros(0)
+            means = _means_of(loss, mode.uses.get(place, []), weight.shape[0], weight)
+            found[place] = Uses(*means, empty, empty, True)
+        return loss, sum(block.values.numel() for block in blocks), found
 
     @torch.enable_grad()
     def products(self, closure: ResidualClosure, model: nn.Module) -> Implicit:
@@ -393,6 +419,19 @@ def _require_same(blocks: Sequence[ResidualBlock], again: Sequence[ResidualBlock
             )
 
 
+def _means_of(loss: Tensor, seen: Sequence[_Use], width: int, like: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Number of rows, mean product and summed derivative of the loss."""
+    zeros = like.detach().new_zeros(width)
+    if not seen:
+        return 0, zeros, zeros
+    outputs = [use.output for use in seen]
+    arrived = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+    rows = sum(output.shape[0] * output.shape[1] for output in outputs)
+    total = torch.stack([output.detach().sum((0, 1)) for output in outputs]).sum(0)
+    sums = [zeros if value is None else value.detach().sum((0, 1)) for value in arrived]
+    return rows, total / rows, torch.stack(sums).sum(0)
+
+
 def _generator(device: torch.device) -> torch.Generator:
     """The comparison needs a vector that no model was made for, and must not touch the global random state."""
     return torch.Generator(device=device).manual_seed(0)
@@ -431,10 +470,13 @@ class _OwnCopies(TorchFunctionMode):
     Args:
         parameters: that are replaced where a linear layer uses them.
         watched: places of weights whose inputs and products are kept.
+        copies: whether there are copies; else products are only watched, and differentiable by themselves also where
+            nothing else is.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], watched: frozenset[int] = frozenset()):
+    def __init__(self, parameters: Sequence[nn.Parameter], watched: frozenset[int] = frozenset(), copies: bool = True):
         super().__init__()
+        self._copying = copies
         self.recording = True
         self.uses: dict[int, list[_Use]] = {}
         self._watched = watched
@@ -458,13 +500,18 @@ class _OwnCopies(TorchFunctionMode):
     def _linear(self, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = value.shape[0]
         inputs = value.reshape(rows, -1, value.shape[-1])
-        product = torch.bmm(inputs, self._copy(weight, rows).mT)
+        if self._copying:
+            product = torch.bmm(inputs, self._copy(weight, rows).mT)
+            if bias is not None:
+                own = self._copy(bias, rows) if id(bias) in self._places else bias.expand(rows, -1)
+                product = product + own.unsqueeze(1)
+        else:
+            product = nn.functional.linear(inputs, weight, bias)
+            if not product.requires_grad:  # parameters are held constant when a step looks back
+                product = product + torch.zeros((), dtype=product.dtype, device=product.device, requires_grad=True)
         place = self._places[id(weight)]
         if place in self._watched:
             self.uses.setdefault(place, []).append(_Use(inputs.detach(), product, bias is not None))
-        if bias is not None:
-            own = self._copy(bias, rows) if id(bias) in self._places else bias.expand(rows, -1)
-            product = product + own.unsqueeze(1)
         return product.reshape(*value.shape[:-1], weight.shape[0])
 
     def _copy(self, parameter: Tensor, rows: int) -> Tensor:

@@ -85,12 +85,10 @@ def chosen_backend(problem: Problem, name: str, method: Method, asked: str | Non
         if asked == _RESIDUALS and not _has_residuals(problem):
             raise ArgumentError(f"backend='residuals' needs residuals, and {_without(problem)}; leave the backend out")
         return asked or "hooks"
-    measured = method.measures_at(None) | method.asks
-    read = method.curvature.records(method.needs) & ~Record.COUNT
-    if not read and not measured:
+    if not _measures_layers(method):
         return asked or "hooks"
-    if read & Record.MEANS or Needs.PRODUCTS in measured or asked not in (None, _RESIDUALS):
-        others = [other for other, entry in registry.methods().items() if _serves(entry.factory())]
+    if _multiplies(method) or asked not in (None, _RESIDUALS):
+        others = [other for other, entry in registry.methods().items() if not _multiplies(entry.factory())]
         why, way_out = "", "Take"
         if asked not in (None, _RESIDUALS):
             why, way_out = f" with backend={asked!r}", "Leave the backend out, or take"
@@ -131,7 +129,12 @@ def _has_residuals(problem: Problem) -> bool:
     return isinstance(problem, ResidualProblem) or (problem.likelihood == "gaussian" and problem.objective is None)
 
 
-def _serves(method: Method) -> bool:
-    """Whether it can run on a problem whose loss contains derivatives of the network."""
-    read = method.curvature.records(method.needs)
-    return not read & Record.MEANS and Needs.PRODUCTS not in method.measures_at(None) | method.asks
+def _measures_layers(method: Method) -> bool:
+    """Whether it reads more than gradients of the loss by the parameters, and products with its Hessian."""
+    read = method.curvature.records(method.needs) & ~Record.COUNT
+    return bool(read) or bool(method.measures_at(None) & (Needs.SCORES | Needs.BATCH_SCORES))
+
+
+def _multiplies(method: Method) -> bool:
+    """Whether it asks for products with the Hessian of the loss, which are no business of residuals."""
+    return Needs.PRODUCTS in method.measures_at(None) | method.asks

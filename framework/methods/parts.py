@@ -126,6 +126,7 @@ KINDS: dict[str, dict[str, type]] = {
         stepsize.LayerwiseQuadratic,
         stepsize.JointLayerwise,
         stepsize.JointWithLastStep,
+        stepsize.GlobalWithLastStep,
         stepsize.GlobalQuadratic,
         stepsize.SelfConcordant,
         stepsize.RelativeBound,

@@ -162,7 +162,9 @@ class SecondOrder(Session):
         require_supported(self.capture, wanted)
         if isinstance(self.capture, ResidualBackend):
             require_one_process(self.ranks.count)
-            self.capture.rows_of = frozenset(block.layer.name for block in self.blocks if block.asked.roots)
+            self.capture.rows_of = frozenset(
+                block.layer.name for block in self.blocks if block.asked.roots or block.asked.pairs
+            )
         self.capture.arm(wanted)  # places the hooks that any step will need
         self.last_report = StepReport(-1)
         self.gradient_evaluations = self.skipped_steps = 0

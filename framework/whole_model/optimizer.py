@@ -80,6 +80,7 @@ class WholeModel(torch.optim.Optimizer):
         like = self._parameters[0].detach()
         self.curvature_state = method.curvature.init(sum(self._sizes), like)
         self.search_state = method.search.init()
+        self._kind = like.dtype, like.device
         self.reader = JacobianReader(self._parameters, self._names)
         self.last_report = StepReport(-1)
         self.gradient_evaluations = self.skipped_steps = 0
@@ -127,6 +128,7 @@ class WholeModel(torch.optim.Optimizer):
                 "methods over the whole model evaluate the residuals themselves: step(residuals), with a function that "
                 "returns {'name': residuals}"
             )
+        self._require_as_built()
         objective = _Evaluations(self, closure)
         try:
             seen = self._see(objective)
@@ -199,6 +201,39 @@ class WholeModel(torch.optim.Optimizer):
         self.skipped_steps = int(counts.get("skipped_steps", 0))
 
     # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the constructor's own: one curvature serves all parameters.
+
+        Raises:
+            ArgumentError: for another group.
+        """
+        if self.param_groups:
+            raise ArgumentError(
+                "a method over the whole model has one group of parameters; thaw what is to be trained, and build the "
+                "optimizer anew"
+            )
+        super().add_param_group(param_group)
+
+    def _require_as_built(self) -> None:
+        """Check that nobody has changed what the optimizer was built for.
+
+        Raises:
+            ArgumentError: if a scheduler has moved lr, a parameter was frozen, or the model has another dtype or device.
+        """
+        lr = self.param_groups[0]["lr"]
+        if lr != 1.0:
+            raise ArgumentError(
+                f"a method over the whole model searches for its steps and has no lr, got {lr!r}: no scheduler"
+            )
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            if not parameter.requires_grad:
+                raise ArgumentError(f"parameter {name!r} was frozen after osculate.build; build the optimizer anew")
+            if (parameter.dtype, parameter.device) != self._kind:
+                raise ArgumentError(
+                    f"parameter {name!r} is {parameter.dtype} on {parameter.device}, and the optimizer was built for "
+                    f"{self._kind[0]} on {self._kind[1]}; build it after model.to(...)"
+                )
 
     def _see(self, objective: _Evaluations) -> Sighted:
         """The first evaluation of a step."""

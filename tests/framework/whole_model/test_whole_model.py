@@ -368,3 +368,43 @@ def test_gradients_are_left_where_users_look() -> None:
     for parameter, value in zip(model.parameters(), exact, strict=True):
         assert parameter.grad is not None
         close(parameter.grad, value, 1e-10)
+
+
+def changed_lr(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler.step()
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Module, torch.optim.Optimizer], Any], str]] = {
+    "a scheduler": (changed_lr, "no lr"),
+    "another dtype": (lambda model, optimizer: model.float(), "float32"),
+    "a frozen layer": (lambda model, optimizer: next(model.parameters()).requires_grad_(False), "frozen"),
+    "another group": (
+        lambda model, optimizer: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
+        "one group",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_after_the_build_are_noticed(name: str) -> None:
+    change, words = CHANGES[name]
+    model = net()
+    optimizer = osc.build("lm", model)
+    optimizer.step(fit(model))
+    with pytest.raises(ArgumentError, match=words):
+        change(model, optimizer)
+        optimizer.step(lambda: {"fit": model(POINTS.to(next(model.parameters()).dtype)) - 1.0})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_copies_go_on_by_themselves(name: str) -> None:
+    model = net(3)
+    optimizer = osc.build(name, model)
+    optimizer.step(fit(model))
+    other, copied = copy.deepcopy((model, optimizer))
+    for _ in range(3):
+        assert float(optimizer.step(fit(model))) == float(copied.step(fit(other)))
+    assert torch.equal(flat(model), flat(other))
