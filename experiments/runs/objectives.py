@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import registry
 from ...curvature.records.needs import Needs, Record
 from ...errors import ArgumentError
 from ...framework.methods.method import Method
@@ -87,16 +86,13 @@ def chosen_backend(problem: Problem, name: str, method: Method, asked: str | Non
         return asked or "hooks"
     if not _measures_layers(method):
         return asked or "hooks"
-    if _multiplies(method) or asked not in (None, _RESIDUALS):
-        others = [other for other, entry in registry.methods().items() if not _multiplies(entry.factory())]
-        why, way_out = "", "Take"
-        if asked not in (None, _RESIDUALS):
-            why, way_out = f" with backend={asked!r}", "Leave the backend out, or take"
+    if asked not in (None, _RESIDUALS):
         raise ArgumentError(
-            f"{name!r}{why} measures curvature from what goes in and out of layers, and the loss of {problem.name!r} "
-            "contains derivatives of the network, of which these know nothing: the curvature would be wrong. "
-            f"{way_out} a method over the whole model ({', '.join(whole_methods())}), or one that reads the residuals "
-            f"or gradients alone ({', '.join(others)})"
+            f"backend={asked!r} measures curvature from what goes in and out of layers, and the loss of "
+            f"{problem.name!r} contains derivatives of the network, of which these know nothing: the curvature of "
+            f"{name!r} would be wrong; leave the backend out, and it is given the residuals, or take a method over the "
+            f"whole model "
+            f"({', '.join(whole_methods())})"
         )
     return _RESIDUALS
 
@@ -133,8 +129,3 @@ def _measures_layers(method: Method) -> bool:
     """Whether it reads more than gradients of the loss by the parameters, and products with its Hessian."""
     read = method.curvature.records(method.needs) & ~Record.COUNT
     return bool(read) or bool(method.measures_at(None) & (Needs.SCORES | Needs.BATCH_SCORES))
-
-
-def _multiplies(method: Method) -> bool:
-    """Whether it asks for products with the Hessian of the loss, which are no business of residuals."""
-    return Needs.PRODUCTS in method.measures_at(None) | method.asks

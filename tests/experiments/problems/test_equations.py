@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from osculate import registry
 from osculate.curvature.residuals.residual import read_residuals, total_loss
 from osculate.errors import ArgumentError
 from osculate.experiments.problems import PROBLEMS, ResidualProblem, get_problem
 from osculate.experiments.problems.equations import burgers_solution
 from osculate.experiments.runs.config import Budget, RunConfig
 from osculate.experiments.runs.evaluation import relative_error
-from osculate.experiments.runs.objectives import objective
+from osculate.experiments.runs.objectives import chosen_backend, objective
 from osculate.experiments.runs.records import RunFolder
 from osculate.experiments.runs.reopen import probes, reopen
 from osculate.experiments.runs.runs import Resume, run_in_folder
@@ -218,6 +219,7 @@ def trained(path: Path, name: str, method: str, epochs: int, **given) -> list[di
         ("heat-1d", "ssbroyden", {}),
         ("burgers-1d", "spring", {}),
         ("poisson-5d", "kfac", {"lr": 0.1}),
+        ("heat-1d", "kbfgs", {}),
         ("poisson-2d", "adam", {"lr": 0.01}),
         ("poisson-2d", "adam", {"problem_options": {"resample": True}}),
         ("poisson-2d", "lm", {"problem_options": {"resample": True}}),
@@ -267,7 +269,14 @@ def test_the_configuration_of_a_run_names_the_points_of_evaluation(tmp_path):
 def test_a_step_is_given_residuals_or_a_loss():
     problem, data, _ = small("poisson-2d")
     loss = float(problem.training_loss(problem.build_model(0), data.train_inputs, data.train_targets).detach())
-    for method, reads in {"lm": True, "bfgs": True, "kfac": True, "adam": False, "mini-block-lbfgs": False}.items():
+    for method, reads in {
+        "lm": True,
+        "bfgs": True,
+        "kfac": True,
+        "kbfgs": True,
+        "adam": False,
+        "mini-block-lbfgs": False,
+    }.items():
         run = prepare(RunConfig("poisson-2d", method, problem_options={"size": "small"}), problem, data)
         found = objective(problem, run.optimizer, run.model, data.train_inputs, data.train_targets)()
         assert isinstance(found, dict) is reads, method
@@ -290,16 +299,28 @@ def refused(name: str, method: str, **given) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("method", ["kbfgs", "kbfgs-l", "joint-kbfgs", "kbfgs-conv"])
-def test_a_method_that_would_measure_another_loss_is_refused_by_name_with_the_way_out(method):
-    said = refused("heat-1d", method)
-    assert f"'{method}' measures" in said and "'heat-1d' contains derivatives" in said
-    assert all(word in said for word in ("lm", "ssbroyden", "adam", "kfac"))
+@pytest.mark.parametrize("method", ["kfac", "joint-kfac", "kbfgs", "ekfac", "ngd-exact"])
+@pytest.mark.parametrize("backend", ["hooks", "func", "backpack"])
+def test_a_method_that_would_measure_another_loss_is_refused_by_name_with_the_way_out(method, backend):
+    said = refused("heat-1d", method, method_options={"backend": backend})
+    assert f"'{method}' would be wrong" in said and "'heat-1d' contains derivatives" in said
+    assert f"backend='{backend}' measures" in said and "leave the backend out" in said
+    assert all(word in said for word in ("lm", "ssbroyden"))
+
+
+def test_whoever_measures_layers_is_given_the_residuals_and_whoever_reads_gradients_the_loss():
+    problem = get_problem("heat-1d", size="small")
+    found = {name: chosen_backend(problem, name, registry.method(name), None) for name in registry.methods()}
+    assert all(found[name] == "residuals" for name in ("kfac", "ekfac", "kbfgs", "joint-kfac", "lw-sgdm", "tnt"))
+    assert all(found[name] == "hooks" for name in ("adam", "sgdm", "muon", "soap", "mbf", "mini-block-lbfgs"))
+    by_products = registry.method("lw-sgdm", curvature="exact-hessian")  # of the loss itself, whatever it contains
+    assert chosen_backend(problem, "lw-sgdm", by_products, None) == "hooks"
+    ordinary = get_problem("digits-classifier")
+    assert {chosen_backend(ordinary, name, registry.method(name), None) for name in registry.methods()} == {"hooks"}
+    assert chosen_backend(ordinary, "kfac", registry.method("kfac"), "func") == "func"
 
 
 def test_other_combinations_that_make_no_sense_are_refused_by_name():
-    said = refused("poisson-2d", "kfac", method_options={"backend": "hooks"})
-    assert "'kfac' with backend='hooks'" in said and "Leave the backend out" in said
     said = refused("digits-classifier", "lm")
     assert "'lm' solves for residuals" in said and "categorical" in said and "ssbroyden" in said
     said = refused("digits-classifier", "kfac", method_options={"backend": "residuals"})

@@ -1,8 +1,8 @@
 """Methods take finite steps on problems at ``size=small``: each method on many, each problem with many.
 
 Problems of which a step takes milliseconds meet every method; every other problem meets every third one, another third
-than its neighbours, and those that the documentation runs on it. A problem of residuals meets every third of those that
-read gradients or residuals, and every method over the whole model.
+than its neighbours, and those that the documentation runs on it. A problem of residuals meets every method over the
+whole model too.
 """
 
 import math
@@ -11,10 +11,8 @@ from functools import cache
 import pytest
 import torch
 from osculate import registry
-from osculate.errors import ArgumentError
 from osculate.experiments.problems import PROBLEMS, Data, ResidualProblem, get_problem
 from osculate.experiments.runs.config import RunConfig
-from osculate.experiments.runs.objectives import chosen_backend
 from osculate.experiments.runs.training import prepare
 from osculate.framework.whole_model.method import whole_methods
 
@@ -54,22 +52,12 @@ def methods_on(problem: str) -> list[str]:
     """The methods that a problem meets."""
     offset = list(PROBLEMS).index(problem)
     wanted = DOCUMENTED.get(problem, set())
-    served = [method for method in registry.methods() if serves(problem, method)]
     chosen = [
         method
-        for number, method in enumerate(served)
+        for number, method in enumerate(registry.methods())
         if problem in EVERY or method in wanted or (number + offset) % SHARE == 0
     ]
     return [*chosen, *(whole_methods() if isinstance(get_problem(problem), ResidualProblem) else ())]
-
-
-def serves(problem: str, method: str) -> bool:
-    """Whether a method of parts is not refused."""
-    try:
-        chosen_backend(get_problem(problem), method, registry.method(method), None)
-    except ArgumentError:
-        return False
-    return True
 
 
 def test_every_method_meets_a_deep_network_and_every_problem_several_methods() -> None:
