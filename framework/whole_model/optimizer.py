@@ -200,6 +200,11 @@ class WholeModel(torch.optim.Optimizer):
         self.gradient_evaluations = int(counts.get("gradient_evaluations", 0))
         self.skipped_steps = int(counts.get("skipped_steps", 0))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, the model included, so that a copy is whole; step hooks stay behind, as in torch."""
+        own = self.__dict__.items()
+        return {name: value for name, value in own if name != "step" and not name.startswith("_optimizer_")}
+
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -223,9 +228,7 @@ class WholeModel(torch.optim.Optimizer):
         """
         lr = self.param_groups[0]["lr"]
         if lr != 1.0:
-            raise ArgumentError(
-                f"a method over the whole model searches for its steps and has no lr, got {lr!r}: no scheduler"
-            )
+            raise ArgumentError(f"a method over the whole model has no lr and takes no scheduler, got lr={lr!r}")
         for name, parameter in zip(self._names, self._parameters, strict=True):
             if not parameter.requires_grad:
                 raise ArgumentError(f"parameter {name!r} was frozen after osculate.build; build the optimizer anew")
