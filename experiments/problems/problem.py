@@ -39,7 +39,7 @@ class Data:
     """Training, test and perhaps validation samples; of an autoencoder the targets are the inputs, the same tensors.
 
     Args:
-        train_inputs: (N, ...) values as float32, pixels or tokens as integers.
+        train_inputs: (N, ...) values as float32 (points of equations as float64), pixels or tokens as integers.
         train_targets: (N, ...) values, or (N,) or (N, T) classes as int64.
         test_inputs: (M, ...).
         test_targets: like ``train_targets``.
