@@ -1,5 +1,6 @@
 """The gallery pages about runs: every command and every snippet of them works, in the order of the page."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -46,6 +47,17 @@ def test_why_did_this_run_diverge(capsys: pytest.CaptureFixture[str]) -> None:
     assert "EigenvalueBounds" in broken and not re.search(r"EigenvalueBounds: .*VIOLATED", broken)
     assert not re.search(r"(EigenvalueBounds|SecantEquation): .*VIOLATED", cured)
     assert Path("runs/diverged/diagnosis/monitors.png").exists() and Path("runs/diverged/microscope").exists()
+
+
+def test_train_a_pinn(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run_page("train_a_pinn.md", capsys)
+    losses = [float(value) for value in re.findall(r"step +\d+  loss (\S+)", printed)]
+    assert len(losses) == 4 and losses[0] > 10 and losses[-1] < 1e-7
+    assert all(name in printed for name in ("poisson-2d", "heat-1d", "poisson-5d", "burgers-1d", "relative L2"))
+    assert Path("pinn.png").stat().st_size > 10_000 and (GALLERY / "train_a_pinn.png").exists()
+    last = json.loads(Path("runs/pinn/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["epoch"] == 60 and last["relative_l2"] < 1e-2
+    assert Path("runs/race/comparison.png").exists()
 
 
 def test_run_an_ablation(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,10 +73,11 @@ def test_the_commands_name_what_exists() -> None:
         return
     import osculate as osc
     from osculate.experiments.problems import PROBLEMS
+    from osculate.framework.whole_model.method import whole_methods
 
     text = README.read_text()
     names = re.findall(r"--methods? ((?:[a-z0-9]+(?:-[a-z0-9]+)* ?)+)", text)
-    assert {name for group in names for name in group.split()} <= set(osc.registry.methods())
+    assert {name for group in names for name in group.split()} <= set(osc.registry.methods()) | set(whole_methods())
     assert set(re.findall(r"--problem ([\w-]+)", text)) <= set(PROBLEMS)
 
 

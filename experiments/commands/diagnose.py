@@ -145,13 +145,13 @@ class Microscope(SavedRunFlags):
         out = self.out or self.folder / "microscope"
         require_folder(out, "microscope.csv", "microscope.json", "microscope.png")
         run = reopen(RunFolder(self.folder), self.data_dir, device=self.device)
+        probe, *history = probes(run.problem, run.data, run.order.batch_size, 1 + self.history)
         optimizers = {
             name: run.composed
             if name == run.config.method
             else build(name, copy_of(run), likelihood=run.problem.likelihood, seed=run.config.seed)
             for name in self.methods
         }
-        probe, *history = probes(run.problem, run.data, run.order.batch_size, 1 + self.history)
         found = compare_steps(optimizers, probe, history, [run.config.method])
         rows = [quality.as_dict() for quality in found]
         title = f"one step after {run.iterations} iterations of {run.config.method}, loss {found[0].loss:.5g}"

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from ... import Method, registry
 from ...framework.methods.parts import label
-from ..rivals.catalogue import Runnable, runnable
+from ...framework.whole_model.method import WholeEntry
+from ..rivals.catalogue import Runnable, numbers_of, runnable
 from ..rivals.rival import Rival
 from .docstrings import Argument, Description, describe
 from .screen import show_named
@@ -24,6 +25,7 @@ _NUMBERS = {
     "damping": "lambda: what is added to the curvature before it is inverted",
     "weight_decay": "strength of the weight decay",
 }
+_RELATIVE = "relative to the largest eigenvalue of the curvature; where the search adapts it, its beginning"
 _QUESTIONS = ("preconditioner", "curvature", "damping", "momentum", "weight_decay", "step_size", "guard", "fallback")
 
 
@@ -38,7 +40,7 @@ def show_methods(console: Console, words: Sequence[str]) -> None:
         UnknownNameError: a word occurs in no name.
     """
     table = {**registry.methods(), **runnable()}
-    table = dict(sorted(table.items(), key=lambda entry: (isinstance(entry[1], Rival), entry[0])))
+    table = dict(sorted(table.items(), key=lambda entry: (_section(entry[1]), entry[0])))
     show_named(console, "method", words, table, _method_page, _methods_table)
 
 
@@ -80,16 +82,24 @@ def exported_name(part: type) -> str:
     return f"{part.__module__}.{part.__qualname__}"
 
 
+def _section(entry: Runnable) -> int:
+    """Where it stands in the table: methods of parts, methods over the whole model, optimizers of other packages."""
+    return 2 if isinstance(entry, Rival) else 1 if isinstance(entry, WholeEntry) else 0
+
+
 def _methods_table(entries: Sequence[Runnable]) -> Table:
-    caption = "'osculate methods NAME' shows a method with its options, 'osculate methods --parts' what methods are of"
+    caption = (
+        "'osculate methods NAME' shows a method with its options, 'osculate methods --parts' what methods are of. By "
+        "sections: methods of parts; methods over the whole model, for residuals or a fixed mini-batch; other packages"
+    )
     table = Table(title="methods", caption=caption)
     table.add_column("method", no_wrap=True, style="bold")
     for heading in ("what it is", "paper", "defaults"):
         table.add_column(heading, overflow="fold")
     for number, entry in enumerate(entries):
-        if number and isinstance(entry, Rival) > isinstance(entries[number - 1], Rival):
+        if number and _section(entry) > _section(entries[number - 1]):
             table.add_section()
-        numbers = {name: value for name, value in entry.defaults.items() if value or name == "lr"}
+        numbers = {name: value for name, value in numbers_of(entry).items() if value or name == "lr"}
         defaults = "\n".join(f"{name} {value:g}" for name, value in numbers.items())
         table.add_row(escape(entry.name), escape(_summary(entry)), escape(entry.paper or ""), defaults)
     return table
@@ -118,6 +128,8 @@ def _summary(entry: Runnable) -> str:
 def _method_page(entry: Runnable) -> RenderableType:
     if isinstance(entry, Rival):
         return _rival_page(entry)
+    if isinstance(entry, WholeEntry):
+        return _whole_page(entry)
     described, method = describe(entry.factory), entry.factory()
     numbers = [Argument(name, f"{value:g}", _NUMBERS[name]) for name, value in entry.defaults.items()]
     options = described.arguments
@@ -131,6 +143,21 @@ def _method_page(entry: Runnable) -> RenderableType:
         "in a shell": f"osculate train --method {entry.name} --lr {entry.defaults['lr']:g}{keyword}",
     }
     parts = {name.replace("_", " "): label(getattr(method, name)) for name in _QUESTIONS}
+    return _page(entry.name, described, facts, [*numbers, *options], ("composed of", parts))
+
+
+def _whole_page(entry: WholeEntry) -> RenderableType:
+    described, method = describe(entry.factory), entry.factory()
+    numbers = [Argument(name, f"{value:g}", _RELATIVE) for name, value in numbers_of(entry).items()]
+    options = [argument for argument in described.arguments if argument.name not in numbers_of(entry)]
+    facts = {
+        "paper": entry.paper or "none",
+        "closure": "needed, step(residuals)" + ("" if method.needs_residuals else " or step(closure)"),
+        "learning rate": "none: it searches along every step",
+        "in Python": f"osc.build({entry.name!r}, model)",
+        "in a shell": f"osculate train --problem poisson-2d --method {entry.name} --seconds 60",
+    }
+    parts = {name: label(getattr(method, name)) for name in ("curvature", "search")}
     return _page(entry.name, described, facts, [*numbers, *options], ("composed of", parts))
 
 

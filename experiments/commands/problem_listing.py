@@ -38,7 +38,7 @@ def show_problems(console: Console, words: Sequence[str]) -> None:
 def _table(names: list[str]) -> Table:
     table = Table("problem", "summary", "likelihood", "batch", title="problems", caption=_CAPTION)
     for problem in map(get_problem, names):
-        table.add_row(f"[bold]{problem.name}", escape(problem.summary), problem.likelihood, _batch(problem))
+        table.add_row(f"[bold]{problem.name}", escape(problem.summary), _likelihood(problem), _batch(problem))
     return table
 
 
@@ -49,7 +49,7 @@ def _page(name: str) -> RenderableType:
         "licence": problem.source.licence,
         "citation": problem.source.citation,
         "address": problem.source.address or "none",
-        "likelihood": problem.likelihood,
+        "likelihood": _likelihood(problem),
         "batch": _batch(problem),
         "epochs": problem.epochs,
         "target": "none" if problem.target is None else f"{problem.target.metric} {problem.target.value:g}",
@@ -62,6 +62,10 @@ def _page(name: str) -> RenderableType:
     described = describe(factory.func if isinstance(factory, functools.partial) else factory)
     heading = f"[bold]{problem.name}[/]  {escape(problem.summary)}"
     return Group(heading, "", pairs_table(facts), "", options_table(described.arguments[len(taken) :]), "")
+
+
+def _likelihood(problem: Problem) -> str:
+    return "none: residuals" if problem.likelihood is None else problem.likelihood
 
 
 def _batch(problem: Problem) -> str:

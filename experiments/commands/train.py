@@ -32,7 +32,7 @@ DEFAULT_METHODS = (
     *("kbfgs", "kbfgs-l", "mbf", "lw-sgdm", "lw-adamw", "joint-kfac", "joint-kfac-noise-aware"),
     *("kfac", "soap", "muon", "adam", "sgdm"),
 )
-SHOWN = ["method", "train loss", "test loss", "accuracy", "epochs", "ms/step", "note"]
+SHOWN = ["method", "train loss", "test loss", "relative L2", "accuracy", "epochs", "ms/step", "note"]
 FILES = tuple(f"comparison.{ending}" for ending in ("json", "csv", "png", "pdf"))
 _STATUS = {"finished": 0, "broken down": 1, "no step taken": 1, "interrupted": 130}
 
@@ -189,5 +189,5 @@ class Replay:
 
 def _shown(frame: pd.DataFrame, title: str) -> Table:
     """The columns in which anything is known."""
-    columns = {name: name for name in SHOWN if any(map(cell, frame[name]))}
+    columns = {name: name for name in SHOWN if name in frame and any(map(cell, frame[name]))}
     return screen_table(title, frame.to_dict("records"), columns, digits=5)

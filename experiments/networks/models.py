@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CharTransformer", "VariationalAutoencoder", "autoencoder", "classifier", "digit_cnn", "seeded"]
+__all__ = [
+    "CharTransformer",
+    "VariationalAutoencoder",
+    "autoencoder",
+    "classifier",
+    "digit_cnn",
+    "seeded",
+    "smooth_network",
+]
 
 
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -65,6 +73,15 @@ def digit_cnn(channels: int = 16, hidden: int = 128) -> nn.Sequential:
         nn.Dropout(0.25),
         nn.Linear(hidden, 10),
     )
+
+
+def smooth_network(widths: Sequence[int]) -> nn.Sequential:
+    """Return a fully connected network with tanh between its layers and a linear output, in double precision.
+
+    Args:
+        widths: inputs, hidden widths, outputs; each >= 1.
+    """
+    return nn.Sequential(*_dense(widths, nn.Tanh)).double()
 
 
 class CharTransformer(nn.Module):

@@ -12,14 +12,16 @@ from ...errors import UnknownNameError
 from ..data.datasets import FASHION, MNIST
 from .citations import GRAPH_TASKS, graph_network
 from .digits import digits_autoencoder, digits_classifier, digits_vae
+from .equations import burgers_1d, heat_1d, poisson_2d, poisson_5d, sine_regression
 from .images import curves_autoencoder, faces_autoencoder, fashion_mlp, image_autoencoder, image_cnn
 from .known import logistic, quadratic
 from .natural_images import cifar10_resnet32, cifar_vgg16, svhn_vgg11
 from .problem import Data, Problem, Source, Target
+from .residual_problem import ResidualProblem
 from .tabular import tabular_regression
 from .text import char_lm, char_transformer
 
-__all__ = ["PROBLEMS", "Data", "Problem", "Source", "Target", "get_problem"]
+__all__ = ["PROBLEMS", "Data", "Problem", "ResidualProblem", "Source", "Target", "get_problem"]
 
 PROBLEMS: Mapping[str, Callable[..., Problem]] = MappingProxyType(
     {
@@ -43,6 +45,11 @@ PROBLEMS: Mapping[str, Callable[..., Problem]] = MappingProxyType(
         "char-transformer": char_transformer,
         "logistic": logistic,
         "quadratic": quadratic,
+        "poisson-2d": poisson_2d,
+        "heat-1d": heat_1d,
+        "poisson-5d": poisson_5d,
+        "burgers-1d": burgers_1d,
+        "sine-regression": sine_regression,
     }
 )
 """Each problem's name and what makes it; the first is the default; its data come with the package."""

@@ -51,7 +51,7 @@ class Data:
     """Training, test and perhaps validation samples; of an autoencoder the targets are the inputs, the same tensors.
 
     Args:
-        train_inputs: (N, ...) values as float32, pixels or tokens as integers.
+        train_inputs: (N, ...) values as float32 (points of equations as float64), pixels or tokens as integers.
         train_targets: (N, ...) values, or (N,) or (N, T) classes as int64.
         test_inputs: (M, ...).
         test_targets: like ``train_targets``.
@@ -119,7 +119,8 @@ class Problem:
     Args:
         name: under which it is found.
         summary: data, network and loss in one line.
-        likelihood: of which the loss is the negative logarithm, a mean over samples.
+        likelihood: of which the loss is the negative logarithm, a mean over samples; None where the loss is that of
+            residuals with derivatives of the network.
         epochs: passes over the training data that show most of what there is to see.
         build_model: returns the network for a seed, on the CPU; the global random state stays as it was.
         load: returns the data; its argument is a folder that may hold the files, or None.
@@ -136,11 +137,13 @@ class Problem:
         landmarks: losses by name that a reader wants to see beside the curves, such as that of the mean image.
         objective: the loss of output and target, a mean over samples, where it is more than that of the likelihood; the
             likelihood then reads ``logits`` of what the network returns.
+        interval: epochs from one evaluation to the next, >= 1: more than one where an epoch is a single cheap step.
+        relative_error: whether the test samples also tell the relative error in L2, the metric ``relative_l2``.
     """
 
     name: str
     summary: str
-    likelihood: Literal["bernoulli", "gaussian", "categorical"]
+    likelihood: Literal["bernoulli", "gaussian", "categorical"] | None
     epochs: int
     build_model: Callable[[int], nn.Module]
     load: Callable[[Path | None], Data]
@@ -155,6 +158,8 @@ class Problem:
     floor: float | None = None
     landmarks: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     objective: Callable[[Any, Tensor], Tensor] | None = None
+    interval: int = 1
+    relative_error: bool = False
 
     def loss(self, output: Any, target: Tensor) -> Tensor:
         """Negative log-likelihood in nats, summed over pixels or tokens, mean over samples, or the objective, shape ().

@@ -26,7 +26,7 @@ from ...curvature.likelihoods import Likelihood
 from ...errors import ArgumentError, OsculateError
 from ...framework import SecondOrder, build
 from ...stepsize.guard import NoGuard
-from ..runs.training_run import closure_of
+from ..runs.objectives import closure_of
 from .replay_methods import Recipe, RecordedTargets, recipe_of
 from .replay_observed import Observer, load_initial
 from .trajectory import Settings, Trajectory, build_network, is_input, load_trajectory, loss_of

@@ -20,7 +20,7 @@ from .study_records import StudyRecord
 __all__ = ["course_band", "course_figure", "generalisation_figure", "layer_step_figures"]
 
 _CLOCKS = {"epoch": "epochs", "seconds": "training time (s)", "gradient_evaluations": "gradient evaluations"}
-_HELD_OUT = ("valid_loss", "valid_accuracy", "test_loss", "test_accuracy", "suboptimality")
+_HELD_OUT = ("valid_loss", "valid_accuracy", "test_loss", "test_accuracy", "relative_l2", "suboptimality")
 _POINTS = 200
 
 Floats = NDArray[np.float64]

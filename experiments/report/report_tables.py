@@ -36,7 +36,7 @@ __all__ = [
 CLOCKS = {"steps": "iterations", "gradient evaluations": "gradient_evaluations", "seconds": "seconds"}
 """What time is counted in, and the column of the evaluations."""
 
-_METRICS = ("train_loss", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy", "suboptimality")
+_METRICS = ("train_loss", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy", "relative_l2", "suboptimality")
 _KEYS = ["problem", "arm", "seed", "run", "state"]
 ALL_PROBLEMS = "all problems"
 

@@ -1,4 +1,4 @@
-"""The rivals by name, and everything that runs by name: methods and rivals together."""
+"""The rivals by name, and everything that runs by name: methods, methods over the whole model, rivals."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from ... import registry
+from ...framework.whole_model.method import WholeEntry, whole_methods
 from .rival import Factory, Groups, Option, Rival
 
-__all__ = ["RIVALS", "Runnable", "runnable"]
+__all__ = ["RIVALS", "Runnable", "numbers_of", "runnable"]
 
-Runnable = registry.MethodEntry | Rival
+Runnable = registry.MethodEntry | WholeEntry | Rival
 
 _GROWTH = Option(math.inf, "largest factor by which the estimated distance may grow in a step")
 _FIRST = Option(1e-6, "first estimate of the distance to the solution")
@@ -182,4 +183,9 @@ RIVALS: dict[str, Rival] = {
 
 def runnable() -> dict[str, Runnable]:
     """Everything that ``train``, ``compare`` and ``study`` run by name; a registered method goes before a rival."""
-    return {**RIVALS, **registry.methods()}
+    return {**RIVALS, **whole_methods(), **registry.methods()}
+
+
+def numbers_of(entry: Runnable) -> dict[str, float]:
+    """Default ``lr``, ``damping`` and ``weight_decay`` of what has them."""
+    return {"damping": entry.factory().damping} if isinstance(entry, WholeEntry) else dict(entry.defaults)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...errors import ArgumentError, NumericalError
 from ...framework.optimizer.report import StepReport
 from ...framework.optimizer.second_order import SecondOrder
+from ...framework.whole_model.optimizer import WholeModel
 from .rival import Rival
 
 __all__ = ["ForeignOptimizer", "evaluated"]
@@ -176,7 +177,7 @@ class ForeignOptimizer:
 
 @contextmanager
 def evaluated(
-    optimizer: SecondOrder | ForeignOptimizer, model: nn.Module, batches: Callable[[], Iterable[Tensor]]
+    optimizer: SecondOrder | WholeModel | ForeignOptimizer, model: nn.Module, batches: Callable[[], Iterable[Tensor]]
 ) -> Iterator[tuple[nn.Module, float]]:
     """The model that is to be evaluated and its weight penalty, while the block lasts.
 
@@ -187,6 +188,9 @@ def evaluated(
     """
     if isinstance(optimizer, SecondOrder):
         yield model, float(optimizer.penalty())
+        return
+    if isinstance(optimizer, WholeModel):  # decay would be a block of residuals
+        yield model, 0.0
         return
     with optimizer.evaluated(batches) as shown:
         yield shown, float(optimizer.penalty(shown))

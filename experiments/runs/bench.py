@@ -23,7 +23,8 @@ from ... import build, registry
 from ...errors import ArgumentError
 from ..problems import Data, Problem
 from .batches import BatchOrder
-from .training_run import Stopwatch, closure_of
+from .objectives import closure_of
+from .training_run import Stopwatch
 
 __all__ = [
     "CONTESTANTS",
@@ -128,6 +129,11 @@ class _Stepper:
     """A model and an optimizer that take training steps when told to."""
 
     def __init__(self, contestant: Contestant, problem: Problem, data: Data, batch_size: int) -> None:
+        if problem.likelihood is None:
+            raise ArgumentError(
+                f"steps are timed on losses of a network's output, and {problem.name!r} has residuals; "
+                f"'osculate compare --problem {problem.name}' shows milliseconds per step"
+            )
         self.model = problem.build_model(0).to(data.train_inputs.device)
         self.optimizer = optimizer_of(contestant.method, self.model, problem.likelihood, **contestant.options)
         self._problem, self._data = problem, data

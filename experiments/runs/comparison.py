@@ -190,6 +190,7 @@ def _row(curve: Curve, budget: Budget) -> dict[str, Any]:
         "gradients": last.get("gradient_evaluations", 0),
         "lr": curve.config.get("lr"),
         "damping": curve.config.get("damping"),
+        **({"relative L2": last["relative_l2"]} if "relative_l2" in last else {}),
         "note": f"broke down: {curve.failure.partition(';')[0]}" if curve.failure else note,
     }
 

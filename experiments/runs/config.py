@@ -14,6 +14,7 @@ from ... import registry
 from ...errors import ArgumentError, UnknownNameError
 from ...framework.methods.expressions import with_parts
 from ...framework.methods.method import Method
+from ...framework.whole_model.method import WholeEntry
 from ..rivals.catalogue import runnable
 from ..rivals.rival import Rival
 
@@ -142,6 +143,11 @@ class RunConfig:
             raise ArgumentError(
                 f"{self.method!r} is the optimizer of another package: it has no part {', '.join(self.parts)} to "
                 f"exchange; its options: {', '.join(entries[self.method].options)}"
+            )
+        if self.parts and isinstance(entries[self.method], WholeEntry):
+            raise ArgumentError(
+                f"{self.method!r} works over the whole model: parts of layers ({', '.join(self.parts)}) have no place "
+                f"in it; its options: {', '.join(dict.fromkeys(('damping', *entries[self.method].options)))}"
             )
         if not self.parts:
             return self.method, arguments

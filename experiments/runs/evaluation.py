@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..problems import Problem
+from ..problems import Problem, ResidualProblem
 
-__all__ = ["Metrics", "score"]
+__all__ = ["Metrics", "relative_error", "score"]
 
 _CHUNK = 2000
 
@@ -35,6 +35,8 @@ class Metrics:
         peak_memory_bytes: see ``environment.peak_memory_bytes``.
         valid_loss: mean loss over the validation samples, no penalty; None where nothing is held out.
         valid_accuracy: share of validation samples classified rightly; None without classes or validation samples.
+        relative_l2: norm of the error on the test samples over the norm of their targets; None where the problem does
+            not ask for it.
         suboptimality: training loss less the least possible one, penalty left out; None where that is unknown.
         events: what the method counted since the line before, such as rejected pairs; only counts above 0.
         layer_steps: step size of every layer at the last step, of methods that choose one per layer.
@@ -52,6 +54,7 @@ class Metrics:
     peak_memory_bytes: int
     valid_loss: float | None = None
     valid_accuracy: float | None = None
+    relative_l2: float | None = None
     suboptimality: float | None = None
     events: Mapping[str, int] = field(default_factory=dict)
     layer_steps: Mapping[str, float] = field(default_factory=dict)
@@ -67,7 +70,9 @@ class Metrics:
         return math.isfinite(self.train_loss) and math.isfinite(self.test_loss)
 
 
-def score(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -> tuple[float, float | None]:
+def score(
+    model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor, *, training: bool = False
+) -> tuple[float, float | None]:
     """Return the mean loss of ``model`` in evaluation mode over all samples, and the share of right classes, if any.
 
     Of sequences it is the share of all tokens.
@@ -77,9 +82,13 @@ def score(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -
         problem: gives the loss, a mean over samples.
         inputs: (N, ...).
         targets: (N, ...).
+        training: whether they are the training samples, which for a problem of residuals are points of equations.
 
-    Cost: one forward pass over N samples.
+    Cost: one forward pass over N samples; for equations one evaluation of their residuals.
     """
+    if training and isinstance(problem, ResidualProblem):
+        with torch.enable_grad():
+            return float(problem.training_loss(model, inputs, targets).detach()), None
     total, right = torch.zeros(2, dtype=torch.float64, device=inputs.device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -95,3 +104,21 @@ def score(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -
             module.training = training
     accuracy = float(right) / targets.numel() if problem.classes is not None else None
     return float(total) / len(inputs), accuracy
+
+
+def relative_error(model: nn.Module, problem: Problem, inputs: Tensor, targets: Tensor) -> float | None:
+    """Return the norm of the error over the norm of the targets, or None where the problem does not ask for it.
+
+    Args:
+        model: a function of its inputs alone.
+        problem: may ask for it.
+        inputs: (N, ...).
+        targets: (N, ...) values.
+
+    Cost: one forward pass over N samples.
+    """
+    if not problem.relative_error:
+        return None
+    with torch.no_grad():
+        error = torch.cat([model(part) for part in torch.split(inputs, _CHUNK)]) - targets
+    return float(error.double().norm() / targets.double().norm())

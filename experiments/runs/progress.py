@@ -74,6 +74,7 @@ class Display:
         now = time.perf_counter()
         accuracy = "" if metrics.test_accuracy is None else f"  accuracy {metrics.test_accuracy:.2%}"
         losses = f"train {metrics.train_loss:.5g}  test {metrics.test_loss:.5g}"
+        losses += "" if metrics.relative_l2 is None else f"  relative L2 {metrics.relative_l2:.3g}"
         text = f"epoch {metrics.epoch:5.4g}  {losses}{accuracy}  {metrics.seconds:.1f} s"
         share = self._budget.spent(metrics.epoch, metrics.seconds)
         if self._console.is_terminal and self._task is not None:

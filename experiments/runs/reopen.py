@@ -11,7 +11,7 @@ from torch import nn
 
 from ...analysis.quality.exact_blocks import Probe
 from ...errors import ArgumentError
-from ..problems import Data, Problem, get_problem
+from ..problems import Data, Problem, ResidualProblem, get_problem
 from ..problems.problem import PUBLISHED
 from .config import RunConfig, WarmStart
 from .records import RunFolder
@@ -84,8 +84,13 @@ def probes(problem: Problem, data: Data, samples: int, count: int) -> list[Probe
         count: how many, >= 1; the data are begun again where they end.
 
     Raises:
-        ArgumentError: if a number is not positive.
+        ArgumentError: if a number is not positive, or the loss is none of the network's output.
     """
+    if isinstance(problem, ResidualProblem):
+        raise ArgumentError(
+            f"the loss of {problem.name!r} is one of residuals with derivatives of the network; what is measured here "
+            "needs a loss of the network's output, such as that of sine-regression"
+        )
     if samples < 1 or count < 1:
         raise ArgumentError(f"samples and mini-batches must be >= 1, got {samples} and {count}")
     size = min(samples, len(data.train_inputs))

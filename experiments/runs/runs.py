@@ -14,7 +14,7 @@ from rich.console import Console
 from ...analysis.monitors.readings import WatchCertificate
 from ...errors import ArgumentError, NumericalError
 from ..problems import get_problem
-from ..rivals.catalogue import runnable
+from ..rivals.catalogue import numbers_of, runnable
 from ..rivals.rival import Rival
 from .batches import data_checksum
 from .config import Budget, RunConfig, differences
@@ -75,7 +75,7 @@ def describe_run(config: RunConfig, run: TrainingRun, checksum: str) -> dict[str
         checksum: of its data, see ``data_checksum``.
     """
     entry, config = runnable()[config.method], run.config
-    defaults: dict[str, Any] = entry.defaults | entry.options
+    defaults: dict[str, Any] = numbers_of(entry) | entry.options
     given = config.method_arguments()
     numbers = {name: given.get(name, defaults.get(name)) for name in ("lr", "damping", "weight_decay")}
     warm = config.warm_start.value if run.optimizer.has_warm_start else "none"

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ... import build
-from ...errors import NumericalError, require_positive_integer
-from ...framework.optimizer.second_order import SecondOrder
+from ... import build, registry
+from ...errors import ArgumentError, NumericalError, require_positive_integer
+from ...framework.whole_model.method import WholeEntry, whole_method
 from ..problems import Data, Problem
 from ..rivals.catalogue import runnable
 from ..rivals.foreign import ForeignOptimizer
@@ -23,6 +23,7 @@ from .batches import move_data
 from .config import Budget, RunConfig
 from .environment import choose_device
 from .evaluation import Metrics
+from .objectives import AnyOptimizer, chosen_backend, require_residuals
 from .training_run import TrainingRun
 
 __all__ = ["BoundedShare", "EveryEpoch", "Schedule", "measure", "optimizer_for", "prepare"]
@@ -45,6 +46,8 @@ class Schedule(Protocol):
 class EveryEpoch:
     """Evaluate at the end of every epoch, or more often, at equal distances as far as the number of batches allows.
 
+    Where a problem has an ``interval`` of several epochs, that is what counts as one here.
+
     Args:
         times: evaluations in an epoch, >= 1.
     """
@@ -56,7 +59,7 @@ class EveryEpoch:
 
     def due(self, run: TrainingRun, last: float, cost: float) -> bool:
         """Whether a share of an epoch has just ended."""
-        batches = run.order.batches_per_epoch
+        batches = run.order.batches_per_epoch * run.problem.interval
         return run.iterations * self.times // batches > (run.iterations - 1) * self.times // batches
 
 
@@ -101,7 +104,7 @@ def prepare(config: RunConfig, problem: Problem, data: Data, budget: Budget | No
     return TrainingRun(config, problem, data, model, optimizer_for(config, problem, model), budget)
 
 
-def optimizer_for(config: RunConfig, problem: Problem, model: nn.Module) -> SecondOrder | ForeignOptimizer:
+def optimizer_for(config: RunConfig, problem: Problem, model: nn.Module) -> AnyOptimizer:
     """Build the optimizer of a run, with the problem's likelihood and without decay where the problem wants none.
 
     Args:
@@ -111,14 +114,25 @@ def optimizer_for(config: RunConfig, problem: Problem, model: nn.Module) -> Seco
 
     Raises:
         ArgumentError: a number is out of range, a name is unknown, or parts do not fit together or to the network;
-            a rival's package is not installed.
+            a rival's package is not installed; the method can make no right use of the problem's loss.
     """
     method, arguments = config.composed()
     entry = runnable()[method] if isinstance(method, str) else None
     if isinstance(entry, Rival):
         return ForeignOptimizer(entry, model, arguments, problem.undecayed)
+    if isinstance(entry, WholeEntry):
+        given = {name: value for name, value in arguments.items() if name in entry.options}
+        require_residuals(problem, entry.name, whole_method(entry.name, **given))
+        if config.lr_schedule is not None or config.lr_warm_up:
+            raise ArgumentError(f"{entry.name!r} searches for the length of every step; it takes no schedule of lr")
+        return build(entry.name, model, **arguments)
+    options = {} if entry is None else {name: arguments[name] for name in entry.options if name in arguments}
+    composed = registry.method(method, **options) if isinstance(method, str) else method
+    backend = chosen_backend(problem, config.method, composed, arguments.pop("backend", None))
+    likelihood = None if backend == "residuals" else problem.likelihood
     groups = [{"params": list(problem.undecayed), "weight_decay": 0.0}] if problem.undecayed else None
-    return build(method, model, likelihood=problem.likelihood, seed=config.seed, groups=groups, **arguments)
+    arguments |= {"likelihood": likelihood, "seed": config.seed, "groups": groups, "backend": backend}
+    return build(method, model, **arguments)
 
 
 def measure(

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError
 from ...framework.optimizer.second_order import SecondOrder
+from ...framework.whole_model.optimizer import WholeModel
 from ...stepsize.constant import ConstantStep
-from ..problems import Data, Problem
-from ..rivals.foreign import ForeignOptimizer, evaluated
+from ..problems import Data, Problem, ResidualProblem
+from ..rivals.foreign import evaluated
 from .batches import BatchOrder, augmentation_generator
 from .config import Budget, RunConfig, WarmStart
 from .environment import peak_memory_bytes, reset_peak_memory
-from .evaluation import Metrics, score
+from .evaluation import Metrics, relative_error, score
+from .objectives import AnyOptimizer, objective
 from .schedules import schedule_of
 
-__all__ = ["Stopwatch", "TrainingRun", "closure_of"]
+__all__ = ["Stopwatch", "TrainingRun"]
 
 
 class Stopwatch:
@@ -60,18 +62,6 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
 
 
-def closure_of(optimizer: torch.optim.Optimizer | ForeignOptimizer, loss: Callable[[], Tensor]) -> Callable[[], Any]:
-    """Return what an optimizer's step evaluates: the loss, and its gradients in place of the old ones."""
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    return closure
-
-
 class TrainingRun:
     """A model in training, with all that decides how it goes on.
 
@@ -90,7 +80,7 @@ class TrainingRun:
         problem: Problem,
         data: Data,
         model: nn.Module,
-        optimizer: SecondOrder | ForeignOptimizer,
+        optimizer: AnyOptimizer,
         budget: Budget | None = None,
     ) -> None:
         self.config = config
@@ -104,6 +94,11 @@ class TrainingRun:
         self.schedule = schedule_of(config, budget, self.order.batches_per_epoch)
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.clock = Stopwatch(self.device)
+        points = isinstance(problem, ResidualProblem)
+        # All points in their order: a method may remember residuals by their place.
+        self._as_they_lie = points and self.order.batch_size == samples
+        if points and problem.augmentation is not None and not self._as_they_lie:
+            raise ArgumentError("all points are drawn anew at every step; leave the batch size out, or resample=False")
         self.iterations = 0
         self.warm_start_seconds = 0.0
         self.warm_start_batches = 0
@@ -118,8 +113,13 @@ class TrainingRun:
         """The optimizer, of a method that is composed of parts.
 
         Raises:
-            ArgumentError: it is another package's, of which nothing can be examined.
+            ArgumentError: it is over the whole model, or another package's, so nothing of layers can be examined.
         """
+        if isinstance(self.optimizer, WholeModel):
+            raise ArgumentError(
+                f"{self.config.method!r} works on all parameters at once: it has no layers that could be examined one "
+                "by one; take a method of parts, such as adam"
+            )
         if not isinstance(self.optimizer, SecondOrder):
             raise ArgumentError(
                 f"{self.config.method!r} is the optimizer of the package {self.optimizer.rival.distribution}: it has "
@@ -166,7 +166,9 @@ class TrainingRun:
     def step(self) -> None:
         """Take one optimizer step on the next mini-batch; the clock runs."""
         self.clock.start()
-        index = self.order.next()
+        index: Tensor | slice = self.order.next()
+        if self._as_they_lie:
+            index = slice(None)
         inputs = self.data.train_inputs[index]
         same = self.data.train_targets is self.data.train_inputs
         targets = inputs if same else self.data.train_targets[index]
@@ -177,7 +179,7 @@ class TrainingRun:
             factor = self.schedule.factor(self.iterations, self.clock.seconds)
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = factor * rate
-        loss = self.optimizer.step(closure_of(self.optimizer, lambda: self.problem.loss(self.model(inputs), targets)))
+        loss = self.optimizer.step(objective(self.problem, self.optimizer, self.model, inputs, targets))
         self.iterations += 1
         self.last_loss = None if loss is None else loss.detach()
         report = self.optimizer.last_report
@@ -190,8 +192,9 @@ class TrainingRun:
         self.clock.pause()
         data, valid_loss, valid_accuracy = self.data, None, None
         with evaluated(self.optimizer, self.model, self._inputs) as (model, penalty):
-            train_loss, _ = score(model, self.problem, data.train_inputs, data.train_targets)
+            train_loss, _ = score(model, self.problem, data.train_inputs, data.train_targets, training=True)
             test_loss, test_accuracy = score(model, self.problem, data.test_inputs, data.test_targets)
+            found = relative_error(model, self.problem, data.test_inputs, data.test_targets)
             if data.valid_inputs is not None and data.valid_targets is not None:
                 valid_loss, valid_accuracy = score(model, self.problem, data.valid_inputs, data.valid_targets)
         events = {name: int(count) for name, count in sorted(self._events.items()) if int(count)}
@@ -209,6 +212,7 @@ class TrainingRun:
             peak_memory_bytes=peak_memory_bytes(self.device),
             valid_loss=valid_loss,
             valid_accuracy=valid_accuracy,
+            relative_l2=found,
             suboptimality=None if self._optimum is None else train_loss - self._optimum,
             events=events,
             layer_steps=self._layer_steps(),
@@ -221,7 +225,8 @@ class TrainingRun:
     def _layer_steps(self) -> dict[str, float]:
         """Step sizes of the last step, fetched at once; empty where all layers share the learning rate."""
         sizes = self.optimizer.last_report.step_sizes
-        if not sizes or isinstance(self.composed.method.step_size, ConstantStep):
+        optimizer = self.optimizer
+        if not sizes or not isinstance(optimizer, SecondOrder) or isinstance(optimizer.method.step_size, ConstantStep):
             return {}
         joined = torch.stack(
             [torch.as_tensor(size, dtype=torch.float64, device=self.device) for size in sizes.values()]

@@ -12,6 +12,7 @@ from ... import registry
 from ...errors import ArgumentError, OsculateError, UnknownNameError
 from ...framework.methods.expressions import is_part_text, places, with_parts
 from ...framework.methods.method import Method
+from ...framework.whole_model.method import WholeEntry, whole_method
 from ..problems import Data, Problem, get_problem
 from ..rivals.catalogue import runnable
 from ..rivals.rival import Rival
@@ -64,7 +65,7 @@ def _check_names(arm: Arm) -> None:
         raise UnknownNameError("method", arm.method, entries)
     entry = entries[arm.method]
     options = entry.options
-    if isinstance(entry, Rival):
+    if isinstance(entry, Rival | WholeEntry):
         for name in {**arm.settings, **dict.fromkeys(arm.space)}:
             if name not in _OTHER and name not in options:
                 raise UnknownNameError(f"setting of {arm.method!r}:", name, [*_OTHER, *options])
@@ -100,6 +101,9 @@ def _check_points(study: Study, arm: Arm, problem: StudyProblem) -> None:
         if isinstance(entry, Rival):
             entry.check_values(arguments)
             continue
+        if isinstance(entry, WholeEntry):  # its damping is judged when it is built
+            whole_method(entry.name, **{name: value for name, value in arguments.items() if name in entry.options})
+            continue
         if isinstance(method, str):
             numbers = {name: arguments.pop(name) for name in _OTHER[:3] if name in arguments}
             method, arguments = registry.method(method, **arguments), numbers
@@ -121,6 +125,7 @@ def _metric(study: Study, entry: StudyProblem, problem: Problem, data: Data) -> 
     known = ["train_loss", "test_loss", *(["valid_loss"] if held_out else [])]
     if problem.classes is not None:
         known += ["test_accuracy", *(["valid_accuracy"] if held_out else [])]
+    known += ["relative_l2"] if problem.relative_error else []
     metric = study.tuning.metric
     if metric == "auto":
         metric = "valid_loss" if held_out else "train_loss"

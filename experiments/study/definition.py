@@ -29,6 +29,7 @@ METRICS = {
     "valid_accuracy": True,
     "test_loss": False,
     "test_accuracy": True,
+    "relative_l2": False,
 }
 """Metrics that a run records, and whether more is better."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ...errors import NumericalError
+from ...framework.whole_model.optimizer import WholeModel
 from ..problems import Data, Problem, get_problem
 from ..report.tables import screen_table
 from ..runs.config import Budget
@@ -32,7 +33,7 @@ class Cost:
     Args:
         warm_start: the method's initial pass over the data; 0 without one.
         step: one optimizer step, the median of a few; NaN if the method broke down in them.
-        evaluation: losses on all samples.
+        evaluation: losses on all samples, its share in one epoch where a problem is evaluated less often.
         batches: steps in an epoch.
     """
 
@@ -90,8 +91,9 @@ def _cost(study: Study, entry: StudyProblem, arm: Arm, problem: Problem, data: D
     began = time.perf_counter()
     run.evaluate()
     spent = time.perf_counter() - began
-    run.optimizer.close()
-    return Cost(warm_start, statistics.median(steps[1:] or steps), spent, batches)
+    if not isinstance(run.optimizer, WholeModel):  # which places nothing on the model
+        run.optimizer.close()
+    return Cost(warm_start, statistics.median(steps[1:] or steps), spent / problem.interval, batches)
 
 
 def show_estimate(study: Study, data_dir: Path | None, workers: int, threads: int, console: Console) -> None:

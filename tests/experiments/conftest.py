@@ -38,6 +38,9 @@ class TinyProblem:
     optimum: Callable[[Data], float] | None = None
     floor: float | None = None
     landmarks: Mapping[str, float] = field(default_factory=dict)
+    objective: None = None
+    interval: int = 1
+    relative_error: bool = False
 
     def build_model(self, seed: int) -> nn.Module:
         with torch.random.fork_rng():

@@ -11,6 +11,7 @@ from osculate.experiments.commands.docstrings import describe
 from osculate.experiments.commands.listing import exported_name, show_methods, show_parts
 from osculate.experiments.commands.problem_listing import show_problems
 from osculate.experiments.problems import PROBLEMS, get_problem
+from osculate.framework.whole_model.method import whole_methods
 from rich.console import Console
 
 
@@ -66,6 +67,28 @@ class TestMethods:
     def test_a_name_that_is_nowhere(self) -> None:
         with pytest.raises(UnknownNameError, match="unknown method 'kbfsg'; did you mean 'kbfgs'"):
             shown(show_methods, "kbfsg")
+
+
+class TestMethodsOverTheWholeModel:
+    def test_they_stand_in_a_section_of_their_own_between_the_methods_of_parts_and_other_packages(self) -> None:
+        text = shown(show_methods, width=200)
+        sections = [set(re.findall(r"^│ (\S+) ", part, re.MULTILINE)) for part in text.split("├")]
+        assert set(whole_methods()) in sections
+        assert sections.index(set(whole_methods())) == 1 and set(osc.registry.methods()) <= sections[0]
+        for entry in whole_methods().values():
+            assert squeezed(entry.summary) in squeezed(text)
+
+    @pytest.mark.parametrize("name", sorted(whole_methods()))
+    def test_a_page_has_options_and_how_it_is_called(self, name: str) -> None:
+        text, entry = shown(show_methods, name, width=120), whole_methods()[name]
+        for option, default in ({"damping": f"{entry.factory().damping:g}"} | entry.options).items():
+            row = next(line for line in text.splitlines() if re.match(rf"│ {option} ", line))
+            _, _, value, meaning, _ = (cell.strip() for cell in row.split("│"))
+            assert value and str(default).startswith(value) and meaning
+        assert text.count("│ damping ") == 1
+        assert f"osc.build({name!r}, model)" in text and "step(residuals)" in text and entry.paper in text
+        assert ("step(closure)" in text) is not entry.factory().needs_residuals
+        assert type(entry.factory().search).__name__ in text
 
 
 class TestParts:
@@ -168,6 +191,12 @@ class TestProblems:
             assert all(f"{option}{value}" in text for option, value in shown_as.items())
         options = shown(show_problems, name, width=120).split("options")[1]
         assert "source" not in options and "classes" not in options
+
+
+def test_problems_of_residuals_say_so() -> None:
+    text = shown(show_problems, "heat-1d", width=120)
+    assert re.search(r"likelihood +none: residuals", text) and re.search(r"target +relative_l2 1e-06", text)
+    assert "data_seed" in text and "resample" in text
 
 
 def test_changes_of_images_are_told_in_words() -> None:

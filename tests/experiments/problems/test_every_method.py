@@ -1,7 +1,8 @@
 """Methods take finite steps on problems at ``size=small``: each method on many, each problem with many.
 
 Problems of which a step takes milliseconds meet every method; every other problem meets every third one, another third
-than its neighbours, and those that the documentation runs on it.
+than its neighbours, and those that the documentation runs on it. A problem of residuals meets every method over the
+whole model too.
 """
 
 import math
@@ -10,9 +11,10 @@ from functools import cache
 import pytest
 import torch
 from osculate import registry
-from osculate.experiments.problems import PROBLEMS, Data, get_problem
+from osculate.experiments.problems import PROBLEMS, Data, ResidualProblem, get_problem
 from osculate.experiments.runs.config import RunConfig
 from osculate.experiments.runs.training import prepare
+from osculate.framework.whole_model.method import whole_methods
 
 STEPS = 3
 SAMPLES = 12
@@ -50,17 +52,19 @@ def methods_on(problem: str) -> list[str]:
     """The methods that a problem meets."""
     offset = list(PROBLEMS).index(problem)
     wanted = DOCUMENTED.get(problem, set())
-    return [
+    chosen = [
         method
         for number, method in enumerate(registry.methods())
         if problem in EVERY or method in wanted or (number + offset) % SHARE == 0
     ]
+    return [*chosen, *(whole_methods() if isinstance(get_problem(problem), ResidualProblem) else ())]
 
 
 def test_every_method_meets_a_deep_network_and_every_problem_several_methods() -> None:
     met = {problem: set(methods_on(problem)) for problem in PROBLEMS}
     assert all(len(methods) >= 4 for methods in met.values())
-    assert set().union(*(met[problem] for problem in PROBLEMS if problem not in EVERY)) == set(registry.methods())
+    deep = set().union(*(met[problem] for problem in PROBLEMS if problem not in EVERY))
+    assert deep == set(registry.methods()) | set(whole_methods())
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -79,7 +83,8 @@ def test_methods_take_finite_steps(problem: str) -> None:
         finite = math.isfinite(found.train_loss) and math.isfinite(found.test_loss)
         finite = finite and all(bool(value.isfinite().all()) for value in after)
         moved = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
-        others = {entry.kind for entry in run.optimizer.layers if entry.kind == "Other"}
+        layers = () if method in whole_methods() else run.optimizer.layers
+        others = {entry.kind for entry in layers if entry.kind == "Other"}
         if not finite or not moved or others:
             broken[method] = (finite, moved, others)
     assert not broken
