@@ -2,7 +2,7 @@
 
     python docs/results/pinn/structures.py --seconds 20 --out docs/results/pinn
 
-Every structure is damped by Levenberg and Marquardt's rule of the package, and its step chosen by the joint rule (one
+Every structure with a matrix is damped by Levenberg and Marquardt's rule of the package, and its step chosen by the joint rule (one
 length per layer, and one along each layer's last step), by K-FAC's own pair of numbers for the whole network, or by one
 length per layer alone; a step that does not lower the loss is shortened. Nothing is tuned. Seconds are those of the
 processor in one thread, without evaluations.
@@ -39,10 +39,11 @@ RULES: dict[str, Any] = {
 
 def composed(structure: str, rule: str) -> osc.Method:
     """A structure with a rule."""
+    adapts = osc.LevenbergMarquardt(every=1, omega=0.5, minimum=1e-14)
     return osc.Method(
         STRUCTURES[structure],
         osc.ExactGGN(),
-        damping=osc.LevenbergMarquardt(every=1, omega=0.5, minimum=1e-14),
+        damping=osc.ConstantDamping() if structure == "Diagonal" else adapts,
         momentum=osc.NoMomentum(),
         step_size=RULES[rule],
         guard=osc.Armijo(),
