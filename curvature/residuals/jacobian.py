@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
-from ...errors import ArgumentError, FallbackWarning, NumericalError
+from ...errors import ArgumentError, CompatibilityError, FallbackWarning, NumericalError
 from .residual import ResidualBlock, ResidualClosure, read_residuals, total_loss
 
-__all__ = ["Implicit", "Jacobian", "JacobianReader", "Uses", "evaluate_residuals"]
+__all__ = ["Implicit", "Jacobian", "JacobianReader", "Uses", "evaluate_residuals", "explained"]
 
 _CHUNK = 64
 """Backward passes that run as one batch where rows are not independent."""
@@ -62,7 +63,7 @@ class Jacobian:
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Gradient of the loss per parameter, J' slopes."""
-        return tuple((self.slopes @ value.flatten(1)).reshape(value.shape[1:]) for value in self.rows)
+        return tuple((self.slopes @ _flat(value)).reshape(value.shape[1:]) for value in self.rows)
 
     def roots(self) -> tuple[Tensor, ...]:
         """Per parameter (V, *shape): rows whose outer products add up to the Gauss-Newton matrix of the loss."""
@@ -71,7 +72,7 @@ class Jacobian:
 
     def matrix(self) -> Tensor:
         """(V, P) all derivatives side by side, parameters in their order."""
-        return torch.cat([value.flatten(1) for value in self.rows], 1)
+        return torch.cat([_flat(value) for value in self.rows], 1)
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,25 @@ def evaluate_residuals(closure: ResidualClosure, *, graph: bool = False) -> tupl
     return (loss if graph else loss.detach()), blocks
 
 
+@contextmanager
+def explained() -> Iterator[None]:
+    """Says of a backward pass that torch refuses what the function of residuals has done.
+
+    Raises:
+        ArgumentError: in the place of torch's RuntimeError, unless memory ran out.
+    """
+    try:
+        yield
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        raise ArgumentError(
+            "the residuals cannot be differentiated: compute them from the model inside of the function each time it "
+            "is called, nothing of it before, and change no tensor in place that a derivative needs. torch says: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
 class JacobianReader:
     """Evaluates closures of residuals with the derivatives by the parameters of a model.
 
@@ -176,24 +196,50 @@ class JacobianReader:
         Raises:
             ArgumentError: for what is no dictionary of residuals, or if they do not depend on the parameters.
             NumericalError: for a residual that is not finite, naming the block and the row.
+            CompatibilityError: if ``uses`` are asked for and the closure checkpoints.
         """
+        try:
+            loss, blocks, found, collected = self._with_copies(closure, look, uses)
+        except CheckpointError as error:
+            if uses:
+                raise CompatibilityError(
+                    "Kronecker factors of residuals need every product with a weight once, and torch.utils.checkpoint "
+                    "computes them again; leave it out of the function of residuals, or take a structure that needs "
+                    "whole gradients: Dense(), MiniBlock(), Diagonal(), or build('lm')"
+                ) from error
+            loss, blocks = self._evaluated(closure)
+            for block in blocks:
+                self._give_up(block, "torch.utils.checkpoint computes parts of the model again")
+            found, collected = [None] * len(blocks), {}
+        if any(rows is None for rows in found):
+            _, again = self._evaluated(closure)
+            if _different(blocks, again) is not None:  # copies round differently, which matters in half precision
+                _require_same(again, self._evaluated(closure)[1])
+            found = [
+                self._row_by_row(block) if rows is None else rows for block, rows in zip(again, found, strict=True)
+            ]
+        return self._joined(loss, blocks, [rows for rows in found if rows is not None], collected)
+
+    def _evaluated(self, closure: ResidualClosure) -> tuple[Tensor, list[ResidualBlock]]:
+        """The loss and the blocks with their graph, finite and in the precision of the parameters."""
+        loss, blocks = evaluate_residuals(closure, graph=True)
+        blocks = [block.converted(self.parameters[0].dtype) for block in blocks]
+        self._require_finite(blocks)
+        return loss, blocks
+
+    def _with_copies(
+        self, closure: ResidualClosure, look: bool, uses: Sequence[int]
+    ) -> tuple[Tensor, list[ResidualBlock], list[list[Tensor] | None], dict[int, Uses]]:
+        """The loss, the blocks, the rows of those that have rows of their own, and the uses that were asked for."""
         mode = _OwnCopies(self.parameters, frozenset(uses))
         with mode:
-            _, blocks = evaluate_residuals(closure, graph=True)
+            loss, blocks = self._evaluated(closure)
             mode.recording = False
-            self._require_finite(blocks)
             found: list[list[Tensor] | None] = []
             for position, block in enumerate(blocks):
                 keep = bool(uses) or position < len(blocks) - 1
                 found.append(self._by_copies(block, mode, look or block.name not in self._known, keep))
-            collected = {place: self._uses(place, blocks, mode, found) for place in uses}
-        if any(rows is None for rows in found):
-            _, again = evaluate_residuals(closure, graph=True)
-            _require_same(blocks, again)
-            found = [
-                self._row_by_row(block) if rows is None else rows for block, rows in zip(again, found, strict=True)
-            ]
-        return self._joined(blocks, [rows for rows in found if rows is not None], collected)
+            return loss, blocks, found, {place: self._uses(place, blocks, mode, found) for place in uses}
 
     def _uses(
         self, place: int, blocks: Sequence[ResidualBlock], mode: _OwnCopies, rows: Sequence[Sequence[Tensor] | None]
@@ -203,7 +249,7 @@ class JacobianReader:
         outputs: list[Tensor] = []
         complete = bool(seen)
         for block, known in zip(blocks, rows, strict=True):
-            roots = (block.factor * block.penalty.curvature(block.values.detach())).sqrt()
+            roots = block.curvatures().sqrt()
             for component in range(block.values.shape[1] if seen else 0):
                 asked = [use.output for use in seen]
                 total = block.values[:, component].sum()
@@ -258,14 +304,14 @@ class JacobianReader:
             ArgumentError, NumericalError: as :meth:`evaluate`.
         """
         with _stood_in(model, self.parameters) as copies:
-            _, blocks = evaluate_residuals(closure, graph=True)
-        self._require_finite(blocks)
+            loss, blocks = self._evaluated(closure)
         flat = torch.cat([block.values.flatten() for block in blocks])
         for block in blocks:
             self._require_dependence(block, block.values.requires_grad)
         cotangent = torch.zeros_like(flat, requires_grad=True)
         asked = [*copies, *self.parameters]
-        back = torch.autograd.grad(flat, asked, cotangent, create_graph=True, allow_unused=True)
+        with explained():
+            back = torch.autograd.grad(flat, asked, cotangent, create_graph=True, allow_unused=True)
         for name, value in zip(self.names, back[len(copies) :], strict=True):
             if value is not None:
                 raise ArgumentError(
@@ -273,7 +319,7 @@ class JacobianReader:
                     "through the model; read it from the model inside of the function (model.get_parameter(...))"
                 )
         empty: list[list[Tensor]] = [[p.new_zeros(0, *p.shape) for p in self.parameters]]
-        return Implicit(self._joined(blocks, empty), flat, cotangent, tuple(copies), back[: len(copies)])
+        return Implicit(self._joined(loss, blocks, empty), flat, cotangent, tuple(copies), back[: len(copies)])
 
     def _require_finite(self, blocks: Sequence[ResidualBlock]) -> None:
         sizes = torch.stack([block.values.detach().abs().sum() for block in blocks])
@@ -300,7 +346,8 @@ class JacobianReader:
         for component in range(components):
             graph = keep or look or component < components - 1
             asked = [*copies, *self.parameters]
-            got = torch.autograd.grad(values[:, component].sum(), asked, retain_graph=graph, allow_unused=True)
+            with explained():
+                got = torch.autograd.grad(values[:, component].sum(), asked, retain_graph=graph, allow_unused=True)
             whole = got[len(copies) :]
             reached = [name for name, value in zip(self.names, whole, strict=True) if value is not None]
             if reached:
@@ -327,6 +374,8 @@ class JacobianReader:
         return result
 
     def _give_up(self, block: ResidualBlock, reason: str) -> None:
+        if block.name in self._coupled:
+            return
         self._coupled[block.name] = reason
         warnings.warn(
             f"block {block.name!r} of the residuals is differentiated row by row ({len(block.values)} backward passes, "
@@ -339,8 +388,8 @@ class JacobianReader:
         if not depends:
             raise ArgumentError(
                 f"block {block.name!r} of the residuals does not depend on the model's parameters; compute it with "
-                "the model that the optimizer was built for, without torch.no_grad() and detach(), and with "
-                "create_graph=True where the closure differentiates"
+                "the model that the optimizer was built for, without torch.no_grad() and detach(), with "
+                "create_graph=True where the closure differentiates and use_reentrant=False where it checkpoints"
             )
 
     def _row_by_row(self, block: ResidualBlock) -> list[Tensor]:
@@ -353,7 +402,8 @@ class JacobianReader:
             size = min(_CHUNK, len(values) - start)
             vectors = values.new_zeros(size, len(values))
             vectors[torch.arange(size), start + torch.arange(size)] = 1.0
-            found = _pulled_back(values, self.parameters, vectors)
+            with explained():
+                found = _pulled_back(values, self.parameters, vectors)
             pieces.append(
                 tuple(
                     parameter.new_zeros(size, *parameter.shape) if value is None else value
@@ -364,6 +414,7 @@ class JacobianReader:
 
     def _joined(
         self,
+        loss: Tensor,
         blocks: Sequence[ResidualBlock],
         rows: Sequence[Sequence[Tensor]],
         uses: Mapping[int, Uses] = MappingProxyType({}),
@@ -375,9 +426,9 @@ class JacobianReader:
                 tuple(value.numel() for value in values),
                 torch.cat([value.flatten() for value in values]),
                 torch.cat([(b.factor * b.penalty.slope(v)).flatten() for b, v in zip(blocks, values, strict=True)]),
-                torch.cat([(b.factor * b.penalty.curvature(v)).flatten() for b, v in zip(blocks, values, strict=True)]),
+                torch.cat([block.curvatures().flatten() for block in blocks]),
                 tuple(torch.cat(parts).detach() for parts in zip(*rows, strict=True)),
-                total_loss(blocks).detach(),
+                loss.detach(),
                 sum(len(value) for value in values),
                 uses,
             )
@@ -409,14 +460,26 @@ def _require_same(blocks: Sequence[ResidualBlock], again: Sequence[ResidualBlock
     Raises:
         ArgumentError: naming a block that is not.
     """
+    name = _different(blocks, again)
+    if name is not None:
+        raise ArgumentError(
+            f"block {name!r} of the residuals is another when it is evaluated again at once; the function must "
+            "evaluate the same points each time it is called in one step: draw them outside of it, or by torch's "
+            "global generator"
+        )
+
+
+def _different(blocks: Sequence[ResidualBlock], again: Sequence[ResidualBlock]) -> str | None:
+    """The name of a block whose values are others than rounding makes them."""
     named = {block.name: block.values.detach() for block in again}
     for block in blocks:
-        now = named.get(block.name)
-        if now is None or now.shape != block.values.shape or not torch.allclose(now, block.values.detach()):
-            raise ArgumentError(
-                f"block {block.name!r} of the residuals is another when it is evaluated again at once; the function "
-                "must evaluate the same points each time it is called in one step: draw them outside of it"
-            )
+        now, before = named.get(block.name), block.values.detach()
+        if now is None or now.shape != before.shape:
+            return block.name
+        size = float(torch.maximum(now.abs().max(), before.abs().max()))
+        if not torch.allclose(now, before, atol=1e-5 * size):
+            return block.name
+    return None
 
 
 def _means_of(loss: Tensor, seen: Sequence[_Use], width: int, like: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -430,6 +493,11 @@ def _means_of(loss: Tensor, seen: Sequence[_Use], width: int, like: Tensor) -> t
     total = torch.stack([output.detach().sum((0, 1)) for output in outputs]).sum(0)
     sums = [zeros if value is None else value.detach().sum((0, 1)) for value in arrived]
     return rows, total / rows, torch.stack(sums).sum(0)
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """(V, entries) of (V, *shape); a parameter that is one number without an axis has one entry."""
+    return rows.reshape(len(rows), -1)
 
 
 def _generator(device: torch.device) -> torch.Generator:

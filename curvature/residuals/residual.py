@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -59,6 +59,23 @@ class ResidualBlock:
     def loss(self) -> Tensor:
         """Its part of the loss, 0-dimensional."""
         return self.factor * self.penalty.value(self.values).sum()
+
+    def converted(self, dtype: torch.dtype) -> Self:
+        """The same block in the precision of the parameters: targets are often read in another."""
+        return replace(self, values=self.values.to(dtype))
+
+    def curvatures(self) -> Tensor:
+        """(rows, components) second derivative of the loss by each residual, >= 0, without a graph.
+
+        Where no residual of the block has one (all of them cost like outliers), the matrix would be zero and nothing
+        would say how far to go: then the curvature of the parabola through the same value and slope that lies above
+        the penalty, rho'(r) / r.
+        """
+        values = self.values.detach()
+        found = self.penalty.curvature(values)
+        if not bool((found > 0.0).any()):
+            found = torch.where(values == 0.0, found, self.penalty.slope(values) / values)
+        return self.factor * found
 
 
 def read_residuals(found: Any) -> list[ResidualBlock]:
