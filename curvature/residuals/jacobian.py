@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -109,6 +110,8 @@ class Implicit:
         cotangent: (V,), what ``back`` is linear in.
         parameters: in their order.
         back: J' cotangent per parameter, with its graph; ``None`` for a parameter that nothing depends on.
+        within: puts the copies, which are what ``parameters`` holds, into the model: what is computed again on the way
+            back (checkpoints) is computed where the graph was.
     """
 
     known: Jacobian
@@ -116,10 +119,12 @@ class Implicit:
     cotangent: Tensor
     parameters: tuple[Tensor, ...]
     back: tuple[Tensor | None, ...]
+    within: Callable[[], AbstractContextManager[Any]]
 
     def transposed(self, vector: Tensor) -> Tensor:
         """(V,) -> (P,), J'u: one backward pass."""
-        found = torch.autograd.grad(self.flat, self.parameters, vector, retain_graph=True, allow_unused=True)
+        with self.within():
+            found = torch.autograd.grad(self.flat, self.parameters, vector, retain_graph=True, allow_unused=True)
         pairs = zip(found, self.parameters, strict=True)
         return torch.cat([(torch.zeros_like(p) if value is None else value).flatten() for value, p in pairs])
 
@@ -131,7 +136,7 @@ class Implicit:
             for value, piece in zip(self.back, pieces, strict=True)
             if value is not None
         ]
-        with torch.enable_grad():
+        with torch.enable_grad(), self.within():
             (found,) = torch.autograd.grad(
                 [value for value, _ in used], self.cotangent, [piece for _, piece in used], retain_graph=True
             )
@@ -181,8 +186,9 @@ class JacobianReader:
 
     def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str]):
         self.parameters, self.names = list(parameters), list(names)
-        self._coupled: dict[str, str] = {}  # blocks that are differentiated row by row, and why
+        self.coupled: dict[str, str] = {}  # blocks that are differentiated row by row, and why
         self._known: set[str] = set()  # blocks whose rows have been compared
+        self.given: tuple[Tensor, ...] = ()  # what linear layers were given from outside in the latest evaluation
 
     @torch.enable_grad()
     def evaluate(self, closure: ResidualClosure, *, look: bool = True, uses: Sequence[int] = ()) -> Jacobian:
@@ -234,7 +240,7 @@ class JacobianReader:
         mode = _OwnCopies(self.parameters, frozenset(uses))
         with mode:
             loss, blocks = self._evaluated(closure)
-            mode.recording = False
+            mode.recording, self.given = False, tuple(mode.given)
             found: list[list[Tensor] | None] = []
             for position, block in enumerate(blocks):
                 keep = bool(uses) or position < len(blocks) - 1
@@ -260,6 +266,8 @@ class JacobianReader:
                         flat = value.detach()
                         outputs.append((flat * roots[:, component, None, None]).flatten(0, 1))
                         explained += flat.flatten(0, 1).T @ use.input.flatten(0, 1)
+                if not parameter.requires_grad:
+                    continue
                 if known is None:
                     complete = False
                 else:
@@ -282,6 +290,7 @@ class JacobianReader:
         mode = _OwnCopies(self.parameters, frozenset(places), copies=False)
         with mode:
             loss, blocks = evaluate_residuals(closure, graph=True)
+        self.given = tuple(mode.given)
         found: dict[int, Uses] = {}
         for place in places:
             weight = self.parameters[place]
@@ -303,14 +312,16 @@ class JacobianReader:
         Raises:
             ArgumentError, NumericalError: as :meth:`evaluate`.
         """
-        with _stood_in(model, self.parameters) as copies:
+        copies = [nn.Parameter(parameter.detach().clone()) for parameter in self.parameters]
+        within = partial(_stood_in, model, self.parameters, copies)
+        with within():
             loss, blocks = self._evaluated(closure)
         flat = torch.cat([block.values.flatten() for block in blocks])
         for block in blocks:
             self._require_dependence(block, block.values.requires_grad)
         cotangent = torch.zeros_like(flat, requires_grad=True)
         asked = [*copies, *self.parameters]
-        with explained():
+        with explained(), within():
             back = torch.autograd.grad(flat, asked, cotangent, create_graph=True, allow_unused=True)
         for name, value in zip(self.names, back[len(copies) :], strict=True):
             if value is not None:
@@ -319,7 +330,7 @@ class JacobianReader:
                     "through the model; read it from the model inside of the function (model.get_parameter(...))"
                 )
         empty: list[list[Tensor]] = [[p.new_zeros(0, *p.shape) for p in self.parameters]]
-        return Implicit(self._joined(loss, blocks, empty), flat, cotangent, tuple(copies), back[: len(copies)])
+        return Implicit(self._joined(loss, blocks, empty), flat, cotangent, tuple(copies), back[: len(copies)], within)
 
     def _require_finite(self, blocks: Sequence[ResidualBlock]) -> None:
         sizes = torch.stack([block.values.detach().abs().sum() for block in blocks])
@@ -335,7 +346,7 @@ class JacobianReader:
 
     def _by_copies(self, block: ResidualBlock, mode: _OwnCopies, look: bool, keep: bool) -> list[Tensor] | None:
         """Rows of one block by the copies of the parameters; ``None`` if it has to go row by row."""
-        if block.name in self._coupled:
+        if block.name in self.coupled:
             return None
         values = block.values
         if not values.requires_grad:
@@ -345,11 +356,12 @@ class JacobianReader:
         columns: list[list[Tensor]] = []
         for component in range(components):
             graph = keep or look or component < components - 1
-            asked = [*copies, *self.parameters]
+            moving = [(name, p) for name, p in zip(self.names, self.parameters, strict=True) if p.requires_grad]
+            asked = [*copies, *(parameter for _, parameter in moving)]
             with explained():
                 got = torch.autograd.grad(values[:, component].sum(), asked, retain_graph=graph, allow_unused=True)
             whole = got[len(copies) :]
-            reached = [name for name, value in zip(self.names, whole, strict=True) if value is not None]
+            reached = [name for (name, _), value in zip(moving, whole, strict=True) if value is not None]
             if reached:
                 self._give_up(block, f"parameter {reached[0]!r} is used by something else than a linear layer")
                 return None
@@ -374,9 +386,9 @@ class JacobianReader:
         return result
 
     def _give_up(self, block: ResidualBlock, reason: str) -> None:
-        if block.name in self._coupled:
+        if block.name in self.coupled:
             return
-        self._coupled[block.name] = reason
+        self.coupled[block.name] = reason
         warnings.warn(
             f"block {block.name!r} of the residuals is differentiated row by row ({len(block.values)} backward passes, "
             f"in batches), because {reason}; the result is the same, the time is not",
@@ -403,11 +415,12 @@ class JacobianReader:
             vectors = values.new_zeros(size, len(values))
             vectors[torch.arange(size), start + torch.arange(size)] = 1.0
             with explained():
-                found = _pulled_back(values, self.parameters, vectors)
+                found = iter(_pulled_back(values, [p for p in self.parameters if p.requires_grad], vectors))
+            arrived = [next(found) if parameter.requires_grad else None for parameter in self.parameters]
             pieces.append(
                 tuple(
                     parameter.new_zeros(size, *parameter.shape) if value is None else value
-                    for parameter, value in zip(self.parameters, found, strict=True)
+                    for parameter, value in zip(self.parameters, arrived, strict=True)
                 )
             )
         return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
@@ -419,6 +432,7 @@ class JacobianReader:
         rows: Sequence[Sequence[Tensor]],
         uses: Mapping[int, Uses] = MappingProxyType({}),
     ) -> Jacobian:
+        blocks = [block.converted(_working(block.values.dtype)) for block in blocks]
         values = [block.values.detach() for block in blocks]
         with torch.no_grad():
             return Jacobian(
@@ -427,7 +441,7 @@ class JacobianReader:
                 torch.cat([value.flatten() for value in values]),
                 torch.cat([(b.factor * b.penalty.slope(v)).flatten() for b, v in zip(blocks, values, strict=True)]),
                 torch.cat([block.curvatures().flatten() for block in blocks]),
-                tuple(torch.cat(parts).detach() for parts in zip(*rows, strict=True)),
+                tuple(torch.cat(parts).detach().to(_working(parts[0].dtype)) for parts in zip(*rows, strict=True)),
                 loss.detach(),
                 sum(len(value) for value in values),
                 uses,
@@ -435,9 +449,8 @@ class JacobianReader:
 
 
 @contextmanager
-def _stood_in(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _stood_in(model: nn.Module, parameters: Sequence[nn.Parameter], copies: Sequence[nn.Parameter]) -> Iterator[None]:
     """Copies of the parameters in their places in the model, for as long as the block lasts."""
-    copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     by_id = {id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)}
     places = [
         (module, name, parameter)
@@ -448,7 +461,7 @@ def _stood_in(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[
     try:
         for module, name, parameter in places:
             module._parameters[name] = by_id[id(parameter)]
-        yield copies
+        yield
     finally:
         for module, name, parameter in places:
             module._parameters[name] = parameter
@@ -493,6 +506,11 @@ def _means_of(loss: Tensor, seen: Sequence[_Use], width: int, like: Tensor) -> t
     total = torch.stack([output.detach().sum((0, 1)) for output in outputs]).sum(0)
     sums = [zeros if value is None else value.detach().sum((0, 1)) for value in arrived]
     return rows, total / rows, torch.stack(sums).sum(0)
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which sums over half-precision numbers are taken."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def _flat(rows: Tensor) -> Tensor:
@@ -547,6 +565,7 @@ class _OwnCopies(TorchFunctionMode):
         self._copying = copies
         self.recording = True
         self.uses: dict[int, list[_Use]] = {}
+        self.given: list[Tensor] = []
         self._watched = watched
         self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
         self._parameters = parameters
@@ -561,15 +580,23 @@ class _OwnCopies(TorchFunctionMode):
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             value, weight, bias = given["input"], given["weight"], given.get("bias")
             plain = value.ndim > 1 and value.numel() and torch._C._functorch.peek_interpreter_stack() is None
-            if plain and id(weight) in self._places:
+            if plain and value.grad_fn is None:
+                self.given.append(value.detach())
+            if plain and self._concerns(weight, bias):
                 return self._linear(value, weight, bias)
         return func(*args, **kwargs)
+
+    def _concerns(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether a linear layer is done in another way."""
+        if self._copying:
+            return id(weight) in self._places or id(bias) in self._places
+        return self._places.get(id(weight)) in self._watched
 
     def _linear(self, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = value.shape[0]
         inputs = value.reshape(rows, -1, value.shape[-1])
         if self._copying:
-            product = torch.bmm(inputs, self._copy(weight, rows).mT)
+            product = self._product(inputs, weight)
             if bias is not None:
                 own = self._copy(bias, rows) if id(bias) in self._places else bias.expand(rows, -1)
                 product = product + own.unsqueeze(1)
@@ -577,18 +604,28 @@ class _OwnCopies(TorchFunctionMode):
             product = nn.functional.linear(inputs, weight, bias)
             if not product.requires_grad:  # parameters are held constant when a step looks back
                 product = product + torch.zeros((), dtype=product.dtype, device=product.device, requires_grad=True)
-        place = self._places[id(weight)]
-        if place in self._watched:
-            self.uses.setdefault(place, []).append(_Use(inputs.detach(), product, bias is not None))
-        return product.reshape(*value.shape[:-1], weight.shape[0])
+        result = product
+        if self._places.get(id(weight)) in self._watched:
+            if not product.requires_grad:  # of a frozen layer that nothing trainable precedes
+                product = product + torch.zeros((), dtype=product.dtype, device=product.device, requires_grad=True)
+            self.uses.setdefault(self._places[id(weight)], []).append(_Use(inputs.detach(), product, bias is not None))
+            result = product.clone()  # what the model changes in place is not the product
+        return result.reshape(*value.shape[:-1], weight.shape[0])
+
+    def _product(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Inputs (N, S, d_in) times a weight, of which every row has a copy unless it is none of ours."""
+        if id(weight) not in self._places:
+            return nn.functional.linear(inputs, weight)
+        return torch.bmm(inputs, self._copy(weight, len(inputs)).mT)
 
     def _copy(self, parameter: Tensor, rows: int) -> Tensor:
-        copy = parameter.detach().expand(rows, *parameter.shape).requires_grad_()
-        self._copies.append((self._places[id(parameter)], copy))
+        copy = parameter.detach().expand(rows, *parameter.shape)
+        if parameter.requires_grad:
+            self._copies.append((self._places[id(parameter)], copy.requires_grad_()))
         return copy
 
     def all_copies(self) -> list[Tensor]:
-        """Every copy that was made."""
+        """Every copy that was made of what is not frozen."""
         return [copy for _, copy in self._copies]
 
     def per_parameter(self, arrived: Sequence[Tensor | None], rows: int, like: Tensor) -> list[Tensor]:

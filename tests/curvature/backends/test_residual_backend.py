@@ -321,3 +321,76 @@ def test_secant_pairs_of_products(seed: int) -> None:
     found = before["0"].mean_preactivation
     assert found is not None
     close(found, moved.mean(0), 1e-10)
+
+
+KRONECKER = ["kfac", "joint-kfac", "kbfgs"]
+
+
+def losses_of(name: str, model: nn.Module, closure: Callable[[], dict[str, Any]], steps: int = 6) -> list[float]:
+    optimizer = osc.build(name, model, backend="residuals")
+    return [float(optimizer.step(closure)) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("name", KRONECKER)
+def test_what_the_model_changes_in_place_is_not_the_product(name: str) -> None:
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 5), nn.ReLU(inplace=inplace), nn.Linear(5, 1)).double()
+        found.append(losses_of(name, model, lambda model=model: {"a": model(points_of(0)) - 1.0}))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", [*KRONECKER, "ngd-exact", "mbf"])
+def test_layers_may_be_frozen_and_thawed(name: str) -> None:
+    model = network()
+    optimizer = osc.build(name, model, backend="residuals")
+
+    def residuals() -> dict[str, Any]:
+        return {"a": model(points_of(0)) - 1.0}
+
+    optimizer.step(residuals)
+    model[0].requires_grad_(False)
+    before = model[0].weight.detach().clone()
+    optimizer.step(residuals)
+    assert torch.equal(model[0].weight, before)
+    model[0].requires_grad_(True)
+    optimizer.step(residuals)
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_other_points_when_a_step_looks_back_are_refused() -> None:
+    model, generator = network(), torch.Generator().manual_seed(0)
+    optimizer = osc.build("kbfgs", model, backend="residuals")
+    before = [value.detach().clone() for value in model.parameters()]
+    with pytest.raises(ArgumentError, match="other data when it was called again"):
+        optimizer.step(lambda: {"a": model(torch.rand(7, 2, generator=generator).double()) - 1.0})
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", KRONECKER)
+def test_the_reason_for_which_factors_are_refused_is_the_true_one(name: str) -> None:
+    model = network()
+    with (
+        pytest.warns(osc.FallbackWarning),
+        pytest.raises(CompatibilityError, match="a row of it depends on other rows"),
+    ):
+        losses_of(name, model, lambda: {"a": (model(points_of(0)) - 1.0).flip(0)})
+
+
+@pytest.mark.parametrize("name", ["ngd-exact", "mbf", "joint-sgdm"])
+def test_parameters_of_one_number_and_half_precision(name: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = network(), nn.Parameter(torch.tensor(1.5).double())
+
+        def forward(self, points: Tensor) -> Tensor:
+            return self.scale * self.inner(points)
+
+    for precision in (torch.float64, torch.bfloat16):
+        torch.manual_seed(0)
+        model, points = Scaled().to(precision), points_of(0).to(precision)
+        with pytest.warns(osc.FallbackWarning):
+            found = losses_of(name, model, lambda model=model, points=points: {"a": model(points) - 1.0})
+        assert found[-1] < found[0] and model.scale.dtype == precision
