@@ -254,12 +254,14 @@ class JacobianReader:
         seen, parameter = mode.uses.get(place, []), self.parameters[place]
         outputs: list[Tensor] = []
         complete = bool(seen)
+        reached = [False] * len(seen)  # others are targets that were cut off
         for block, known in zip(blocks, rows, strict=True):
             roots = block.curvatures().sqrt()
             for component in range(block.values.shape[1] if seen else 0):
                 asked = [use.output for use in seen]
                 total = block.values[:, component].sum()
                 got = torch.autograd.grad(total, asked, retain_graph=True, allow_unused=True)
+                reached = [before or value is not None for before, value in zip(reached, got, strict=True)]
                 explained = torch.zeros_like(parameter).detach()
                 for use, value in zip(seen, got, strict=True):
                     if value is not None and len(value) == len(roots):
@@ -273,6 +275,7 @@ class JacobianReader:
                 else:
                     exact = known[place].unflatten(0, block.values.shape)[:, component].sum(0)
                     complete = complete and _agree([exact], [explained])
+        seen = [use for use, counts in zip(seen, reached, strict=True) if counts]
         ones = [use.input.new_full((*use.input.shape[:2], 1), float(use.bias)) for use in seen]
         inputs = [torch.cat([use.input, one], 2).flatten(0, 1) for use, one in zip(seen, ones, strict=True)]
         rows_in, rows_out = parameter.new_zeros(0, parameter.shape[1] + 1), parameter.new_zeros(0, parameter.shape[0])
@@ -376,6 +379,7 @@ class JacobianReader:
             vector = torch.randn(
                 values.shape, dtype=values.dtype, device=values.device, generator=_generator(values.device)
             )
+            self._require_dependence(block, bool(copies))
             exact = torch.autograd.grad(values, copies, vector, retain_graph=keep, allow_unused=True)
             total = [part.sum(0) for part in mode.per_parameter(exact, rows, values)]
             ours = [torch.tensordot(vector.flatten(), part, 1) for part in result]
@@ -502,9 +506,14 @@ def _means_of(loss: Tensor, seen: Sequence[_Use], width: int, like: Tensor) -> t
         return 0, zeros, zeros
     outputs = [use.output for use in seen]
     arrived = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
-    rows = sum(output.shape[0] * output.shape[1] for output in outputs)
-    total = torch.stack([output.detach().sum((0, 1)) for output in outputs]).sum(0)
-    sums = [zeros if value is None else value.detach().sum((0, 1)) for value in arrived]
+    pairs = [
+        (output.detach(), value.detach()) for output, value in zip(outputs, arrived, strict=True) if value is not None
+    ]
+    if not pairs:
+        return 0, zeros, zeros
+    rows = sum(output.shape[0] * output.shape[1] for output, _ in pairs)
+    total = torch.stack([output.sum((0, 1)) for output, _ in pairs]).sum(0)
+    sums = [value.sum((0, 1)) for _, value in pairs]
     return rows, total / rows, torch.stack(sums).sum(0)
 
 
@@ -605,7 +614,7 @@ class _OwnCopies(TorchFunctionMode):
             if not product.requires_grad:  # parameters are held constant when a step looks back
                 product = product + torch.zeros((), dtype=product.dtype, device=product.device, requires_grad=True)
         result = product
-        if self._places.get(id(weight)) in self._watched:
+        if self._places.get(id(weight)) in self._watched and torch.is_grad_enabled():
             if not product.requires_grad:  # of a frozen layer that nothing trainable precedes
                 product = product + torch.zeros((), dtype=product.dtype, device=product.device, requires_grad=True)
             self.uses.setdefault(self._places[id(weight)], []).append(_Use(inputs.detach(), product, bias is not None))

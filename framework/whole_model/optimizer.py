@@ -232,12 +232,18 @@ class WholeModel(torch.optim.Optimizer):
         """Check that nobody has changed what the optimizer was built for.
 
         Raises:
-            ArgumentError: if a scheduler has moved lr, a parameter was frozen, or the model was converted.
+            ArgumentError: if a scheduler has moved lr, a parameter was frozen or exchanged, or the model was converted.
         """
         lr = self.param_groups[0]["lr"]
         if lr != 1.0:
             raise ArgumentError(f"a method over the whole model has no lr and takes no scheduler, got lr={lr!r}")
+        present = {id(parameter) for parameter in self.model.parameters()}
         for name, parameter in zip(self._names, self._parameters, strict=True):
+            if id(parameter) not in present:
+                raise ArgumentError(
+                    f"parameter {name!r} is no longer one of the model's: its module was exchanged after "
+                    "osculate.build; build the optimizer anew"
+                )
             if not parameter.requires_grad:
                 raise ArgumentError(f"parameter {name!r} was frozen after osculate.build; build the optimizer anew")
             if (parameter.dtype, parameter.device) != self._kind:
@@ -467,10 +473,15 @@ class _Evaluations:
             with torch.enable_grad():
                 loss, blocks = evaluate_residuals(lambda: found, graph=True)
                 values = torch.cat([block.values.detach().flatten() for block in blocks])
-                if not loss.requires_grad:
-                    raise ArgumentError("the residuals do not depend on the model's parameters")
-                with explained():
-                    given = torch.autograd.grad(loss, parameters, allow_unused=True)
+                given: Sequence[Tensor | None] = ()
+                if loss.requires_grad:
+                    with explained():
+                        given = torch.autograd.grad(loss, parameters, allow_unused=True)
+                if all(value is None for value in given):
+                    raise ArgumentError(
+                        "the residuals do not depend on the model's parameters; compute them with the model that the "
+                        "optimizer was built for, without torch.no_grad() and detach()"
+                    )
             residuals: Tensor | None = values
             pieces = [v if v is not None else torch.zeros_like(p) for v, p in zip(given, parameters, strict=True)]
         else:

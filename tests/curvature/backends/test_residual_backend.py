@@ -394,3 +394,30 @@ def test_parameters_of_one_number_and_half_precision(name: str) -> None:
         with pytest.warns(osc.FallbackWarning):
             found = losses_of(name, model, lambda model=model, points=points: {"a": model(points) - 1.0})
         assert found[-1] < found[0] and model.scale.dtype == precision
+
+
+@pytest.mark.parametrize("name", ["kfac", "mbf", "kbfgs"])
+def test_residuals_of_another_model_are_refused(name: str) -> None:
+    other = network(1)
+    with pytest.raises(ArgumentError, match="the model that the optimizer was built for"):
+        losses_of(name, network(), lambda: {"a": other(points_of(0)) - 1.0})
+
+
+@pytest.mark.parametrize("name", KRONECKER)
+@pytest.mark.parametrize("cut", ["detach", "no_grad"])
+def test_targets_of_the_network_itself_are_no_rows_of_its_factors(name: str, cut: str) -> None:
+    """A bootstrapped target is a number: the steps are those of the same number from another network."""
+    found = []
+    for own in (True, False):
+        model = network()
+        twin = copy.deepcopy(model)
+
+        def residuals(model: nn.Module = model, twin: nn.Module = twin, own: bool = own) -> dict[str, Any]:
+            twin.load_state_dict(model.state_dict())
+            asked = model if own else twin
+            with torch.set_grad_enabled(cut == "detach"):
+                target = asked(points_of(1) + 3.0)
+            return {"a": model(points_of(0)) - 0.9 * target.detach() - 1.0}
+
+        found.append(losses_of(name, model, residuals))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)

@@ -501,3 +501,23 @@ def test_parameters_that_are_one_number(name: str) -> None:
             optimizer.step(lambda: {"fit": model.scale * torch.exp(-model.rate * times) - wanted})
     assert float(model.scale.detach()) == pytest.approx(2.0, rel=1e-3)
     assert float(model.rate.detach()) == pytest.approx(0.6, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_residuals_of_another_model_are_refused(name: str) -> None:
+    model, other = net(), net(1)
+    optimizer = osc.build(name, model)
+    before = flat(model)
+    with pytest.raises(ArgumentError, match="the model that the optimizer was built for"):
+        optimizer.step(fit(other))
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_module_that_was_exchanged_is_noticed(name: str) -> None:
+    model = net()
+    optimizer = osc.build(name, model)
+    optimizer.step(fit(model))
+    model[0] = nn.Linear(1, 6).double()
+    with pytest.raises(ArgumentError, match=r"'0\.weight' is no longer one of the model's"):
+        optimizer.step(fit(model))
