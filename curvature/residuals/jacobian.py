@@ -332,6 +332,8 @@ class JacobianReader:
                     f"the residuals use parameter {name!r} itself, from before the function was called, and not "
                     "through the model; read it from the model inside of the function (model.get_parameter(...))"
                 )
+        if all(value is None for value in back):
+            self._require_dependence(blocks[0], False)
         empty: list[list[Tensor]] = [[p.new_zeros(0, *p.shape) for p in self.parameters]]
         return Implicit(self._joined(loss, blocks, empty), flat, cotangent, tuple(copies), back[: len(copies)], within)
 
@@ -357,6 +359,7 @@ class JacobianReader:
         copies = mode.all_copies()
         rows, components = values.shape
         columns: list[list[Tensor]] = []
+        depends = False
         for component in range(components):
             graph = keep or look or component < components - 1
             moving = [(name, p) for name, p in zip(self.names, self.parameters, strict=True) if p.requires_grad]
@@ -372,18 +375,18 @@ class JacobianReader:
             if any(value is not None and len(value) != rows for value in arrived):
                 self._give_up(block, "its rows are not those of the tensor that the model was given")
                 return None
+            depends = depends or any(value is not None for value in arrived)
             columns.append(mode.per_parameter(arrived, rows, values))
+        self._require_dependence(block, depends)
         result = [torch.stack(parts, 1).flatten(0, 1) for parts in zip(*columns, strict=True)]
         if look:
             self._known.add(block.name)
             vector = torch.randn(
                 values.shape, dtype=values.dtype, device=values.device, generator=_generator(values.device)
             )
-            self._require_dependence(block, bool(copies))
             exact = torch.autograd.grad(values, copies, vector, retain_graph=keep, allow_unused=True)
             total = [part.sum(0) for part in mode.per_parameter(exact, rows, values)]
             ours = [torch.tensordot(vector.flatten(), part, 1) for part in result]
-            self._require_dependence(block, any(value is not None for value in exact))
             if not _agree(total, ours):
                 self._give_up(block, "a row of it depends on other rows of what the model was given")
                 return None
@@ -414,19 +417,23 @@ class JacobianReader:
         if not values.requires_grad:
             self._require_dependence(block, False)
         pieces: list[tuple[Tensor, ...]] = []
+        depends = False
         for start in range(0, len(values), _CHUNK):
             size = min(_CHUNK, len(values) - start)
             vectors = values.new_zeros(size, len(values))
             vectors[torch.arange(size), start + torch.arange(size)] = 1.0
             with explained():
-                found = iter(_pulled_back(values, [p for p in self.parameters if p.requires_grad], vectors))
-            arrived = [next(found) if parameter.requires_grad else None for parameter in self.parameters]
+                found = _pulled_back(values, [p for p in self.parameters if p.requires_grad], vectors)
+            depends = depends or any(value is not None for value in found)
+            entries = iter(found)
+            arrived = [next(entries) if parameter.requires_grad else None for parameter in self.parameters]
             pieces.append(
                 tuple(
                     parameter.new_zeros(size, *parameter.shape) if value is None else value
                     for parameter, value in zip(self.parameters, arrived, strict=True)
                 )
             )
+        self._require_dependence(block, depends)
         return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
     def _joined(

@@ -440,3 +440,21 @@ def test_residuals_from_before_the_function_are_refused() -> None:
     torch.autograd.grad(early.sum(), list(model.parameters()))  # the graph is gone
     with pytest.raises(ArgumentError, match="inside of the function"):
         reader.evaluate(lambda: {"a": early})
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_residuals_that_leave_the_model_later_are_refused(coupled: bool) -> None:
+    """Also where rows are not compared any more: a Jacobian of zeros would stop the training silently."""
+    model, other, points = network(2, 4, 1), network(2, 4, 1, seed=1), torch.rand(5, 2).double()
+    reader = reader_of(model)
+
+    def of(asked: nn.Module) -> Mapping[str, Any]:
+        return {"a": asked(points).flip(0) if coupled else asked(points)}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        reader.evaluate(lambda: of(model))
+    with pytest.raises(ArgumentError, match="does not depend on the model's parameters"):
+        reader.evaluate(lambda: of(other), look=False)
+    with pytest.raises(ArgumentError, match="does not depend on the model's parameters"):
+        reader.products(lambda: of(other), model)
