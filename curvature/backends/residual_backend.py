@@ -51,7 +51,7 @@ class ResidualBackend(Backend):
         return lambda: self._run(function)
 
     def _run(self, function: Callable[[], Any]) -> Tensor:
-        parameters = self.reader.parameters
+        parameters, self.reader.keeps_data = self.reader.parameters, self.data is not None
         with torch.enable_grad():
             if self._kind == "gradient":
                 places = [
@@ -81,6 +81,7 @@ class ResidualBackend(Backend):
         """What was evaluated, for those who compare it with a second evaluation."""
         if self.data is not None:
             self.data.append(self.reader.given)
+            self.reader.given = ()
 
     def _paired(self) -> list[int]:
         """Places of weights whose means are compared before and after a step."""

@@ -188,7 +188,8 @@ class JacobianReader:
         self.parameters, self.names = list(parameters), list(names)
         self.coupled: dict[str, str] = {}  # blocks that are differentiated row by row, and why
         self._known: set[str] = set()  # blocks whose rows have been compared
-        self.given: tuple[Tensor, ...] = ()  # what linear layers were given from outside in the latest evaluation
+        self.keeps_data = False
+        self.given: tuple[Tensor, ...] = ()  # what linear layers were given in the latest evaluation, if data are kept
 
     @torch.enable_grad()
     def evaluate(self, closure: ResidualClosure, *, look: bool = True, uses: Sequence[int] = ()) -> Jacobian:
@@ -240,7 +241,7 @@ class JacobianReader:
         mode = _OwnCopies(self.parameters, frozenset(uses))
         with mode:
             loss, blocks = self._evaluated(closure)
-            mode.recording, self.given = False, tuple(mode.given)
+            mode.recording, self.given = False, tuple(mode.given) if self.keeps_data else ()
             found: list[list[Tensor] | None] = []
             for position, block in enumerate(blocks):
                 keep = bool(uses) or position < len(blocks) - 1
@@ -293,7 +294,7 @@ class JacobianReader:
         mode = _OwnCopies(self.parameters, frozenset(places), copies=False)
         with mode:
             loss, blocks = evaluate_residuals(closure, graph=True)
-        self.given = tuple(mode.given)
+        self.given = tuple(mode.given) if self.keeps_data else ()
         found: dict[int, Uses] = {}
         for place in places:
             weight = self.parameters[place]
