@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measuring import close
 from osculate.curvature.records.statistics import LayerStatistics
-from osculate.errors import ArgumentError, CompatibilityError, NumericalError
+from osculate.errors import ArgumentError, ClosureRequiredError, CompatibilityError, NumericalError
 from osculate.framework.methods import registry
 from torch import Tensor, nn
 
@@ -421,3 +421,8 @@ def test_targets_of_the_network_itself_are_no_rows_of_its_factors(name: str, cut
 
         found.append(losses_of(name, model, residuals))
     assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_a_step_without_a_function_is_told_to_return_residuals() -> None:
+    with pytest.raises(ClosureRequiredError, match="function that returns them by name"):
+        osc.build("kfac", network(), backend="residuals").step()
