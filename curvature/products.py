@@ -143,7 +143,10 @@ def _rows(slope: Tensor, own: Sequence[Tensor]) -> Tensor:
     for basis in torch.eye(size, dtype=slope.dtype, device=slope.device).split(CHUNK):
         found = _derivatives(slope, own, basis.reshape(-1, *slope.shape))
         pairs = zip(found, own, strict=True)
-        columns = [slope.new_zeros(len(basis), p.numel()) if value is None else value.flatten(1) for value, p in pairs]
+        columns = [
+            slope.new_zeros(len(basis), p.numel()) if value is None else value.reshape(len(basis), -1)
+            for value, p in pairs
+        ]
         pieces.append(torch.cat(columns, 1))
     return torch.cat(pieces)
 

@@ -84,7 +84,7 @@ def _inner(left: Tensors, right: Tensors) -> Tensor:
 def _slopes_of_shared(statistics: LayerStatistics, direction: Tensors) -> Tensor:
     """(passes,) Slopes along a direction of a layer whose rows belong to several samples; their mean square counts."""
     vectors = statistics.sampled_vectors()
-    return torch.stack([(v * d).flatten(1).sum(1) for v, d in zip(vectors, direction, strict=True)]).sum(0)
+    return torch.stack([(v * d).reshape(len(v), -1).sum(1) for v, d in zip(vectors, direction, strict=True)]).sum(0)
 
 
 def _has_scores(statistics: LayerStatistics) -> bool:

@@ -51,7 +51,7 @@ class ResidualBackend(Backend):
         return lambda: self._run(function)
 
     def _run(self, function: Callable[[], Any]) -> Tensor:
-        parameters = self.reader.parameters
+        parameters, self.reader.keeps_data = self.reader.parameters, self.data is not None
         with torch.enable_grad():
             if self._kind == "gradient":
                 places = [
@@ -59,12 +59,14 @@ class ResidualBackend(Backend):
                 ]
                 look = self.step < 3 or self.step % 100 == 0
                 found = self.reader.evaluate(function, look=look, uses=places)
+                self._keep_data()
                 self._found, self._asked = found, self._wanted
                 loss, gradients = found.loss, found.gradients()
             else:
                 moving = [value for value in parameters if value.requires_grad]
                 value, count, uses = self.reader.look_back(function, self._paired())
                 self._again = count, uses
+                self._keep_data()
                 given = torch.autograd.grad(value, moving, allow_unused=True) if moving and value.requires_grad else ()
                 by_id = {id(p): g for p, g in zip(moving, given, strict=False)}
                 loss = value.detach()
@@ -72,8 +74,14 @@ class ResidualBackend(Backend):
                     parameter.grad = by_id.get(id(parameter))
                 return loss
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient if parameter.requires_grad else None
+            parameter.grad = gradient.to(parameter.dtype) if parameter.requires_grad else None
         return loss
+
+    def _keep_data(self) -> None:
+        """What was evaluated, for those who compare it with a second evaluation."""
+        if self.data is not None:
+            self.data.append(self.reader.given)
+            self.reader.given = ()
 
     def _paired(self) -> list[int]:
         """Places of weights whose means are compared before and after a step."""
@@ -123,11 +131,19 @@ class ResidualBackend(Backend):
                 "curvature=ExactGGN() or SampledFisher() in the place of the empirical Fisher matrix"
             )
         if not uses.complete:
+            reasons = [
+                f"block {name!r} is differentiated row by row: {why}" for name, why in self.reader.coupled.items()
+            ]
             raise CompatibilityError(
-                f"layer {layer.name!r}: Kronecker factors need every product with its weight, and the residuals "
-                "contain derivatives of the network by torch.autograd.grad, whose backward passes multiply with it "
-                "again. Compute them with osculate.derivatives(model, x), which carries them forward through layers, "
-                "or take a structure that needs whole gradients: Dense(), MiniBlock(), Diagonal(), or build('lm')"
+                f"layer {layer.name!r}: Kronecker factors need every product with its weight, row by row, and "
+                + (
+                    f"{'; '.join(reasons)}. Take a structure "
+                    if reasons
+                    else "the residuals contain derivatives of the network by torch.autograd.grad, whose backward "
+                    "passes multiply with it again. Compute them with osculate.derivatives(model, x), which carries "
+                    "them forward through layers, or take a structure "
+                )
+                + "that needs whole gradients: Dense(), MiniBlock(), Diagonal(), or build('lm')"
             )
         width = layer.matrix_shape[1]
         seen = RowsLayer.of(layer)

@@ -146,7 +146,7 @@ class LayerStatistics:
         """The record with ``vectors`` and with the matrix they stand for, both built on demand."""
 
         def matrix() -> Tensor:
-            rows = torch.cat([value.flatten(1) for value in vectors()], 1)
+            rows = torch.cat([value.reshape(len(value), -1) for value in vectors()], 1)
             return rows.T @ rows / rows.shape[0]
 
         return self.with_fields(vectors=vectors, matrix=matrix, **changes)
@@ -234,7 +234,7 @@ class LayerStatistics:
 
     def squared_gradient_norms(self) -> Tensors:
         """Squared norm of every sample's own gradient, (N,) per parameter."""
-        return tuple(value.flatten(1).square().sum(1) for value in self.loss_vectors())
+        return tuple(value.reshape(len(value), -1).square().sum(1) for value in self.loss_vectors())
 
     def kronecker_factors(self) -> tuple[Tensor, Tensor]:
         """K-FAC's factors of the curvature over the layer matrix ``[W | b]``, A (d_in [+1]) and G (d_out).
@@ -356,7 +356,7 @@ def scores_of_many(records: Sequence[LayerStatistics], directions: Sequence[Tens
     for place, (record, values) in enumerate(zip(records, directions, strict=True)):
         if record.sample_gradients.sampled is not None:
             pairs = zip(record.sample_gradients.sampled, values, strict=True)
-            whole[place] = torch.stack([torch.tensordot(v.flatten(1), d.flatten(), 1) for v, d in pairs]).sum(0)
+            whole[place] = torch.stack([v.reshape(len(v), -1) @ d.flatten() for v, d in pairs]).sum(0)
             continue
         layer, inputs, gradient = record.layer, record.inputs, record.sampled_gradient
         named = dict(zip(layer.parameters, values, strict=True))

@@ -16,19 +16,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
-from ...errors import ArgumentError, FallbackWarning, NumericalError
+from ...errors import ArgumentError, CompatibilityError, FallbackWarning, NumericalError
 from .residual import ResidualBlock, ResidualClosure, read_residuals, total_loss
 
-__all__ = ["Implicit", "Jacobian", "JacobianReader", "Uses", "evaluate_residuals"]
+__all__ = ["Implicit", "Jacobian", "JacobianReader", "Uses", "evaluate_residuals", "explained"]
 
 _CHUNK = 64
 """Backward passes that run as one batch where rows are not independent."""
@@ -62,7 +64,7 @@ class Jacobian:
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Gradient of the loss per parameter, J' slopes."""
-        return tuple((self.slopes @ value.flatten(1)).reshape(value.shape[1:]) for value in self.rows)
+        return tuple((self.slopes @ _flat(value)).reshape(value.shape[1:]) for value in self.rows)
 
     def roots(self) -> tuple[Tensor, ...]:
         """Per parameter (V, *shape): rows whose outer products add up to the Gauss-Newton matrix of the loss."""
@@ -71,7 +73,7 @@ class Jacobian:
 
     def matrix(self) -> Tensor:
         """(V, P) all derivatives side by side, parameters in their order."""
-        return torch.cat([value.flatten(1) for value in self.rows], 1)
+        return torch.cat([_flat(value) for value in self.rows], 1)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Implicit:
         cotangent: (V,), what ``back`` is linear in.
         parameters: in their order.
         back: J' cotangent per parameter, with its graph; ``None`` for a parameter that nothing depends on.
+        within: puts the copies, which are what ``parameters`` holds, into the model: what is computed again on the way
+            back (checkpoints) is computed where the graph was.
     """
 
     known: Jacobian
@@ -115,10 +119,12 @@ class Implicit:
     cotangent: Tensor
     parameters: tuple[Tensor, ...]
     back: tuple[Tensor | None, ...]
+    within: Callable[[], AbstractContextManager[Any]]
 
     def transposed(self, vector: Tensor) -> Tensor:
         """(V,) -> (P,), J'u: one backward pass."""
-        found = torch.autograd.grad(self.flat, self.parameters, vector, retain_graph=True, allow_unused=True)
+        with self.within():
+            found = torch.autograd.grad(self.flat, self.parameters, vector, retain_graph=True, allow_unused=True)
         pairs = zip(found, self.parameters, strict=True)
         return torch.cat([(torch.zeros_like(p) if value is None else value).flatten() for value, p in pairs])
 
@@ -130,7 +136,7 @@ class Implicit:
             for value, piece in zip(self.back, pieces, strict=True)
             if value is not None
         ]
-        with torch.enable_grad():
+        with torch.enable_grad(), self.within():
             (found,) = torch.autograd.grad(
                 [value for value, _ in used], self.cotangent, [piece for _, piece in used], retain_graph=True
             )
@@ -151,6 +157,25 @@ def evaluate_residuals(closure: ResidualClosure, *, graph: bool = False) -> tupl
     return (loss if graph else loss.detach()), blocks
 
 
+@contextmanager
+def explained() -> Iterator[None]:
+    """Says of a backward pass that torch refuses what the function of residuals has done.
+
+    Raises:
+        ArgumentError: in the place of torch's RuntimeError, unless memory ran out.
+    """
+    try:
+        yield
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        raise ArgumentError(
+            "the residuals cannot be differentiated: compute them from the model inside of the function each time it "
+            "is called, nothing of it before, and change no tensor in place that a derivative needs. torch says: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
 class JacobianReader:
     """Evaluates closures of residuals with the derivatives by the parameters of a model.
 
@@ -161,8 +186,10 @@ class JacobianReader:
 
     def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str]):
         self.parameters, self.names = list(parameters), list(names)
-        self._coupled: dict[str, str] = {}  # blocks that are differentiated row by row, and why
+        self.coupled: dict[str, str] = {}  # blocks that are differentiated row by row, and why
         self._known: set[str] = set()  # blocks whose rows have been compared
+        self.keeps_data = False
+        self.given: tuple[Tensor, ...] = ()  # what linear layers were given in the latest evaluation, if data are kept
 
     @torch.enable_grad()
     def evaluate(self, closure: ResidualClosure, *, look: bool = True, uses: Sequence[int] = ()) -> Jacobian:
@@ -176,24 +203,50 @@ class JacobianReader:
         Raises:
             ArgumentError: for what is no dictionary of residuals, or if they do not depend on the parameters.
             NumericalError: for a residual that is not finite, naming the block and the row.
+            CompatibilityError: if ``uses`` are asked for and the closure checkpoints.
         """
+        try:
+            loss, blocks, found, collected = self._with_copies(closure, look, uses)
+        except CheckpointError as error:
+            if uses:
+                raise CompatibilityError(
+                    "Kronecker factors of residuals need every product with a weight once, and torch.utils.checkpoint "
+                    "computes them again; leave it out of the function of residuals, or take a structure that needs "
+                    "whole gradients: Dense(), MiniBlock(), Diagonal(), or build('lm')"
+                ) from error
+            loss, blocks = self._evaluated(closure)
+            for block in blocks:
+                self._give_up(block, "torch.utils.checkpoint computes parts of the model again")
+            found, collected = [None] * len(blocks), {}
+        if any(rows is None for rows in found):
+            _, again = self._evaluated(closure)
+            if _different(blocks, again) is not None:  # copies round differently, which matters in half precision
+                _require_same(again, self._evaluated(closure)[1])
+            found = [
+                self._row_by_row(block) if rows is None else rows for block, rows in zip(again, found, strict=True)
+            ]
+        return self._joined(loss, blocks, [rows for rows in found if rows is not None], collected)
+
+    def _evaluated(self, closure: ResidualClosure) -> tuple[Tensor, list[ResidualBlock]]:
+        """The loss and the blocks with their graph, finite and in the precision of the parameters."""
+        loss, blocks = evaluate_residuals(closure, graph=True)
+        blocks = [block.converted(self.parameters[0].dtype) for block in blocks]
+        self._require_finite(blocks)
+        return loss, blocks
+
+    def _with_copies(
+        self, closure: ResidualClosure, look: bool, uses: Sequence[int]
+    ) -> tuple[Tensor, list[ResidualBlock], list[list[Tensor] | None], dict[int, Uses]]:
+        """The loss, the blocks, the rows of those that have rows of their own, and the uses that were asked for."""
         mode = _OwnCopies(self.parameters, frozenset(uses))
         with mode:
-            _, blocks = evaluate_residuals(closure, graph=True)
-            mode.recording = False
-            self._require_finite(blocks)
+            loss, blocks = self._evaluated(closure)
+            mode.recording, self.given = False, tuple(mode.given) if self.keeps_data else ()
             found: list[list[Tensor] | None] = []
             for position, block in enumerate(blocks):
                 keep = bool(uses) or position < len(blocks) - 1
                 found.append(self._by_copies(block, mode, look or block.name not in self._known, keep))
-            collected = {place: self._uses(place, blocks, mode, found) for place in uses}
-        if any(rows is None for rows in found):
-            _, again = evaluate_residuals(closure, graph=True)
-            _require_same(blocks, again)
-            found = [
-                self._row_by_row(block) if rows is None else rows for block, rows in zip(again, found, strict=True)
-            ]
-        return self._joined(blocks, [rows for rows in found if rows is not None], collected)
+            return loss, blocks, found, {place: self._uses(place, blocks, mode, found) for place in uses}
 
     def _uses(
         self, place: int, blocks: Sequence[ResidualBlock], mode: _OwnCopies, rows: Sequence[Sequence[Tensor] | None]
@@ -202,23 +255,28 @@ class JacobianReader:
         seen, parameter = mode.uses.get(place, []), self.parameters[place]
         outputs: list[Tensor] = []
         complete = bool(seen)
+        reached = [False] * len(seen)  # others are targets that were cut off
         for block, known in zip(blocks, rows, strict=True):
-            roots = (block.factor * block.penalty.curvature(block.values.detach())).sqrt()
+            roots = block.curvatures().sqrt()
             for component in range(block.values.shape[1] if seen else 0):
                 asked = [use.output for use in seen]
                 total = block.values[:, component].sum()
                 got = torch.autograd.grad(total, asked, retain_graph=True, allow_unused=True)
+                reached = [before or value is not None for before, value in zip(reached, got, strict=True)]
                 explained = torch.zeros_like(parameter).detach()
                 for use, value in zip(seen, got, strict=True):
                     if value is not None and len(value) == len(roots):
                         flat = value.detach()
                         outputs.append((flat * roots[:, component, None, None]).flatten(0, 1))
                         explained += flat.flatten(0, 1).T @ use.input.flatten(0, 1)
+                if not parameter.requires_grad:
+                    continue
                 if known is None:
                     complete = False
                 else:
                     exact = known[place].unflatten(0, block.values.shape)[:, component].sum(0)
                     complete = complete and _agree([exact], [explained])
+        seen = [use for use, counts in zip(seen, reached, strict=True) if counts]
         ones = [use.input.new_full((*use.input.shape[:2], 1), float(use.bias)) for use in seen]
         inputs = [torch.cat([use.input, one], 2).flatten(0, 1) for use, one in zip(seen, ones, strict=True)]
         rows_in, rows_out = parameter.new_zeros(0, parameter.shape[1] + 1), parameter.new_zeros(0, parameter.shape[0])
@@ -236,6 +294,7 @@ class JacobianReader:
         mode = _OwnCopies(self.parameters, frozenset(places), copies=False)
         with mode:
             loss, blocks = evaluate_residuals(closure, graph=True)
+        self.given = tuple(mode.given) if self.keeps_data else ()
         found: dict[int, Uses] = {}
         for place in places:
             weight = self.parameters[place]
@@ -257,23 +316,27 @@ class JacobianReader:
         Raises:
             ArgumentError, NumericalError: as :meth:`evaluate`.
         """
-        with _stood_in(model, self.parameters) as copies:
-            _, blocks = evaluate_residuals(closure, graph=True)
-        self._require_finite(blocks)
+        copies = [nn.Parameter(parameter.detach().clone()) for parameter in self.parameters]
+        within = partial(_stood_in, model, self.parameters, copies)
+        with within():
+            loss, blocks = self._evaluated(closure)
         flat = torch.cat([block.values.flatten() for block in blocks])
         for block in blocks:
             self._require_dependence(block, block.values.requires_grad)
         cotangent = torch.zeros_like(flat, requires_grad=True)
         asked = [*copies, *self.parameters]
-        back = torch.autograd.grad(flat, asked, cotangent, create_graph=True, allow_unused=True)
+        with explained(), within():
+            back = torch.autograd.grad(flat, asked, cotangent, create_graph=True, allow_unused=True)
         for name, value in zip(self.names, back[len(copies) :], strict=True):
             if value is not None:
                 raise ArgumentError(
                     f"the residuals use parameter {name!r} itself, from before the function was called, and not "
                     "through the model; read it from the model inside of the function (model.get_parameter(...))"
                 )
+        if all(value is None for value in back):
+            self._require_dependence(blocks[0], False)
         empty: list[list[Tensor]] = [[p.new_zeros(0, *p.shape) for p in self.parameters]]
-        return Implicit(self._joined(blocks, empty), flat, cotangent, tuple(copies), back[: len(copies)])
+        return Implicit(self._joined(loss, blocks, empty), flat, cotangent, tuple(copies), back[: len(copies)], within)
 
     def _require_finite(self, blocks: Sequence[ResidualBlock]) -> None:
         sizes = torch.stack([block.values.detach().abs().sum() for block in blocks])
@@ -289,7 +352,7 @@ class JacobianReader:
 
     def _by_copies(self, block: ResidualBlock, mode: _OwnCopies, look: bool, keep: bool) -> list[Tensor] | None:
         """Rows of one block by the copies of the parameters; ``None`` if it has to go row by row."""
-        if block.name in self._coupled:
+        if block.name in self.coupled:
             return None
         values = block.values
         if not values.requires_grad:
@@ -297,12 +360,15 @@ class JacobianReader:
         copies = mode.all_copies()
         rows, components = values.shape
         columns: list[list[Tensor]] = []
+        depends = False
         for component in range(components):
             graph = keep or look or component < components - 1
-            asked = [*copies, *self.parameters]
-            got = torch.autograd.grad(values[:, component].sum(), asked, retain_graph=graph, allow_unused=True)
+            moving = [(name, p) for name, p in zip(self.names, self.parameters, strict=True) if p.requires_grad]
+            asked = [*copies, *(parameter for _, parameter in moving)]
+            with explained():
+                got = torch.autograd.grad(values[:, component].sum(), asked, retain_graph=graph, allow_unused=True)
             whole = got[len(copies) :]
-            reached = [name for name, value in zip(self.names, whole, strict=True) if value is not None]
+            reached = [name for (name, _), value in zip(moving, whole, strict=True) if value is not None]
             if reached:
                 self._give_up(block, f"parameter {reached[0]!r} is used by something else than a linear layer")
                 return None
@@ -310,7 +376,9 @@ class JacobianReader:
             if any(value is not None and len(value) != rows for value in arrived):
                 self._give_up(block, "its rows are not those of the tensor that the model was given")
                 return None
+            depends = depends or any(value is not None for value in arrived)
             columns.append(mode.per_parameter(arrived, rows, values))
+        self._require_dependence(block, depends)
         result = [torch.stack(parts, 1).flatten(0, 1) for parts in zip(*columns, strict=True)]
         if look:
             self._known.add(block.name)
@@ -320,14 +388,15 @@ class JacobianReader:
             exact = torch.autograd.grad(values, copies, vector, retain_graph=keep, allow_unused=True)
             total = [part.sum(0) for part in mode.per_parameter(exact, rows, values)]
             ours = [torch.tensordot(vector.flatten(), part, 1) for part in result]
-            self._require_dependence(block, any(value is not None for value in exact))
             if not _agree(total, ours):
                 self._give_up(block, "a row of it depends on other rows of what the model was given")
                 return None
         return result
 
     def _give_up(self, block: ResidualBlock, reason: str) -> None:
-        self._coupled[block.name] = reason
+        if block.name in self.coupled:
+            return
+        self.coupled[block.name] = reason
         warnings.warn(
             f"block {block.name!r} of the residuals is differentiated row by row ({len(block.values)} backward passes, "
             f"in batches), because {reason}; the result is the same, the time is not",
@@ -339,8 +408,8 @@ class JacobianReader:
         if not depends:
             raise ArgumentError(
                 f"block {block.name!r} of the residuals does not depend on the model's parameters; compute it with "
-                "the model that the optimizer was built for, without torch.no_grad() and detach(), and with "
-                "create_graph=True where the closure differentiates"
+                "the model that the optimizer was built for, without torch.no_grad() and detach(), with "
+                "create_graph=True where the closure differentiates and use_reentrant=False where it checkpoints"
             )
 
     def _row_by_row(self, block: ResidualBlock) -> list[Tensor]:
@@ -349,25 +418,33 @@ class JacobianReader:
         if not values.requires_grad:
             self._require_dependence(block, False)
         pieces: list[tuple[Tensor, ...]] = []
+        depends = False
         for start in range(0, len(values), _CHUNK):
             size = min(_CHUNK, len(values) - start)
             vectors = values.new_zeros(size, len(values))
             vectors[torch.arange(size), start + torch.arange(size)] = 1.0
-            found = _pulled_back(values, self.parameters, vectors)
+            with explained():
+                found = _pulled_back(values, [p for p in self.parameters if p.requires_grad], vectors)
+            depends = depends or any(value is not None for value in found)
+            entries = iter(found)
+            arrived = [next(entries) if parameter.requires_grad else None for parameter in self.parameters]
             pieces.append(
                 tuple(
                     parameter.new_zeros(size, *parameter.shape) if value is None else value
-                    for parameter, value in zip(self.parameters, found, strict=True)
+                    for parameter, value in zip(self.parameters, arrived, strict=True)
                 )
             )
+        self._require_dependence(block, depends)
         return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
     def _joined(
         self,
+        loss: Tensor,
         blocks: Sequence[ResidualBlock],
         rows: Sequence[Sequence[Tensor]],
         uses: Mapping[int, Uses] = MappingProxyType({}),
     ) -> Jacobian:
+        blocks = [block.converted(_working(block.values.dtype)) for block in blocks]
         values = [block.values.detach() for block in blocks]
         with torch.no_grad():
             return Jacobian(
@@ -375,18 +452,17 @@ class JacobianReader:
                 tuple(value.numel() for value in values),
                 torch.cat([value.flatten() for value in values]),
                 torch.cat([(b.factor * b.penalty.slope(v)).flatten() for b, v in zip(blocks, values, strict=True)]),
-                torch.cat([(b.factor * b.penalty.curvature(v)).flatten() for b, v in zip(blocks, values, strict=True)]),
-                tuple(torch.cat(parts).detach() for parts in zip(*rows, strict=True)),
-                total_loss(blocks).detach(),
+                torch.cat([block.curvatures().flatten() for block in blocks]),
+                tuple(torch.cat(parts).detach().to(_working(parts[0].dtype)) for parts in zip(*rows, strict=True)),
+                loss.detach(),
                 sum(len(value) for value in values),
                 uses,
             )
 
 
 @contextmanager
-def _stood_in(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _stood_in(model: nn.Module, parameters: Sequence[nn.Parameter], copies: Sequence[nn.Parameter]) -> Iterator[None]:
     """Copies of the parameters in their places in the model, for as long as the block lasts."""
-    copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     by_id = {id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)}
     places = [
         (module, name, parameter)
@@ -397,7 +473,7 @@ def _stood_in(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[
     try:
         for module, name, parameter in places:
             module._parameters[name] = by_id[id(parameter)]
-        yield copies
+        yield
     finally:
         for module, name, parameter in places:
             module._parameters[name] = parameter
@@ -409,14 +485,26 @@ def _require_same(blocks: Sequence[ResidualBlock], again: Sequence[ResidualBlock
     Raises:
         ArgumentError: naming a block that is not.
     """
+    name = _different(blocks, again)
+    if name is not None:
+        raise ArgumentError(
+            f"block {name!r} of the residuals is another when it is evaluated again at once; the function must "
+            "evaluate the same points each time it is called in one step: draw them outside of it, or by torch's "
+            "global generator"
+        )
+
+
+def _different(blocks: Sequence[ResidualBlock], again: Sequence[ResidualBlock]) -> str | None:
+    """The name of a block whose values are others than rounding makes them."""
     named = {block.name: block.values.detach() for block in again}
     for block in blocks:
-        now = named.get(block.name)
-        if now is None or now.shape != block.values.shape or not torch.allclose(now, block.values.detach()):
-            raise ArgumentError(
-                f"block {block.name!r} of the residuals is another when it is evaluated again at once; the function "
-                "must evaluate the same points each time it is called in one step: draw them outside of it"
-            )
+        now, before = named.get(block.name), block.values.detach()
+        if now is None or now.shape != before.shape:
+            return block.name
+        size = float(torch.maximum(now.abs().max(), before.abs().max()))
+        if not torch.allclose(now, before, atol=1e-5 * size):
+            return block.name
+    return None
 
 
 def _means_of(loss: Tensor, seen: Sequence[_Use], width: int, like: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -426,10 +514,25 @@ def _means_of(loss: Tensor, seen: Sequence[_Use], width: int, like: Tensor) -> t
         return 0, zeros, zeros
     outputs = [use.output for use in seen]
     arrived = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
-    rows = sum(output.shape[0] * output.shape[1] for output in outputs)
-    total = torch.stack([output.detach().sum((0, 1)) for output in outputs]).sum(0)
-    sums = [zeros if value is None else value.detach().sum((0, 1)) for value in arrived]
+    pairs = [
+        (output.detach(), value.detach()) for output, value in zip(outputs, arrived, strict=True) if value is not None
+    ]
+    if not pairs:
+        return 0, zeros, zeros
+    rows = sum(output.shape[0] * output.shape[1] for output, _ in pairs)
+    total = torch.stack([output.sum((0, 1)) for output, _ in pairs]).sum(0)
+    sums = [value.sum((0, 1)) for _, value in pairs]
     return rows, total / rows, torch.stack(sums).sum(0)
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which sums over half-precision numbers are taken."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """(V, entries) of (V, *shape); a parameter that is one number without an axis has one entry."""
+    return rows.reshape(len(rows), -1)
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -479,6 +582,7 @@ class _OwnCopies(TorchFunctionMode):
         self._copying = copies
         self.recording = True
         self.uses: dict[int, list[_Use]] = {}
+        self.given: list[Tensor] = []
         self._watched = watched
         self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
         self._parameters = parameters
@@ -493,15 +597,23 @@ class _OwnCopies(TorchFunctionMode):
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             value, weight, bias = given["input"], given["weight"], given.get("bias")
             plain = value.ndim > 1 and value.numel() and torch._C._functorch.peek_interpreter_stack() is None
-            if plain and id(weight) in self._places:
+            if plain and value.grad_fn is None:
+                self.given.append(value.detach())
+            if plain and self._concerns(weight, bias):
                 return self._linear(value, weight, bias)
         return func(*args, **kwargs)
+
+    def _concerns(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether a linear layer is done in another way."""
+        if self._copying:
+            return id(weight) in self._places or id(bias) in self._places
+        return self._places.get(id(weight)) in self._watched
 
     def _linear(self, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = value.shape[0]
         inputs = value.reshape(rows, -1, value.shape[-1])
         if self._copying:
-            product = torch.bmm(inputs, self._copy(weight, rows).mT)
+            product = self._product(inputs, weight)
             if bias is not None:
                 own = self._copy(bias, rows) if id(bias) in self._places else bias.expand(rows, -1)
                 product = product + own.unsqueeze(1)
@@ -509,18 +621,28 @@ class _OwnCopies(TorchFunctionMode):
             product = nn.functional.linear(inputs, weight, bias)
             if not product.requires_grad:  # parameters are held constant when a step looks back
                 product = product + torch.zeros((), dtype=product.dtype, device=product.device, requires_grad=True)
-        place = self._places[id(weight)]
-        if place in self._watched:
-            self.uses.setdefault(place, []).append(_Use(inputs.detach(), product, bias is not None))
-        return product.reshape(*value.shape[:-1], weight.shape[0])
+        result = product
+        if self._places.get(id(weight)) in self._watched and torch.is_grad_enabled():
+            if not product.requires_grad:  # of a frozen layer that nothing trainable precedes
+                product = product + torch.zeros((), dtype=product.dtype, device=product.device, requires_grad=True)
+            self.uses.setdefault(self._places[id(weight)], []).append(_Use(inputs.detach(), product, bias is not None))
+            result = product.clone()  # what the model changes in place is not the product
+        return result.reshape(*value.shape[:-1], weight.shape[0])
+
+    def _product(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Inputs (N, S, d_in) times a weight, of which every row has a copy unless it is none of ours."""
+        if id(weight) not in self._places:
+            return nn.functional.linear(inputs, weight)
+        return torch.bmm(inputs, self._copy(weight, len(inputs)).mT)
 
     def _copy(self, parameter: Tensor, rows: int) -> Tensor:
-        copy = parameter.detach().expand(rows, *parameter.shape).requires_grad_()
-        self._copies.append((self._places[id(parameter)], copy))
+        copy = parameter.detach().expand(rows, *parameter.shape)
+        if parameter.requires_grad:
+            self._copies.append((self._places[id(parameter)], copy.requires_grad_()))
         return copy
 
     def all_copies(self) -> list[Tensor]:
-        """Every copy that was made."""
+        """Every copy that was made of what is not frozen."""
         return [copy for _, copy in self._copies]
 
     def per_parameter(self, arrived: Sequence[Tensor | None], rows: int, like: Tensor) -> list[Tensor]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ...checking import require_fields
-from ...errors import ArgumentError, require_interval
+from ...errors import ArgumentError, LossWarning, require_interval
 from .penalty import HalfSquare, Penalty
 
 __all__ = ["Residual", "ResidualBlock", "ResidualClosure", "read_residuals", "total_loss"]
@@ -60,6 +61,23 @@ class ResidualBlock:
         """Its part of the loss, 0-dimensional."""
         return self.factor * self.penalty.value(self.values).sum()
 
+    def converted(self, dtype: torch.dtype) -> Self:
+        """The same block in the precision of the parameters: targets are often read in another."""
+        return replace(self, values=self.values.to(dtype))
+
+    def curvatures(self) -> Tensor:
+        """(rows, components) second derivative of the loss by each residual, >= 0, without a graph.
+
+        Where no residual of the block has one (all of them cost like outliers), the matrix would be zero and nothing
+        would say how far to go: then the curvature of the parabola through the same value and slope that lies above
+        the penalty, rho'(r) / r.
+        """
+        values = self.values.detach()
+        found = self.penalty.curvature(values)
+        if not bool((found > 0.0).any()):
+            found = torch.where(values == 0.0, found, self.penalty.slope(values) / values)
+        return self.factor * found
+
 
 def read_residuals(found: Any) -> list[ResidualBlock]:
     """What a closure returned, checked.
@@ -97,6 +115,13 @@ def _read(name: Any, value: Any) -> ResidualBlock:
         raise ArgumentError(
             f"block {name!r} of the residuals has shape {tuple(values.shape)}; it needs one row per point, and at "
             "least one: leave the block out where there is nothing to fit, and give one number as tensor.reshape(1)"
+        )
+    if values.ndim == 2 and values.shape[0] == values.shape[1] > 3:
+        warnings.warn(
+            f"block {name!r} of the residuals has shape {tuple(values.shape)}, as (N, 1) minus (N,) has, which pairs "
+            "every point with every other; if these are components of a system, return them as (rows, components, 1)",
+            LossWarning,
+            stacklevel=2,
         )
     if not values.is_floating_point():
         raise ArgumentError(f"block {name!r} of the residuals is {values.dtype}; return floating-point residuals")

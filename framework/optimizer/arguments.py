@@ -139,8 +139,13 @@ def require_callable(name: str, value: Any) -> None:
         )
 
 
-def require_closure(closure: Any, needed: bool) -> None:
+def require_closure(closure: Any, needed: bool, residuals: bool = False) -> None:
     """Check the argument of ``step``.
+
+    Args:
+        closure: what the user gave.
+        needed: whether there has to be one.
+        residuals: whether it is one that returns residuals.
 
     Raises:
         ClosureRequiredError: if there is none and the method evaluates the mini-batch itself.
@@ -149,7 +154,7 @@ def require_closure(closure: Any, needed: bool) -> None:
     if closure is not None:
         require_callable("closure", closure)
     elif needed:
-        raise ClosureRequiredError(_CLOSURE_MESSAGE)
+        raise ClosureRequiredError(_RESIDUALS_MESSAGE if residuals else _CLOSURE_MESSAGE)
 
 
 def as_number(name: str, value: Any) -> float:
@@ -174,3 +179,8 @@ _CLOSURE_MESSAGE = """this method (or likelihood='from-loss') evaluates the mini
         loss.backward()
         return loss
     optimizer.step(closure)"""
+
+_RESIDUALS_MESSAGE = """backend='residuals' evaluates residuals; give step() a function that returns them by name:
+    def residuals():
+        return {"fit": model(x) - y}
+    optimizer.step(residuals)"""

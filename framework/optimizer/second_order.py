@@ -557,7 +557,7 @@ class SecondOrder(Session):
                 "context, and enter that in the closure, around the model and the loss"
             )
         if closure is None or not callable(closure):
-            require_closure(closure, self.needs_closure)
+            require_closure(closure, self.needs_closure, self.capture.takes_residuals)
         self._check_values()
 
     def _arm(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checking import require_kind
-from ...curvature.residuals.jacobian import Jacobian, JacobianReader, evaluate_residuals
+from ...curvature.residuals.jacobian import Jacobian, JacobianReader, evaluate_residuals, explained
 from ...curvature.residuals.residual import read_residuals
 from ...errors import ArgumentError, ClosureRequiredError, NumericalError, require_interval
 from ...preconditioners.whole.models import GaussNewton, Sighted, Spring, flattened
@@ -23,6 +23,8 @@ from .method import WholeMethod
 __all__ = ["WholeModel"]
 
 _FORMAT = 1
+_LOOKS = 3
+"""First steps in which the user's function is examined."""
 
 
 class WholeModel(torch.optim.Optimizer):
@@ -69,6 +71,12 @@ class WholeModel(torch.optim.Optimizer):
             raise ArgumentError(
                 "methods over the whole model need parameters of one real dtype on one device, got "
                 f"{sorted(map(str, kinds))}; convert them with model.to(device, torch.float64)"
+            )
+        dtype = next(iter(kinds))[0]
+        if method.needs_residuals and dtype not in (torch.float32, torch.float64):
+            raise ArgumentError(
+                f"{type(method.curvature).__name__} solves linear systems in the precision of the parameters, and "
+                f"{dtype} has no solver; convert the model with model.to(torch.float64) before osculate.build"
             )
         self.model, self.method, self.on_nonfinite = model, method, on_nonfinite
         self._parameters, self._names = list(named.values()), list(named)
@@ -173,6 +181,7 @@ class WholeModel(torch.optim.Optimizer):
             "step": self._step,
             "names": list(self._names),
             "damping": float(self.param_groups[0]["damping"]),
+            "entries": self._entries,
             "counts": {"gradient_evaluations": self.gradient_evaluations, "skipped_steps": self.skipped_steps},
             **parts,
         }
@@ -194,7 +203,7 @@ class WholeModel(torch.optim.Optimizer):
         for state, name in ((self.curvature_state, "curvature"), (self.search_state, "search")):
             if state is not None:
                 state.load_dict(dict(state_dict[name]))
-        self._step = int(state_dict["step"])
+        self._step, self._entries = int(state_dict["step"]), int(state_dict.get("entries", 0))
         self.param_groups[0]["damping"] = float(state_dict["damping"])
         counts = state_dict.get("counts", {})
         self.gradient_evaluations = int(counts.get("gradient_evaluations", 0))
@@ -206,6 +215,9 @@ class WholeModel(torch.optim.Optimizer):
         return {name: value for name, value in own if name != "step" and not name.startswith("_optimizer_")}
 
     # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Nothing: no hook is placed on the model."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor's own: one curvature serves all parameters.
@@ -224,12 +236,18 @@ class WholeModel(torch.optim.Optimizer):
         """Check that nobody has changed what the optimizer was built for.
 
         Raises:
-            ArgumentError: if a scheduler has moved lr, a parameter was frozen, or the model was converted.
+            ArgumentError: if a scheduler has moved lr, a parameter was frozen or exchanged, or the model was converted.
         """
         lr = self.param_groups[0]["lr"]
         if lr != 1.0:
             raise ArgumentError(f"a method over the whole model has no lr and takes no scheduler, got lr={lr!r}")
+        present = {id(parameter) for parameter in self.model.parameters()}
         for name, parameter in zip(self._names, self._parameters, strict=True):
+            if id(parameter) not in present:
+                raise ArgumentError(
+                    f"parameter {name!r} is no longer one of the model's: its module was exchanged after "
+                    "osculate.build; build the optimizer anew"
+                )
             if not parameter.requires_grad:
                 raise ArgumentError(f"parameter {name!r} was frozen after osculate.build; build the optimizer anew")
             if (parameter.dtype, parameter.device) != self._kind:
@@ -242,6 +260,8 @@ class WholeModel(torch.optim.Optimizer):
         """The first evaluation of a step."""
         if not self.method.needs_residuals:
             loss, gradient, residuals = objective.first_loss()
+            if self._step < _LOOKS:
+                objective.require_same_again(loss, residuals)
             return Sighted(loss, gradient, residuals)
         if not self._entries:
             blocks = objective.first_residuals()
@@ -250,7 +270,7 @@ class WholeModel(torch.optim.Optimizer):
         assert isinstance(curvature, GaussNewton | Spring) or not hasattr(curvature, "system")
         system = getattr(curvature, "system", None)
         implicit = system is not None and chosen_system(system, self._entries, sum(self._sizes)).matrix_free
-        look = self._step < 3 or self._step % 100 == 0
+        look = self._step < _LOOKS or self._step % 100 == 0
         found = objective.products() if implicit else objective.jacobian(look)
         if isinstance(found, Jacobian):
             rows, known = found.matrix(), found
@@ -264,6 +284,8 @@ class WholeModel(torch.optim.Optimizer):
         if system is not None:
             chosen_system(system, self._entries, sum(self._sizes))
         self._require_finite(known.loss, gradient)
+        if self._step < _LOOKS:
+            objective.require_same_again(float(known.loss), known.values)
         return Sighted(float(known.loss), gradient, known.values, known.slopes, known.curvatures, rows, products)
 
     def _require_finite(self, loss: Tensor, gradient: Tensor) -> None:
@@ -302,6 +324,7 @@ class _Evaluations:
         self._before = Snapshot.take(self._modules)
         self._after: Snapshot | None = None
         self._at_start = True
+        self._layout: dict[str, torch.Size] | None = None  # shapes of the blocks, as they were seen first
 
     # -- at the start ------------------------------------------------------------------------------------------------
 
@@ -323,6 +346,40 @@ class _Evaluations:
         loss, gradient, residuals = self._first(self._loss_and_gradient)
         self.optimizer._require_finite(loss, gradient)
         return float(loss), gradient, residuals
+
+    def require_same_again(self, loss: float, residuals: Tensor | None) -> None:
+        """Evaluate once more where the parameters are, and a third time where that differs by more than rounding.
+
+        Args:
+            loss: that was seen.
+            residuals: (V,) that were seen; ``None`` for a loss that is not made of residuals.
+
+        Raises:
+            ArgumentError: if the function draws other points each time it is called, or moves the parameters.
+        """
+        known = self._start.new_tensor([loss]) if residuals is None else residuals.to(self._start.dtype)
+        again = self._seen_again()
+        if _alike(known, again) or _alike(again, self._seen_again()):
+            return
+        raise ArgumentError(
+            "the function gives other values when it is called again at once, with the same parameters and torch's "
+            "global random state put back; it must evaluate the same points each time it is called in one step: draw "
+            "them outside of it, or by torch's global generator"
+        )
+
+    def _seen_again(self) -> Tensor:
+        """(V,) residuals, or the loss, where the parameters are."""
+        if not torch.equal(flattened([value.detach() for value in self.optimizer._parameters]), self._start):
+            self._at_start = False  # they are put back
+            raise ArgumentError(
+                "the function moves the parameters of the model; it must only evaluate: take steps, also those of "
+                "another optimizer, outside of it"
+            )
+        self._before.restore()
+        found = self._run()
+        if not isinstance(found, Mapping):
+            return self._start.new_tensor([float(torch.as_tensor(found).detach())])
+        return torch.cat([block.values.detach().flatten() for block in read_residuals(found)]).to(self._start.dtype)
 
     def _first(self, evaluate: Callable[[], Any]) -> Any:
         """Run what evaluates the function at the start, from the random state and the buffers of the start."""
@@ -354,14 +411,7 @@ class _Evaluations:
         self.move(step)
         self._before.restore()
         blocks = read_residuals(self._run())
-        values = torch.cat([block.values.detach().flatten() for block in blocks])
-        if values.numel() != self.optimizer._entries:
-            raise ArgumentError(
-                f"the function of residuals returned {self.optimizer._entries} of them and then {values.numel()} in "
-                "one step; it must evaluate the same points each time it is called: draw them outside, or by torch's "
-                "global generator"
-            )
-        return values
+        return torch.cat([block.values.detach().flatten() for block in blocks]).to(self._start.dtype)
 
     def loss_and_gradient(self, step: Tensor) -> tuple[float, Tensor]:
         """Loss and gradient after a step."""
@@ -397,7 +447,25 @@ class _Evaluations:
     def _run(self) -> Any:
         self.optimizer.gradient_evaluations += 1
         with torch.enable_grad():
-            return self.closure()
+            found = self.closure()
+        return self._in_order(found) if isinstance(found, Mapping) else found
+
+    def _in_order(self, found: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The blocks in the order in which they were seen first in this step.
+
+        Raises:
+            ArgumentError: if they have other names or shapes.
+        """
+        shapes = {block.name: block.values.shape for block in read_residuals(found)}
+        if self._layout is None:
+            self._layout = shapes
+        if shapes == self._layout:
+            return {name: found[name] for name in self._layout}
+        before, now = ({name: tuple(shape) for name, shape in each.items()} for each in (self._layout, shapes))
+        raise ArgumentError(
+            f"the function of residuals returned the blocks {before} and then {now} in one step; it must evaluate the "
+            "same points each time it is called: draw them outside of it, or by torch's global generator"
+        )
 
     def _loss_and_gradient(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of residuals by differentiation here, of a loss by the function's own backward."""
@@ -409,9 +477,15 @@ class _Evaluations:
             with torch.enable_grad():
                 loss, blocks = evaluate_residuals(lambda: found, graph=True)
                 values = torch.cat([block.values.detach().flatten() for block in blocks])
-                if not loss.requires_grad:
-                    raise ArgumentError("the residuals do not depend on the model's parameters")
-                given = torch.autograd.grad(loss, parameters, allow_unused=True)
+                given: Sequence[Tensor | None] = ()
+                if loss.requires_grad:
+                    with explained():
+                        given = torch.autograd.grad(loss, parameters, allow_unused=True)
+                if all(value is None for value in given):
+                    raise ArgumentError(
+                        "the residuals do not depend on the model's parameters; compute them with the model that the "
+                        "optimizer was built for, without torch.no_grad() and detach()"
+                    )
             residuals: Tensor | None = values
             pieces = [v if v is not None else torch.zeros_like(p) for v, p in zip(given, parameters, strict=True)]
         else:
@@ -427,3 +501,9 @@ class _Evaluations:
                 )
             pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         return loss.detach(), flattened([value.detach() for value in pieces]), residuals
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
+    """Whether the difference of two evaluations is one of rounding."""
+    size = float(torch.maximum(first.abs().max(), second.abs().max()))
+    return bool(torch.allclose(first, second, atol=1e-5 * size))

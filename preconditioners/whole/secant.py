@@ -5,6 +5,7 @@ s is the last step, y the change of the gradient along it, on the same mini-batc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -112,8 +113,14 @@ class _Full:
         if not state.updates:  # Nocedal and Wright, (6.20): the first pair knows the size of H
             state.inverse.mul_(curved / float(change @ change))
         image = state.inverse @ change
-        tau, phi = self.factors(state, step, change, image, curved, gradient)
         across = float(change @ image)
+        if not across > 0.0:  # rounding has cost H its sign: begin anew
+            state.inverse.copy_(torch.eye(len(step), dtype=step.dtype, device=step.device))
+            state.updates = 0
+            return False
+        tau, phi = self.factors(state, step, change, image, curved, gradient)
+        if not (tau > 0.0 and math.isfinite(tau) and math.isfinite(phi)):
+            tau, phi = 1.0, 1.0  # BFGS's own, where rounding has spoilt the others
         # H <- (H - Hy(Hy)' / y'Hy + phi v v') / tau + s s' / s'y,  v = sqrt(y'Hy) (s / s'y - Hy / y'Hy)
         state.inverse.addr_(image, image, alpha=-1.0 / across)
         if phi:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measuring import close
 from osculate.curvature.records.statistics import LayerStatistics
-from osculate.errors import ArgumentError, CompatibilityError, NumericalError
+from osculate.errors import ArgumentError, ClosureRequiredError, CompatibilityError, NumericalError
 from osculate.framework.methods import registry
 from torch import Tensor, nn
 
@@ -321,3 +321,108 @@ def test_secant_pairs_of_products(seed: int) -> None:
     found = before["0"].mean_preactivation
     assert found is not None
     close(found, moved.mean(0), 1e-10)
+
+
+KRONECKER = ["kfac", "joint-kfac", "kbfgs"]
+
+
+def losses_of(name: str, model: nn.Module, closure: Callable[[], dict[str, Any]], steps: int = 6) -> list[float]:
+    optimizer = osc.build(name, model, backend="residuals")
+    return [float(optimizer.step(closure)) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("name", KRONECKER)
+def test_what_the_model_changes_in_place_is_not_the_product(name: str) -> None:
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 5), nn.ReLU(inplace=inplace), nn.Linear(5, 1)).double()
+        found.append(losses_of(name, model, lambda model=model: {"a": model(points_of(0)) - 1.0}))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", [*KRONECKER, "ngd-exact", "mbf"])
+def test_layers_may_be_frozen_and_thawed(name: str) -> None:
+    model = network()
+    optimizer = osc.build(name, model, backend="residuals")
+
+    def residuals() -> dict[str, Any]:
+        return {"a": model(points_of(0)) - 1.0}
+
+    optimizer.step(residuals)
+    model[0].requires_grad_(False)
+    before = model[0].weight.detach().clone()
+    optimizer.step(residuals)
+    assert torch.equal(model[0].weight, before)
+    model[0].requires_grad_(True)
+    optimizer.step(residuals)
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_other_points_when_a_step_looks_back_are_refused() -> None:
+    model, generator = network(), torch.Generator().manual_seed(0)
+    optimizer = osc.build("kbfgs", model, backend="residuals")
+    before = [value.detach().clone() for value in model.parameters()]
+    with pytest.raises(ArgumentError, match="other data when it was called again"):
+        optimizer.step(lambda: {"a": model(torch.rand(7, 2, generator=generator).double()) - 1.0})
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", KRONECKER)
+def test_the_reason_for_which_factors_are_refused_is_the_true_one(name: str) -> None:
+    model = network()
+    with (
+        pytest.warns(osc.FallbackWarning),
+        pytest.raises(CompatibilityError, match="a row of it depends on other rows"),
+    ):
+        losses_of(name, model, lambda: {"a": (model(points_of(0)) - 1.0).flip(0)})
+
+
+@pytest.mark.parametrize("name", ["ngd-exact", "mbf", "joint-sgdm"])
+def test_parameters_of_one_number_and_half_precision(name: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = network(), nn.Parameter(torch.tensor(1.5).double())
+
+        def forward(self, points: Tensor) -> Tensor:
+            return self.scale * self.inner(points)
+
+    for precision in (torch.float64, torch.bfloat16):
+        torch.manual_seed(0)
+        model, points = Scaled().to(precision), points_of(0).to(precision)
+        with pytest.warns(osc.FallbackWarning):
+            found = losses_of(name, model, lambda model=model, points=points: {"a": model(points) - 1.0})
+        assert found[-1] < found[0] and model.scale.dtype == precision
+
+
+@pytest.mark.parametrize("name", ["kfac", "mbf", "kbfgs"])
+def test_residuals_of_another_model_are_refused(name: str) -> None:
+    other = network(1)
+    with pytest.raises(ArgumentError, match="the model that the optimizer was built for"):
+        losses_of(name, network(), lambda: {"a": other(points_of(0)) - 1.0})
+
+
+@pytest.mark.parametrize("name", KRONECKER)
+@pytest.mark.parametrize("cut", ["detach", "no_grad"])
+def test_targets_of_the_network_itself_are_no_rows_of_its_factors(name: str, cut: str) -> None:
+    """A bootstrapped target is a number: the steps are those of the same number from another network."""
+    found = []
+    for own in (True, False):
+        model = network()
+        twin = copy.deepcopy(model)
+
+        def residuals(model: nn.Module = model, twin: nn.Module = twin, own: bool = own) -> dict[str, Any]:
+            twin.load_state_dict(model.state_dict())
+            asked = model if own else twin
+            with torch.set_grad_enabled(cut == "detach"):
+                target = asked(points_of(1) + 3.0)
+            return {"a": model(points_of(0)) - 0.9 * target.detach() - 1.0}
+
+        found.append(losses_of(name, model, residuals))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_a_step_without_a_function_is_told_to_return_residuals() -> None:
+    with pytest.raises(ClosureRequiredError, match="function that returns them by name"):
+        osc.build("kfac", network(), backend="residuals").step()

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measuring import close
 from osculate.curvature.residuals.jacobian import JacobianReader
-from osculate.errors import ArgumentError, FallbackWarning, NumericalError
+from osculate.errors import ArgumentError, CompatibilityError, FallbackWarning, NumericalError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Closure = Callable[[], Mapping[str, Any]]
 
@@ -318,3 +319,151 @@ def test_every_operator_against_forward_over_reverse(name: str) -> None:
     found = reader_of(model).evaluate(lambda: {"equation": by_autograd(name, model, points)})
     for ours, value in zip(found.rows, exact.values(), strict=True):
         close(ours, value, 1e-8)
+
+
+class Numbers(nn.Module):
+    """Parameters without an axis, as a curve fit has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.rate = (nn.Parameter(torch.tensor(value).double()) for value in (1.3, 0.7))
+
+    def forward(self, points: Tensor) -> Tensor:
+        return self.scale * torch.exp(-self.rate * points)
+
+
+def test_parameters_that_are_one_number() -> None:
+    model, points = Numbers(), torch.linspace(0.0, 1.0, 5).double()
+    with pytest.warns(FallbackWarning, match="something else than a linear layer"):
+        found = reader_of(model).evaluate(lambda: {"fit": model(points) - 1.0})
+    exact = torch.autograd.functional.jacobian(lambda a, b: a * torch.exp(-b * points), tuple(model.parameters()))
+    close(found.matrix(), torch.stack(exact, 1).detach(), 1e-12)
+    assert [value.shape for value in found.gradients()] == [(), ()]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_checkpoints_go_row_by_row(inside: bool) -> None:
+    """What is computed again on the way back is computed without copies, so rows by copies do not exist."""
+    model, points = network(2, 4, 2), torch.rand(5, 2).double()
+
+    def closure() -> Mapping[str, Any]:
+        moved = points.clone().requires_grad_()
+        value = checkpoint(model, moved, use_reentrant=False)
+        (slope,) = torch.autograd.grad(value.sum(), moved, create_graph=True)
+        return {"a": slope if inside else value}
+
+    with pytest.warns(FallbackWarning, match="checkpoint"):
+        require_exact(model, closure)
+    if not inside:
+        with pytest.raises(CompatibilityError, match="checkpoint"):
+            reader_of(model).evaluate(closure, uses=[0])
+
+
+def test_products_of_checkpoints_while_parameters_move() -> None:
+    model, points = network(2, 4, 2), torch.rand(5, 2).double()
+    reader = reader_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = reader.evaluate(lambda: {"a": model(points)}).matrix()
+    found = reader.products(lambda: {"a": checkpoint(model, points, use_reentrant=False)}, model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    left, right = torch.rand(10).double(), torch.rand(rows.shape[1]).double()
+    close(found.transposed(left), rows.T @ left, 1e-12)
+    close(found.times(right), rows @ right, 1e-12)
+
+
+@pytest.mark.parametrize("target", [torch.float32, torch.float64])
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_targets_of_another_precision(precision: torch.dtype, target: torch.dtype) -> None:
+    model, points = network(2, 4, 1).to(precision), torch.rand(5, 2, dtype=precision)
+    found = reader_of(model).evaluate(lambda: {"a": model(points) - torch.ones(5, 1, dtype=target)})
+    assert {value.dtype for value in (found.values, found.slopes, found.curvatures, *found.rows)} == {precision}
+    products = reader_of(model).products(lambda: {"a": model(points) - torch.ones(5, 1, dtype=target)}, model)
+    close(products.transposed(products.known.slopes), torch.cat([v.flatten() for v in found.gradients()]), 1e-5)
+
+
+def test_half_precision_is_summed_in_single() -> None:
+    model, points = network(2, 4, 1).bfloat16(), torch.rand(5, 2).bfloat16()
+    with pytest.warns(FallbackWarning):
+        found = reader_of(model).evaluate(lambda: {"a": model(points)})
+    assert {value.dtype for value in (found.values, found.slopes, *found.rows)} == {torch.float32}
+
+
+@pytest.mark.parametrize("penalty", [osc.Huber(0.1), osc.Cauchy(0.1), osc.PseudoHuber(0.1)])
+def test_outliers_alone_have_a_curvature(penalty: Any) -> None:
+    """A Gauss-Newton matrix of zero would say nothing of how far to go; that of the parabola above the penalty does."""
+    model, points = network(2, 4, 1), torch.rand(5, 2).double()
+    far = reader_of(model).evaluate(lambda: {"a": osc.Residual(model(points) + 50.0, penalty=penalty)})
+    assert bool((far.curvatures > 0).all())
+    if not isinstance(penalty, osc.PseudoHuber):
+        close(far.curvatures * far.values, far.slopes, 1e-12)
+    shift = torch.tensor([0.0, 50.0, 50.0, 50.0, 50.0]).double()
+    some = reader_of(model).evaluate(
+        lambda: {"a": osc.Residual(0.01 * model(points)[:, 0] + shift, penalty=penalty, weight=5.0)}
+    )
+    close(some.curvatures, penalty.curvature(some.values), 1e-12)
+
+
+def test_frozen_parameters_have_rows_of_zeros() -> None:
+    model, points = network(2, 4, 4, 1), torch.rand(5, 2).double()
+    reader = reader_of(model)
+    whole = reader.evaluate(lambda: {"a": model(points)})
+    parameters = list(model.parameters())
+    parameters[0].requires_grad_(False)
+    for closure in (lambda: {"a": model(points)}, lambda: {"b": model(points).flip(0)}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            found = reader.evaluate(closure)
+        assert not found.rows[0].any()
+        flipped = found.rows[1].flip(0) if found.names == ("b",) else found.rows[1]
+        close(flipped, whole.rows[1], 1e-12)
+
+
+def test_trainable_bias_of_a_frozen_weight_needs_no_fallback() -> None:
+    model, points = network(2, 4, 1), torch.rand(5, 2).double()
+    model[0].weight.requires_grad_(False)
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = JacobianReader(list(named.values()), list(named)).evaluate(lambda: {"a": model(points)})
+    values = model(points).flatten()
+    for rows, parameter in zip(found.rows, named.values(), strict=True):
+        close(rows, torch.stack([torch.autograd.grad(v, parameter, retain_graph=True)[0] for v in values]), 1e-12)
+
+
+def test_residuals_from_before_the_function_are_refused() -> None:
+    model = network(2, 4, 1)
+    early = model(torch.rand(5, 2).double())
+    reader = reader_of(model)
+    torch.autograd.grad(early.sum(), list(model.parameters()))  # the graph is gone
+    with pytest.raises(ArgumentError, match="inside of the function"):
+        reader.evaluate(lambda: {"a": early})
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_residuals_that_leave_the_model_later_are_refused(coupled: bool) -> None:
+    """Also where rows are not compared any more: a Jacobian of zeros would stop the training silently."""
+    model, other, points = network(2, 4, 1), network(2, 4, 1, seed=1), torch.rand(5, 2).double()
+    reader = reader_of(model)
+
+    def of(asked: nn.Module) -> Mapping[str, Any]:
+        return {"a": asked(points).flip(0) if coupled else asked(points)}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        reader.evaluate(lambda: of(model))
+    with pytest.raises(ArgumentError, match="does not depend on the model's parameters"):
+        reader.evaluate(lambda: of(other), look=False)
+    with pytest.raises(ArgumentError, match="does not depend on the model's parameters"):
+        reader.products(lambda: of(other), model)
+
+
+def test_a_square_block_is_asked_about() -> None:
+    """(N, 1) minus (N,) is (N, N): every point is paired with every other."""
+    model, points = network(2, 3, 1), torch.rand(6, 2).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        with pytest.warns(osc.LossWarning, match="every other"):
+            reader_of(model).evaluate(lambda: {"fit": model(points) - points[:, 0]})

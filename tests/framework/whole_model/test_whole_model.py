@@ -408,3 +408,116 @@ def test_copies_go_on_by_themselves(name: str) -> None:
     for _ in range(3):
         assert float(optimizer.step(fit(model))) == float(copied.step(fit(other)))
     assert torch.equal(flat(model), flat(other))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("of", ["own generator", "numpy", "names", "sizes", "parameters", "another step"])
+def test_a_function_that_changes_within_a_step_is_refused(name: str, of: str) -> None:
+    """Never silently: a step judged by other points than it was made for means nothing."""
+    model, calls, generator = net(), [0], torch.Generator().manual_seed(0)
+    optimizer, inner = osc.build(name, model), osc.build("lm", model)
+
+    def residuals() -> dict[str, Tensor]:
+        calls[0] += 1
+        points = POINTS
+        if of == "own generator":
+            points = torch.rand(25, 1, generator=generator).double()
+        if of == "numpy":
+            points = torch.from_numpy(np.random.default_rng(calls[0]).random((25, 1)))
+        if of == "sizes":
+            points = POINTS[: 25 - calls[0]]
+        if of == "parameters":
+            with torch.no_grad():
+                model[0].weight.mul_(0.9)
+        if of == "another step" and calls[0] == 1:
+            inner.step(fit(model))
+        return {f"fit {calls[0]}" if of == "names" else "fit": model(points) - torch.sin(2.0 * points)}
+
+    before, random_state = flat(model), torch.get_rng_state()
+    with pytest.raises(
+        ArgumentError, match=r"function (gives other values|of residuals returned|moves the parameters)"
+    ):
+        optimizer.step(residuals)
+    assert torch.equal(flat(model), before) and torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_order_of_blocks_within_a_step_does_not_matter(name: str) -> None:
+    losses = []
+    for turned in (False, True):
+        model, calls = net(), [0]
+        optimizer = osc.build(name, model)
+
+        def residuals(model: nn.Module = model, calls: list[int] = calls, turned: bool = turned) -> dict[str, Tensor]:
+            calls[0] += 1
+            blocks = {"a": model(POINTS[:12]) - WANTED[:12], "b": 3.0 * (model(POINTS[12:]) - WANTED[12:])}
+            return dict(reversed(blocks.items())) if turned and calls[0] % 2 else blocks
+
+        losses.append([float(optimizer.step(residuals)) for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", RESIDUALS_ONLY)
+@pytest.mark.parametrize("penalty", [osc.Huber(0.1), osc.Cauchy(0.1)])
+def test_a_start_where_every_residual_is_an_outlier(name: str, penalty: Any) -> None:
+    model = net()
+    optimizer = osc.build(name, model)
+    wanted = WANTED + 5.0
+    losses = [
+        float(optimizer.step(lambda: {"fit": osc.Residual(model(POINTS) - wanted, penalty=penalty)})) for _ in range(40)
+    ]
+    assert losses[-1] < (0.1 if name == "lm" else 0.8) * losses[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_targets_in_double_precision_beside_a_model_in_single(name: str) -> None:
+    model = net().float()
+    optimizer = osc.build(name, model)
+    losses = [float(optimizer.step(lambda: {"fit": model(POINTS.float()) - WANTED})) for _ in range(10)]
+    assert losses[-1] < losses[0] and next(model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", RESIDUALS_ONLY)
+def test_half_precision_has_no_solver(name: str) -> None:
+    with pytest.raises(ArgumentError, match="float64"):
+        osc.build(name, net().bfloat16())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_parameters_that_are_one_number(name: str) -> None:
+    """The first curve fit that anybody writes."""
+
+    class Decay(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.rate = (nn.Parameter(torch.tensor(1.0).double()) for _ in range(2))
+
+    model = Decay()
+    optimizer, times = osc.build(name, model), torch.linspace(0.0, 4.0, 30).double()
+    wanted = 2.0 * torch.exp(-0.6 * times)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", osc.FallbackWarning)
+        for _ in range(40):
+            optimizer.step(lambda: {"fit": model.scale * torch.exp(-model.rate * times) - wanted})
+    assert float(model.scale.detach()) == pytest.approx(2.0, rel=1e-3)
+    assert float(model.rate.detach()) == pytest.approx(0.6, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_residuals_of_another_model_are_refused(name: str) -> None:
+    model, other = net(), net(1)
+    optimizer = osc.build(name, model)
+    before = flat(model)
+    with pytest.raises(ArgumentError, match="the model that the optimizer was built for"):
+        optimizer.step(fit(other))
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_module_that_was_exchanged_is_noticed(name: str) -> None:
+    model = net()
+    optimizer = osc.build(name, model)
+    optimizer.step(fit(model))
+    model[0] = nn.Linear(1, 6).double()
+    with pytest.raises(ArgumentError, match=r"'0\.weight' is no longer one of the model's"):
+        optimizer.step(fit(model))

@@ -1,5 +1,6 @@
 """Secant updates over all parameters against their formulas in dense matrices, and on quadratics."""
 
+from itertools import pairwise
 from typing import Any
 
 import osculate as osc
@@ -121,3 +122,32 @@ def test_pairs_without_curvature_are_left_out(update: SecantUpdate) -> None:
 def test_too_many_parameters_are_declined_with_the_way_out() -> None:
     assert "LimitedBFGS" in osc.FullBFGS(limit=10).declines(11)
     assert not osc.FullBFGS(limit=10).declines(10)
+
+
+@pytest.mark.parametrize("update", FULL, ids=repr)
+def test_an_inverse_that_has_lost_its_sign_begins_anew(update: SecantUpdate) -> None:
+    """y'Hy < 0 by rounding, as single precision brings about: no root of a negative number, and no wild H."""
+    gradient = torch.tensor([1.0, -2.0])
+    state = update.init(2, gradient)
+    state.inverse.copy_(-torch.eye(2))
+    state.updates = 5
+    assert not update.update(state, gradient, 0.5 * gradient, gradient)
+    close(update.precondition(state, gradient), gradient, 0.0)
+    assert update.update(state, gradient, 0.5 * gradient, gradient)
+
+
+@pytest.mark.parametrize("name", ["bfgs", "ssbfgs", "ssbroyden", "lbfgs"])
+def test_single_precision_to_its_end(name: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    inputs, labels = torch.randn(40, 5), torch.randint(0, 3, (40,))
+    optimizer = osc.build(name, model)  # type: ignore[call-overload]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(inputs), labels)
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(150)]
+    assert all(later <= earlier * (1 + 1e-5) for earlier, later in pairwise(losses))
