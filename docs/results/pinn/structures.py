@@ -3,8 +3,8 @@
     python docs/results/pinn/structures.py --seconds 20 --out docs/results/pinn
 
 Every structure with a matrix is damped by the package's Levenberg-Marquardt rule. Its step is chosen by the joint rule
-(a length per layer, and one along each layer's last step), by K-FAC's own pair of numbers for the whole network, or by a
-length per layer alone; a step that does not lower the loss is shortened. Nothing is tuned. Seconds are those of the
+(a length per layer, and one along each layer's last step), by K-FAC's own pair of numbers for the whole network, or by
+a length per layer alone; a step that does not lower the loss is shortened. Nothing is tuned. Seconds are those of the
 processor in one thread, without evaluations.
 """
 
