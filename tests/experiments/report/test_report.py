@@ -424,3 +424,20 @@ def test_names_of_lines_stand_in_one_column_beside_the_axes_none_over_another(na
     slack = 2.0
     assert min(middles) >= box.y0 - slack and max(middles) <= box.y1 + slack
     assert all(above - below > 10.0 * figure.dpi / 72 for below, above in pairwise(middles))
+
+
+def test_seeds_of_a_problem_and_what_an_arm_has_there_are_asked_for_and_shown(tmp_path: Path) -> None:
+    small_study(tmp_path)
+    file = tmp_path / "study.json"
+    description = json.loads(file.read_text())
+    description["problems"][0]["seeds"] = [0, 1, 7]
+    description["arms"]["fast"]["on"] = {"p_1": {"settings": {"lr": 0.25}, "space": {}, "trials": 0}}
+    file.write_text(json.dumps(description))
+    record = read_study(tmp_path)
+    assert record.seeds("p_1") == [0, 1, 7]
+    assert record.gaps == tuple(f"p_1, {arm}: no final run with seed 7" for arm in ("fast", "slow & sure"))
+    write_report(record, tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "fast on p_1" in page and "lr=0.25" in page
+    begun = pd.read_csv(tmp_path / "report" / "tables" / "overview.csv")
+    assert list(begun["not begun"]) == [1, 1]
