@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -128,7 +128,8 @@ def scaled(
         study = dataclasses.replace(study, problems=bare, budget=dataclasses.replace(study.budget, epochs=epochs))
     if seeds and seeds != study.seeds:
         notes.append(f"final seeds {' '.join(map(str, seeds))} instead of {' '.join(map(str, study.seeds))}")
-        study = dataclasses.replace(study, seeds=seeds)
+        same = tuple(dataclasses.replace(problem, seeds=None) for problem in study.problems)
+        study = dataclasses.replace(study, seeds=seeds, problems=same)
     study, left_out = _selected(study, arms, problems)
     notes += left_out
     written = tuple(f"scaled down or changed: {note}" for note in notes)
@@ -157,25 +158,23 @@ def _selected(study: Study, arms: tuple[str, ...], problems: tuple[str, ...]) ->
 
 
 def _show(study: Study, workers: int, console: Console) -> None:
-    problems = len(study.problems)
-    rows = [
-        {
-            "arm": arm.label,
-            "method": arm.method,
-            "settings": ", ".join(f"{name}={value}" for name, value in arm.settings.items()),
-            "space": _space(arm),
-            "trials": study.trials(arm) * problems,
-            "final": len(study.seeds) * problems,
-        }
-        for arm in study.arms
-    ]
+    finals = sum(len(study.final_seeds(problem)) for problem in study.problems)
+    rows = []
+    for arm in study.arms:
+        trials = sum(study.trials(arm.at(problem.label)) for problem in study.problems)
+        rows.append({"arm": arm.label, "method": arm.method} | _numbers(arm) | {"trials": trials, "final": finals})
+        rows += [
+            {"arm": f"  on {problem.label}"} | _numbers(arm.on[problem.label])
+            for problem in study.problems
+            if problem.label in arm.on
+        ]
     console.print(screen_table(study.title or study.name, rows, {name: name for name in rows[0]}))
     for problem in study.problems:
         budget, tuning = study.problem_budget(problem), study.tuning_budget(problem)
         target = "" if problem.target is None else f", target {problem.target.metric} {problem.target.value:g}"
         shorter = "" if tuning == budget else f", while tuning {_bounds(tuning)}"
         console.print(f"{problem.label}: each run {_bounds(budget)}{shorter}{target}", highlight=False, soft_wrap=True)
-    if any(arm.space for arm in study.arms):
+    if any(study.trials(arm.at(problem.label)) for arm in study.arms for problem in study.problems):
         how = study.tuning
         pruned = "no pruning" if how.pruner == "none" else f"pruner {how.pruner}, once 4 trials of an arm are done"
         console.print(f"tuning by {how.metric}, {how.sampler}, seed {how.seed}, {pruned}", highlight=False)
@@ -195,10 +194,12 @@ def _bounds(budget: Budget) -> str:
     return " or ".join(epochs + ([f"{budget.seconds:g} s"] if budget.seconds is not None else []))
 
 
-def _space(arm: Arm) -> str:
-    return ", ".join(
+def _numbers(arm: Arm) -> dict[str, Any]:
+    """What is set and what is searched, in words."""
+    space = ", ".join(
         f"{name} {kind} {values}" for name, entry in arm.space.items() for kind, values in entry.as_dict().items()
     )
+    return {"settings": ", ".join(f"{name}={value}" for name, value in arm.settings.items()), "space": space}
 
 
 def show_format(console: Console) -> None:

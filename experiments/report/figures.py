@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ __all__ = [
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8C510A")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.2, 1.2), (6, 1.5, 1.2, 1.5))
-_LOG_FROM_RATIO = 4.0
+_LOG_FROM_RATIO = 2.0
 _GAP_POINTS = 11.0
+_LEADER_POINTS = 18.0
 INCHES_PER_LETTER = 0.075
 """Width of a letter of the labels, which have 8 points."""
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
@@ -96,7 +97,7 @@ def plain_axes(axes: Axes) -> None:
 
 
 def scale_losses(axes: Axes, values: NDArray[np.float64], starts: Sequence[float]) -> None:
-    """Logarithmic where losses spread over a factor of four; what diverges leaves at the top and flattens nothing.
+    """Logarithmic where losses spread over a factor of two; what diverges leaves at the top and flattens nothing.
 
     Args:
         axes: to change; a logarithmic one gets plain numbers where the values lie within few decades.
@@ -120,12 +121,17 @@ def scale_losses(axes: Axes, values: NDArray[np.float64], starts: Sequence[float
         axes.set_ylim(low / 1.1 if logarithmic else low - 0.05 * (high - low), ceiling)
 
 
-def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> None:
-    """Write each line's name right of its end, moved apart where they would overlap; the figure grows to make room.
+def label_lines(
+    axes: Axes, ends: Sequence[tuple[str, float, float, Any]], line: Callable[[str], Mapping[str, Any]] | None = None
+) -> None:
+    """Write the names of lines in one column right of the axes, in the order of their ends, none over another.
+
+    A thin line leads from each end to its name. The figure grows to make room, also in height where the names need it.
 
     Args:
         axes: the last in its row, with its final limits.
         ends: name, x and y of the end, colour; ends that are not finite are left out.
+        line: keywords of ``Axes.plot`` by name, whose dashes the thin line takes; ``None``: solid.
     """
     shown = [end for end in ends if math.isfinite(end[1]) and math.isfinite(end[2])]
     if not shown:
@@ -134,24 +140,35 @@ def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> No
     assert figure is not None
     engine = figure.get_layout_engine()
     if isinstance(engine, ConstrainedLayoutEngine):
-        width, room = figure.get_figwidth(), INCHES_PER_LETTER * max(len(end[0]) for end in shown)
+        width = figure.get_figwidth()
+        room = INCHES_PER_LETTER * max(len(end[0]) for end in shown) + _LEADER_POINTS / 72
         figure.set_figwidth(width + room)
         engine.set(rect=(0, 0, width / (width + room), 1))
+    column = _GAP_POINTS * (len(shown) - 1)
     figure.draw_without_rendering()  # the axes take their place
-    heights = axes.transData.transform([end[1:3] for end in shown])[:, 1] * (72 / figure.dpi)
-    order, lines = np.argsort(heights, kind="stable"), _GAP_POINTS * np.arange(len(shown))
-    # Moved as little as it takes to be a line apart: names that collide share their middle.
-    placed = isotonic_regression(heights[order] - lines).x + lines
+    lacking = column - axes.get_window_extent().height * (72 / figure.dpi)
+    if lacking > 0:
+        figure.set_figheight(figure.get_figheight() + lacking / 72)
+        figure.draw_without_rendering()
+    points = axes.transData.transform([end[1:3] for end in shown]) * (72 / figure.dpi)
+    box = axes.get_window_extent()
+    right, low, high = (value * (72 / figure.dpi) for value in (box.x1, box.y0, box.y1))
+    order, steps = np.argsort(points[:, 1], kind="stable"), _GAP_POINTS * np.arange(len(shown))
+    # Moved as little as it takes to be a line apart and beside the axes: names that collide share their middle.
+    placed = np.clip(isotonic_regression(points[order, 1] - steps).x, low, max(low, high - column)) + steps
     for index, height in zip(order, placed, strict=True):
         name, x, y, colour = shown[index]
+        dashes = "-" if line is None else line(name)["linestyle"]
+        leader = {"arrowstyle": "-", "color": colour, "linestyle": dashes, "linewidth": 0.8, "alpha": 0.6}
         label = axes.annotate(
             name,
             (x, y),
-            xytext=(7, height - heights[index]),
+            xytext=(right + _LEADER_POINTS - points[index, 0], height - points[index, 1]),
             textcoords="offset points",
             color=colour,
             fontsize=8,
             va="center",
             annotation_clip=False,
+            arrowprops=leader | {"shrinkA": 1.0, "shrinkB": 0.0, "relpos": (0.0, 0.5)},
         )
         label.set_in_layout(False)  # the room is there already

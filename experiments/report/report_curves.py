@@ -130,7 +130,7 @@ def _name_lines(axes: Axes, last: dict[str, tuple[Floats, Floats]], styles: Styl
     gone = [arm for arm in styles.arms if arm in last and arm not in named]
     if gone:
         axes.set_title(f"off the scale: {', '.join(gone)}", fontsize=8, color="0.3")
-    label_lines(axes, ends)
+    label_lines(axes, ends, styles.line)
 
 
 def layer_step_figures(record: StudyRecord) -> dict[str, Figure]:

@@ -72,7 +72,7 @@ def budget_figure(table: pd.DataFrame, problem: str, styles: Styles) -> Figure |
     missing = f"; only misses: {', '.join(without)}" if without else ""
     axes.set_title(f"{problem}: what tuning buys, median and quartiles{missing}", fontsize=10)
     plain_axes(axes)
-    label_lines(axes, ends)
+    label_lines(axes, ends, styles.line)
     return figure
 
 
@@ -103,7 +103,7 @@ def profile_figure(record: StudyRecord, values: pd.DataFrame, styles: Styles) ->
     grid[0].set_ylabel("share of problems")
     number = len({problem for times in clocks.values() for problem, _ in times})
     figure.suptitle(f"performance profiles over {number} problem{'s' if number > 1 else ''}", fontsize=10)
-    label_lines(grid[-1], ends)
+    label_lines(grid[-1], ends, styles.line)
     return figure
 
 

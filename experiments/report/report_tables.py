@@ -92,7 +92,7 @@ def primary_measures(record: StudyRecord, problem: str) -> list[str]:
 
 def _counts(record: StudyRecord, problem: str, arm: str) -> dict[str, int]:
     finals = record.of(problem, arm, "final")
-    announced = len(record.description.get("seeds", []))
+    announced = len(record.seeds(problem))
     ends = {"finished": "finished", "broke down": "missed", "unfinished": "unfinished"}
     counts = {name: int((finals.state == state).sum()) for name, state in ends.items()}
     return counts | {"not begun": max(0, announced - finals.seed.nunique())}

@@ -84,6 +84,10 @@ class StudyRecord:
         target = self._problem(problem).get("target")
         return (target["metric"], float(target["value"])) if target else None
 
+    def seeds(self, problem: str) -> list[int]:
+        """Seeds of the final runs that the study announced for a problem."""
+        return list(self._problem(problem).get("seeds") or self.description.get("seeds", []))
+
     def tuning_metric(self, problem: str) -> str:
         """Metric that trials are ranked by."""
         return str(self._problem(problem).get("tuning") or "valid_loss")
@@ -372,11 +376,12 @@ def _missing(description: Mapping[str, Any], runs: pd.DataFrame) -> list[str]:
         for arm, entry in description.get("arms", {}).items():
             mine = runs[(runs.problem == problem["name"]) & (runs.arm == arm)]
             there = set(mine.loc[mine.phase == "final", "seed"])
-            absent = [seed for seed in description.get("seeds", []) if seed not in there]
-            trials = int(entry.get("trials") or 0) - int((mine.phase == "tune").sum())
+            absent = [seed for seed in problem.get("seeds") or description.get("seeds", []) if seed not in there]
+            own = entry.get("on", {}).get(problem["name"], entry)
+            trials = int(own.get("trials") or 0) - int((mine.phase == "tune").sum())
             where = f"{problem['name']}, {arm}"
             if absent:
                 gaps.append(f"{where}: no final run with seed {', '.join(map(str, absent))}")
-            if trials > 0 and entry.get("space"):
-                gaps.append(f"{where}: {trials} of {entry['trials']} tuning trials have not begun")
+            if trials > 0 and own.get("space"):
+                gaps.append(f"{where}: {trials} of {own['trials']} tuning trials have not begun")
     return gaps

@@ -42,12 +42,13 @@ def checked(study: Study, data_dir: Path | None, load: bool = True) -> Study:
     choose_device(study.device)
     for arm in study.arms:
         with _named(arm.source, f"arm {arm.label!r}"):
-            _check_names(arm)
+            for form in (arm, *arm.on.values()):
+                _check_names(form)
     tuned_by = {}
     for entry in study.problems:
         with _named(entry.source, f"problem {entry.label!r}"):
             problem = get_problem(entry.name, **entry.options)
-        for arm in study.arms:
+        for arm in (arm.at(entry.label) for arm in study.arms):
             with _named(arm.source, f"arm {arm.label!r} on {entry.label!r}"):
                 _check_points(study, arm, entry)
                 _build(study, arm, entry, problem)

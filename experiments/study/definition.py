@@ -54,6 +54,12 @@ def _require_seed(rule: str, seed: object) -> None:
         raise ArgumentError(f"{rule} >= 0, got {seed!r}")
 
 
+def _require_seeds(seeds: tuple[int, ...]) -> None:
+    _require_unique("seeds", list(seeds))
+    for seed in seeds:
+        _require_seed("seeds must be integers", seed)
+
+
 @dataclass(frozen=True)
 class Target:
     """What counts as reached: ``metric`` at most ``value`` (at least, for an accuracy)."""
@@ -79,6 +85,7 @@ class StudyProblem:
         batch_size: samples in a mini-batch, >= 1; ``None``: the problem's own.
         epochs: passes over the data on this problem, >= 1; ``None``: those of the study.
         target: what is to be reached, or ``None``.
+        seeds: of the final runs on this problem, each once; ``None``: those of the study.
         source: file and line where it is written, for messages.
     """
 
@@ -88,12 +95,15 @@ class StudyProblem:
     batch_size: int | None = None
     epochs: int | None = None
     target: Target | None = None
+    seeds: tuple[int, ...] | None = None
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         _require_label("problem", self.label)
         if self.epochs is not None:
             require_positive_integer(f"epochs of problem {self.label!r}", self.epochs)
+        if self.seeds is not None:
+            _require_seeds(self.seeds)
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,7 @@ class Arm:
         space: ranges of settings that are tuned; none: the arm goes straight to the final seeds.
         varied: in an ablation, which part was changed against the base and to what.
         source: file and line where it is written, for messages.
+        on: the arm as it is on some problems, by their labels: same label and method, other settings or space.
     """
 
     label: str
@@ -117,6 +128,7 @@ class Arm:
     space: Mapping[str, Range] = field(default_factory=dict)
     varied: tuple[str, str] | None = None
     source: str = field(default="", compare=False)
+    on: Mapping[str, Arm] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require_label("arm", self.label)
@@ -124,8 +136,12 @@ class Arm:
         if both:
             raise ArgumentError(f"arm {self.label!r}: {', '.join(both)} both set and searched; do one of them")
 
+    def at(self, problem: str) -> Arm:
+        """Return the arm as it is on the problem of that label."""
+        return self.on.get(problem, self)
+
     def config(self, problem: StudyProblem, point: Mapping[str, Any], seed: int, device: str = "cpu") -> RunConfig:
-        """Return the configuration of one run.
+        """Return the configuration of one run, of an arm as it is on that problem (see ``at``).
 
         Args:
             problem: on which it runs.
@@ -259,20 +275,23 @@ class Study:
             require_positive_integer("epochs of the budget", self.budget.epochs)
         _require_unique("arms", [arm.label for arm in self.arms])
         _require_unique("problems", [problem.label for problem in self.problems])
-        _require_unique("seeds", list(self.seeds))
-        for seed in self.seeds:
-            _require_seed("seeds must be integers", seed)
+        _require_seeds(self.seeds)
         require_positive_integer("evaluations in an epoch", self.evaluations)
         if self.limit is not None and not 0 < self.limit < math.inf:
             raise ArgumentError(f"limit must be positive and finite, got {self.limit!r}")
-        if self.tuning.seed in self.seeds and any(arm.space for arm in self.arms):
+        taken = any(self.tuning.seed in self.final_seeds(problem) for problem in self.problems)
+        if taken and any(arm.at(problem.label).space for arm in self.arms for problem in self.problems):
             raise ArgumentError(
                 f"seed {self.tuning.seed} is the tuning seed; final runs need fresh ones: change seeds, or seed in "
                 "[tuning], which is 0 unless given"
             )
 
+    def final_seeds(self, problem: StudyProblem) -> tuple[int, ...]:
+        """Return the seeds of the final runs on a problem."""
+        return self.seeds if problem.seeds is None else problem.seeds
+
     def trials(self, arm: Arm) -> int:
-        """Return how many settings of an arm are tried on each problem."""
+        """Return how many settings are tried of an arm as it is on some problem (see ``Arm.at``)."""
         return min(self.tuning.trials, grid_size(arm.space) or self.tuning.trials) if arm.space else 0
 
     def points(self, arm: Arm) -> list[dict[str, Any]]:
@@ -293,7 +312,7 @@ class Study:
         budget, tuning = self.problem_budget(problem), self.tuning_budget(problem)
         shorter: list[Any] = [] if tuning == budget else [tuning.epochs, tuning.seconds]
         shorter += [] if self.tuning.pruner == "none" else [self.tuning.pruner]
-        own = arm.as_dict()
+        own = arm.at(problem.label).as_dict()
         del own["varied"]
         return {
             **own,
@@ -306,16 +325,20 @@ class Study:
     @property
     def runs(self) -> int:
         """Number of runs, tuning and final."""
-        return len(self.problems) * sum(self.trials(arm) + len(self.seeds) for arm in self.arms)
+        finals = len(self.arms) * sum(len(self.final_seeds(problem)) for problem in self.problems)
+        return finals + sum(self._tuning_runs(problem) for problem in self.problems)
 
     @property
     def seconds(self) -> float | None:
         """Bound on the training time of all runs together; ``None`` without one."""
         if self.budget.seconds is None:
             return None
-        trials = sum(self.trials(arm) for arm in self.arms)
-        tuning = sum(trials * (self.tuning_budget(problem).seconds or 0.0) for problem in self.problems)
-        return tuning + len(self.problems) * len(self.arms) * len(self.seeds) * self.budget.seconds
+        tuning = sum(self._tuning_runs(entry) * (self.tuning_budget(entry).seconds or 0.0) for entry in self.problems)
+        finals = len(self.arms) * sum(len(self.final_seeds(problem)) for problem in self.problems)
+        return tuning + finals * self.budget.seconds
+
+    def _tuning_runs(self, problem: StudyProblem) -> int:
+        return sum(self.trials(arm.at(problem.label)) for arm in self.arms)
 
 
 def _least(first: float | None, second: Any) -> Any:

@@ -69,7 +69,7 @@ def estimate(study: Study, data_dir: Path | None, threads: int) -> Iterator[tupl
     for entry in study.problems:
         problem = get_problem(entry.name, **entry.options)
         data = problem.load(data_dir)
-        for arm in study.arms:
+        for arm in (arm.at(entry.label) for arm in study.arms):
             yield entry, arm, _cost(study, entry, arm, problem, data)
 
 
@@ -104,7 +104,7 @@ def show_estimate(study: Study, data_dir: Path | None, workers: int, threads: in
         for problem, arm, cost in estimate(study, data_dir, threads):
             final = cost.run(study.problem_budget(problem), study.evaluations)
             tuning = cost.run(study.tuning_budget(problem), study.evaluations)
-            trials, seeds = study.trials(arm), len(study.seeds)
+            trials, seeds = study.trials(arm), len(study.final_seeds(problem))
             together = seeds * final + trials * tuning
             row = {"problem": problem.label, "arm": arm.label, "one run": "breaks down", "runs": trials + seeds}
             if not math.isnan(together):

@@ -72,6 +72,7 @@ def describe_study(study: Study, ledger: Ledger) -> dict[str, Any]:
                 "options": dict(problem.options),
                 "batch_size": problem.batch_size,
                 "target": None if problem.target is None else asdict(problem.target),
+                "seeds": list(study.final_seeds(problem)),
                 "tuning": ledger.metric(problem.label),
                 "budget": asdict(study.problem_budget(problem)),
                 "tuning_budget": asdict(study.tuning_budget(problem)),
@@ -92,11 +93,20 @@ def _arm(study: Study, number: int) -> dict[str, Any]:
     plain = arm.as_dict()
     del plain["settings"]
     own = {"options": numbers | dict(config.method_options), "parts": dict(config.parts)}
-    return plain | own | {"trials": study.trials(arm), "settings": dict(arm.settings)}
+    on = {
+        problem.label: {
+            "settings": dict(there.settings),
+            "space": there.as_dict()["space"],
+            "trials": study.trials(there),
+        }
+        for problem in study.problems
+        if (there := arm.on.get(problem.label)) is not None
+    }
+    return plain | own | {"trials": study.trials(arm), "settings": dict(arm.settings)} | ({"on": on} if on else {})
 
 
 def _protocol(study: Study) -> str:
-    tuned = [arm for arm in study.arms if arm.space]
+    tuned = [arm for arm in study.arms if any(arm.at(problem.label).space for problem in study.problems)]
     sampling = f"grids whole or in seeded order, other spaces {study.tuning.sampler}"
     tuning = (
         f"{len(tuned)} of {len(study.arms)} arms tuned with {study.tuning.trials} trials each at most ({sampling}; "
@@ -105,9 +115,14 @@ def _protocol(study: Study) -> str:
         else "no arm tuned, "
     )
     return (
-        f"{tuning}the best setting by the last value of the tuning metric run again on {len(study.seeds)} other seeds; "
+        f"{tuning}the best setting by the last value of the tuning metric run again on {_counts(study)} other seeds; "
         "initial parameters and order of the data are the same for all arms of a seed; a breakdown is a miss"
     )
+
+
+def _counts(study: Study) -> str:
+    """How many final seeds there are, of all problems."""
+    return " or ".join(map(str, sorted({len(study.final_seeds(problem)) for problem in study.problems})))
 
 
 def _pruning(study: Study) -> str:
@@ -148,7 +163,7 @@ def told(study: Study, slot: Slot, point: Mapping[str, Any] | None) -> tuple[int
         slot: the run.
         point: its searched settings; ``None``: there are none, since every tuning run of its arm was a miss.
     """
-    arm = next(arm for arm in study.arms if arm.label == slot.arm)
+    arm = next(arm for arm in study.arms if arm.label == slot.arm).at(slot.problem)
     return slot.index if slot.phase == FINAL else study.tuning.seed, {**arm.settings, **(point or {})}
 
 

@@ -127,7 +127,7 @@ class Ledger:
     study: Study
     presence: Path
     _ids: dict[tuple[str, str, str], int] = field(default_factory=dict, init=False)
-    _cache: dict[str, list[dict[str, Any]]] = field(default_factory=dict, init=False)
+    _cache: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict, init=False)
 
     def publish(self) -> None:
         """Enter every run that is not in the book yet; safe to call from several processes.
@@ -137,22 +137,26 @@ class Ledger:
         """
         for problem in self.study.problems:
             for arm in self.study.arms:
-                self._publish(problem, arm)
+                self._publish(problem, arm.at(problem.label))
 
     def entries(self) -> dict[Slot, Entry]:
         """How every run stands, in the order in which they are to be done: tuning first, the arms side by side."""
         found: dict[Slot, Entry] = {}
         for problem in self.study.problems:
-            for arm in self.study.arms:
+            for arm in (entry.at(problem.label) for entry in self.study.arms):
                 for phase in (TUNE, FINAL):
                     if phase == FINAL or self.study.trials(arm):
                         found.update((entry.slot, entry) for entry in self._phase(problem, arm, phase))
         order = {arm.label: number for number, arm in enumerate(self.study.arms)}
-        position = {seed: number for number, seed in enumerate(self.study.seeds)}
+        position = {
+            (problem.label, seed): number
+            for problem in self.study.problems
+            for number, seed in enumerate(self.study.final_seeds(problem))
+        }
 
         def rank(slot: Slot) -> tuple[bool, int, int]:
             final = slot.phase == FINAL
-            return final, position[slot.index] if final else slot.index, order[slot.arm]
+            return final, position[slot.problem, slot.index] if final else slot.index, order[slot.arm]
 
         return {slot: found[slot] for slot in sorted(found, key=rank)}
 
@@ -162,10 +166,10 @@ class Ledger:
         Returns:
             ``{}`` for an arm without a space; ``None`` for a final run whose arm has only misses.
         """
-        arm = next(arm for arm in self.study.arms if arm.label == slot.arm)
+        arm = next(arm for arm in self.study.arms if arm.label == slot.arm).at(slot.problem)
         if not arm.space:
             return {}
-        trials = self._points(arm)
+        trials = self._points(slot.problem, arm)
         if slot.phase == TUNE:
             return trials[slot.index]
         tried = [entries[Slot(slot.problem, slot.arm, TUNE, number)] for number in range(len(trials))]
@@ -279,15 +283,15 @@ class Ledger:
             return False
         return True
 
-    def _points(self, arm: Arm) -> list[dict[str, Any]]:
-        if arm.label not in self._cache:
-            self._cache[arm.label] = self.study.points(arm)
-        return self._cache[arm.label]
+    def _points(self, problem: str, arm: Arm) -> list[dict[str, Any]]:
+        if (problem, arm.label) not in self._cache:
+            self._cache[problem, arm.label] = self.study.points(arm)
+        return self._cache[problem, arm.label]
 
     def _publish(self, problem: StudyProblem, arm: Arm) -> None:
-        phases: dict[str, dict[int, dict[str, Any]]] = {FINAL: {seed: {} for seed in self.study.seeds}}
+        phases: dict[str, dict[int, dict[str, Any]]] = {FINAL: {seed: {} for seed in self.study.final_seeds(problem)}}
         if self.study.trials(arm):
-            phases[TUNE] = dict(enumerate(self._points(arm)))
+            phases[TUNE] = dict(enumerate(self._points(problem.label, arm)))
         for phase, wanted in phases.items():
             study = self._open(problem, arm, phase)
             present = {trial.user_attrs.get("slot") for trial in self._trials(study)}
@@ -331,7 +335,7 @@ class Ledger:
         key = (problem.label, arm.label, phase)
         if key not in self._ids:
             self._open(problem, arm, phase)
-        known = range(self.study.trials(arm)) if phase == TUNE else self.study.seeds
+        known = range(self.study.trials(arm)) if phase == TUNE else self.study.final_seeds(problem)
         seen: set[int] = set()
         for trial in self._trials(self._ids[key]):
             index = int(trial.user_attrs["slot"])

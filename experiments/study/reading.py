@@ -7,7 +7,7 @@ seeds = [1, 2, 3]                                   # of the final runs
 [[problems]]
 name = "mnist-autoencoder"
 options = { size = "small" }
-target = { metric = "train_loss", value = 62 }
+target = { metric = "train_loss", value = 62 }      # also label, batch_size, epochs and seeds of this problem alone
 
 [budget]                                            # of every final run: epochs, seconds, or both
 epochs = 20
@@ -32,6 +32,8 @@ method = "kbfgs-l"
 method = "adamw"                                    # after a warm-up of a share of it; optimizers of other packages are
 lr_schedule = "cosine"                              # methods too ("prodigy", "dog", ...: 'osculate methods' lists them)
 lr_warm_up = 0.05
+space = { lr = { grid = [1e-3, 3e-3, 1e-2] } }
+on.mnist-autoencoder = { lr = 3e-3 }                # other settings, or another space, on the problem of that label
 
 [base]                                              # instead of, or beside arms: one base, of which ...
 method = "kfac"
@@ -130,6 +132,11 @@ class _Reader:
             tuning = Tuning(**_known("key of [tuning]", _table(content, "tuning"), _TUNING))
         with self._at("seeds"):
             seeds = tuple(_list(content, "seeds"))
+        for arm in arms:
+            for label in arm.on:
+                with self._at("arms", arm.label, "on"):
+                    if label not in (known := [problem.label for problem in problems]):
+                        raise UnknownNameError("problem", label, known)
         with self._at():
             return Study(
                 name=content.get("name", self._path.stem),
@@ -147,12 +154,14 @@ class _Reader:
 
     def _problem(self, number: int, entry: Any) -> StudyProblem:
         with self._at("problems", number):
-            keys = ("name", "label", "options", "batch_size", "epochs", "target")
+            keys = ("name", "label", "options", "batch_size", "epochs", "target", "seeds")
             given = dict(_known("key of a problem", _is_table("a problem", entry), keys))
             if "name" not in given:
                 raise ArgumentError("a problem needs a name; 'osculate problems' lists them")
             if "target" in given:
                 given["target"] = Target(**_known("key of a target", given["target"], ("metric", "value")))
+            if "seeds" in given:
+                given["seeds"] = tuple(_list(given, "seeds"))
             return StudyProblem(**{"label": given["name"]} | given, source=self._source("problems", number))
 
     def _arms(self, content: Mapping[str, Any]) -> tuple[Arm, ...]:
@@ -188,7 +197,7 @@ class _Reader:
 
     def _arm(self, label: str, entry: Any, place: tuple[str, ...]) -> Arm:
         settings = dict(_is_table(f"arm {label!r}", entry))
-        method, space = settings.pop("method", None), settings.pop("space", {})
+        method, space, on = settings.pop("method", None), settings.pop("space", {}), settings.pop("on", {})
         if not isinstance(method, str):
             got = "" if method is None else f", its name as text, got {method!r}"
             raise ArgumentError(f"arm {label!r} needs a method{got}; 'osculate methods' lists them")
@@ -196,7 +205,11 @@ class _Reader:
         for name, value in _is_table("space", space).items():
             with self._at(*place, "space", name):
                 ranges[name] = _range(name, value)
-        return Arm(label, method, settings, ranges, source=self._source(*place))
+        forms = {
+            problem: self._arm(label, _there(entry, changes), (*place, "on", problem))
+            for problem, changes in _is_table("on", on).items()
+        }
+        return Arm(label, method, settings, ranges, source=self._source(*place), on=forms)
 
     def _varied(self, base: Arm, content: Mapping[str, Any]) -> Iterator[Arm]:
         crossed = _table(content, "cross")
@@ -239,11 +252,22 @@ def _short_names(places: Sequence[str]) -> dict[str, str]:
     return {place: re.sub(r"[^\w.]", "", place) if shared[tail] > 1 else tail for place, tail in tails.items()}
 
 
+def _there(entry: Mapping[str, Any], changes: Any) -> dict[str, Any]:
+    """An arm's entries with those that it has on one problem alone; what is set there is not searched there."""
+    changes = _is_table("what an arm has on a problem", changes)
+    if "method" in changes or "on" in changes:
+        raise ArgumentError("an arm has one method on all problems; write another arm, or leave the key out")
+    space = changes.get("space", {k: v for k, v in entry.get("space", {}).items() if k not in changes})
+    kept = {k: v for k, v in entry.items() if k not in space and k != "on"}
+    return kept | dict(changes) | {"space": space}
+
+
 def _changed(base: Arm, changes: Mapping[str, Any], short: Mapping[str, str], source: str) -> Arm:
     label = ",".join(f"{short[place]}={_word(value)}" for place, value in changes.items())
     space = {name: entry for name, entry in base.space.items() if name not in changes}
     varied = (", ".join(changes), ", ".join(_word(value) for value in changes.values()))
-    return Arm(label, base.method, {**base.settings, **changes}, space, varied, source)
+    on = {problem: _changed(form, changes, short, source) for problem, form in base.on.items()}
+    return Arm(label, base.method, {**base.settings, **changes}, space, varied, source, on)
 
 
 def _word(value: Any) -> str:

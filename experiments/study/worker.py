@@ -39,6 +39,15 @@ __all__ = ["Assignment", "Place", "perform", "work"]
 _POLL_SECONDS = 0.5
 
 
+def _processors() -> int:
+    """Those that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "process_cpu_count"):
+        return os.process_cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a study runs.
@@ -62,9 +71,13 @@ class Place:
 
     @property
     def threads(self) -> int:
-        """Threads of one operation in every worker."""
-        count = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
-        return max(1, (count or 1) // self.workers)
+        """Threads of one operation in every worker: its share of the processors that this process may use.
+
+        Never more than the environment variable ``OMP_NUM_THREADS`` allows.
+        """
+        share = max(1, _processors() // self.workers)
+        allowed = os.environ.get("OMP_NUM_THREADS", "")
+        return min(share, max(1, int(allowed))) if allowed.isdecimal() else share
 
     def ledger(self, study: Study) -> Ledger:
         """The book of a study there."""
@@ -160,7 +173,7 @@ def perform(
     """
     study, place = assignment.study, assignment.place
     problem = next(problem for problem in study.problems if problem.label == slot.problem)
-    arm = next(arm for arm in study.arms if arm.label == slot.arm)
+    arm = next(arm for arm in study.arms if arm.label == slot.arm).at(slot.problem)
     seed, settings = told(study, slot, point)
     folder = run_folder(place.out, slot)
     if point is None:

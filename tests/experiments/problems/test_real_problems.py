@@ -239,6 +239,19 @@ def test_the_language_model_has_the_size_of_nanogpt() -> None:
     assert 12000 // 12 * get_problem("char-lm", text="shakespeare").epochs == 2000
 
 
+def test_the_language_model_of_medium_size_is_for_studies_of_many_runs() -> None:
+    problem = get_problem("char-lm", size="medium")
+    data = problem.load(None)
+    assert data.train_inputs.shape == (2400, 64) and len(data.train_inputs) // (problem.batch_size or 1) == 200
+    model = problem.build_model(0)
+    assert len(model.layers) == 2 and model.characters.embedding_dim == 64
+    with torch.no_grad():
+        assert model(data.train_inputs[:2]).shape == (2, 64, 96)
+    assert get_problem("char-lm", size="medium", text="shakespeare").target is None
+    with pytest.raises(UnknownNameError, match="medium"):
+        get_problem("char-lm", size="median")
+
+
 def test_the_race_without_arguments_is_on_the_digits_with_settings_of_their_own() -> None:
     race = Compare()
     problem = get_problem(race.problem)

@@ -8,15 +8,18 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from made_studies import MadeStudy, course_line, small_study, whole_study
+from matplotlib.text import Text
 from osculate.errors import ArgumentError
 from osculate.experiments.commands.cli import execute
 from osculate.experiments.commands.report import report_tables, write_report
+from osculate.experiments.report.figures import Styles, label_lines, new_figure
 from osculate.experiments.report.report_curves import course_band
 from osculate.experiments.report.report_figures import report_figures
 from osculate.experiments.report.report_latex import document, escape, latex_table
@@ -398,3 +401,43 @@ def test_damage_of_any_kind_is_said_and_never_a_crash(tmp_path: Path, capsys: py
         capsys.readouterr()
         assert execute(["report", str(study.folder)]) == 2
         assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("names", "height"), [(3, 3.7), (16, 3.7), (30, 2.0)])
+def test_names_of_lines_stand_in_one_column_beside_the_axes_none_over_another(names: int, height: float) -> None:
+    figure, grid = new_figure(9.0, height, columns=2)
+    axes = grid[-1]
+    labels = [f"arm-{number}" for number in range(names)]
+    styles = Styles(labels)
+    ends = []
+    for number, label in enumerate(labels):  # all end at the bottom, at one of two places
+        x, y = (1.0, 2.0)[number % 2], 1e-3 * number
+        axes.plot([0.0, x], [5.0, y], **styles.line(label))
+        ends.append((label, x, y, styles.colour(label)))
+    label_lines(axes, ends, styles.line)
+    figure.draw_without_rendering()
+    box = axes.get_window_extent()
+    places = [Text.get_window_extent(text) for text in axes.texts]  # without the leader
+    assert [text.get_text() for text in axes.texts] == labels
+    assert all(place.x0 > box.x1 and place.x1 < figure.bbox.x1 for place in places)
+    middles = [(place.y0 + place.y1) / 2 for place in places]
+    slack = 2.0
+    assert min(middles) >= box.y0 - slack and max(middles) <= box.y1 + slack
+    assert all(above - below > 10.0 * figure.dpi / 72 for below, above in pairwise(middles))
+
+
+def test_seeds_of_a_problem_and_what_an_arm_has_there_are_asked_for_and_shown(tmp_path: Path) -> None:
+    small_study(tmp_path)
+    file = tmp_path / "study.json"
+    description = json.loads(file.read_text())
+    description["problems"][0]["seeds"] = [0, 1, 7]
+    description["arms"]["fast"]["on"] = {"p_1": {"settings": {"lr": 0.25}, "space": {}, "trials": 0}}
+    file.write_text(json.dumps(description))
+    record = read_study(tmp_path)
+    assert record.seeds("p_1") == [0, 1, 7]
+    assert record.gaps == tuple(f"p_1, {arm}: no final run with seed 7" for arm in ("fast", "slow & sure"))
+    write_report(record, tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "fast on p_1" in page and "lr=0.25" in page
+    begun = pd.read_csv(tmp_path / "report" / "tables" / "overview.csv")
+    assert list(begun["not begun"]) == [1, 1]

@@ -18,7 +18,14 @@ from osculate.experiments.runs.targets import exclusive
 from osculate.experiments.study.checking import checked
 from osculate.experiments.study.conductor import _Crew
 from osculate.experiments.study.definition import Arm, Study, StudyProblem, Tuning
-from osculate.experiments.study.folders import NOT_FINISHED, run_folder, settle, write_trial
+from osculate.experiments.study.folders import (
+    NOT_FINISHED,
+    describe_study,
+    run_folder,
+    settle,
+    told,
+    write_trial,
+)
 from osculate.experiments.study.ledger import FINAL, TUNE, Ledger, Slot, open_storage
 from osculate.experiments.study.presence import clear, is_alive
 from osculate.experiments.study.reading import find_study, read_study, shipped_studies
@@ -394,3 +401,106 @@ def test_a_dry_run_says_how_long_at_most_or_that_nothing_bounds_it(
     file.write_text(HEAD + '[arms.a]\nmethod = "sgdm"\n')
     assert execute(["study", str(file), "--dry-run"]) == 0
     assert "2 runs, no bound on their time: seconds in [budget] would be one" in capsys.readouterr().out
+
+
+ON = """
+[arms.a]
+method = "sgdm"
+weight_decay = 1e-5
+space = { lr = { grid = [0.01, 0.1, 1.0] }, damping = { grid = [0.1, 0.2] } }
+on.short = { lr = 0.3, damping = 0.5 }
+[arms.a.on.other]
+weight_decay = 0.0
+space = { lr = { grid = [3.0, 10.0] } }
+[arms.b]
+extends = "a"
+momentum = 0.5
+[arms.c]
+method = "adam"
+"""
+
+
+def _several(tmp_path: Path) -> Study:
+    labels = "".join(
+        f'[[problems]]\nname = "curves-autoencoder"\nlabel = "{label}"\noptions = {{ size = "small" }}\n{more}\n'
+        for label, more in (("usual", ""), ("short", "seeds = [4]"), ("other", "seeds = [1, 2, 3]"))
+    )
+    file = tmp_path / "some.toml"
+    file.write_text(f"seeds = [1, 2]\n{labels}[budget]\nepochs = 1\n[tuning]\ntrials = 9\n{ON}")
+    return read_study(file)
+
+
+def test_an_arm_has_other_settings_and_spaces_on_some_problems(tmp_path: Path) -> None:
+    study = checked(_several(tmp_path), None, load=False)
+    a, b, c = study.arms
+    tried = {label: [study.points(arm.at(label)) for arm in (a, b, c)] for label in ("usual", "short", "other")}
+    assert [len(found) for found in tried["usual"]] == [6, 6, 0]
+    assert tried["short"] == [[], [], []], "what is set on a problem is not searched there"
+    assert [sorted(point["lr"] for point in found) for found in tried["other"]] == [[3.0, 10.0], [3.0, 10.0], []]
+    configs = [b.at(problem.label).config(problem, {}, 7) for problem in study.problems]
+    assert [config.lr for config in configs] == [None, 0.3, None]
+    assert [config.weight_decay for config in configs] == [1e-5, 1e-5, 0.0]
+    assert all(config.method_options == {"momentum": 0.5} for config in configs)
+    assert study.runs == 2 * (6 + 0 + 2) + 3 * (2 + 1 + 3)
+
+
+def test_the_book_has_the_runs_of_each_problem_and_study_json_says_which(tmp_path: Path) -> None:
+    study = checked(_several(tmp_path), None, load=False)
+    ledger = Ledger(open_storage(tmp_path / "out", None), study, tmp_path / "workers")
+    ledger.publish()
+    entries = ledger.entries()
+    assert len(entries) == study.runs
+    finals = {(slot.problem, slot.index) for slot in entries if slot.phase == FINAL}
+    assert finals == {("usual", 1), ("usual", 2), ("short", 4), ("other", 1), ("other", 2), ("other", 3)}
+    assert ledger.point(Slot("short", "a", FINAL, 4), entries) == {}
+    assert told(study, Slot("short", "a", FINAL, 4), {})[1] == {"weight_decay": 1e-5, "lr": 0.3, "damping": 0.5}
+    described = describe_study(study, ledger)
+    assert [problem["seeds"] for problem in described["problems"]] == [[1, 2], [4], [1, 2, 3]]
+    assert {label: there["trials"] for label, there in described["arms"]["a"]["on"].items()} == {"short": 0, "other": 2}
+    assert "on" not in described["arms"]["c"] and "on 1 or 2 or 3 other seeds" in described["protocol"]
+
+
+def test_one_arm_more_joins_the_book_of_a_study(tmp_path: Path) -> None:
+    study = _several(tmp_path)
+    storage = open_storage(tmp_path / "out", None)
+    Ledger(storage, dataclasses.replace(study, arms=study.arms[:2]), tmp_path / "workers").publish()
+    Ledger(storage, scaled(study, arms=("c",)), tmp_path / "workers").publish()
+    whole = Ledger(storage, study, tmp_path / "workers")
+    whole.publish()
+    assert len(whole.entries()) == study.runs
+
+
+def test_a_study_scaled_down_to_some_problems_keeps_what_arms_have_there(tmp_path: Path) -> None:
+    study = scaled(_several(tmp_path), problems=("short",))
+    assert study.runs == 3 and study.arms[0].at("short").settings["lr"] == 0.3
+    assert scaled(_several(tmp_path), seeds=(8, 9), problems=("short",)).runs == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[arms.a]\nmethod = 'sgdm'\non.nowhere = { lr = 0.1 }", "nowhere"),
+        ("[arms.a]\nmethod = 'sgdm'\non.curves-autoencoder = { method = 'adam' }", "one method on all problems"),
+        ("[arms.a]\nmethod = 'sgdm'\non.curves-autoencoder = 3", "must be a table"),
+    ],
+)
+def test_what_an_arm_cannot_have_on_a_problem_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"(?s)some\.toml.*{says}"):
+        read(tmp_path, text)
+
+
+def test_the_tuning_seed_is_no_final_seed_of_any_problem_with_a_tuned_arm(tmp_path: Path) -> None:
+    study = _several(tmp_path)
+    with pytest.raises(ArgumentError, match="seed 3 is the tuning seed"):
+        dataclasses.replace(study, tuning=Tuning(seed=3))
+    dataclasses.replace(study, tuning=Tuning(seed=4), problems=study.problems[1:2])
+
+
+def test_workers_take_no_more_threads_than_they_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("osculate.experiments.study.worker._processors", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert Place(tmp_path, workers=2).threads == 4 and Place(tmp_path, workers=20).threads == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert Place(tmp_path, workers=2).threads == 3 and Place(tmp_path, workers=4).threads == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    assert Place(tmp_path, workers=2).threads == 4
