@@ -16,7 +16,7 @@ from typing import Any
 
 import osculate as osc
 import torch
-from osculate.experiments.problems import get_problem
+from osculate.experiments.problems import ResidualProblem, get_problem
 from osculate.experiments.runs.environment import describe_environment
 from osculate.experiments.runs.evaluation import relative_error, score
 
@@ -57,7 +57,9 @@ def measured(name: str, structure: str, rule: str, seed: int, seconds: float) ->
     data = problem.load(None)
     model = problem.build_model(seed)
     optimizer = osc.build(composed(structure, rule), model, backend="residuals")
-    residuals = problem.residuals(model, data.train_inputs, data.train_targets)
+    inputs, targets = data.train_inputs, data.train_targets
+    equations = isinstance(problem, ResidualProblem)
+    residuals = problem.residuals(model, inputs, targets) if equations else lambda: {"fit": model(inputs) - targets}
     spent, steps, marks, best, trouble = 0.0, 0, {}, float("inf"), ""
     while spent < seconds and not trouble:
         began = time.process_time()
@@ -67,8 +69,8 @@ def measured(name: str, structure: str, rule: str, seed: int, seconds: float) ->
         except (osc.OsculateError, RuntimeError) as error:
             trouble = f"{type(error).__name__}: {str(error)[:200]}"
         spent, steps = spent + time.process_time() - began, steps + 5
-        if name == "sine-regression":
-            error_now = 2 * score(model, problem, data.train_inputs, data.train_targets, training=True)[0]
+        if not equations:
+            error_now = 2 * score(model, problem, inputs, targets, training=True)[0]
         else:
             error_now = relative_error(model, problem, data.test_inputs, data.test_targets)
         best = min(best, error_now)
@@ -85,12 +87,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS))
+    parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
     parser.add_argument("--out", type=Path, default=Path())
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for name in given.problems:
-        for structure in STRUCTURES:
+        for structure in given.structures:
             for rule in RULES:
                 for seed in range(given.seeds):
                     rows.append(measured(name, structure, rule, seed, given.seconds))
