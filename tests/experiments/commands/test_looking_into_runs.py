@@ -16,6 +16,7 @@ from osculate.experiments.runs.records import RunFolder
 def run(tiny: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """Two epochs of K-BFGS, watched, with both checkpoints."""
     words = ["train", "--method", "kbfgs", "--epochs", "2", "--watch", "--watch-every", "1", "--keep-checkpoints"]
+    words += ["--damping", "0.3"]  # with which the Hessian stays positive definite, and cosines are defined
     assert execute([*words, "--out", str(tmp_path / "run")]) == 0
     capsys.readouterr()
     return tmp_path / "run"
@@ -68,7 +69,7 @@ def test_microscope_takes_one_step_of_every_method(run: Path, capsys: pytest.Cap
 
 def test_a_run_that_broke_down_at_once_is_seen_at_its_beginning(tiny: object, tmp_path: Path) -> None:
     words = ["train", "--method", "kbfgs", "--epochs", "1", "--lr", "1e30", "--option", "growth=inf"]
-    assert execute([*words, "--out", str(tmp_path)]) == 1
+    assert execute([*words, "--option", "limit=inf", "--out", str(tmp_path)]) == 1
     assert not RunFolder(tmp_path).checkpoint_file.exists()
     assert execute(["microscope", str(tmp_path), "--methods", "adam", "--history", "2"]) == 0
     saved = json.loads((tmp_path / "microscope" / "microscope.json").read_text())

@@ -8,7 +8,7 @@ from osculate.experiments.runs.training import EveryEpoch, measure, prepare
 
 
 @pytest.mark.parametrize(
-    ("method", "chooses"), [("lw-sgdm", True), ("joint-sgdm", True), ("sgdm", False), ("kfac", False)]
+    ("method", "chooses"), [("lw-sgdm", True), ("joint-sgdm", True), ("sgdm", False), ("kfac", True), ("soap", False)]
 )
 def test_step_sizes_of_the_last_step_are_in_the_metrics(tiny: object, method: str, chooses: bool) -> None:
     run = prepare(RunConfig("tiny", method), tiny, tiny.load(None))  # type: ignore[attr-defined, arg-type]
