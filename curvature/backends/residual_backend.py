@@ -2,7 +2,8 @@
 
 ``step`` is given a function that returns residuals by name. Their Jacobian, row by row, stands in the same record as
 what other backends measure: one vector per residual, whose outer products add up to the Gauss-Newton matrix of the
-loss. Sampled labels have nothing to add to it; where a method asks for them, it gets the exact rows.
+loss. Sampled labels have nothing to add to it; where a method asks for them, it gets the exact rows. Only their mean,
+the one gradient that ``SampledBatchMean`` and ``SampledBatchScores`` ask for, needs random signs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..records.statistics import LayerStatistics, SampleGradients
 from ..residuals.jacobian import Jacobian, JacobianReader, Uses
 from ..residuals.rows import RowsLayer
 from .backend import Backend
+from .sampling import seeded_generator
 
 __all__ = ["ResidualBackend"]
 
@@ -106,13 +108,26 @@ class ResidualBackend(Backend):
             return {name: self._with_means(entry, uses.get(self._weight(entry.layer))) for name, entry in plain.items()}
         if found is None:
             return {}
+        generator = seeded_generator(self.seed * 1_000_003 + self.step, found.values.device)
+        signs = torch.randint(0, 2, found.values.shape, generator=generator, device=found.values.device)
+        signs = (2 * signs - 1).to(found.values.dtype)
         return {
-            layer.name: self._record(layer, asked[layer.name], found)
+            layer.name: self._record(layer, asked[layer.name], found, signs)
             for layer in self.layers
             if asked.get(layer.name, Record.NOTHING)
         }
 
-    def _record(self, layer: Layer, asked: Record, found: Jacobian) -> LayerStatistics:
+    def _record(self, layer: Layer, asked: Record, found: Jacobian, signs: Tensor) -> LayerStatistics:
+        """Of one layer.
+
+        Args:
+            layer: the layer.
+            asked: of it.
+            found: of the mini-batch.
+            signs: (V,) random, the same for all layers: a mean of rows with random signs is to the Gauss-Newton matrix
+                what the mean gradient for sampled labels is to the Fisher matrix, V E[g g'] = J'WJ; without them every
+                pair of residuals would count.
+        """
         places = [self._places[id(value)] for value in layer.parameters.values()]
         count = len(found.values)
         roots = (count * found.curvatures).sqrt()
@@ -121,7 +136,9 @@ class ResidualBackend(Backend):
         gradients = SampleGradients(per_loss, exact, tuple(value.unsqueeze(1) for value in exact))
         record = LayerStatistics(layer, count, 1, float(count), sample_gradients=gradients)
         if Record.SAMPLED_PARAMETERS in asked:
-            record = record.with_fields(sampled_parameter_gradients=tuple(value.mean(0) for value in exact))
+            record = record.with_fields(
+                sampled_parameter_gradients=tuple(_times(signs, value).mean(0) for value in exact)
+            )
         uses = found.uses.get(self._weight(layer))
         if uses is None:
             return record

@@ -13,7 +13,7 @@ from ...checking import require_kind
 from ...curvature.residuals.jacobian import Jacobian, JacobianReader, evaluate_residuals, explained
 from ...curvature.residuals.residual import read_residuals
 from ...errors import ArgumentError, ClosureRequiredError, NumericalError, require_interval
-from ...preconditioners.whole.models import GaussNewton, Sighted, Spring, flattened
+from ...preconditioners.whole.models import Sighted, flattened
 from ...preconditioners.whole.systems import Products, chosen_system, products_of
 from ...stepsize.search.protocol import SearchOutcome
 from ..optimizer.closure import Snapshot
@@ -266,9 +266,7 @@ class WholeModel(torch.optim.Optimizer):
         if not self._entries:
             blocks = objective.first_residuals()
             self._entries = sum(block.values.numel() for block in blocks)
-        curvature = self.method.curvature
-        assert isinstance(curvature, GaussNewton | Spring) or not hasattr(curvature, "system")
-        system = getattr(curvature, "system", None)
+        system = self.method.curvature.system
         implicit = system is not None and chosen_system(system, self._entries, sum(self._sizes)).matrix_free
         look = self._step < _LOOKS or self._step % 100 == 0
         found = objective.products() if implicit else objective.jacobian(look)

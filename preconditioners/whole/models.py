@@ -56,6 +56,10 @@ class Curvature(Protocol):
     needs_residuals: bool
     """Whether it works for sums over residuals only."""
 
+    @property
+    def system(self) -> System | None:
+        """How its equations are solved; ``None`` for curvature that solves none."""
+
     def declines(self, parameters: int) -> str:
         """Why it does not take so many parameters, or an empty string."""
 
@@ -297,6 +301,7 @@ class Secant:
 
     update: SecantUpdate
     needs_residuals = False
+    system = None
 
     def __post_init__(self) -> None:
         require_fields(self)

@@ -426,3 +426,33 @@ def test_targets_of_the_network_itself_are_no_rows_of_its_factors(name: str, cut
 def test_a_step_without_a_function_is_told_to_return_residuals() -> None:
     with pytest.raises(ClosureRequiredError, match="function that returns them by name"):
         osc.build("kfac", network(), backend="residuals").step()
+
+
+def test_one_gradient_for_the_whole_batch_is_unbiased() -> None:
+    """V E[g g'] is the Gauss-Newton matrix, blocks between layers included; without random signs it is not."""
+    model, inside = network(4, 2), points_of(4, 5)
+    optimizer = osc.build(
+        osc.Method(osc.Dense(), osc.SampledBatchMean(), defaults={"lr": 1.0, "damping": 1.0}),
+        model,
+        backend="residuals",
+    )
+    parameters = list(model.parameters())
+    total, draws, samples = 0.0, 1500, 0
+    for step in range(draws):
+        optimizer.capture.step = 3 + step % 97 + 100 * (step // 97)
+        optimizer.capture.closure(lambda: {"fit": model(inside) - 1.0})()
+        records = optimizer.capture.collect()
+        row = torch.cat(
+            [piece.flatten() for name in ("0", "2", "4") for piece in records[name].sampled_parameter_gradients or ()]
+        )
+        samples = records["0"].samples
+        total = total + samples * torch.outer(row, row) / draws
+    entries = (model(inside) - 1.0).flatten()
+    rows = torch.stack(
+        [
+            torch.cat([piece.flatten() for piece in torch.autograd.grad(entry, parameters, retain_graph=True)])
+            for entry in entries
+        ]
+    )
+    exact = rows.T @ rows / len(entries)
+    assert (total - exact).norm() < 0.15 * exact.norm()
