@@ -246,42 +246,58 @@ class JacobianReader:
             for position, block in enumerate(blocks):
                 keep = bool(uses) or position < len(blocks) - 1
                 found.append(self._by_copies(block, mode, look or block.name not in self._known, keep))
-            return loss, blocks, found, {place: self._uses(place, blocks, mode, found) for place in uses}
+            return loss, blocks, found, self._uses(uses, blocks, mode, found)
 
     def _uses(
-        self, place: int, blocks: Sequence[ResidualBlock], mode: _OwnCopies, rows: Sequence[Sequence[Tensor] | None]
-    ) -> Uses:
-        """The rows of one weight in all blocks, and whether they explain its derivatives."""
-        seen, parameter = mode.uses.get(place, []), self.parameters[place]
-        outputs: list[Tensor] = []
-        complete = bool(seen)
-        reached = [False] * len(seen)  # others are targets that were cut off
+        self,
+        places: Sequence[int],
+        blocks: Sequence[ResidualBlock],
+        mode: _OwnCopies,
+        rows: Sequence[Sequence[Tensor] | None],
+    ) -> dict[int, Uses]:
+        """The rows of these weights in all blocks, and whether they explain their derivatives.
+
+        One backward pass per block and component for all weights together, and one of the loss.
+        """
+        every = [(place, use) for place in places for use in mode.uses.get(place, [])]
+        asked = [use.output for _, use in every]
+        reached = [False] * len(every)  # others are targets that were cut off
+        outputs: dict[int, list[Tensor]] = {place: [] for place in places}
+        complete = {place: bool(mode.uses.get(place)) for place in places}
         for block, known in zip(blocks, rows, strict=True):
             roots = block.curvatures().sqrt()
-            for component in range(block.values.shape[1] if seen else 0):
-                asked = [use.output for use in seen]
+            for component in range(block.values.shape[1] if every else 0):
                 total = block.values[:, component].sum()
                 got = torch.autograd.grad(total, asked, retain_graph=True, allow_unused=True)
                 reached = [before or value is not None for before, value in zip(reached, got, strict=True)]
-                explained = torch.zeros_like(parameter).detach()
-                for use, value in zip(seen, got, strict=True):
+                sums = {place: torch.zeros_like(self.parameters[place]).detach() for place in places}
+                for (place, use), value in zip(every, got, strict=True):
                     if value is not None and len(value) == len(roots):
                         flat = value.detach()
-                        outputs.append((flat * roots[:, component, None, None]).flatten(0, 1))
-                        explained += flat.flatten(0, 1).T @ use.input.flatten(0, 1)
-                if not parameter.requires_grad:
-                    continue
-                if known is None:
-                    complete = False
-                else:
-                    exact = known[place].unflatten(0, block.values.shape)[:, component].sum(0)
-                    complete = complete and _agree([exact], [explained])
-        seen = [use for use, counts in zip(seen, reached, strict=True) if counts]
-        ones = [use.input.new_full((*use.input.shape[:2], 1), float(use.bias)) for use in seen]
-        inputs = [torch.cat([use.input, one], 2).flatten(0, 1) for use, one in zip(seen, ones, strict=True)]
-        rows_in, rows_out = parameter.new_zeros(0, parameter.shape[1] + 1), parameter.new_zeros(0, parameter.shape[0])
-        means = _means_of(total_loss(blocks), seen, parameter.shape[0], parameter)
-        return Uses(*means, torch.cat([rows_in.detach(), *inputs]), torch.cat([rows_out.detach(), *outputs]), complete)
+                        outputs[place].append((flat * roots[:, component, None, None]).flatten(0, 1))
+                        sums[place] += flat.flatten(0, 1).T @ use.input.flatten(0, 1)
+                for place in places:
+                    if known is None:
+                        complete[place] = complete[place] and not self.parameters[place].requires_grad
+                    elif self.parameters[place].requires_grad and complete[place]:
+                        exact = known[place].unflatten(0, block.values.shape)[:, component].sum(0)
+                        complete[place] = _agree([exact], [sums[place]])
+        counted = [entry for entry, counts in zip(every, reached, strict=True) if counts]
+        slopes = _slopes_at(total_loss(blocks), [use for _, use in counted])
+        result: dict[int, Uses] = {}
+        for place in places:
+            weight = self.parameters[place].detach()
+            pairs = [(use, slope) for (own, use), slope in zip(counted, slopes, strict=True) if own == place]
+            ones = [use.input.new_full((*use.input.shape[:2], 1), float(use.bias)) for use, _ in pairs]
+            inputs = [torch.cat([use.input, one], 2).flatten(0, 1) for (use, _), one in zip(pairs, ones, strict=True)]
+            rows_in, rows_out = weight.new_zeros(0, weight.shape[1] + 1), weight.new_zeros(0, weight.shape[0])
+            result[place] = Uses(
+                *_means_of(pairs, weight.shape[0], weight),
+                torch.cat([rows_in, *inputs]),
+                torch.cat([rows_out, *outputs[place]]),
+                complete[place],
+            )
+        return result
 
     @torch.enable_grad()
     def look_back(self, closure: ResidualClosure, places: Sequence[int]) -> tuple[Tensor, int, dict[int, Uses]]:
@@ -299,7 +315,8 @@ class JacobianReader:
         for place in places:
             weight = self.parameters[place]
             empty = weight.detach().new_zeros(0)
-            means = _means_of(loss, mode.uses.get(place, []), weight.shape[0], weight)
+            uses = mode.uses.get(place, [])
+            means = _means_of(list(zip(uses, _slopes_at(loss, uses), strict=True)), weight.shape[0], weight)
             found[place] = Uses(*means, empty, empty, True)
         return loss, sum(block.values.numel() for block in blocks), found
 
@@ -507,22 +524,22 @@ def _different(blocks: Sequence[ResidualBlock], again: Sequence[ResidualBlock]) 
     return None
 
 
-def _means_of(loss: Tensor, seen: Sequence[_Use], width: int, like: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Number of rows, mean product and summed derivative of the loss."""
-    zeros = like.detach().new_zeros(width)
-    if not seen:
+def _slopes_at(loss: Tensor, uses: Sequence[_Use]) -> Sequence[Tensor | None]:
+    """Derivative of the loss by each product."""
+    if not uses:
+        return ()
+    return torch.autograd.grad(loss, [use.output for use in uses], retain_graph=True, allow_unused=True)
+
+
+def _means_of(pairs: Sequence[tuple[_Use, Tensor | None]], width: int, like: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Number of rows, mean product and summed derivative of the loss, of products that it depends on."""
+    known = [(use.output.detach(), slope.detach()) for use, slope in pairs if slope is not None]
+    if not known:
+        zeros = like.detach().new_zeros(width)
         return 0, zeros, zeros
-    outputs = [use.output for use in seen]
-    arrived = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
-    pairs = [
-        (output.detach(), value.detach()) for output, value in zip(outputs, arrived, strict=True) if value is not None
-    ]
-    if not pairs:
-        return 0, zeros, zeros
-    rows = sum(output.shape[0] * output.shape[1] for output, _ in pairs)
-    total = torch.stack([output.sum((0, 1)) for output, _ in pairs]).sum(0)
-    sums = [value.sum((0, 1)) for _, value in pairs]
-    return rows, total / rows, torch.stack(sums).sum(0)
+    rows = sum(output.shape[0] * output.shape[1] for output, _ in known)
+    total = torch.stack([output.sum((0, 1)) for output, _ in known]).sum(0)
+    return rows, total / rows, torch.stack([slope.sum((0, 1)) for _, slope in known]).sum(0)
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:
