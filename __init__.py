@@ -16,6 +16,7 @@ from .errors import (
     LossWarning,
     NumericalError,
     OsculateError,
+    ProcessError,
     UnknownNameError,
 )
 from .framework import *  # noqa: F403
@@ -39,6 +40,7 @@ __all__ = [
     "LossWarning",
     "NumericalError",
     "OsculateError",
+    "ProcessError",
     "UnknownNameError",
 ]
 

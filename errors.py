@@ -17,6 +17,7 @@ __all__ = [
     "LossWarning",
     "NumericalError",
     "OsculateError",
+    "ProcessError",
     "UnknownNameError",
     "require_finite_nonnegative",
     "require_interval",
@@ -53,6 +54,10 @@ class ClosureRequiredError(OsculateError, TypeError):
 
 class NumericalError(OsculateError, ArithmeticError):
     """A computation broke down (non-finite loss, matrix that is not positive definite); nothing was written."""
+
+
+class ProcessError(OsculateError, RuntimeError):
+    """Another process of a run has died, hangs, or has refused the step; the message names it."""
 
 
 class LossWarning(UserWarning):

@@ -201,7 +201,16 @@ class StructureDeclarations(Declarations):
     measures: Mapping[str, Measure] = MappingProxyType({})
     """Statistics of its own, by the name under which ``update`` finds them in ``statistics.measured``."""
 
-    _many = (("update_many", "update"), ("precondition_many", "precondition"))
+    takes_moments: Mapping[str, Any] = MappingProxyType({})
+    """By side (``"inputs"``, ``"outputs"``) the sharing rule of the second moment that is all it takes of the layer's
+    rows on that side, beside the mean input row: several processes may then add up moments and leave the rows where
+    they are. A side that is missing takes the rows themselves, if any."""
+
+    work: Callable[..., float] | None = None
+    """``work(layer)``: floating-point operations of ``precondition``; ``None``: two products with dense matrices where
+    it computes some, else one operation per parameter. To divide the work over processes."""
+
+    _many = (("update_many", "update"), ("precondition_many", "precondition"), ("takes_moments", "update"))
     update: Callable[..., None]
     update_many: Callable[..., None]
     precondition: Callable[..., Tensors]
@@ -261,10 +270,13 @@ class FactorDeclarations(Declarations):
     pairs: Any = None
     """The rule that damps its secant pairs, where it has one."""
 
+    takes_moment: Callable[..., Any] | None = None
+    """``takes_moment(side)``: the sharing rule of the second moment that is all it takes of the rows on this side."""
+
     kind: Callable[..., tuple[Any, ...]] | None = None
     """``kind(state, before)``: what states must share to be looked back at together."""
 
-    _many = (("observe_many", "observe_step"),)
+    _many = (("observe_many", "observe_step"), ("takes_moment", "update"))
 
 
 class PairDampingDeclarations(Declarations):
@@ -352,6 +364,10 @@ class FormDeclarations(Declarations):
 
     random: bool = False
     """Whether it draws directions or labels of its own."""
+
+    adds_up: bool = False
+    """Whether it takes the statistics of a share of the mini-batch, and puts the shares together by ``evidence.share``
+    and ``evidence.total``; if not, every process is given the rows of all."""
 
 
 class StepSizeDeclarations(Declarations):

@@ -41,6 +41,10 @@ class DirectionalEvidence:
         hessian_product: from one direction per name (all of them) to the product H d of the mini-batch loss, by name,
             where d is the sum of a layer's directions; ``None`` unless the rule declared ``Needs.PRODUCTS``.
         generator: for random signs.
+        share: what ``statistics`` count in the mean over a mini-batch that many processes share, in [0, 1].
+        samples: N of the joint mini-batch.
+        total: sum of a tensor over the processes; ``None``: the statistics are of the whole mini-batch. Only forms that
+            declare ``adds_up`` ever see another value.
     """
 
     names: Sequence[str]
@@ -48,6 +52,9 @@ class DirectionalEvidence:
     statistics: Mapping[str, LayerStatistics]
     hessian_product: Callable[[Mapping[str, Tensors]], Mapping[str, Tensors]] | None
     generator: torch.Generator
+    share: float = 1.0
+    samples: int = 0
+    total: Callable[[Tensor], Tensor] | None = None
 
 
 class QuadraticForm(Protocol):
@@ -103,12 +110,14 @@ class SampledScores(FormDeclarations):
     needs = Needs.SCORES
     definite = True
     estimates = "fisher"
+    adds_up = True
 
     def measure(self, evidence: DirectionalEvidence) -> Tensor:
         """One product of the (L, N) score matrix with itself."""
         rows: dict[int, Tensor] = {}
         known: dict[int, LayerStatistics] = {}
-        extra: dict[int, list[tuple[int, float, Tensor]]] = {}
+        shared: dict[int, list[tuple[int, Tensor]]] = {}
+        means: dict[int, list[tuple[int, Tensor]]] = {}
         measured = [evidence.statistics[name] for name in evidence.names if name in evidence.statistics]
         samples = next((entry.samples for entry in measured if _has_scores(entry)), 1)
         for index, name in enumerate(evidence.names):
@@ -118,20 +127,25 @@ class SampledScores(FormDeclarations):
                 continue
             rows[index] = direction[0].new_zeros(samples)
             if statistics is not None and statistics.sampled_gradient is not None:
-                slopes = _slopes_of_shared(statistics, direction)
-                extra.setdefault(id(statistics), []).append((index, 1.0 / len(slopes), slopes))
+                shared.setdefault(id(statistics), []).append((index, _slopes_of_shared(statistics, direction)))
             elif statistics is not None and statistics.sampled_parameter_gradients is not None:
                 slope = _inner(statistics.sampled_parameter_gradients, direction)
-                extra.setdefault(id(statistics), []).append((index, statistics.samples, slope))
+                means.setdefault(id(statistics), []).append((index, slope))
         found = scores_of_many(list(known.values()), [evidence.directions[evidence.names[index]] for index in known])
         rows.update(zip(known, found, strict=True))
         stacked = torch.stack([rows[index] for index in range(len(evidence.names))])
         result = stacked @ stacked.T / samples
-        for of_layer in extra.values():
-            for row, count, slope in of_layer:
-                for column, _, along in of_layer:
-                    product = slope * along
-                    result[row, column] = count * (product if product.ndim == 0 else product.sum())
+        for of_layer in shared.values():
+            for row, slopes in of_layer:
+                for column, along in of_layer:
+                    result[row, column] = (slopes * along).mean()
+        if evidence.total is not None:
+            result = evidence.total(evidence.share * result)
+        for places in means.values():
+            slopes, count = _joint_slopes(evidence, [slope for _, slope in places], evidence.names[places[0][0]])
+            for (row, _), slope in zip(places, slopes, strict=True):
+                for (column, _), along in zip(places, slopes, strict=True):
+                    result[row, column] = count * (slope * along)
         return result
 
 
@@ -146,20 +160,35 @@ class SampledBatchScores(FormDeclarations):
     needs = Needs.BATCH_SCORES
     definite = True
     estimates = "fisher"
+    adds_up = True
 
     def measure(self, evidence: DirectionalEvidence) -> Tensor:
         """Rank one."""
         slopes: list[Tensor] = []
-        samples = 1
+        known = evidence.names[0]
         for name in evidence.names:
             statistics, direction = evidence.statistics.get(name), evidence.directions[name]
             if statistics is None or statistics.sampled_parameter_gradients is None:
                 slopes.append(direction[0].new_zeros(()))
                 continue
-            samples = statistics.samples
+            known = name
             slopes.append(_inner(statistics.sampled_parameter_gradients, direction))
-        stacked = torch.stack(slopes)
+        stacked, samples = _joint_slopes(evidence, slopes, known)
         return samples * torch.outer(stacked, stacked)
+
+
+def _joint_slopes(evidence: DirectionalEvidence, slopes: Sequence[Tensor], name: str) -> tuple[Tensor, int]:
+    """Slopes of the mean gradient of the joint mini-batch, and its number of samples.
+
+    Args:
+        evidence: of this process.
+        slopes: of its own mean gradient.
+        name: of a direction whose layer has been measured.
+    """
+    stacked, statistics = torch.stack(list(slopes)), evidence.statistics.get(name)
+    if evidence.total is not None:
+        return evidence.total(evidence.share * stacked), evidence.samples
+    return stacked, 1 if statistics is None else statistics.samples
 
 
 class _HessianForm(FormDeclarations):

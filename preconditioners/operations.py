@@ -28,6 +28,7 @@ __all__ = [
     "PowerIteration",
     "Request",
     "compute_many",
+    "flops",
 ]
 
 
@@ -214,6 +215,17 @@ class Request:
     damping: float
     operation: Operation = field(default_factory=Inverse)
     start: Tensor | None = field(default=None, repr=False)
+
+
+_FLOPS = {Inverse: 1.0, PowerIteration: 5.0, Eigenvectors: 9.0, InverseRoot: 11.0, AbsoluteInverse: 11.0}
+"""In units of d^3: Cholesky 1/3 and inverse 2/3; a product, QR and Q; tridiagonal form, eigenvalues and vectors about 9
+(G. H. Golub and C. F. Van Loan, Matrix Computations, 4th edition, sections 4.2, 5.2, 8.3); two for a product more."""
+
+
+def flops(request: Request) -> float:
+    """About how many floating-point operations a request takes; an operation of a third party counts as the dearest."""
+    *batch, size, _ = request.matrix.shape
+    return _FLOPS.get(type(request.operation), 11.0) * math.prod(batch) * float(size) ** 3
 
 
 def compute_many(requests: Sequence[Request]) -> list[Computed]:

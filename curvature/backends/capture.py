@@ -26,6 +26,7 @@ from ...errors import ArgumentError
 from ..declarations import Measure
 from ..layers.attention import ProjectionWatch
 from ..layers.layer import Layer
+from ..layers.sharding import GraphLeaves, is_sharded, whole
 from ..likelihoods import Likelihood
 from ..loss_curvature import differentiate
 from ..records import joining
@@ -84,6 +85,8 @@ class Capture(Backend):
         "_pending",
         "_waits",
         "_leaves",
+        "_standing",
+        "_graph_leaves",
         "_edges",
         "_probes",
     )
@@ -107,6 +110,9 @@ class Capture(Backend):
         self.received: dict[int, WaitingPass] = {}  # passes for which a gradient has arrived at an output
         self._pass, self._inside = 0, False
         self._leaves: dict[int, list[Tensor]] = {}  # artificial ones of each pass
+        self.sharded = any(is_sharded(value) for layer in self.layers for value in layer.parameters.values())
+        self._graph_leaves = GraphLeaves(self.model)
+        self._standing: dict[int, dict[int, Tensor]] = {}  # by pass and parameter, what stands for it in the graph
         self._axes: set[int] = set()  # sizes of the first axes of the calls of this pass
         self._square = False  # whether a shape of this pass leaves open which axis counts samples
         self._orders = {}
@@ -250,6 +256,8 @@ class Capture(Backend):
             self._axes, self._square = set(), False
         if self._edges or self._uneven or self._empty:
             self._edges, self._uneven, self._empty = {}, {}, set()
+        if self._standing:
+            self._standing = {}
 
     def _attach(self) -> list[Any]:
         return self._hooks_beyond(frozenset())
@@ -303,7 +311,7 @@ class Capture(Backend):
         if self._axes:
             self._settle(args, kwargs, ordered)
         if self.seen is not None and isinstance(ordered, Tensor):
-            self.seen.watch(ordered, self.pauses)
+            self.seen.watch(ordered, self.pauses, self._standing.get(self._pass))
         if not self._extra or not torch.is_grad_enabled():
             return None
         likelihood, read = require_predictive(self.likelihood, ordered, self.output)
@@ -312,19 +320,20 @@ class Capture(Backend):
         calls = [call for call in self._calls.alive() if call.pass_index == self._pass and call.edge is not None]
         rooted = [call for call in calls if self._asked[call.layer].roots]
         sampled = [call for call in calls if self._asked[call.layer].sampled]
-        whole = [layer for layer in self.layers if layer.name in self._asked and self._asked[layer.name].whole]
-        if not (rooted or sampled or whole):
+        of_layers = [layer for layer in self.layers if layer.name in self._asked and self._asked[layer.name].whole]
+        if not (rooted or sampled or of_layers):
             return None
         heads = self._heads(output)
         if heads:
-            leaves = [p for layer in self.layers if layer.name in self._asked for p in layer.parameters.values()]
-            waiting = WaitingPass(self._pass, self._labels(), sampled, rooted, whole, leaves)
+            held = [p for layer in self.layers if layer.name in self._asked for p in layer.parameters.values()]
+            standing = self._standing.get(self._pass, {})
+            waiting = WaitingPass(self._pass, self._labels(), sampled, rooted, of_layers, held, standing)
             self._waits.add(self._pass)
             return self._wait(waiting, output, heads)
         if rooted:
             roots_backward(read, likelihood, rooted)
-        if sampled or whole:
-            sums = sampled_backward(read, likelihood, self._labels(), self._pass, sampled, whole)
+        if sampled or of_layers:
+            sums = sampled_backward(read, likelihood, self._labels(), self._pass, sampled, of_layers)
             self._forget_abandoned_sums()
             for name, entry in sums.items():
                 self._parameter_sums.setdefault(name, []).append(entry)
@@ -541,14 +550,23 @@ class Capture(Backend):
         for use in uses:
             call, layer = self._new_call(use, output), use.layer
             looks_back = self._kind == "look back"
-            leaves = self._leaves.get(self._pass, []) if looks_back else list(layer.parameters.values())
+            leaves = self._leaves.get(self._pass, []) if looks_back else self._leaves_of(layer)
             hook = GradientHook(layer, call, self._asked[layer.name], self._calls, self.pauses, leaves)
             hook.accumulating = not looks_back
             hook.certificate = self._certificates.get(layer.name)
             if layer.name in self.measures and not looks_back:
-                hook.measures = self.measures[layer.name], use.value.detach(), output.detach()
+                hook.measures = self.measures[layer.name], whole(use.value.detach()), whole(output.detach())
             output.register_hook(hook)
         return replaced
+
+    def _leaves_of(self, layer: Layer) -> list[Tensor]:
+        """What stands for a layer's parameters in the graph of the call that runs now."""
+        own: list[Tensor] = list(layer.parameters.values())
+        if not self.sharded:
+            return own
+        found = [self._graph_leaves.of(parameter) for parameter in own]
+        self._standing.setdefault(self._pass, {}).update(zip(map(id, own), found, strict=True))
+        return found
 
     def _with_leaf(self, output: Tensor) -> Tensor | None:
         """When looking back, the output with an artificial leaf if none is behind it, else ``None``.
@@ -571,7 +589,7 @@ class Capture(Backend):
         if adapter is None:
             return call
         if asked.inputs:
-            value = use.value.detach()
+            value = whole(use.value.detach())
             if use.value.grad_fn is None and is_borrowed(value):
                 value = value.clone()
             call.input = adapter.recorded_input(layer.module, value)
@@ -579,7 +597,7 @@ class Capture(Backend):
         if adapter.reads_calls:
             adapter = call.adapter = adapter.of_call(layer.module, use.value, output)
         if asked.means:
-            call.output_sum = column_sum(adapter.expand_output(layer.module, call.arranged(output.detach())))
+            call.output_sum = column_sum(adapter.expand_output(layer.module, call.arranged(whole(output.detach()))))
         if (asked.sampled or asked.roots) and output.requires_grad:
             call.edge = get_gradient_edge(output)
         if self._inside:
@@ -736,11 +754,11 @@ class GradientHook:
         """Take it in, if it belongs to a backward that fills the leaves' ``.grad``."""
         if OWN.running or self._pauses.depth or not accumulates(self._leaves):
             return
-        call, adapter = self._call, self._layer.adapter
+        call, adapter, gradient = self._call, self._layer.adapter, whole(gradient)
         task = torch._C._current_graph_task_id()
         if self._calls.begin_task(task) and self.accumulating:
-            for leaf in self._leaves:
-                if leaf.requires_grad and leaf.grad is not None:
+            for parameter in self._layer.parameters.values():
+                if parameter.requires_grad and parameter.grad is not None:
                     break
             else:  # what earlier backwards had added to .grad is gone, by whatever way
                 self._calls.discard_before(call.layer, task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,14 +27,21 @@ class SeenLoss:
         self.idle = False
         self._leaves, self._found = leaves, list[Tensor]()
 
-    def watch(self, output: Tensor, pauses: Pauses) -> None:
-        """Read the gradient of one pass's output when it comes."""
+    def watch(self, output: Tensor, pauses: Pauses, standing: Mapping[int, Tensor] | None = None) -> None:
+        """Read the gradient of one pass's output when it comes.
+
+        Args:
+            output: of the model.
+            pauses: of the backend.
+            standing: what stands for the parameters in this pass's graph, where they are sharded.
+        """
+        filled = self._leaves if standing is None else list(standing.values())
         if self.idle or output.ndim < 2 or not output.requires_grad:
             return
         logits = output.detach()
 
         def read(gradient: Tensor) -> None:
-            if not (OWN.running or pauses.depth) and accumulates(self._leaves):
+            if not (OWN.running or pauses.depth) and accumulates(filled):
                 self._found.append(cross_entropy_seen(logits, gradient.detach()))
 
         output.register_hook(read)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ...errors import ArgumentError
 from ..layers.layer import Layer
+from ..layers.sharding import reopened
 from ..likelihoods import Likelihood
 from ..loss_curvature import LossPoint
 from ..loss_weights import LossReader, is_weighted
@@ -39,7 +41,8 @@ class WaitingPass:
         sampled: calls that want rows of sampled labels.
         rooted: calls that want all roots.
         whole: layers whose parameter gradients for sampled labels are wanted.
-        leaves: parameters; a backward that fills the ``.grad`` of none is not counted.
+        held: parameters; a backward that fills the ``.grad`` of none is not counted.
+        standing: by id of a sharded parameter, what stands for it in the graph.
     """
 
     def __init__(
@@ -49,9 +52,11 @@ class WaitingPass:
         sampled: Sequence[Call],
         rooted: Sequence[Call],
         whole: Sequence[Layer],
-        leaves: Sequence[Tensor],
+        held: Sequence[Tensor],
+        standing: Mapping[int, Tensor],
     ):
-        self.index, self.labels, self.leaves = index, labels, leaves
+        self.index, self.labels, self.held, self.standing = index, labels, held, standing
+        self.leaves = list(standing.values()) or held
         self.sampled, self.rooted, self.whole = list(sampled), list(rooted), list(whole)
         self.edges: dict[int, Any] = {id(call): call.edge for call in (*sampled, *rooted)}
         self.at: dict[int, int] = {}  # calls whose output is one of the model's, and the number of that head
@@ -171,7 +176,7 @@ class OutputPass:
                 "logits[mask] = ...), so its distribution is not known any more; write logits = logits / temperature, "
                 "logits.masked_fill(mask, value), or let the model return what it is changed to"
             )
-        gone = discards != self._discards or all(leaf.grad is None for leaf in self.waiting.leaves)
+        gone = discards != self._discards or all(parameter.grad is None for parameter in self.waiting.held)
         if self._gradient is not None and not gone:
             gradient = self._gradient + gradient
         self._gradient, self._discards = gradient, discards
@@ -193,7 +198,8 @@ class OutputPass:
         gradients: Sequence[Tensor | None] = ()
         if waiting.sampled or trainable:
             slope = slope_at(likelihood, wide, waiting.labels.of_head(likelihood, wide, self.head))
-            rows, gradients = self._pulled_back(root, slope, waiting.sampled, trainable)
+            leaves = [waiting.standing.get(id(p), p) for p in trainable]
+            rows, gradients = self._pulled_back(root, slope, waiting.sampled, leaves)
         sums = dict(zip(map(id, trainable), gradients, strict=True))
         waiting.take(self.head, _Found(rows, roots, sums, is_weighted(likelihood)), len(value))
 
@@ -249,6 +255,7 @@ class OutputHook:
         backend, waiting = self._backend(), self._waiting
         if backend is None or OWN.running or self._pauses.depth or not accumulates(waiting.waiting.leaves):
             return
-        with extra_backward(), torch.no_grad():
+        opened = reopened(backend.model) if backend.sharded else nullcontext()
+        with extra_backward(), torch.no_grad(), opened:
             waiting.receive(gradient.detach(), backend.readers[waiting.head], backend.discards)
         backend.received[waiting.waiting.index] = waiting.waiting

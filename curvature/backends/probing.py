@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten
 
 from ...errors import ArgumentError, FallbackWarning
 from ..layers.layer import Layer
+from ..layers.sharding import wholes
 from ..records.calls import Call
 from ..records.ownership import NOBODY, Ownership
 from .passes import extra_backward
@@ -150,7 +151,7 @@ class Probes:
         try:
             with extra_backward():
                 plain, scaled = (
-                    torch.autograd.grad(output, points, vector, retain_graph=True, allow_unused=True)
+                    wholes(torch.autograd.grad(output, points, vector, retain_graph=True, allow_unused=True))
                     for vector in vectors
                 )
         except RuntimeError:  # reentrant checkpoints
@@ -200,7 +201,7 @@ class Probes:
             vector = _direction(output) * weights.to(output.dtype).reshape(-1, *[1] * (output.ndim - 1))
             with extra_backward():
                 found = torch.autograd.grad(output, points, vector, retain_graph=True, allow_unused=True)
-            return rows(found)
+            return rows(wholes(found))
 
         samples = output.shape[0]
         found = read_owners(pull, samples, output.device, output.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ..layers.layer import Layer
+from ..layers.sharding import wholes
 from ..likelihoods import Likelihood, score_of
 from ..records.calls import Call, ParameterSum
 from .outputs import Choice, JointLikelihood, read_output
@@ -126,7 +127,7 @@ def pulled_back(root: Any, inputs: Sequence[Any], vectors: Tensor, batched: bool
         return ()
     if batched:
         return _batched_backward(root, inputs, vectors)
-    return torch.autograd.grad(root, inputs, vectors, retain_graph=True, allow_unused=True)
+    return wholes(torch.autograd.grad(root, inputs, vectors, retain_graph=True, allow_unused=True))
 
 
 def sampled_backward(
@@ -197,8 +198,12 @@ def roots_backward(output: Tensor, likelihood: Likelihood, calls: Sequence[Call]
 def _batched_backward(output: Any, edges: Sequence[Any], roots: Tensor) -> Sequence[Tensor | None]:
     """Gradients (V, ...) at each edge, one per root."""
     try:
-        return torch.autograd.grad(output, edges, roots, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        return wholes(
+            torch.autograd.grad(output, edges, roots, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        )
     except RuntimeError:  # an operation of the model has no batching rule: one root at a time
-        found = [torch.autograd.grad(output, edges, root, retain_graph=True, allow_unused=True) for root in roots]
+        found = [
+            wholes(torch.autograd.grad(output, edges, root, retain_graph=True, allow_unused=True)) for root in roots
+        ]
     columns = zip(*found, strict=True)
     return [None if values[0] is None else torch.stack(list(values)) for values in columns]

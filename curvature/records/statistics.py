@@ -90,6 +90,9 @@ class LayerStatistics:
             flattened row-major (weight in its own layout, then bias). Symmetric; it may have negative eigenvalues if
             the estimator says ``definite = False``. Call it during ``update`` only: it may use the autograd graph.
         measured: what a structure measures itself (``measures``), by name, added up over all calls and samples.
+        moments: by side (``"inputs"``, ``"outputs"``) the second moment, as the structure's sharing rule makes it, of
+            the joint mini-batch of several processes, whose rows were left where they are.
+        input_mean: the mean of the input rows, (d_in,), in the same case.
     """
 
     layer: Layer
@@ -120,6 +123,8 @@ class LayerStatistics:
     row_count: int | None = None
     matrix: Callable[[], Tensor] | None = None
     measured: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    input_mean: Tensor | None = None
 
     def recorded(self) -> list[Tensor]:
         """Every tensor that was measured in passes; not what was filled in afterwards."""
@@ -166,9 +171,13 @@ class LayerStatistics:
         adapter, value = self._adapter(), self._require(self.inputs, "inputs")
         return adapter.expand_input(self.layer.module, value).flatten(0, 1)
 
+    def mean_row(self) -> Tensor:
+        """Mean input over samples, positions and groups, (d_in,), without the homogeneous 1."""
+        return self.input_rows().mean(0) if self.input_mean is None else self.input_mean
+
     def mean_input(self) -> Tensor:
-        """Mean input over samples, positions and groups, (d_in [+1],), with the homogeneous 1 if there is a bias."""
-        mean = self.input_rows().mean(0)
+        """The same, (d_in [+1],), with the homogeneous 1 if there is a bias."""
+        mean = self.mean_row()
         return torch.cat([mean, mean.new_ones(1)]) if self.layer.has_bias else mean
 
     def preactivation_gradients(self) -> Tensor:

@@ -39,6 +39,10 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "strict": (bool, "strict=True refuses parameters that no part serves"),
     "backend": (str, "take 'hooks', 'func' or 'backpack', or 'residuals' for a loss that is a sum over residuals"),
     "certify_records": (Literal["always", "start", "never"], "choose how often records are compared with gradients"),
+    "division": (
+        Literal["auto", "replicated", "owners", "owners-only"],
+        "choose who has the states where processes share a mini-batch",
+    ),
     "samples": (
         int | Callable,
         "give the axis of the model's output that counts the samples, or a function of the output",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from ...curvature.declarations import StructureDeclarations, declared
 from ...curvature.estimators import Estimator
 from ...curvature.layers.adapters import TensorAdapter
 from ...curvature.layers.layer import Layer
+from ...curvature.layers.sharding import whole
 from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...curvature.records.statistics import Tensors
 from ...errors import ArgumentError, CompatibilityError
@@ -68,6 +69,7 @@ class Block:
     ``born`` is the step before which the block was added: its schedule counts from there.
     ``vector`` is what is preconditioned: the storage itself, unless the momentum blends in the gradient.
     ``structure`` is the part with all that a structure may declare: itself, or a third party's taken in.
+    ``owner`` is the process that has its state, where many divide the work; elsewhere it is without values.
     ``alone`` is a parameter read as a matrix for itself, where its layer cannot be read and its part needs nothing but
     the gradient; the part sees it in the place of the layer, see ``seen``.
     """
@@ -84,6 +86,7 @@ class Block:
     born: int = 0
     note: str = ""
     alone: Layer | None = None
+    owner: int | None = None
     seen: Layer = field(init=False)
     structure: StructureDeclarations = field(init=False)
     parameters: Tensors = field(init=False)
@@ -159,7 +162,15 @@ class Block:
         size = self.state.bytes() + sum(value.numel() * value.element_size() for value in self.storage)
         layer = self.layer
         return LayerRow(
-            layer.name, layer.kind, self.names, shape, describe(self.part), self.fallback, size, self.note or layer.note
+            layer.name,
+            layer.kind,
+            self.names,
+            shape,
+            describe(self.part),
+            self.fallback,
+            size,
+            self.note or layer.note,
+            self.owner,
         )
 
     def to_dict(self, state: bool = True) -> dict[str, Any]:
@@ -226,6 +237,7 @@ def make_blocks(
     *,
     strict: bool,
     estimator: Estimator | None = None,
+    owner: Callable[[Layer], tuple[int | None, bool]] | None = None,
 ) -> list[Block]:
     """Blocks of all layers; what the preconditioner leaves over goes to the fallback.
 
@@ -237,6 +249,7 @@ def make_blocks(
         fallback: what serves the rest.
         strict: refuse what would get the fallback, and matrices that a table serves by its ``otherwise``.
         estimator: of the method, which says what a structure's needs take to be recorded.
+        owner: of a layer the process that has its state, and whether that is this one; ``None``: this one, of all.
 
     Raises:
         CompatibilityError: if ``strict`` and something is left over; the message lists it.
@@ -244,6 +257,7 @@ def make_blocks(
     blocks: list[Block] = []
     left: list[str] = []
     for layer in layers:
+        holds = (None, True) if owner is None else owner(layer)
         pieces = list(_alone(layer, preconditioner, estimator))
         served = {name for _, names, _ in pieces for name in names}
         others = {name: parameter for name, parameter in layer.parameters.items() if name not in served}
@@ -254,11 +268,11 @@ def make_blocks(
         rest = tuple(name for name in layer.parameters if name not in taken)
         for index, (part, names, alone) in enumerate(pieces):
             key = layer.name if index == 0 else f"{layer.name}:{'+'.join(names)}"
-            blocks.append(_block(key, layer, names, part, False, alone))
+            blocks.append(_block(key, layer, names, part, False, alone, holds))
         if rest:
             reason = layer.note if pieces or layer.note else _declined(preconditioner, layer)
             key = layer.name if not pieces else f"{layer.name}:{'+'.join(rest)}"
-            blocks.append(_block(key, layer, rest, fallback, True))
+            blocks.append(_block(key, layer, rest, fallback, True, None, holds))
             blocks[-1].note = reason
         unnamed = by_default(preconditioner, layer) - served
         listed = (*rest, *(name for name in layer.parameters if name in unnamed and layer.parameters[name].ndim > 1))
@@ -309,13 +323,22 @@ def _alone(
 
 
 def _block(
-    key: str, layer: Layer, names: tuple[str, ...], part: Preconditioner, fallback: bool, alone: Layer | None = None
+    key: str,
+    layer: Layer,
+    names: tuple[str, ...],
+    part: Preconditioner,
+    fallback: bool,
+    alone: Layer | None,
+    holds: tuple[int | None, bool],
 ) -> Block:
-    parameters = tuple(full_precision(layer.parameters[name].detach()) for name in names)
+    parameters = tuple(full_precision(whole(layer.parameters[name].detach())) for name in names)
+    owner, here = holds
+    if not here:
+        parameters = tuple(parameter.to("meta") for parameter in parameters)
     seen = alone or layer
     storage: Tensors
     if part.joint:
         storage = (torch.zeros(seen.matrix_shape, dtype=parameters[0].dtype, device=parameters[0].device),)
     else:
         storage = tuple(torch.zeros_like(parameter) for parameter in parameters)
-    return Block(key, layer, names, part, fallback, part.init(seen, parameters), storage, alone=alone)
+    return Block(key, layer, names, part, fallback, part.init(seen, parameters), storage, alone=alone, owner=owner)

@@ -54,6 +54,7 @@ def build(
     samples: int | Callable[[Any], Tensor] = 0,
     process_group: Any = "auto",
     certify_records: str = "start",
+    division: str = "auto",
     **options: Any,
 ) -> SecondOrder: ...
 
@@ -77,6 +78,7 @@ def build(
     samples: int | Callable[[Any], Tensor] = 0,
     process_group: Any = "auto",
     certify_records: str = "start",
+    division: str = "auto",
     **options: Any,
 ) -> SecondOrder | WholeModel:
     """Build an optimizer.
@@ -116,6 +118,10 @@ def build(
             ``DistributedDataParallel`` itself as ``model``.
         certify_records: when what was recorded of the layers is compared, along a random direction, with the gradients
             that it must explain: ``"always"``, ``"start"`` (the first ten steps, and every hundredth) or ``"never"``.
+        division: who has the states where several processes share a mini-batch: ``"replicated"`` (every process all of
+            them), ``"owners"`` (each layer one process, which alone computes its inverses and directions),
+            ``"owners-only"`` (which alone gets its gradient, too), or ``"auto"``: ``"owners"`` where parameters are
+            sharded, else ``"replicated"``.
         **options: options of the registered method, e.g. ``memory=20`` for ``kbfgs-l``.
 
     Example:
@@ -140,6 +146,7 @@ def build(
             "grad_scaler": (grad_scaler, None),
             "backend": (backend, "hooks"),
             "samples": (samples, 0),
+            "division": (division, "auto"),
         }
         return _build_whole(method, model, damping, on_nonfinite, options, given)
     if not isinstance(method, str | Method):
@@ -171,6 +178,7 @@ def build(
         samples=samples,
         process_group=process_group,
         certify_records=certify_records,
+        division=division,
     )
 
 

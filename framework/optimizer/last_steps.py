@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...curvature.layers.layer import Layer
+from ...curvature.layers.sharding import whole
 from ...curvature.quadratic_forms import DirectionalEvidence
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from .blocks import full_precision
@@ -37,7 +38,7 @@ class LastSteps:
         for layer in layers:
             if layer.name not in self.values:
                 self.values[layer.name] = {
-                    name: torch.zeros_like(full_precision(parameter.detach()))
+                    name: torch.zeros_like(full_precision(whole(parameter.detach())))
                     for name, parameter in layer.parameters.items()
                 }
 
@@ -94,6 +95,9 @@ def with_last_steps(evidence: DirectionalEvidence) -> DirectionalEvidence:
         statistics,
         None if product is None else doubled,
         evidence.generator,
+        evidence.share,
+        evidence.samples,
+        evidence.total,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.layers.layer import Layer
+from ...curvature.layers.sharding import is_sharded, whole
 from ...curvature.records.needs import Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError
 from ...preconditioners.looking_back import observe_steps
 from ...preconditioners.protocol import Events
 from ...stepsize.guard import Trial
+from ..processes.ranks import Ranks
+from ..processes.records import Travel
 from .blocks import full_precision
 from .closure import Closure, Snapshot, preserved, run_closure
-from .distributed import Ranks
 from .observing import observe_waiting
 from .report import StepReport
 from .session import Session
@@ -53,7 +56,7 @@ class Points:
         """
         parameters = {
             layer.name: tuple(
-                full_precision(copies[id(p)] if id(p) in copies else p.detach().clone())
+                full_precision(copies[id(p)] if id(p) in copies else whole(p.detach()).clone())
                 for p in layer.parameters.values()
             )
             for layer in layers
@@ -62,15 +65,21 @@ class Points:
 
     @classmethod
     def after(cls, layers: Sequence[Layer], inverse_scale: Tensor | None, ranks: Ranks) -> Points:
-        """Right after the second backward, whose gradients nobody has unscaled or exchanged. Nothing is copied."""
+        """Right after the second backward, whose gradients nobody has unscaled or exchanged. Nothing is copied.
+
+        Gradients of sharded parameters are exchanged by whoever shards them.
+        """
         found: dict[str, Tensors] = {}
         for layer in layers:
             own = _gradients(layer)
             if inverse_scale is not None:
                 own = tuple(value * inverse_scale for value in own)
-            found[layer.name] = tuple(ranks.mean(value) for value in own)
+            given = layer.parameters.values()
+            found[layer.name] = tuple(
+                value if is_sharded(p) else ranks.mean(value) for p, value in zip(given, own, strict=True)
+            )
         parameters = {
-            layer.name: tuple(full_precision(p.detach()) for p in layer.parameters.values()) for layer in layers
+            layer.name: tuple(full_precision(whole(p.detach())) for p in layer.parameters.values()) for layer in layers
         }
         return cls(parameters, found)
 
@@ -89,7 +98,7 @@ class Points:
 def _gradients(layer: Layer) -> Tensors:
     """One per parameter, zeros where there is none."""
     return tuple(
-        full_precision(p.grad if p.requires_grad and p.grad is not None else torch.zeros_like(p)).detach()
+        full_precision(whole(p.grad if p.requires_grad and p.grad is not None else torch.zeros_like(p))).detach()
         for p in layer.parameters.values()
     )
 
@@ -175,12 +184,15 @@ class LookBack:
             copies: of these.
         """
         method, changing = self.session.method, self.session.plan.second_look.changing
+        if any(is_sharded(parameter) for layer in changing for parameter in layer.parameters.values()):
+            copies = []  # of pieces: whole parameters are gathered again
         if method.guard.attempts > 0:
             self._parameters, self._copies = parameters, copies
             if Needs.SLOPES in method.guard.needs:
-                self._slope, self._penalty = proposal.slope(method.weight_decay), self.session.penalty()
+                self._slope = proposal.slope(method.weight_decay, self.session.together)
+                self._penalty = self.session.penalty()
         if changing:
-            saved = dict(zip(map(id, parameters), copies, strict=True))
+            saved = dict(zip(map(id, parameters), copies, strict=bool(copies)))
             self._points = Points.before(changing, saved)
 
     def forget(self) -> None:
@@ -210,9 +222,6 @@ class LookBack:
         whole: Tensor | None = None
         while True:
             loss_after, after = self._evaluate(closure)
-            if self.session.capture.data is not None:
-                require_same_data(self._data, self.session.capture.data)
-                self.session.capture.data = None
             whole = loss_after if whole is None else whole
             if guard.attempts == 0 or self._accepts(loss, loss_after, fraction):
                 break
@@ -255,16 +264,30 @@ class LookBack:
 
     def _evaluate(self, closure: Closure) -> tuple[Tensor, Mapping[str, LayerStatistics]]:
         """One lean pass: parameter gradients only where they are paired; gradients and buffers end up as they were."""
-        session = self.session
-        constants = () if self._differentiates else session.plan.second_look.constants
+        session, together = self.session, self.session.together
+        with nullcontext() if together is None else together.announcing(session.blocks, False):
+            loss, points = self._pass(closure)
+            found = session.collect()
+            if session.capture.data is not None:
+                require_same_data(self._data, session.capture.data)
+                session.capture.data = None
+            if together is not None:
+                meeting = together.meet(loss.new_zeros(()), found, [True] * len(session.blocks), None)
+        if together is not None:
+            looking = {name: Travel() for name in session.plan.second_look.records}
+            found = together.statistics(found, looking, meeting.samples)
+        return session.ranks.mean(loss), points.into(found)
+
+    def _pass(self, closure: Closure) -> tuple[Tensor, Points]:
+        """The closure again, with as many parameters held constant as it lets be."""
+        constants = () if self._differentiates else self.session.plan.second_look.constants
         try:
-            loss, points = self._closure_again(closure, constants)
+            return self._closure_again(closure, constants)
         except RuntimeError as error:
             if self._differentiates or "does not require grad" not in str(error):
                 raise
             self._differentiates = True  # torch.autograd.grad in the closure, by parameters, beside its backward
-            loss, points = self._closure_again(closure, ())
-        return session.ranks.mean(loss), points.into(session.collect())
+            return self._closure_again(closure, ())
 
     def _closure_again(self, closure: Closure, constants: Sequence[nn.Parameter]) -> tuple[Tensor, Points]:
         """The closure from the state before the step, with these parameters held constant."""
@@ -295,7 +318,7 @@ class LookBack:
         self, batch: MiniBatch, before: Mapping[str, LayerStatistics], after: Mapping[str, LayerStatistics]
     ) -> Events:
         observed: list[tuple[Any, ...]] = []
-        for block in self.session.blocks:
+        for block in self.session.own_blocks:
             record = before.get(block.layer.name)
             if record is None or record.unseen or not block.asked.looks_back:
                 continue

@@ -25,12 +25,36 @@ from .blocks import Block
 from .stepping import StepRule
 from .team import Team
 
-__all__ = ["Undo", "describe_trouble", "find_trouble", "require_finite_loss", "spoiled_parameters"]
+__all__ = [
+    "Undo",
+    "describe_trouble",
+    "find_trouble",
+    "require_explained",
+    "require_finite_loss",
+    "spoiled_parameters",
+    "sum_of_everything",
+]
 
 Statistics = Mapping[str, LayerStatistics]
 
 _SHORT = 4096
 """Tensors up to this size are copied side by side before they are squared: the copy costs less than the calls."""
+
+
+def sum_of_everything(
+    loss: Tensor | None, gradients: Sequence[Tensor], statistics: Iterable[LayerStatistics]
+) -> Tensor | None:
+    """A number that is finite if a step may begin: of loss, gradients, records, and the squares that moments take.
+
+    One pass over gradients and records, no synchronisation; ``None`` if there are none.
+    """
+    values = list(gradients)
+    for entry in statistics:
+        values += [value for value in entry.recorded() if value.is_floating_point()]
+    if not values:
+        return None
+    total = _sum_of_squares(values)
+    return total if loss is None else total + loss
 
 
 def find_trouble(
@@ -53,22 +77,27 @@ def find_trouble(
     Raises:
         ArgumentError: if a layer's records do not explain its gradient.
     """
-    values = list(gradients)
-    for entry in statistics:
-        values += [value for value in entry.recorded() if value.is_floating_point()]
-    if not values:
+    total = sum_of_everything(loss, gradients, statistics)
+    if total is None:
         return False
-    total = _sum_of_squares(values)
-    total = total if loss is None else total + loss
     if not doubts:
         return not math.isfinite(total.item())
     number, *found = torch.stack([total.double(), *(value.to(total.device) for value in doubts.values())]).tolist()
     if not math.isfinite(number):
         return True
-    bad = [name for name, doubt in zip(doubts, found, strict=True) if not doubt <= 1.0]
+    require_explained(dict(zip(doubts, found, strict=True)))
+    return False
+
+
+def require_explained(doubts: Mapping[str, float]) -> None:
+    """Check that the records of all layers explain their gradients.
+
+    Raises:
+        ArgumentError: naming those whose do not.
+    """
+    bad = [name for name, doubt in doubts.items() if not doubt <= 1.0]
     if bad:
         raise ArgumentError(_UNEXPLAINED.format(layers=", ".join(map(repr, bad))))
-    return False
 
 
 _UNEXPLAINED = (

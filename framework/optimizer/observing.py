@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...curvature.estimators import Estimator
-from ...curvature.records.statistics import LayerStatistics
+from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.averages import PlainAverage
 from ...preconditioners.damping.split import SideDamping
@@ -17,12 +17,13 @@ from ...preconditioners.operations import Request, compute_many
 from ...preconditioners.protocol import Observation
 from ..methods.momentum import WeightDecay
 from .arguments import require_callable
-from .blocks import Block
+from .blocks import Block, full_precision
 from .closure import Closure, preserved
-from .nonfinite import find_trouble
+from .nonfinite import find_trouble, sum_of_everything
 from .recording import fill, records_for_forward, require_filled, require_pairs
 from .session import Session
 from .team import BlockStep, Crew, MiniBatch
+from .travelling import travels_of_warm_start
 
 __all__ = ["observe", "observe_waiting", "refine", "refresh", "warm_up"]
 
@@ -46,7 +47,7 @@ def observe(session: Session, batch: MiniBatch) -> None:
             require_pairs(block, measured)
         if not step.due:
             continue
-        known = step.gradients if block.whole and not team.half else None
+        known = step.gradients if block.whole and not team.half else _known(block, batch)
         record = step.record = fill(method.curvature, block.seen, measured if block.alone is None else None, known)
         if record is None:
             step.due = False
@@ -58,8 +59,8 @@ def observe(session: Session, batch: MiniBatch) -> None:
         if measured is not None and not measured.unseen:
             step.block.positions = measured.positions
     flat = None if coupled is None else [value for values in coupled for value in values]
-    team.accumulate(method.momentum, batch.gradients, flat)
-    coupled = coupled or team.none
+    team.accumulate(method.momentum, batch.gradients, flat, batch.values)
+    coupled, shown = coupled or team.none, _shown(batch)
     for crew in team.crews:
         chosen: list[BlockStep] = []
         waiting: list[BlockStep] = []
@@ -68,13 +69,29 @@ def observe(session: Session, batch: MiniBatch) -> None:
             if step.due:
                 block = step.block
                 step.observation = Observation(
-                    step.record, step.gradients, block.vector, coupled[member], block.parameters
+                    step.record, step.gradients, block.vector, coupled[member], shown.get(member, block.parameters)
                 )
                 (waiting if step.waits else chosen).append(step)
         if chosen:
             _update(crew, chosen)
         if waiting:
             batch.waiting.append((crew, waiting))
+
+
+def _known(block: Block, batch: MiniBatch) -> Tensors | None:
+    """Gradients of all parameters of a block's layer, where they were brought to its owner."""
+    if batch.whole is None:
+        return None
+    given = block.layer.parameters.values()
+    return tuple(batch.whole.get(id(p), full_precision(torch.zeros_like(p))) for p in given)
+
+
+def _shown(batch: MiniBatch) -> dict[int, Tensors]:
+    """Whole parameters, by place of the block in the team; none where blocks have them."""
+    if batch.values is None:
+        return {}
+    left = iter(batch.values)
+    return {place: tuple(next(left) for _ in step.block.names) for place, step in enumerate(batch.steps)}
 
 
 def _update(crew: Crew, steps: Sequence[BlockStep]) -> None:
@@ -151,20 +168,41 @@ def warm_up(session: Session, estimator: Estimator, closures: Iterable[Closure])
                 value = closure()
                 has_loss = isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad
                 capture.finish_forward(value if has_loss else None)
-            statistics = session.collect()
-            if statistics and find_trouble(None, (), statistics.values(), {}):
+            statistics, unsound, recorded = _joint(session, estimator)
+            if unsound:
                 raise NumericalError(
                     f"mini-batch {count - 1} of the warm start: what the model recorded is not finite, or its square "
                     "is not; no statistic was changed. Look at the data of that mini-batch"
                 )
-            warm |= _average_in(blocks, estimator, statistics)
-    if not warm and any(block.asked.anything for block in blocks):
+            warm |= _average_in(session.own_blocks, estimator, statistics) or recorded
+    if not warm and any(block.asked.anything for block in session.own_blocks):
         found = "is empty (a generator that was used before?)" if not count else f"ran {count} times without effect"
         raise ArgumentError(
             f"nothing was recorded: what was given to warm_start {found}; give one function per mini-batch that runs "
             "the model given to osculate.build, e.g. (lambda x=x: model(x) for x, _ in loader)"
         )
     return warm
+
+
+def _joint(session: Session, estimator: Estimator) -> tuple[Mapping[str, LayerStatistics], bool, bool]:
+    """What a pass of the warm start has recorded, of all processes for the layers that this one owns.
+
+    Returns:
+        The records, whether something in them is not finite, and whether other processes may own what was recorded.
+    """
+    together = session.together
+    if together is None:
+        found = session.collect()
+        return found, bool(found) and find_trouble(None, (), found.values(), {}), False
+    with together.announcing(session.blocks, False):
+        found = session.collect()
+        total = sum_of_everything(None, (), found.values())
+        total = torch.zeros((), device=session.device) if total is None else total
+        meeting = together.meet(total, found, [True] * len(session.blocks), None)
+    if meeting.unsound:
+        return {}, True, False
+    travels = travels_of_warm_start(session.blocks, estimator)
+    return together.statistics(found, travels, meeting.samples), False, bool(meeting.samples)
 
 
 def _average_in(blocks: Sequence[Block], estimator: Estimator, statistics: Mapping[str, LayerStatistics]) -> bool:

@@ -14,13 +14,16 @@ from torch import nn
 
 from ...curvature.estimators import records_for_pairs
 from ...curvature.layers.layer import Layer
+from ...curvature.layers.sharding import is_sharded
 from ...curvature.records.needs import Needs, Record
 from ...preconditioners.structures.identity import Stateless
 from ...stepsize.constant import ConstantStep
 from ..methods.method import Method
+from ..processes.records import Travel
 from .blocks import Block
 from .recording import records_for_step
 from .team import Team
+from .travelling import travels_of_step
 
 __all__ = ["Plan", "SecondLook", "StepPlan"]
 
@@ -31,15 +34,16 @@ class StepPlan:
 
     Attributes:
         records: by layer, what the backend records.
-        due: of every block, whether its statistics are updated.
-        inverses: blocks whose inverses are recomputed.
+        due: of every own block, whether its statistics are updated.
+        inverses: own blocks whose inverses are recomputed.
         samples_labels: whether some layer needs a backward for sampled labels.
         measures_scores: whether the step-size or damping rule measures curvature with sampled labels.
         records_gradients: whether some record holds gradients of the user's loss.
         products: whether Hessian products are needed.
-        waits: of every block, whether its statistics are updated after the second evaluation only.
+        waits: of every own block, whether its statistics are updated after the second evaluation only.
         looks_back: whether the mini-batch is evaluated again after the step.
         risky: whether the step can break down after its states have been written.
+        travels: by layer, what its owner is brought of the records of all processes; empty in one process.
     """
 
     records: Mapping[str, Record]
@@ -52,6 +56,7 @@ class StepPlan:
     waits: tuple[bool, ...]
     looks_back: bool
     risky: bool
+    travels: Mapping[str, Travel]
 
 
 @dataclass(frozen=True)
@@ -76,18 +81,23 @@ class Plan:
         method: the composition.
         blocks: all blocks.
         layers: all layers.
+        own: the blocks whose states this process has; ``None``: all, in one process.
     """
 
-    def __init__(self, method: Method, blocks: Sequence[Block], layers: Sequence[Layer]):
-        self.method, self.blocks, self.layers = method, blocks, layers
+    def __init__(
+        self, method: Method, blocks: Sequence[Block], layers: Sequence[Layer], own: Sequence[Block] | None = None
+    ):
+        self.method, self.all_blocks, self.layers = method, blocks, layers
+        self.alone, self.blocks = own is None, blocks if own is None else own
         self.needs_closure = method.needs_closure
         self._varies = method.adaptive_damping is not None or bool(method.measures_at(None))
         clocks = dict.fromkeys((block.part.schedule, block.born) for block in blocks)
         self._clocks = list(clocks)
         places = {clock: index for index, clock in enumerate(clocks)}
-        self._clock_of = [places[block.part.schedule, block.born] for block in blocks]
+        self._clock_of = [places[block.part.schedule, block.born] for block in self.blocks]
+        self._own = [any(block is mine for mine in self.blocks) for block in blocks]
         self.second_look = self._second_look()
-        self._all = (True,) * len(blocks)
+        self._all = (True,) * len(self.blocks)
         self._forget()
 
     def _forget(self) -> None:
@@ -124,8 +134,8 @@ class Plan:
     def _worked_out(self, step: int, warm: bool, times: Sequence[tuple[bool, bool]]) -> StepPlan:
         method, measures = self.method, self.method.measures_at(step)
         due = tuple(statistics for statistics, _ in times)
-        records = records_for_step(self.blocks, self.layers, method, step, warm)
-        matrices = any(is_due and block.asked.matrix for is_due, block in zip(due, self.blocks, strict=True))
+        records = records_for_step(self.all_blocks, self.layers, method, step, warm)
+        matrices = any(block.asked.matrix and block.statistics_due(step, warm) for block in self.all_blocks)
         looks_back = method.looks_back_at(step)
         return StepPlan(
             records,
@@ -143,7 +153,16 @@ class Plan:
             ),
             looks_back,
             (looks_back and method.guard.attempts == 0) or not isinstance(method.step_size, ConstantStep),
+            {} if self.alone else travels_of_step(self.all_blocks, method.curvature, step, warm),
         )
+
+    def own_part(self, present: tuple[bool, ...]) -> tuple[bool, ...]:
+        """Of the own blocks, what is told of all.
+
+        Args:
+            present: of every block of all processes.
+        """
+        return tuple(value for value, mine in zip(present, self._own, strict=True) if mine)
 
     def team(self, present: tuple[bool, ...]) -> Team:
         """The blocks that take part in a step.
@@ -165,11 +184,13 @@ class Plan:
 
     def _second_look(self) -> SecondLook:
         needs: dict[str, Needs] = {}
-        for block in self.blocks:
+        for block in self.all_blocks:
             if block.asked.looks_back:
                 needs[block.layer.name] = needs.get(block.layer.name, Needs.NOTHING) | block.needs
         # Frozen are only layers whose outputs the capture lets need a gradient: a loss without any has no backward.
         lean = [layer for layer in self.layers if Needs.CHANGES not in needs.get(layer.name, Needs.CHANGES)]
+        if any(is_sharded(value) for layer in self.layers for value in layer.parameters.values()):
+            lean = []  # what stands for them in the graph is made once, with the flag that they have then
         return SecondLook(
             {name: records_for_pairs(need) for name, need in needs.items()},
             [parameter for layer in lean for parameter in layer.parameters.values()],

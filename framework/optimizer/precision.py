@@ -44,16 +44,16 @@ def widened(statistics: Mapping[str, LayerStatistics], inverse_scale: Tensor | N
     return result
 
 
-def require_plain_loss(processes: int, scaler: torch.amp.GradScaler | None) -> None:
-    """Check that Hessian products are those of the joint mini-batch's own loss.
+def require_plain_loss(scaler: torch.amp.GradScaler | None) -> None:
+    """Check that Hessian products are those of the user's own loss.
 
     Raises:
-        ArgumentError: in data-parallel training, or if the loss is scaled.
+        ArgumentError: if it is scaled.
     """
-    if processes > 1 or (scaler is not None and scaler.is_enabled()):
+    if scaler is not None and scaler.is_enabled():
         raise ArgumentError(
-            "this method needs products with the Hessian, which are neither exchanged between processes as gradients "
-            "are nor freed from a loss scale; use sampled curvature, bf16 without a GradScaler, or process_group=None"
+            "this method needs products with the Hessian, which are not freed from a loss scale as gradients are; use "
+            "sampled curvature, or bf16 without a GradScaler"
         )
 
 

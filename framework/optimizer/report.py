@@ -90,6 +90,7 @@ class LayerRow:
         fallback: whether the structure is the method's fallback.
         bytes: state of the structure and momentum.
         note: why the layer could not be read, if it usually can.
+        owner: the process that has the state, where many divide the work; ``None``: every process has it.
     """
 
     layer: str
@@ -100,3 +101,4 @@ class LayerRow:
     fallback: bool
     bytes: int
     note: str = ""
+    owner: int | None = None

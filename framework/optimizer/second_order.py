@@ -25,6 +25,7 @@ from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.structures.by_layer import ByLayer, require_matching_keys, with_last
 from ..methods.method import Method
+from ..processes.ranks import Ranks, unwrapped
 from .arguments import (
     require_arguments,
     require_closure,
@@ -37,8 +38,9 @@ from .blocks import full_precision, make_blocks
 from .closure import Closure, loss_of
 from .coverage import warn_of_fallback
 from .declined import warn_of_declined
-from .distributed import Ranks, unwrapped
+from .division import divided
 from .earlier import EarlierGradients, require_whole_batch
+from .gathering import gather
 from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
 from .kinds_of_numbers import require_dense_gradients, require_real_and_dense
 from .lookback import LookBack
@@ -46,15 +48,14 @@ from .loss_reading import warn_of_loss
 from .nonfinite import Undo, describe_trouble, find_trouble, require_finite_loss, spoiled_parameters
 from .observers import Observer, StepTrace
 from .observing import observe, refine, refresh, warm_up
-from .plan import Plan
 from .precision import Scaling, require_plain_loss
 from .recording import all_records, own_measures, require_sampled, with_hessians
 from .report import LayerRow, StepReport
 from .saving import restore_state, saved_state
 from .session import Session
 from .stepping import Proposal, StepRule
-from .team import BlockStep, MiniBatch, Team
-from .torch_protocols import asked_for_checkpoint, by_parameter, from_parameters, numbered_groups, require_local
+from .team import MiniBatch, Team
+from .torch_protocols import asked_for_checkpoint, by_parameter, from_parameters, numbered_groups, require_eager
 
 __all__ = ["SecondOrder"]
 
@@ -90,6 +91,8 @@ class SecondOrder(Session):
             initialised), ``None`` or a group.
         certify_records: when what was recorded of the layers is compared with the gradients that it must explain:
             ``"always"``, ``"start"`` (the first ten steps, and every hundredth) or ``"never"``.
+        division: who has the states where several processes share a mini-batch, see :mod:`.division`:
+            ``"replicated"``, ``"owners"``, ``"owners-only"``, or ``"auto"``.
 
     Raises:
         ArgumentError: for values out of range.
@@ -121,6 +124,7 @@ class SecondOrder(Session):
         samples: int | Callable[[Any], Tensor] = 0,
         process_group: Any = "auto",
         certify_records: str = "start",
+        division: str = "auto",
     ):
         require_arguments(locals())
         values = method.hyperparameters({"lr": lr, "damping": damping, "weight_decay": weight_decay})
@@ -138,7 +142,7 @@ class SecondOrder(Session):
             )
         model, wrapper = unwrapped(model)
         require_values(model)
-        require_local(model)
+        require_eager(model)
         require_real_and_dense(model)
         layers = discover_layers(model)
         if not layers:
@@ -147,12 +151,21 @@ class SecondOrder(Session):
         if isinstance(self.structures, ByLayer):
             require_matching_keys(self.structures, layers)
         self.model, self.method, self.layers, self.on_nonfinite = model, method, layers, on_nonfinite
-        self.blocks = make_blocks(layers, self.structures, method.fallback, strict=strict, estimator=method.curvature)
+        self.ranks = Ranks(process_group, wrapper)
+        self.together = divided(division, self.ranks, model, layers, self.structures, method, backend)
+        self.blocks = make_blocks(
+            layers,
+            self.structures,
+            method.fallback,
+            strict=strict,
+            estimator=method.curvature,
+            owner=None if self.together is None else self.owner_of,
+        )
         self.certify_records = certify_records
         if not warn_of_declined(self.blocks):  # one warning tells of what the fallback serves
             warn_of_fallback(self.blocks, self.structures)
-        self._strict, self.grad_scaler, self.ranks = strict, grad_scaler, Ranks(process_group, wrapper)
-        self.plan = Plan(method, self.blocks, layers)
+        self._strict, self.grad_scaler = strict, grad_scaler
+        self._make_plan()
         super().__init__(split_into_groups(model, layers, groups), values)
         self._check_values()
         self.capture = make_backend(backend, model, layers, resolved, loss_reduction, seed, samples)
@@ -172,7 +185,7 @@ class SecondOrder(Session):
         self.observers: list[Observer] = []
         if isinstance(resolved, Categorical) and declared(method.step_size, StepSizeDeclarations).uses_loss:
             self.capture.seen = SeenLoss([parameter for layer in layers for parameter in layer.parameters.values()])
-        self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping)
+        self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping, self.together)
         self.guard_state = method.guard.init()
         self._look_back = LookBack(self)
         self._unowned = unowned_parameters(model, layers)
@@ -268,36 +281,38 @@ class SecondOrder(Session):
             if scaling.found_inf is not None and bool(scaling.found_inf):
                 return self._skip("the GradScaler found a gradient that is not finite", loss)
         self._inverse_scale = None if scaling is None else scaling.inverse(due.records_gradients)
-        statistics = self.collect()
-        if Needs.PRODUCTS in self.method.asks:
-            statistics = with_hessians(
-                statistics, self.layers, products, self.capture.loss_reduction, self._inverse_scale
+        if self.together is not None:
+            batch = gather(self, self.together, loss)
+            if isinstance(batch, str):
+                return self._refuse(batch, loss)
+        else:
+            statistics = self.collect()
+            if Needs.PRODUCTS in self.method.asks:
+                statistics = with_hessians(
+                    statistics, self.layers, products, self.capture.loss_reduction, self._inverse_scale
+                )
+            team, gradients = self._with_gradients()
+            if not gradients:
+                raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
+            try:
+                troubled = find_trouble(loss, gradients, statistics.values(), self.capture.doubts)
+            except (RuntimeError, TypeError):
+                require_dense_gradients(self.blocks, statistics)
+                raise
+            if troubled:
+                trouble = spoiled_parameters(self.blocks) or describe_trouble(loss, team, gradients, statistics)
+                return self._refuse(trouble, loss)
+            if due.measures_scores:
+                require_sampled(statistics, team.layers)
+            decays = self.decays(team)
+            steps = self.block_steps(team, gradients, decays)
+            batch = MiniBatch(
+                loss, statistics, products, team, gradients, steps, decays is not team.none, seen=self.seen_loss()
             )
-        team, gradients = self._with_gradients()
-        if not gradients:
-            raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
-        doubts = self.capture.doubts
-        if self.capture.certifies and self.ranks.count > 1:
-            doubts = self.ranks.largest(self.layers, doubts)
-        try:
-            troubled = find_trouble(loss, gradients, statistics.values(), doubts)
-        except (RuntimeError, TypeError):
-            require_dense_gradients(self.blocks, statistics)
-            raise
-        if troubled:
-            trouble = spoiled_parameters(self.blocks) or describe_trouble(loss, team, gradients, statistics)
-            return self._refuse(trouble, loss)
         for reader in self.capture.readers:
             if not reader.told:
                 warn_of_loss(reader)
-        if due.measures_scores:
-            require_sampled(statistics, team.layers)
-        decays = self.decays(team)
-        steps = self._block_steps(team, gradients, decays)
-        batch = MiniBatch(
-            loss, statistics, products, team, gradients, steps, decays is not team.none, seen=self._seen_loss()
-        )
-        undo = self._undo(team) if due.risky or due.looks_back else None
+        undo = self._undo(batch) if due.risky or due.looks_back else None
         try:
             self.last_report = self._advance(closure, batch, [] if undo is None else undo.copies)
         except NumericalError as error:
@@ -345,9 +360,9 @@ class SecondOrder(Session):
         proposal = self._propose(batch)
         damping = self._numbers[0]["damping"] if len(self.param_groups) == 1 else self.damping
         if looks_back:
-            self._look_back.remember(proposal, batch.team.parameters, copies)
+            self._look_back.remember(proposal, batch.parameters, copies)
         proposal.take(1.0, self.method.weight_decay)
-        sides = {block.key: self.sides(block) for block in self.blocks} if self.observers else {}
+        sides = {block.key: self.sides(block) for block in self.own_blocks} if self.observers else {}
         report = StepReport(
             self._step, batch.loss, None, proposal.step_sizes, damping, proposal.events, refreshes, rescues
         )
@@ -377,20 +392,10 @@ class SecondOrder(Session):
         team = self.plan.team(tuple(values is not None for values in found))
         return team, [value for values in found if values is not None for value in values]
 
-    def _block_steps(self, team: Team, gradients: list[Tensor], decays: list[tuple[float, ...]]) -> list[BlockStep]:
-        steps: list[BlockStep] = []
-        position = 0
-        for block, place, own in zip(team.blocks, team.places, decays, strict=True):
-            end = position + len(block.names)
-            due = self.due
-            steps.append(BlockStep(block, tuple(gradients[position:end]), due.due[place], own, due.waits[place]))
-            position = end
-        return steps
-
-    def _undo(self, team: Team) -> Undo:
+    def _undo(self, batch: MiniBatch) -> Undo:
         unguarded = self.due.looks_back and self.method.guard.attempts == 0
-        moved, waits = team.parameters if self.due.looks_back else [], () if unguarded else self.due.waits
-        return Undo(self.blocks, self._rule, moved, self._step, self._warm, waits)
+        moved, waits = batch.parameters if self.due.looks_back else [], () if unguarded else self.due.waits
+        return Undo(self.own_blocks, self._rule, moved, self._step, self._warm, waits)
 
     def _evaluate(self, closure: Closure | None) -> tuple[Tensor | None, GraphKeepingBackward | None]:
         """Loss and, where they are asked for, Hessian products; no loss without a closure, or if it skips the batch."""
@@ -413,7 +418,7 @@ class SecondOrder(Session):
                 if not due.products:
                     loss = closure()
                 else:
-                    require_plain_loss(self.ranks.count, self.grad_scaler)
+                    require_plain_loss(self.grad_scaler)
                     with GraphKeepingBackward(self.layers) as products:
                         loss = closure()
         finally:
@@ -428,16 +433,7 @@ class SecondOrder(Session):
         elif passes and not earlier.kept():
             capture.forget_passes(passes)  # cleared by somebody else, else zero_grad has told the capture
         self.gradient_evaluations += 1 + due.samples_labels
-        return self.ranks.mean(loss) if self.ranks.count > 1 else loss, products
-
-    def _seen_loss(self) -> Tensor | None:
-        """The loss that the output's gradient tells of; a rule that has no use for it reads none."""
-        found = None if self.capture.seen is None else self.capture.seen.take()
-        if found is None:
-            return None
-        if self._inverse_scale is not None:
-            found = found * self._inverse_scale
-        return self.ranks.mean(found)
+        return loss, products
 
     def _skip(self, trouble: str, loss: Tensor | None) -> Tensor | None:
         """Count and report a step that is not taken."""
@@ -486,7 +482,7 @@ class SecondOrder(Session):
         self._require_same_model()
         if self._step:
             raise ArgumentError(f"warm_start must come before the first step, {self._step} steps have been taken")
-        undo = Undo(self.blocks, self._rule, [], self._step, False)
+        undo = Undo(self.own_blocks, self._rule, [], self._step, False)
         try:
             self._warm = warm_up(self, estimator, closures)
         except Exception:
@@ -529,7 +525,7 @@ class SecondOrder(Session):
             replaced = before(self, saved)
             saved = saved if replaced is None else replaced
         restore_state(self, from_parameters(saved, lambda: saved_state(self, numbered_groups(self.param_groups))))
-        self.plan = Plan(self.method, self.blocks, self.layers)
+        self._make_plan()
         self._arm()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -542,7 +538,8 @@ class SecondOrder(Session):
             raise ArgumentError(
                 "this optimizer was closed: its hooks are gone from the model; build a new one and load state_dict()"
             )
-        for block in self.blocks:
+        self.ranks.require_whole()
+        for block in self.own_blocks:
             if block.parameters[0].device != block.storage[0].device:
                 raise ArgumentError(
                     f"the model moved from {block.storage[0].device} to {block.parameters[0].device} after "
@@ -565,7 +562,8 @@ class SecondOrder(Session):
         self.capture.clear()
         if self.capture.seen is not None:
             self.capture.seen.take()
-        self.capture.step, self.capture.stream = self._step, self.ranks.rank
+        self.capture.step = self._step
+        self.capture.stream = 0 if self.together is None else self.together.place
         self.due = self.plan.at(self._step, self._warm)
         self.capture.certifies = self.looks_closely
         self.capture.arm(self.due.records)

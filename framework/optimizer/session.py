@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from ...curvature.backends.backend import Backend
 from ...curvature.layers.layer import Layer
+from ...curvature.layers.sharding import local
 from ...curvature.records.statistics import LayerStatistics
 from ...preconditioners.damping.split import MeanEigenvalues, SideDamping, TwoSided
 from ...preconditioners.linalg import fetch
 from ...preconditioners.protocol import Preconditioner
 from ...preconditioners.structures.by_layer import ByLayer
 from ..methods.method import Method
+from ..processes.ranks import Ranks
 from .arguments import as_number
 from .blocks import Block, full_precision, make_blocks
-from .distributed import Ranks
 from .groups import GroupValues, chosen_parameters, late_layers, numbers_of, unowned_parameters
 from .kinds_of_numbers import require_real_and_dense
 from .loss_reading import require_right_loss
@@ -31,8 +32,10 @@ from .precision import widened
 from .recording import own_measures
 from .skeleton import Skeleton
 from .stepping import StepRule
-from .team import Team
+from .team import BlockStep, Team
+from .together import Together
 from .torch_protocols import shown_state
+from .workload import owners_of_layers
 
 __all__ = ["Session"]
 
@@ -51,6 +54,8 @@ class Session(torch.optim.Optimizer):
     method: Method
     layers: list[Layer]
     blocks: list[Block]
+    own_blocks: list[Block]
+    together: Together | None
     structures: Preconditioner | ByLayer
     capture: Backend
     ranks: Ranks
@@ -116,24 +121,27 @@ class Session(torch.optim.Optimizer):
         return self.method.damping_at(value, self._step)
 
     def collect(self) -> dict[str, LayerStatistics]:
-        """What all processes have recorded, without loss scale and in full precision."""
+        """What this process has recorded, without loss scale and in full precision."""
         self.capture.inverse_scale = self._inverse_scale
         found = self.capture.collect()
         for reader in self.capture.readers:
             if reader.found is not None:
                 require_right_loss(reader, self._inverse_scale)
-        if found:
-            found = widened(found, self._inverse_scale)
-        return found if self.ranks.count == 1 else self.ranks.joint(self.layers, found)
+        return widened(found, self._inverse_scale) if found else found
 
     def penalty(self) -> Tensor:
         """(tau / 2) |theta|^2 for coupled weight decay, 0 for decoupled: what the method adds to the loss."""
-        total: Tensor = self.param_groups[0]["params"][0].detach().new_zeros(())
+        total: Tensor = local(self.param_groups[0]["params"][0].detach()).new_zeros(())
         for group in self.param_groups:
             factor = self.method.weight_decay.gradient_factor(float(group["weight_decay"]))
-            if factor:
-                parameters = [parameter.detach() for parameter in group["params"]]
-                total = total + 0.5 * factor * torch.stack(torch._foreach_norm(parameters)).square().sum()
+            if not factor:
+                continue
+            parameters = [parameter.detach() for parameter in group["params"]]
+            if self.together is not None and self.together.pieces:
+                squares = self.together.squares([(p, p.detach()) for p in group["params"]])
+            else:
+                squares = torch.stack(torch._foreach_norm(parameters)).square()
+            total = total + 0.5 * factor * squares.sum()
         return total
 
     def sides_of(self, blocks: Sequence[Block]) -> Callable[[Block], SideDamping]:
@@ -194,18 +202,41 @@ class Session(torch.optim.Optimizer):
         added = late_layers(self.model, self.layers, chosen)
         numbers = {name: as_number(name, param_group.get(name, self.defaults[name])) for name in self.defaults}
         self.method.check_values(**numbers)
+        if self.together is not None and self.together.owners is not None:
+            self.together.owners |= owners_of_layers(added, self.structures, self.method, self.ranks.count)
         blocks = make_blocks(
-            added, self.structures, self.method.fallback, strict=self._strict, estimator=self.method.curvature
+            added,
+            self.structures,
+            self.method.fallback,
+            strict=self._strict,
+            estimator=self.method.curvature,
+            owner=self.owner_of,
         )
         super().add_param_group({**param_group, "params": chosen})
         for block in blocks:
             block.born = self._step
         self._adopt([*self.layers, *added], [*self.blocks, *blocks])
 
+    def owner_of(self, layer: Layer) -> tuple[int | None, bool]:
+        """The process that has a layer's state, and whether it is this one; ``None``: all have it."""
+        if self.together is None or self.together.owners is None:
+            return None, True
+        return self.together.owners[layer.name], self.together.owns(layer)
+
+    def _make_plan(self) -> None:
+        """Which blocks are whose, and what they ask for when."""
+        if self.together is None:
+            self.own_blocks, self.plan = self.blocks, Plan(self.method, self.blocks, self.layers)
+            return
+        self.own_blocks = [block for block in self.blocks if self.together.owns(block.layer)]
+        self.plan = Plan(self.method, self.blocks, self.layers, self.own_blocks)
+
     def _adopt(self, layers: list[Layer], blocks: list[Block]) -> None:
         """Serve more layers than before."""
         self.layers, self.blocks = layers, blocks
-        self.plan = Plan(self.method, blocks, layers)
+        if self.together is not None:
+            self.together.adopt(self.model, layers)
+        self._make_plan()
         self._given = []
         self._values.assign(layers, self.param_groups)
         self.capture = self.capture.extended(layers)
@@ -218,7 +249,7 @@ class Session(torch.optim.Optimizer):
 
     def _show_state(self) -> None:
         """``state``, which torch's own tools look at."""
-        self.state = defaultdict(dict, shown_state(self.blocks))
+        self.state = defaultdict(dict, shown_state(self.own_blocks))
 
     def _require_same_model(self) -> None:
         """Check that the model still has the modules and parameters that are served.
@@ -238,11 +269,33 @@ class Session(torch.optim.Optimizer):
                 return [self._values.of_block(self.param_groups, block, "weight_decay") for block in team.blocks]
         return team.none
 
+    def block_steps(self, team: Team, gradients: list[Tensor], decays: list[tuple[float, ...]]) -> list[BlockStep]:
+        """The steps of a team, with the gradients of its parameters one after another."""
+        steps: list[BlockStep] = []
+        position = 0
+        for block, place, own in zip(team.blocks, team.places, decays, strict=True):
+            end = position + len(block.names)
+            due = self.due
+            steps.append(BlockStep(block, tuple(gradients[position:end]), due.due[place], own, due.waits[place]))
+            position = end
+        return steps
+
+    def seen_loss(self) -> Tensor | None:
+        """The loss that the output's gradient tells of; a rule that has no use for it reads none."""
+        found = None if self.capture.seen is None else self.capture.seen.take()
+        if found is None:
+            return None
+        return found if self._inverse_scale is None else found * self._inverse_scale
+
+    def decays_of(self, block: Block) -> tuple[float, ...]:
+        """Of one block, whoever owns it."""
+        return self._values.of_block(self.param_groups, block, "weight_decay")
+
     def learning_rate(self) -> float | Tensor:
         """One number where all layers agree, else (L,)."""
         if len(self.param_groups) == 1:
             return self._numbers[0]["lr"]
-        like = full_precision(self.blocks[0].parameters[0])
+        like = full_precision(local(self.blocks[0].parameters[0]))
         return self._values.per_layer(self.param_groups, self.layers, "lr", like)
 
     def _check_values(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import is_
 from typing import Any
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ...curvature.backends.sampling import seeded_generator
-from ...curvature.declarations import StepSizeDeclarations, declared
+from ...curvature.declarations import FormDeclarations, StepSizeDeclarations, declared
 from ...curvature.layers.layer import Layer
-from ...curvature.products import GraphKeepingBackward
+from ...curvature.layers.sharding import local
 from ...curvature.quadratic_forms import DirectionalEvidence, QuadraticForm
 from ...curvature.records.needs import Needs
-from ...curvature.records.statistics import LayerStatistics, Tensors
+from ...curvature.records.statistics import Tensors
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
 from ...preconditioners.linalg import inner_products
@@ -28,6 +28,7 @@ from .arguments import as_number
 from .blocks import full_precision
 from .last_steps import LastSteps, name_of_last, placed, with_last_steps
 from .team import BlockStep, MiniBatch
+from .together import Spread, Together
 
 __all__ = ["Move", "Proposal", "StepRule"]
 
@@ -37,7 +38,7 @@ class Move:
     """One block's part of a step: theta <- theta - step_size direction - recall last, where theta is not frozen.
 
     Attributes:
-        parameters: what is moved.
+        parameters: what is moved. Of sharded ones the piece of this process, and the same of everything below.
         directions: one per parameter.
         step_size: of the layer.
         decays: weight decay of each parameter.
@@ -64,18 +65,24 @@ class Move:
         parameters, directions, last = [tuple(values[index] for index in chosen) if values else () for values in pieces]
         return parameters, directions, last
 
-    def slope(self, weight_decay: WeightDecay) -> Tensor:
-        """Change to first order of loss and coupled penalty along the whole move, 0-dimensional."""
-        total = full_precision(self.parameters[0]).new_zeros(())
+    def slope(self, weight_decay: WeightDecay, weigh: Callable[[Tensor], float]) -> Tensor:
+        """Change to first order of loss and coupled penalty along the whole move, 0-dimensional.
+
+        Args:
+            weight_decay: of the method.
+            weigh: what a parameter's entries count in the sum of all processes.
+        """
+        total = full_precision(local(self.parameters[0])).new_zeros(())
         for parameter, direction, last, decay in self._rows():
             if not parameter.requires_grad or parameter.grad is None:
                 continue
-            value, gradient = full_precision(parameter), full_precision(parameter.grad)
+            value, gradient = full_precision(local(parameter)), full_precision(local(parameter.grad))
             gradient = torch.add(gradient, value, alpha=weight_decay.gradient_factor(decay))
-            total = total - self.step_size * torch.sum(gradient * direction)
-            total = total - weight_decay.shrinkage(decay, self.step_size) * torch.sum(gradient * value)
+            share = weigh(parameter)
+            total = total - share * self.step_size * torch.sum(gradient * direction)
+            total = total - share * weight_decay.shrinkage(decay, self.step_size) * torch.sum(gradient * value)
             if last is not None:
-                total = total - self.recall * torch.sum(gradient * last)
+                total = total - share * self.recall * torch.sum(gradient * last)
         return total
 
 
@@ -89,16 +96,24 @@ class Proposal:
         events: counts for the report.
         predicted: by how much the quadratic model falls along the whole step, 0-dimensional; ``None`` unless an
             adaptive damping rule is due.
+        sharded: whether parameters are in pieces.
+        kept: the moves of blocks whose last steps this process remembers, whole.
     """
 
     moves: list[Move]
     step_sizes: dict[str, float | Tensor]
     events: Events = field(default_factory=dict)
     predicted: Tensor | None = None
+    sharded: bool = False
+    kept: list[Move] = field(default_factory=list)
 
-    def slope(self, weight_decay: WeightDecay) -> Tensor:
+    def slope(self, weight_decay: WeightDecay, together: Together | None = None) -> Tensor:
         """Change to first order of loss and coupled penalty along the whole step, before it is taken."""
-        return torch.stack([move.slope(weight_decay) for move in self.moves]).sum()
+        if together is None or not together.divides_gradients:
+            return torch.stack([move.slope(weight_decay, lambda _: 1.0) for move in self.moves]).sum()
+        return together.ranks.total(
+            torch.stack([move.slope(weight_decay, together.counts) for move in self.moves]).sum()
+        )
 
     def take(self, fraction: float, weight_decay: WeightDecay) -> None:
         """Take a fraction in (0, 1] of the step, decoupled weight decay first. Nothing else moves parameters.
@@ -112,11 +127,14 @@ class Proposal:
                 shrinkage = weight_decay.shrinkage(decay, move.step_size) if decay else 0.0
                 if isinstance(shrinkage, Tensor) or shrinkage:
                     pairs = zip(parameters, move.decays, strict=True)
-                    shrunk.add(1.0 - fraction * shrinkage, [p for p, own in pairs if own == decay and p.requires_grad])
+                    chosen = [local(p) for p, own in pairs if own == decay and p.requires_grad]
+                    shrunk.add(1.0 - fraction * shrinkage, chosen)
             for parameter in parameters:
                 if not parameter.requires_grad:
                     parameters, directions, last = move.trainable()
                     break
+            if self.sharded:
+                parameters = tuple(map(local, parameters))
             moved.add(move.step_size, parameters, directions)
             if last:
                 recalled.add(move.recall, parameters, last)
@@ -129,7 +147,7 @@ class Proposal:
     def remember(self) -> None:
         """Make this step the last one: last <- step_size direction + recall last."""
         faded, moved = _Batches(), _Batches()
-        for move in self.moves:
+        for move in self.kept:
             _, directions, last = move.trainable()
             faded.add(move.recall, last)
             moved.add(move.step_size, last, directions)
@@ -145,7 +163,7 @@ class Proposal:
         """
         moved = _Batches()
         remembered: list[Tensor] = []
-        for move in self.moves:
+        for move in self.kept:
             _, directions, last = move.trainable()
             moved.add(move.step_size, last, directions)
             remembered += last
@@ -203,7 +221,7 @@ def _example(layers: Sequence[Layer]) -> Tensor:
 
     Layers of several dtypes have evidence in the widest of them.
     """
-    first = full_precision(next(iter(layers[0].parameters.values())).detach())
+    first = full_precision(local(next(iter(layers[0].parameters.values())).detach()))
     wide = any(value.dtype == torch.float64 for layer in layers for value in layer.parameters.values())
     return first.new_zeros((), dtype=torch.float64 if wide else first.dtype)
 
@@ -214,13 +232,20 @@ class StepRule:
     A rule that recalls costs one copy of the parameters more, its layers' last steps.
     """
 
-    def __init__(self, rule: StepSize, layers: Sequence[Layer], seed: int, judge: AdaptiveDamping | None = None):
-        self.rule, self.layers, self.seed, self.judge = rule, layers, seed, judge
+    def __init__(
+        self,
+        rule: StepSize,
+        layers: Sequence[Layer],
+        seed: int,
+        judge: AdaptiveDamping | None = None,
+        together: Together | None = None,
+    ):
+        self.rule, self.layers, self.seed, self.judge, self.together = rule, layers, seed, judge, together
         self.names = [layer.name for layer in layers]
         self.needs = rule.needs
         self.state = rule.init(len(layers), _example(layers))
         stated = declared(rule, StepSizeDeclarations)
-        self.last, self.keeps = LastSteps(layers) if stated.recalls else None, stated.keeps
+        self.last, self.keeps = LastSteps(self._own_layers) if stated.recalls else None, stated.keeps
 
     def grow(self, layers: Sequence[Layer]) -> None:
         """Make room for layers that were added behind the present ones; what was gathered stays."""
@@ -235,7 +260,14 @@ class StepRule:
                 fresh[name] = value
         self.load_own_state(fresh)
         if self.last is not None:
-            self.last.grow(layers)
+            self.last.grow(self._own_layers)
+
+    @property
+    def _own_layers(self) -> list[Layer]:
+        """Layers whose states this process has."""
+        if self.together is None:
+            return list(self.layers)
+        return [layer for layer in self.layers if self.together.owns(layer)]
 
     def own_state(self) -> dict[str, Any]:
         """State of the rule itself, which proposing changes; empty for rules without one."""
@@ -285,22 +317,52 @@ class StepRule:
         judged = self.judge is not None and self.judge.due(step)
         pieces: _Pieces = {}
         if self.needs or judged:
-            pieces = _pieces(self.layers, batch.steps, momentum, self.last)
-        loss = batch.seen if batch.loss is None else batch.loss
-        evidence = self._evidence(step, lr, pieces, batch.statistics, batch.products, loss)
+            pieces = _pieces(self._own_layers, batch.steps, momentum, self.last)
+        spreads = self._spread(batch, self._measures(step, judged))
+        evidence = self._evidence(step, lr, pieces, batch, spreads)
         sizes, by_name, events = self._checked(self.rule.propose(self.state, evidence), self.names)
-        moves = []
-        for entry in batch.steps:
-            block, name = entry.block, entry.block.layer.name
-            move = Move(block.parameters, entry.directions, by_name[name], entry.decays)
-            if self.last is not None:
-                move.last, move.recall = self.last.of(name, block.names), by_name[name_of_last(name)]
-            moves.append(move)
-        predicted = None
-        if judged:
-            predicted = self._predicted(step, sizes, evidence, pieces, batch.statistics, batch.products)
+        predicted = self._predicted(step, sizes, evidence, pieces, batch, spreads) if judged else None
         step_sizes = by_name if self.last is None else {name: by_name[name] for name in self.names}
-        return Proposal(moves, step_sizes, events, predicted)
+        proposal = Proposal([], step_sizes, events, predicted, batch.sharded)
+        for entry, spread in spreads:
+            block, name = spread.block, spread.block.layer.name
+            move = Move(block.parameters, spread.directions, by_name[name], entry)
+            if self.last is not None:
+                move.last, move.recall = spread.lasts, by_name[name_of_last(name)]
+            proposal.moves.append(move)
+        return self._with_pieces(proposal, spreads)
+
+    def _measures(self, step: int, judged: bool) -> bool:
+        """Whether something is measured along whole directions in this step."""
+        return (self.rule.curvature is not None and self.rule.due(step)) or judged
+
+    def _spread(self, batch: MiniBatch, measures: bool) -> list[tuple[tuple[float, ...], Spread]]:
+        """Directions, and last steps, of all blocks that move, with their weight decays."""
+        own: list[tuple[tuple[float, ...], Spread]] = []
+        for step in batch.steps:
+            block = step.block
+            lasts = self.last.of(block.layer.name, block.names) if self.last is not None else ()
+            own.append((step.decays, Spread(block, step.directions, lasts)))
+        if self.together is None:
+            return own
+        by_key = {spread.block.key: spread for _, spread in own}
+        found = self.together.spread(by_key, [block for block, _ in batch.moving], self.last is not None, measures)
+        return [(decays, spread) for (_, decays), spread in zip(batch.moving, found, strict=True)]
+
+    def _with_pieces(self, proposal: Proposal, spreads: Sequence[tuple[tuple[float, ...], Spread]]) -> Proposal:
+        """The proposal with what is to be moved here in the place of whole sharded directions."""
+        together = self.together
+        if together is None:
+            proposal.kept = proposal.moves
+            return proposal
+        moves: list[Move] = []
+        for move, (_, spread) in zip(proposal.moves, spreads, strict=True):
+            if together.owns(spread.block.layer):
+                proposal.kept.append(move)
+            here = [tuple(map(together.here, move.parameters, values)) for values in (move.directions, move.last)]
+            moves.append(replace(move, directions=here[0], last=here[1]))
+        proposal.moves = moves
+        return proposal
 
     def _checked(self, sizes: Any, layers: Sequence[str]) -> tuple[Tensor | float, dict[str, float | Tensor], Events]:
         """What the rule returned, the same by name of layer (and of its last step), and counts for the report.
@@ -348,33 +410,27 @@ class StepRule:
         sizes: Tensor | float,
         evidence: StepEvidence,
         pieces: _Pieces,
-        statistics: Mapping[str, LayerStatistics],
-        products: GraphKeepingBackward | None,
+        batch: MiniBatch,
+        spreads: _Spreads,
     ) -> Tensor:
         """sum_l alpha_l <g_l, d_l> - alpha' M alpha / 2 with the judge's forms M."""
         assert self.judge is not None
         forms = evidence.forms if self.judge.curvature == self.rule.curvature else None
         if forms is None:
-            forms = self._forms(self.judge.curvature, step, pieces, statistics, products)
-        slopes = evidence.gradient_slopes if evidence.gradient_slopes is not None else _along(pieces, True)[2]
+            forms = self._forms(self.judge.curvature, step, pieces, batch, spreads)
+        slopes = evidence.gradient_slopes if evidence.gradient_slopes is not None else self._along(pieces, True)[2]
         assert slopes is not None
         alpha = _on_device(sizes, slopes)
         return torch.dot(alpha, slopes) - 0.5 * torch.dot(alpha, forms @ alpha)
 
     def _evidence(
-        self,
-        step: int,
-        lr: float | Tensor,
-        pieces: _Pieces,
-        statistics: Mapping[str, LayerStatistics],
-        products: GraphKeepingBackward | None,
-        loss: Tensor | None,
+        self, step: int, lr: float | Tensor, pieces: _Pieces, batch: MiniBatch, spreads: _Spreads
     ) -> StepEvidence:
         names = self.names
         if not self.needs:
             return StepEvidence(names, lr)
         form = self.rule.curvature if self.rule.due(step) else None
-        slopes, squares, gradient_slopes = _along(pieces, Needs.SLOPES in self.needs)
+        slopes, squares, gradient_slopes = self._along(pieces, Needs.SLOPES in self.needs)
         return StepEvidence(
             names,
             lr,
@@ -382,28 +438,45 @@ class StepRule:
             gradient_slopes=gradient_slopes,
             squared_norms=squares,
             parameter_norms=self._norms() if Needs.NORMS in self.needs else None,
-            forms=None if form is None else self._forms(form, step, pieces, statistics, products),
-            loss=loss,
+            forms=None if form is None else self._forms(form, step, pieces, batch, spreads),
+            loss=batch.seen if batch.loss is None else batch.loss,
         )
 
-    def _forms(
-        self,
-        form: QuadraticForm,
-        step: int,
-        pieces: _Pieces,
-        statistics: Mapping[str, LayerStatistics],
-        products: GraphKeepingBackward | None,
-    ) -> Tensor:
+    def _along(self, pieces: _Pieces, gradients: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See :func:`_along`; of all layers, whoever owns them."""
+        if self.together is None or self.together.owners is None:
+            return _along(pieces, gradients)
+        names = self.names if self.last is None else [*self.names, *map(name_of_last, self.names)]
+        joint = _example(self.layers).new_zeros(2 + gradients, len(names))
+        if pieces:
+            places = torch.tensor([names.index(name) for name in pieces], device=joint.device)
+            joint[:, places] = torch.stack([v for v in _along(pieces, gradients) if v is not None]).to(joint.dtype)
+        slopes, squares, *rest = self.together.ranks.total(joint).unbind()
+        return slopes, squares, rest[0] if rest else None
+
+    def _forms(self, form: QuadraticForm, step: int, pieces: _Pieces, batch: MiniBatch, spreads: _Spreads) -> Tensor:
         """(K, K) quadratic forms along the directions, and the last steps of a rule that recalls."""
         names = [layer.name for layer in self.layers]
         directions = {name: piece.directions for name, piece in pieces.items()}
+        if self.together is not None:
+            directions = _everybodys(self.layers, spreads, self.last is not None)
         generator = seeded_generator(self.seed * 1_000_003 + step, directions[names[0]][0].device)
-        product = products.product if products is not None else None
-        evidence = DirectionalEvidence(names, directions, statistics, product, generator)
+        product = batch.products.product if batch.products is not None else None
+        evidence = DirectionalEvidence(names, directions, batch.recorded(form), product, generator)
+        if self.together is not None and declared(form, FormDeclarations).adds_up:
+            known = next((name for name in names if name in batch.samples), names[0])
+            counts = batch.samples.get(known, [1])
+            share, total = self.together.share_of(batch.samples, known), self.together.ranks.total
+            evidence = replace(evidence, share=share, samples=sum(counts), total=total)
         return form.measure(evidence if self.last is None else with_last_steps(evidence))
 
     def _norms(self) -> Tensor:
         """(L,) norms of the layers' parameters."""
+        if self.together is not None and self.together.pieces:
+            held = [p for layer in self.layers for p in layer.parameters.values()]
+            squares = self.together.squares([(p, p.detach()) for p in held])
+            own = squares.split([len(layer.parameters) for layer in self.layers])
+            return torch.stack([value.sum() for value in own]).sqrt()
         parameters = [full_precision(p) for layer in self.layers for p in layer.parameters.values()]
         norms = _by_layer(torch._foreach_norm(parameters), [len(layer.parameters) for layer in self.layers])
         of_layers: Tensor = torch.linalg.vector_norm(norms, dim=1)
@@ -503,6 +576,34 @@ class _Piece:
 
 
 _Pieces = dict[str, _Piece]
+_Spreads = Sequence[tuple[tuple[float, ...], Spread]]
+
+
+def _everybodys(layers: Sequence[Layer], spreads: _Spreads, recalls: bool) -> dict[str, Tensors]:
+    """Directions, and last steps, by name; zeros where a parameter has no gradient or is frozen."""
+    found: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in layers}
+    lasts: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in layers}
+    for _, spread in spreads:
+        block = spread.block
+        for index, (name, parameter) in enumerate(zip(block.names, block.parameters, strict=True)):
+            if parameter.requires_grad:
+                found[block.layer.name][name] = spread.directions[index]
+                if recalls:
+                    lasts[block.layer.name][name] = spread.lasts[index]
+    result: dict[str, Tensors] = {}
+    for values, name_of in ((found, lambda name: name), (lasts, name_of_last)):
+        for layer in layers if values is found or recalls else ():
+            own = values[layer.name]
+            result[name_of(layer.name)] = tuple(
+                own[name] if name in own else _nothing(parameter) for name, parameter in layer.parameters.items()
+            )
+    return result
+
+
+def _nothing(parameter: Tensor) -> Tensor:
+    """Zeros in the shape of the whole of a parameter."""
+    like = full_precision(local(parameter))
+    return like.new_zeros(parameter.shape)
 
 
 def _pieces(layers: Sequence[Layer], steps: Sequence[BlockStep], momentum: Momentum, last: LastSteps | None) -> _Pieces:
@@ -531,7 +632,7 @@ def _pieces(layers: Sequence[Layer], steps: Sequence[BlockStep], momentum: Momen
         rows: list[tuple[Tensor, Tensor, Tensor, float]] = []
         for name, parameter in layer.parameters.items():
             if name not in own:
-                zero = torch.zeros_like(full_precision(parameter))
+                zero = _nothing(parameter)
                 rows.append((zero, zero, zero, 1.0))
             else:
                 rows.append(own[name])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...curvature.declarations import FormDeclarations, declared
+from ...curvature.layers.sharding import local
 from ...curvature.products import GraphKeepingBackward
+from ...curvature.quadratic_forms import QuadraticForm
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...preconditioners.protocol import Observation, Refining, refining
 from ...preconditioners.structures.identity import Identity
@@ -89,17 +92,25 @@ class Team:
         self.crews = [Crew([blocks[index] for index in m], m) for m in found.values()]
         self.refines = any(crew.refining is not None for crew in self.crews)
 
-    def accumulate(self, momentum: Momentum, gradients: list[Tensor], decays: Sequence[float] | None) -> None:
+    def accumulate(
+        self,
+        momentum: Momentum,
+        gradients: list[Tensor],
+        decays: Sequence[float] | None,
+        values: Sequence[Tensor] | None = None,
+    ) -> None:
         """One recurrence of the momentum on g + decay * theta, all blocks in a few operations.
 
         Args:
             momentum: the recurrence.
             gradients: of all parameters; they stay as they are.
             decays: coupled weight decay of all parameters; ``None``: of none.
+            values: of all parameters, if they are not whole themselves.
         """
+        shown = self.parameters if values is None else values
         keep, add = momentum.coefficients()
         torch._foreach_mul_(self.storages, keep)
-        self._add_(self.views, add, gradients, decays)
+        self._add_(self.views, add, gradients, decays, shown)
         on_momentum, on_gradient = momentum.blend()
         ahead = (on_momentum, on_gradient) != (1.0, 0.0)
         blended = iter(torch._foreach_mul(self.storages, on_momentum)) if ahead else iter(())
@@ -108,16 +119,23 @@ class Team:
             block.updates += 1
         if ahead:
             views = [view for block in self.blocks for view in block.parameter_views(block.vector)]
-            self._add_(views, on_gradient, gradients, decays)
+            self._add_(views, on_gradient, gradients, decays, shown)
 
-    def _add_(self, views: list[Tensor], add: float, gradients: list[Tensor], decays: Sequence[float] | None) -> None:
+    @staticmethod
+    def _add_(
+        views: list[Tensor],
+        add: float,
+        gradients: list[Tensor],
+        decays: Sequence[float] | None,
+        parameters: Sequence[Tensor],
+    ) -> None:
         """View <- view + add * (g + decay * theta)."""
         torch._foreach_add_(views, gradients, alpha=add)
         for decay in dict.fromkeys(decays or ()):
             if decay:
                 assert decays is not None
                 chosen = [index for index, value in enumerate(decays) if value == decay]
-                shown = [self.parameters[index].detach() for index in chosen]
+                shown = [parameters[index].detach() for index in chosen]
                 torch._foreach_add_([views[index] for index in chosen], shown, alpha=add * decay)
 
     def directions(self, momentum: Momentum) -> list[Tensors]:
@@ -168,6 +186,14 @@ class MiniBatch:
         decays: whether some parameter has weight decay.
         waiting: blocks whose statistics are updated after the second evaluation, by crew.
         seen: what the output's gradient tells of the loss, where no closure returned it.
+        moving: in many processes, all blocks that take part, whoever owns them, with their weight decays.
+        samples: in many processes, by layer the samples that each adds.
+        shares: in many processes, what this one has recorded of its own share; ``statistics`` are of the joint
+            mini-batch then, of the layers that it owns.
+        everybodys: makes the rows of all processes, for forms that take nothing less.
+        sharded: whether parameters are in pieces.
+        whole: in many processes, by id of the parameter the gradients of the layers that this process owns.
+        values: in many processes, the team's parameters, whole where weight decay needs them.
     """
 
     loss: Tensor | None
@@ -179,3 +205,25 @@ class MiniBatch:
     decays: bool = False
     waiting: list[tuple[Crew, list[BlockStep]]] = field(default_factory=list)
     seen: Tensor | None = None
+    moving: Sequence[tuple[Block, tuple[float, ...]]] = ()
+    samples: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    shares: Mapping[str, LayerStatistics] | None = None
+    everybodys: Callable[[], Mapping[str, LayerStatistics]] | None = None
+    sharded: bool = False
+    whole: Mapping[int, Tensor] | None = None
+    values: list[Tensor] | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All that the step moves, as far as this process holds it."""
+        if self.shares is None:
+            return self.team.parameters
+        return [local(parameter) for block, _ in self.moving for parameter in block.parameters]
+
+    def recorded(self, form: QuadraticForm) -> Mapping[str, LayerStatistics]:
+        """What a quadratic form measures with."""
+        if self.shares is None:
+            return self.statistics
+        if self.everybodys is None or declared(form, FormDeclarations).adds_up:
+            return self.shares
+        return self.everybodys()

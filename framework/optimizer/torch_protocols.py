@@ -22,20 +22,19 @@ __all__ = [
     "by_parameter",
     "from_parameters",
     "numbered_groups",
-    "require_local",
+    "require_eager",
     "shown_state",
 ]
 
 _MARK = "osculate"
 _CHECKPOINT = "torch.distributed.checkpoint.state_dict"
-_SHARDED = {"DTensor": "FSDP2 (fully_shard) or tensor parallelism", "FlatParameter": "FullyShardedDataParallel"}
 
 
-def require_local(model: nn.Module) -> None:
-    """Check that every process has all of every parameter, and that modules take hooks.
+def require_eager(model: nn.Module) -> None:
+    """Check that modules take hooks, and that parameters keep their shapes.
 
     Raises:
-        ArgumentError: if some parameters are sharded, or a module is a script.
+        ArgumentError: if a module is a script, or parameters are flattened by the first FSDP.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -44,11 +43,11 @@ def require_local(model: nn.Module) -> None:
                 "model, and script a copy of it (torch.jit.script(copy.deepcopy(model))), or use torch.compile"
             )
     for name, parameter in model.named_parameters():
-        kind = next((own.__name__ for own in type(parameter).__mro__ if own.__name__ in _SHARDED), None)
-        if kind is not None:
+        if any(own.__name__ == "FlatParameter" for own in type(parameter).__mro__):
             raise ArgumentError(
-                f"parameter {name!r} is sharded over processes ({kind}: {_SHARDED[kind]}), and a structure must "
-                "see the whole of its layer; use DistributedDataParallel, with which every process has all of them"
+                f"parameter {name!r} is a FlatParameter: FullyShardedDataParallel flattens the parameters of many "
+                "layers into one, and a structure must see its layer; use FSDP2 (torch.distributed.fsdp.fully_shard), "
+                "which keeps their shapes"
             )
 
 

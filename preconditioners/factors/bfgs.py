@@ -20,6 +20,7 @@ from ..pairs.skipping import CurvatureTest, SkipRule
 from ..protocol import Events
 from ..state import State
 from .factor import AveragedMatrix, CovarianceState, Side, WithoutMatrices, accumulate_second_moment
+from .sharing import Expand, Sharing
 
 __all__ = ["BFGS", "AveragedPair", "BFGSState", "HessianActionBFGS", "HessianActionState"]
 
@@ -160,6 +161,10 @@ class HessianActionBFGS(AveragedMatrix):
         """Inputs do not grow with the loss."""
         return 0.0, 0.0
 
+    def takes_moment(self, side: Side) -> Sharing:
+        """Of all rows; beside it the mean row."""
+        return Expand()
+
     def init(self, size: int, like: Tensor) -> HessianActionState:
         """Nothing gathered."""
         identity = torch.eye(size, dtype=like.dtype, device=like.device)
@@ -199,9 +204,7 @@ class HessianActionBFGS(AveragedMatrix):
     ) -> Events:
         """One update per state; states of one :meth:`kind`."""
         inverses = [state.inverse for state in states]
-        found = [
-            before.input_rows().mean(0).to(state.inverse.dtype) for state, before in zip(states, befores, strict=True)
-        ]
+        found = [before.mean_row().to(state.inverse.dtype) for state, before in zip(states, befores, strict=True)]
         means = pack_homogeneous(found, [before.layer.has_bias for before in befores])
         steps = products(inverses, means)
         changes = torch.add(products([state.second_moment for state in states], steps), steps, alpha=damping)

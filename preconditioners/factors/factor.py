@@ -92,8 +92,12 @@ def accumulate_second_moment(
 
     By default, inputs: mean over samples of the *sum* over positions of a a' (a with its trailing 1); outputs: mean
     over samples and positions of g g' (PAPERS 1.6; one position: the plain mean). A grouped layer's inputs are averaged
-    over groups: all groups share one matrix.
+    over groups: all groups share one matrix. What several processes have added up already is taken as it is.
     """
+    known = statistics.moments.get(side) if statistics.moments else None
+    if known is not None:
+        moment.mul_(keep).add_(known.to(moment.dtype), alpha=add)
+        return
     if side == "outputs":
         rows, scale = sharing.outputs(statistics)
         accumulate_gram_(moment, rows.to(moment.dtype), keep, add * scale)
@@ -218,6 +222,10 @@ class Covariance(AveragedMatrix):
     def needs(self, side: Side) -> Needs:
         """Layer inputs, or curvature-bearing gradient rows."""
         return Needs.INPUTS if side == "inputs" else Needs.ROOTS
+
+    def takes_moment(self, side: Side) -> Sharing:
+        """The second moment under its sharing rule is all that it takes of the rows."""
+        return self.sharing
 
     def update(self, state: CovarianceState, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
         """Average the second moment of this side."""

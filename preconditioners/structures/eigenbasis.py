@@ -107,6 +107,11 @@ class Eigenbasis(Stateless):
         rows, columns = layer.matrix_shape
         return 2 * sum(size**2 for size in (rows, columns) if size <= self.turned) + rows * columns
 
+    def work(self, layer: Layer) -> float:
+        """Into the basis and back."""
+        rows, columns = layer.matrix_shape
+        return 4.0 * rows * columns * sum(size for size in (rows, columns) if size <= self.turned)
+
     def bounds(self, state: EigenbasisState, layer: Layer, damping: SideDamping) -> tuple[float, float]:
         """(lambda, infinity)."""
         return damping.whole, float("inf")

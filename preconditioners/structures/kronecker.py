@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -102,6 +102,15 @@ class Kronecker(StructureDeclarations):
     def additive(self) -> bool:
         """Of both sides."""
         return all(factor.additive for factor in self.factors)
+
+    @derived
+    def takes_moments(self) -> Mapping[str, Any]:
+        """Of the sides whose factors do."""
+        return {
+            side: factor.takes_moment(side)
+            for side, factor in zip(("inputs", "outputs"), self.factors, strict=True)
+            if factor.takes_moment is not None and "takes_moment" in factor.together
+        }
 
     @derived
     def waits(self) -> bool:

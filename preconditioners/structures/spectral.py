@@ -144,6 +144,11 @@ class Spectral(Stateless):
         """None."""
         return 0
 
+    def work(self, layer: Layer) -> float:
+        """Of all iterations."""
+        short, long = sorted(layer.weight_shape)
+        return self.iterations * (4.0 * short**2 * long + 2.0 * short**3)
+
     def serves(self, layer: Layer) -> tuple[str, ...]:
         """The weight of layers that multiply by a matrix; an embedding looks rows up, it gets the fallback."""
         looked_up = isinstance(layer.module, nn.Embedding | nn.EmbeddingBag)

@@ -1,0 +1,348 @@
+"""One step of many processes: who does what, and what travels. One process has none of this.
+
+Every process evaluates its share of the mini-batch. Then each layer has an owner, which gets what its structures take
+of everybody's records (:mod:`~..processes.records`), keeps momentum and state, computes inverses and directions, and
+spreads the directions; or all processes own all layers. What decides about a step is decided by all: one table with
+what each has found goes round before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...curvature.layers.layer import Layer
+from ...curvature.layers.sharding import is_sharded, local
+from ...curvature.records.statistics import LayerStatistics, Tensors
+from ...errors import ArgumentError, ProcessError
+from ..processes.pieces import Entry, Pieces, batch_shares
+from ..processes.ranks import Ranks
+from ..processes.records import Travel, brought_together, kind_of_rows, require_same_layers
+from .blocks import Block, full_precision
+
+__all__ = ["Meeting", "Spread", "Together"]
+
+_FINE, _UNSOUND, _RAISED = 0.0, 1.0, 2.0
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What all processes have found in one evaluation.
+
+    Attributes:
+        unsound: processes that found something that is not finite.
+        samples: by layer, how many samples each process adds; 0 where another one has the same.
+        present: of every block, whether it has a gradient.
+        doubts: by certified layer, how far its records are from explaining its gradient; above 1: they do not.
+    """
+
+    unsound: list[int]
+    samples: dict[str, list[int]]
+    present: tuple[bool, ...]
+    doubts: dict[str, float]
+
+
+@dataclass(slots=True)
+class Spread:
+    """One block's directions, on every process.
+
+    Attributes:
+        block: the block.
+        directions: one per parameter: the whole, or this process's piece of it.
+        lasts: the block's last steps, the same, for rules that recall.
+    """
+
+    block: Block
+    directions: Tensors
+    lasts: Tensors = ()
+
+
+class Together:
+    """The processes of one optimizer, and who owns what.
+
+    Args:
+        ranks: the processes.
+        model: the model.
+        layers: all, in order.
+        owners: by layer; ``None``: every process has all of them.
+        reduces_gradients: whether gradients reach their owners only.
+
+    Attributes:
+        pieces: of sharded parameters.
+        place: which share of the mini-batch this process has.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        owners: dict[str, int] | None,
+        reduces_gradients: bool = False,
+    ):
+        self.ranks, self.owners, self.reduces_gradients = ranks, owners, reduces_gradients
+        self.place, self._speakers = batch_shares(model, ranks)
+        self._met = False
+        self.adopt(model, layers)
+
+    def adopt(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+        """Take in the layers that are served now."""
+        self.layers = layers
+        self.pieces = Pieces(self.ranks, dict(model.named_parameters()))
+        self._mine = {id(p): self.owns(layer) for layer in layers for p in layer.parameters.values()}
+
+    def owns(self, layer: Layer) -> bool:
+        """Whether this process has the layer's state."""
+        return self.owners is None or self.owners[layer.name] == self.ranks.rank
+
+    @property
+    def divides_gradients(self) -> bool:
+        """Whether no process has all gradients."""
+        return bool(self.pieces) or self.reduces_gradients
+
+    def counts(self, parameter: Tensor) -> float:
+        """What a parameter's gradient here counts in a sum over all processes."""
+        if self.reduces_gradients:
+            return float(self._mine.get(id(parameter), False))
+        return self.pieces.share(parameter)
+
+    # -- before anything is written ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def announcing(self, blocks: Sequence[Block], certifies: bool) -> Iterator[None]:
+        """What this process raises inside, before it has met the others, is told them: none waits in vain.
+
+        Args:
+            blocks: all.
+            certifies: whether doubts are told at this meeting.
+        """
+        self._met = False
+        try:
+            yield
+        except Exception:
+            if not self._met:
+                number = 1 + (2 + 3 * certifies) * len(self.layers) + len(blocks)
+                row = torch.zeros(number, dtype=torch.float64, device=blocks[0].parameters[0].device)
+                row[0] = _RAISED
+                self.ranks.table(row)
+            raise
+
+    def meet(
+        self,
+        sound: Tensor,
+        found: Mapping[str, LayerStatistics],
+        present: Sequence[bool],
+        doubts: Mapping[str, Tensor] | None,
+    ) -> Meeting:
+        """Tell the others what this process has found. One collective and one synchronisation.
+
+        Args:
+            sound: 0-dimensional, finite if all that was found is.
+            found: records by layer.
+            present: of every block, whether it has a gradient.
+            doubts: of certified layers, see :class:`.Certificate`; ``None``: of this step nobody tells any.
+
+        Raises:
+            ProcessError: if another process has raised.
+            ArgumentError: on every process, if they have not done the same.
+        """
+        entries = [found.get(layer.name) for layer in self.layers]
+        counts = [0 if entry is None else entry.samples for entry in entries]
+        kinds = [0 if entry is None else kind_of_rows(entry) for entry in entries]
+        flag = torch.where(torch.isfinite(sound), _FINE, _UNSOUND).double().reshape(1)
+        plain = torch.tensor([*counts, *kinds, *map(float, present)], dtype=torch.float64)
+        told = [flag, plain.to(flag.device, non_blocking=True)]
+        if doubts is not None:
+            told += [_told(doubts.get(layer.name), flag) for layer in self.layers]
+        self._met = True
+        rows = self.ranks.table(torch.cat(told))
+        self._require_nobody_raised(rows)
+        number, blocks = len(self.layers), len(present)
+        columns = [[int(row[1 + index]) for row in rows] for index in range(number)]
+        seen = [{int(row[1 + number + i]) for row, n in zip(rows, columns[i], strict=True) if n} for i in range(number)]
+        require_same_layers(self.layers, columns, seen)
+        start = 1 + 2 * number
+        self._require_same_gradients([row[start : start + blocks] for row in rows])
+        samples = {
+            layer.name: [n if speaks else 0 for n, speaks in zip(column, self._speakers, strict=True)]
+            for layer, column in zip(self.layers, columns, strict=True)
+            if any(column)
+        }
+        unsound = [rank for rank, row in enumerate(rows) if row[0] == _UNSOUND]
+        doubted = {} if doubts is None else self._doubts([row[start + blocks :] for row in rows])
+        return Meeting(unsound, samples, tuple(map(bool, present)), doubted)
+
+    @staticmethod
+    def _require_nobody_raised(rows: Sequence[Sequence[float]]) -> None:
+        raised = [rank for rank, row in enumerate(rows) if row[0] == _RAISED]
+        if raised:
+            raise ProcessError(
+                f"process {raised[0]} has refused this step: see what it has raised. No parameter and no state has "
+                "changed"
+            )
+
+    @staticmethod
+    def _require_same_gradients(rows: Sequence[Sequence[float]]) -> None:
+        for index, column in enumerate(zip(*rows, strict=True)):
+            if len(set(column)) > 1:
+                have = [rank for rank, value in enumerate(column) if value]
+                raise ArgumentError(
+                    f"block {index} of layer_table() has a gradient on processes {have} only; every process must train "
+                    "the same parameters in a step: let the loss depend on all of them (DistributedDataParallel has "
+                    "find_unused_parameters=True), or freeze them everywhere"
+                )
+
+    def _doubts(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
+        """Of every certified layer, from what all processes have told."""
+        found: dict[str, float] = {}
+        for index, layer in enumerate(self.layers):
+            told = [row[3 * index : 3 * index + 3] for row in rows]
+            if any(allowed < 0 for _, allowed, _ in told):
+                found[layer.name] = max(doubt if doubt == doubt else float("inf") for doubt, _, _ in told)
+            elif any(allowed > 0 for _, allowed, _ in told):  # each holds a piece of the gradient of all
+                spoken = [entry for entry, speaks in zip(told, self._speakers, strict=True) if speaks]
+                explained = sum(entry[0] for entry in spoken) / len(spoken)
+                allowed = sum(entry[1] for entry in spoken) / len(spoken)
+                found[layer.name] = abs(explained - sum(entry[2] for entry in told)) / allowed
+        return found
+
+    # -- what the owners get -----------------------------------------------------------------------------------------
+
+    def statistics(
+        self, own: Mapping[str, LayerStatistics], travels: Mapping[str, Travel], samples: Mapping[str, Sequence[int]]
+    ) -> dict[str, LayerStatistics]:
+        """Records of the joint mini-batch of the layers that this process owns."""
+        return brought_together(self.ranks, own, travels, self.owners, samples)
+
+    def everybodys(
+        self, own: Mapping[str, LayerStatistics], travels: Mapping[str, Travel], samples: Mapping[str, Sequence[int]]
+    ) -> dict[str, LayerStatistics]:
+        """Records of the joint mini-batch, on every process."""
+        return brought_together(self.ranks, own, travels, None, samples)
+
+    def share_of(self, samples: Mapping[str, Sequence[int]], layer: str) -> float:
+        """Which part of a layer's joint samples this process has recorded."""
+        counts = samples[layer]
+        return counts[self.ranks.rank] / sum(counts)
+
+    def whole(self, parameters: Sequence[tuple[Tensor, int]], values: Sequence[Tensor], what: str) -> list[Tensor]:
+        """Whole tensors at the owners of their layers, from the pieces of all.
+
+        Args:
+            parameters: with their owners, in the same order everywhere.
+            values: of each, this process's piece; the whole where it is not sharded.
+            what: they are.
+
+        Returns:
+            Of each the whole where this process owns it; else what was given.
+        """
+        sharded = [index for index, (parameter, _) in enumerate(parameters) if is_sharded(parameter)]
+        found = list(values)
+        if not sharded:
+            return found
+        entries = [Entry(*parameters[index], full_precision(local(values[index]))) for index in sharded]
+        for index, value in zip(sharded, self.pieces.to_owners(entries, what), strict=True):
+            if value is not None:
+                found[index] = value
+        return found
+
+    def owner(self, block: Block) -> int:
+        """The process that owns a block; this one where all do."""
+        return self.ranks.rank if self.owners is None else self.owners[block.layer.name]
+
+    # -- what everybody gets -----------------------------------------------------------------------------------------
+
+    def spread(self, own: Mapping[str, Spread], moving: Sequence[Block], recalls: bool, complete: bool) -> list[Spread]:
+        """Directions of all blocks on every process.
+
+        Args:
+            own: of the blocks that this process owns, by key, whole.
+            moving: all blocks that take part, in the same order everywhere.
+            recalls: whether last steps go with them.
+            complete: whether every process needs the whole of them; else of sharded parameters its piece.
+        """
+        if self.owners is None:
+            return [own[block.key] for block in moving]
+        items: list[tuple[Block, int, Tensor | None]] = []
+        for block in moving:
+            mine = own.get(block.key)
+            values = [None] * (len(block.names) * (1 + recalls)) if mine is None else [*mine.directions, *mine.lasts]
+            pairs = zip(block.parameters * (1 + recalls), values, strict=True)
+            items += [(block, index % len(block.names), value) for index, (_, value) in enumerate(pairs)]
+        found: list[Tensor] = [None] * len(items)  # type: ignore[list-item]
+        cut = [index for index, (block, n, _) in enumerate(items) if is_sharded(block.parameters[n]) and not complete]
+        entries = [Entry(items[i][0].parameters[items[i][1]], self.owner(items[i][0]), items[i][2]) for i in cut]
+        for index, value in zip(cut, self.pieces.from_owners(entries, "directions") if cut else (), strict=True):
+            found[index] = value
+        left = sorted(set(range(len(items))) - set(cut))
+        for index, value in zip(left, self._broadcast([items[index] for index in left]), strict=True):
+            found[index] = value
+        result: list[Spread] = []
+        position = 0
+        for block in moving:
+            count = len(block.names)
+            directions = tuple(found[position : position + count])
+            lasts = tuple(found[position + count : position + 2 * count]) if recalls else ()
+            mine = own.get(block.key)
+            if mine is not None:  # its own memory, not what was sent
+                lasts = mine.lasts
+            result.append(Spread(block, directions, lasts))
+            position += count * (1 + recalls)
+        return result
+
+    def _broadcast(self, items: Sequence[tuple[Block, int, Tensor | None]]) -> list[Tensor]:
+        """Whole tensors on every process, from their owners: one flat tensor per owner and precision."""
+        result: list[Tensor] = [None] * len(items)  # type: ignore[list-item]
+        grouped: dict[torch.dtype, dict[int, list[int]]] = {}
+        for index, (block, _, _) in enumerate(items):
+            owner = self.owner(block)
+            grouped.setdefault(block.storage[0].dtype, {}).setdefault(owner, []).append(index)
+        for dtype, by_owner in grouped.items():
+            flat: list[Tensor | None] = []
+            for rank in range(self.ranks.count):
+                chosen = by_owner.get(rank, [])
+                if rank == self.ranks.rank and chosen:
+                    values = [items[index][2] for index in chosen]
+                    flat.append(torch.cat([value.reshape(-1) for value in values if value is not None]))
+                    continue
+                size = sum(items[index][0].parameters[items[index][1]].numel() for index in chosen)
+                device = items[0][0].parameters[0].device
+                flat.append(torch.empty(size, dtype=dtype, device=device) if size else None)
+            self.ranks.begin_spread(flat, "directions").wait()
+            for rank, chosen in by_owner.items():
+                parameters = [items[index][0].parameters[items[index][1]] for index in chosen]
+                total = flat[rank]
+                assert total is not None
+                pieces = total.split([parameter.numel() for parameter in parameters])
+                for index, parameter, piece in zip(chosen, parameters, pieces, strict=True):
+                    given = items[index][2]
+                    result[index] = piece.view(parameter.shape) if given is None else given
+        return result
+
+    def here(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """What of a direction belongs to this process: its piece, where it was given the whole of a sharded one."""
+        if not is_sharded(parameter) or value.shape != parameter.shape:
+            return value
+        return self.pieces.here(parameter, value)
+
+    def squares(self, tensors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """(K,) squared norms of sharded tensors.
+
+        Args:
+            tensors: each with the parameter it is laid out as.
+        """
+        found = [self.pieces.share(p) * full_precision(local(value)).square().sum() for p, value in tensors]
+        return self.ranks.total(torch.stack(found))
+
+
+def _told(doubt: Tensor | None, like: Tensor) -> Tensor:
+    """Three numbers: explained, allowed and actual of a sharded layer; else the doubt itself, -1 and 0."""
+    if doubt is None:
+        return like.new_zeros(3)
+    if doubt.ndim:
+        return doubt.to(like)
+    return torch.stack([doubt.to(like), like.new_full((), -1.0), like.new_zeros(())])

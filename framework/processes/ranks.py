@@ -1,0 +1,232 @@
+"""The processes that share a mini-batch, and the collectives by which they speak.
+
+Every collective goes through here: it is counted by what it carries, waited for, and fails with an error that names who
+is missing. Parts of methods know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...errors import ArgumentError, ProcessError
+from .failure import attempted
+
+__all__ = ["Pending", "Ranks", "unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
+    """The module inside ``torch.compile`` and ``DistributedDataParallel``, and the latter if there is one."""
+    wrapper: DistributedDataParallel | None = None
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            wrapper = model
+            model = wrapper.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model, wrapper
+
+
+class Pending:
+    """Collectives that have begun.
+
+    Args:
+        ranks: whose.
+        handles: of torch.
+        what: they carry.
+        finish: makes the result, when all are over.
+    """
+
+    def __init__(self, ranks: Ranks, handles: Sequence[Any], what: str, finish: Callable[[], Any]):
+        self._ranks, self._handles, self._what, self._finish = ranks, handles, what, finish
+
+    def wait(self) -> Any:
+        """The result.
+
+        Raises:
+            ProcessError: if a process is missing.
+        """
+        self._ranks.attempt(lambda: [handle.wait() for handle in self._handles], self._what)
+        return self._finish()
+
+
+class Ranks:
+    """The processes that share a mini-batch.
+
+    Args:
+        group: ``"auto"``: the world group while ``torch.distributed`` is initialised; ``None``: every process for
+            itself; or a process group.
+        wrapper: the ``DistributedDataParallel`` around the model, whose gradient exchange a look back must suspend.
+
+    Attributes:
+        traffic: bytes that this process has had to send, by what they carried, since the counter was last cleared: a
+            reduction to one process and a broadcast cost n (P - 1) / P each, where all take turns, a reduction to all
+            2 n (P - 1) / P, a gathering what is sent to the others.
+        broken: why no further step is possible.
+    """
+
+    def __init__(self, group: Any, wrapper: DistributedDataParallel | None):
+        if isinstance(group, str | int | float) and group != "auto":
+            raise ArgumentError(f"process_group must be 'auto', None or a process group, got {group!r}")
+        self.group, self.wrapper = group, wrapper
+        self.traffic: Counter[str] = Counter()
+        self.broken: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The model of a copy is not wrapped."""
+        return {"group": self.group, "wrapper": None, "traffic": Counter(), "broken": self.broken}
+
+    @property
+    def count(self) -> int:
+        """How many they are; 1 outside distributed training."""
+        if self.group is None or not (distributed.is_available() and distributed.is_initialized()):
+            return 1
+        return distributed.get_world_size(self._group)
+
+    @property
+    def rank(self) -> int:
+        """Which one this process is."""
+        if self.group is None or not (distributed.is_available() and distributed.is_initialized()):
+            return 0
+        return distributed.get_rank(self._group)
+
+    @property
+    def _group(self) -> Any:
+        return None if isinstance(self.group, str) else self.group
+
+    def silent(self) -> AbstractContextManager[None]:
+        """Context of a pass whose gradients are not exchanged."""
+        context: AbstractContextManager[None] = nullcontext() if self.wrapper is None else self.wrapper.no_sync()
+        return context
+
+    def require_whole(self) -> None:
+        """Check that no exchange has failed before.
+
+        Raises:
+            ProcessError: if one has.
+        """
+        if self.broken is not None:
+            raise ProcessError(
+                f"the exchange of {self.broken} between processes failed in an earlier step, and the state of this "
+                "optimizer may be half of that step; start again from the last checkpoint"
+            )
+
+    def attempt(self, action: Callable[[], Any], what: str) -> Any:
+        """Run something that waits for other processes.
+
+        Raises:
+            ProcessError: if it fails, naming who is missing.
+        """
+
+        def failed() -> None:
+            self.broken = what
+
+        return attempted(action, what, self._group, failed)
+
+    def _count(self, what: str, values: Tensor, share: float) -> None:
+        self.traffic[what] += round(share * values.numel() * values.element_size())
+
+    # -- collectives -------------------------------------------------------------------------------------------------
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a tensor over the processes."""
+        return value if self.count == 1 else self.total(value) / self.count
+
+    def total(self, value: Tensor, what: str = "numbers") -> Tensor:
+        """Sum of a tensor over the processes."""
+        if self.count == 1:
+            return value
+        total = value.detach().clone(memory_format=torch.contiguous_format)
+        self._count(what, total, 2 * (self.count - 1) / self.count)
+        self.attempt(lambda: distributed.all_reduce(total, group=self._group), what)
+        return total
+
+    def table(self, row: Tensor) -> list[list[float]]:
+        """Rows of all processes, fetched: one synchronisation.
+
+        Args:
+            row: of this one, (K,) of float64.
+        """
+        rows = [torch.empty_like(row) for _ in range(self.count)]
+        self._count("numbers", row, self.count - 1)
+        self.attempt(lambda: distributed.all_gather(rows, row, group=self._group), "what each process has found")
+        found: list[list[float]] = torch.stack(rows).tolist()
+        return found
+
+    def objects(self, value: Any) -> list[Any]:
+        """What every process says, for a moment in which nothing is fast: while an optimizer is built or saved."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        self.attempt(lambda: distributed.all_gather_object(found, value, group=self._group), "the layout of the model")
+        return found
+
+    def begin_totals(self, values: Sequence[Tensor | None], what: str, everyone: bool) -> Pending:
+        """Begin to add up flat tensors, each at its owner: entry r at process r, or each at every process.
+
+        Args:
+            values: one per owner, written in place; ``None``: nothing for that owner. Of equal sizes on all processes.
+            what: they carry.
+            everyone: whether every process gets the sums.
+        """
+        handles: list[Any] = []
+
+        def begin() -> None:
+            for owner, value in enumerate(values):
+                if value is None or not value.numel():
+                    continue
+                self._count(what, value, (1 + everyone) * (self.count - 1) / self.count)
+                if everyone:
+                    handles.append(distributed.all_reduce(value, group=self._group, async_op=True))
+                else:
+                    handles.append(distributed.reduce(value, group_dst=owner, group=self._group, async_op=True))
+
+        self.attempt(begin, what)
+        return Pending(self, handles, what, lambda: list(values))
+
+    def begin_gradient(self, value: Tensor, owner: int | None) -> Any:
+        """Begin to add up a gradient at its owner, or at all; returns torch's handle. Inside the user's backward."""
+        if owner is None:
+            return distributed.all_reduce(value, group=self._group, async_op=True)
+        self._count("gradients", value, (self.count - 1) / self.count)
+        return distributed.reduce(value, group_dst=owner, group=self._group, async_op=True)
+
+    def begin_spread(self, values: Sequence[Tensor | None], what: str) -> Pending:
+        """Begin to spread flat tensors from their owners: entry r from process r to all, in place."""
+        handles: list[Any] = []
+
+        def begin() -> None:
+            for owner, value in enumerate(values):
+                if value is not None and value.numel():
+                    self._count(what, value, (self.count - 1) / self.count)
+                    handles.append(distributed.broadcast(value, group_src=owner, group=self._group, async_op=True))
+
+        self.attempt(begin, what)
+        return Pending(self, handles, what, lambda: list(values))
+
+    def exchange(self, pieces: Sequence[Tensor], sizes: Sequence[int], what: str) -> list[Tensor]:
+        """Send a flat tensor to every process, and get one from each.
+
+        Args:
+            pieces: entry r is for process r; of one dtype.
+            sizes: how many numbers come from each process.
+            what: they carry.
+        """
+        sent = torch.cat([piece.reshape(-1) for piece in pieces])
+        received = sent.new_empty(sum(sizes))
+        elsewhere = sum(piece.numel() for rank, piece in enumerate(pieces) if rank != self.rank)
+        self.traffic[what] += elsewhere * sent.element_size()
+        self.attempt(
+            lambda: distributed.all_to_all_single(
+                received, sent, list(sizes), [piece.numel() for piece in pieces], group=self._group
+            ),
+            what,
+        )
+        return list(received.split(list(sizes)))
