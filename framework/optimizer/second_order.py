@@ -285,6 +285,7 @@ class SecondOrder(Session):
             batch = gather(self, self.together, loss)
             if isinstance(batch, str):
                 return self._refuse(batch, loss)
+            loss = batch.loss
         else:
             statistics = self.collect()
             if Needs.PRODUCTS in self.method.asks:
