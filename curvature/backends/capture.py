@@ -539,6 +539,7 @@ class Capture(Backend):
         if self._kind == "forward":
             for use in uses:
                 self._calls.keep(self._new_call(use, output))
+                self._leaves_of(use.layer)
             return None
         replaced = self._with_leaf(output) if self._kind == "look back" else None
         output = output if replaced is None else replaced

@@ -6,6 +6,7 @@ tensors that stand in the pieces' place; under tensor parallelism its inputs and
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,18 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError
 
-__all__ = ["GraphLeaves", "is_managed", "is_sharded", "local", "piece_of", "reopened", "whole", "wholes"]
+__all__ = [
+    "GraphLeaves",
+    "held_gradient",
+    "holders",
+    "is_managed",
+    "is_sharded",
+    "local",
+    "piece_of",
+    "reopened",
+    "whole",
+    "wholes",
+]
 
 
 def is_sharded(value: Any) -> bool:
@@ -114,3 +126,23 @@ def piece_of(parameter: Tensor) -> tuple[slice, ...]:
             "along its axes; shard it along whole axes (Shard, Replicate)"
         )
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def holders(parameter: Tensor) -> int:
+    """How many processes hold the piece that this one holds."""
+    given: Any = parameter
+    sizes = given.device_mesh.shape
+    return math.prod(size for size, place in zip(sizes, given.placements, strict=True) if not place.is_shard())
+
+
+def held_gradient(parameter: Tensor) -> Tensor:
+    """The piece of a sharded parameter's gradient that belongs to this process's piece of it.
+
+    Tensor parallelism may leave gradients laid out otherwise; then this is a collective.
+    """
+    given, gradient = parameter, parameter.grad
+    assert gradient is not None
+    found: Any = gradient
+    if is_sharded(found) and found.placements != given.placements:  # type: ignore[attr-defined]
+        found = found.redistribute(placements=given.placements)  # type: ignore[attr-defined]
+    return local(found)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..layers.layer import Layer
+from ..layers.sharding import held_gradient, holders, is_sharded, piece_of
 from .calls import Call
 
 __all__ = ["Certificate"]
@@ -40,6 +41,7 @@ class Certificate:
 
     def __init__(self, layer: Layer, generator: torch.Generator, exchanged: bool = False):
         self.layer, self._generator, self._exchanged = layer, generator, exchanged
+        self._sharded = any(map(is_sharded, layer.parameters.values()))
         self.names = [name for name, parameter in layer.parameters.items() if parameter.requires_grad]
         self.directions: dict[str, Tensor] = {}
         self._actual: dict[str, Tensor] = {}
@@ -77,6 +79,9 @@ class Certificate:
         if self._exchanged:
             if name in self._coming:
                 self._actual[name] = self._coming.pop(name)
+        elif parameter.grad is not None and direction is not None and self._sharded:
+            found = held_gradient(parameter).to(direction.dtype) * direction[piece_of(parameter)]
+            self._actual[name] = found.sum() / holders(parameter)
         elif parameter.grad is not None and direction is not None:
             self._actual[name] = torch.sum(parameter.grad.detach().to(direction.dtype) * direction)
 
@@ -114,7 +119,8 @@ class Certificate:
     def doubt(self, calls: list[Call]) -> Tensor | None:
         """How far the calls are from explaining the gradient, 0-dimensional; above 1: they do not.
 
-        ``None`` if there is nothing to compare.
+        ``None`` if there is nothing to compare. Of a sharded layer, whose gradient nobody has seen whole, (3,): what
+        this process's calls explain, what rounding may make of it, and what its piece of the gradient adds.
         """
         parameters = self.layer.parameters
         moving = {name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -125,11 +131,19 @@ class Certificate:
         explained = sum(call.explained[0] for call in calls if call.explained is not None)
         allowed = sum(call.explained[1] for call in calls if call.explained is not None)
         actual = sum(self._actual.values())
+        if self._sharded:
+            numbers = torch.stack([torch.as_tensor(value).double() for value in (explained, allowed, actual)])
+            return torch.where(self._unchanged(calls), numbers, torch.inf)
         found: Tensor = torch.as_tensor(explained - actual).abs() / (allowed + torch.finfo(torch.float32).tiny)
-        for call in calls:  # by .data, or from outside of torch; autograd has used what was there before
-            if call.mark is not None and call.input is not None:
-                found = torch.where(torch.sum(call.input) == call.mark, found, torch.inf)
-        return found.double()
+        return torch.where(self._unchanged(calls), found, torch.inf).double()
+
+    @staticmethod
+    def _unchanged(calls: list[Call]) -> Tensor:
+        """Whether inputs are what they were: by .data, or from outside of torch, no version would tell."""
+        same = [
+            torch.sum(call.input) == call.mark for call in calls if call.mark is not None and call.input is not None
+        ]
+        return torch.stack(same).all() if same else torch.tensor(True)
 
 
 def _take(certificate: weakref.ref[Certificate], name: str, parameter: Tensor) -> None:

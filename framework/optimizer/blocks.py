@@ -13,7 +13,7 @@ from ...curvature.declarations import StructureDeclarations, declared
 from ...curvature.estimators import Estimator
 from ...curvature.layers.adapters import TensorAdapter
 from ...curvature.layers.layer import Layer
-from ...curvature.layers.sharding import whole
+from ...curvature.layers.sharding import local, whole
 from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...curvature.records.statistics import Tensors
 from ...errors import ArgumentError, CompatibilityError
@@ -29,6 +29,7 @@ __all__ = [
     "full_precision",
     "make_blocks",
     "present_gradients",
+    "zeros_of",
 ]
 
 
@@ -202,6 +203,11 @@ def _layout(value: Any) -> str:
 def full_precision(value: Tensor) -> Tensor:
     """Half precision as float32, in which states and momentum of half-precision parameters are kept."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def zeros_of(parameter: Tensor) -> Tensor:
+    """Zeros in the shape of the whole of a parameter, which may be sharded; half precision as float32."""
+    return full_precision(local(parameter.detach())).new_zeros(parameter.shape)
 
 
 def present_gradients(parameters: Sequence[Tensor]) -> Tensors | None:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ...curvature.layers.layer import Layer
-from ...curvature.layers.sharding import whole
 from ...curvature.quadratic_forms import DirectionalEvidence
 from ...curvature.records.statistics import LayerStatistics, Tensors
-from .blocks import full_precision
+from .blocks import zeros_of
 
 __all__ = ["LastSteps", "name_of_last", "placed", "with_last_steps"]
 
@@ -37,10 +36,7 @@ class LastSteps:
         """Zeros for layers that are not there yet."""
         for layer in layers:
             if layer.name not in self.values:
-                self.values[layer.name] = {
-                    name: torch.zeros_like(full_precision(whole(parameter.detach())))
-                    for name, parameter in layer.parameters.items()
-                }
+                self.values[layer.name] = {name: zeros_of(parameter) for name, parameter in layer.parameters.items()}
 
     def of(self, layer: str, names: Sequence[str]) -> Tensors:
         """Of some parameters of a layer; not a copy."""

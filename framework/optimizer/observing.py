@@ -17,7 +17,7 @@ from ...preconditioners.operations import Request, compute_many
 from ...preconditioners.protocol import Observation
 from ..methods.momentum import WeightDecay
 from .arguments import require_callable
-from .blocks import Block, full_precision
+from .blocks import Block, zeros_of
 from .closure import Closure, preserved
 from .nonfinite import find_trouble, sum_of_everything
 from .recording import fill, records_for_forward, require_filled, require_pairs
@@ -83,7 +83,7 @@ def _known(block: Block, batch: MiniBatch) -> Tensors | None:
     if batch.whole is None:
         return None
     given = block.layer.parameters.values()
-    return tuple(batch.whole.get(id(p), full_precision(torch.zeros_like(p))) for p in given)
+    return tuple(batch.whole.get(id(p), zeros_of(p)) for p in given)
 
 
 def _shown(batch: MiniBatch) -> dict[int, Tensors]:

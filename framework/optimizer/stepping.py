@@ -25,7 +25,7 @@ from ...preconditioners.protocol import Events
 from ...stepsize.protocol import StepEvidence, StepSize
 from ..methods.momentum import Momentum, WeightDecay
 from .arguments import as_number
-from .blocks import full_precision
+from .blocks import full_precision, zeros_of
 from .last_steps import LastSteps, name_of_last, placed, with_last_steps
 from .team import BlockStep, MiniBatch
 from .together import Spread, Together
@@ -595,15 +595,9 @@ def _everybodys(layers: Sequence[Layer], spreads: _Spreads, recalls: bool) -> di
         for layer in layers if values is found or recalls else ():
             own = values[layer.name]
             result[name_of(layer.name)] = tuple(
-                own[name] if name in own else _nothing(parameter) for name, parameter in layer.parameters.items()
+                own[name] if name in own else zeros_of(parameter) for name, parameter in layer.parameters.items()
             )
     return result
-
-
-def _nothing(parameter: Tensor) -> Tensor:
-    """Zeros in the shape of the whole of a parameter."""
-    like = full_precision(local(parameter))
-    return like.new_zeros(parameter.shape)
 
 
 def _pieces(layers: Sequence[Layer], steps: Sequence[BlockStep], momentum: Momentum, last: LastSteps | None) -> _Pieces:
@@ -632,7 +626,7 @@ def _pieces(layers: Sequence[Layer], steps: Sequence[BlockStep], momentum: Momen
         rows: list[tuple[Tensor, Tensor, Tensor, float]] = []
         for name, parameter in layer.parameters.items():
             if name not in own:
-                zero = _nothing(parameter)
+                zero = zeros_of(parameter)
                 rows.append((zero, zero, zero, 1.0))
             else:
                 rows.append(own[name])
