@@ -132,7 +132,7 @@ def holders(parameter: Tensor) -> int:
     """How many processes hold the piece that this one holds."""
     given: Any = parameter
     sizes = given.device_mesh.shape
-    return math.prod(size for size, place in zip(sizes, given.placements, strict=True) if not place.is_shard())
+    return math.prod(size for size, place in zip(sizes, given.placements, strict=True) if place.is_replicate())
 
 
 def held_gradient(parameter: Tensor) -> Tensor:

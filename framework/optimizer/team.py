@@ -107,6 +107,8 @@ class Team:
             decays: coupled weight decay of all parameters; ``None``: of none.
             values: of all parameters, if they are not whole themselves.
         """
+        if not self.blocks:  # another process owns all
+            return
         shown = self.parameters if values is None else values
         keep, add = momentum.coefficients()
         torch._foreach_mul_(self.storages, keep)
