@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import osculate as osc
 import torch
-from distributed_worker import Fixed
+from process_worker import Fixed
 from small_nets import LOOKING_BACK, METHODS, build, closure_of, cross_entropy, data, everything, make, train
 from torch import nn
 

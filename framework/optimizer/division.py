@@ -57,12 +57,12 @@ def divided(
         CompatibilityError: if the method cannot be right in several processes.
     """
     sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
-    if ranks.count == 1:
-        if sharded:
-            raise ArgumentError(
-                f"parameter {sharded[0]!r} is sharded over processes, and this optimizer was told of one process only; "
-                "build after torch.distributed.init_process_group, without process_group=None"
-            )
+    if sharded and not ranks.known:
+        raise ArgumentError(
+            f"parameter {sharded[0]!r} is sharded over processes, and process_group=None says that this process is for "
+            "itself; leave process_group out"
+        )
+    if ranks.count == 1 and not sharded:
         return None  # it owns everything
     if division == "auto":
         division = "owners" if sharded else "replicated"

@@ -11,8 +11,9 @@ from ...errors import ArgumentError
 from ..methods.parts import label
 from .groups import numbers_of
 from .session import Session
+from .stepping import LAST
 
-__all__ = ["require_same_layout", "restore_state", "saved_state"]
+__all__ = ["consolidated", "require_same_layout", "restore_state", "saved_state"]
 
 _WAY_OUT = "load into an optimizer built for the same model and method"
 _FORMAT = 2
@@ -29,7 +30,7 @@ def saved_state(optimizer: Session, groups: Sequence[Mapping[str, Any]]) -> dict
     return {
         "format": _FORMAT,
         "method": _described(optimizer),
-        "state": {block.key: block.to_dict() for block in optimizer.blocks},
+        "state": {block.key: block.to_dict() for block in optimizer.own_blocks},
         "step_size": optimizer._rule.to_dict(),
         "guard": {} if optimizer.guard_state is None else dict(optimizer.guard_state.to_dict()),
         "progress": {
@@ -57,11 +58,12 @@ def restore_state(optimizer: Session, saved: Mapping[str, Any]) -> None:
         optimizer.method.check_values(**numbers_of(group, index))
     _add_missing_groups(optimizer, saved)
     own = saved_state(optimizer, optimizer.param_groups)
+    saved = of_own_layers(optimizer, saved)
     nested = ("state", "step_size", "guard", "progress")
     require_same_layout({key: own[key] for key in nested}, {key: saved[key] for key in nested})
     if own["group_of"] != saved["group_of"]:
         raise ArgumentError(f"saved parameter groups differ from this optimizer's; {_WAY_OUT} and groups")
-    for block in optimizer.blocks:
+    for block in optimizer.own_blocks:
         block.load_dict(saved["state"][block.key])
     optimizer._rule.load_dict(saved["step_size"])
     if optimizer.guard_state is not None:
@@ -73,6 +75,48 @@ def restore_state(optimizer: Session, saved: Mapping[str, Any]) -> None:
     optimizer.capture.seed = optimizer._rule.seed = int(progress["seed"])
     for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({name: value for name, value in values.items() if name != "params"})
+
+
+def of_own_layers(optimizer: Session, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a saved state what this process owns; as it is where it owns everything."""
+    if optimizer.together is None or optimizer.together.owners is None:
+        return saved
+    others = {block.key for block in optimizer.blocks} - {block.key for block in optimizer.own_blocks}
+    found = {key: value for key, value in saved["state"].items() if key not in others}
+    rule = dict(saved["step_size"])
+    if isinstance(rule.get(LAST), Mapping):
+        away = {layer.name for layer in optimizer.layers if not optimizer.together.owns(layer)}
+        rule[LAST] = {name: value for name, value in rule[LAST].items() if name not in away}
+    return {**saved, "state": found, "step_size": rule}
+
+
+def consolidated(optimizer: Session, own: Mapping[str, Any], to: int) -> dict[str, Any] | None:
+    """The state of all processes' layers, at one of them; ``None`` elsewhere. Every process must ask.
+
+    Args:
+        optimizer: of this process.
+        own: its state, see :func:`saved_state`.
+        to: the process that gets the whole.
+
+    Memory: the whole state, in the memory of the host.
+    """
+    parts = optimizer.ranks.gathered(_on_host({"state": own["state"], "step_size": own["step_size"]}), to)
+    if parts is None:
+        return None
+    states = {key: value for part in parts for key, value in part["state"].items()}
+    rule = dict(own["step_size"])
+    if LAST in rule:
+        lasts = {name: value for part in parts for name, value in part["step_size"][LAST].items()}
+        rule[LAST] = {layer.name: lasts[layer.name] for layer in optimizer.layers}
+    return {**own, "state": {block.key: states[block.key] for block in optimizer.blocks}, "step_size": rule}
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: _on_host(entry) for key, entry in value.items()}
+    return [_on_host(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _require_format(saved: Any) -> None:

@@ -51,7 +51,7 @@ from .observing import observe, refine, refresh, warm_up
 from .precision import Scaling, require_plain_loss
 from .recording import all_records, own_measures, require_sampled, with_hessians
 from .report import LayerRow, StepReport
-from .saving import restore_state, saved_state
+from .saving import consolidated, restore_state, saved_state
 from .session import Session
 from .stepping import Proposal, StepRule
 from .team import MiniBatch, Team
@@ -180,6 +180,7 @@ class SecondOrder(Session):
             )
         self.capture.arm(wanted)  # places the hooks that any step will need
         self.last_report = StepReport(-1)
+        self._consolidated: tuple[int, dict[str, Any] | None] = (-1, None)
         self.gradient_evaluations = self.skipped_steps = 0
         self._step, self._warm = 0, False
         self.observers: list[Observer] = []
@@ -336,6 +337,7 @@ class SecondOrder(Session):
             if due.looks_back:
                 self._look_back.forget()
         self._step += 1
+        self._consolidated = -1, None
         self._arm()
         return loss
 
@@ -498,21 +500,57 @@ class SecondOrder(Session):
         """Everything needed to continue bit for bit: tensors, numbers and nested dictionaries keyed by layer name.
 
         ``torch.distributed.checkpoint``'s ``get_optimizer_state_dict`` gets the same, keyed by parameter.
+
+        Where many processes divide the work (``division="owners"``) no process has the whole state:
+        ``torch.distributed.checkpoint`` saves what each has, and loads it onto another number of processes;
+        :meth:`consolidate_state_dict` brings the whole to one of them, whose ``state_dict()`` it then is.
+
+        Raises:
+            ArgumentError: if other processes have a part of it, and it was not consolidated since the last step.
+            ProcessError: if an exchange between processes failed in the middle of a step.
         """
         self._require_same_model()
+        self.ranks.require_whole()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         saved = saved_state(self, numbered_groups(self.param_groups))
         if asked_for_checkpoint():
             saved = by_parameter(saved, self)
+        elif self.together is not None and self.together.owners is not None:
+            step, whole = self._consolidated
+            if whole is None or step != self._step:
+                raise ArgumentError(
+                    f"this process owns {len(self.own_blocks)} of {len(self.blocks)} blocks and has no other's state; "
+                    "call optimizer.consolidate_state_dict(to=0) on every process, and state_dict() on process 0 then, "
+                    "or save with torch.distributed.checkpoint and get_optimizer_state_dict(model, optimizer)"
+                )
+            saved = whole
         for after in self._optimizer_state_dict_post_hooks.values():
             replaced = after(self, saved)
             saved = saved if replaced is None else replaced
         return saved
 
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Bring the states of all processes to one, whose ``state_dict()`` is then whole; every process calls this.
+
+        As ``torch.distributed.optim.ZeroRedundancyOptimizer`` does. In one process, and where every process has all
+        states, there is nothing to bring.
+
+        Args:
+            to: the process that gets it, by its number in the group.
+
+        Memory: the whole state, in the memory of that process's host, until the next step.
+        """
+        if self.together is None or self.together.owners is None:
+            return
+        own = saved_state(self, numbered_groups(self.param_groups))
+        self._consolidated = self._step, consolidated(self, own, to)
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken; the argument is not modified.
+
+        Of a whole state each process takes what it owns, on whatever number of processes it was taken.
 
         Groups that the saved optimizer was given by :meth:`add_param_group` are added, if their parameters are
         trainable by now.

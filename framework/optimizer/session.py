@@ -249,7 +249,7 @@ class Session(torch.optim.Optimizer):
 
     def _show_state(self) -> None:
         """``state``, which torch's own tools look at."""
-        self.state = defaultdict(dict, shown_state(self.own_blocks))
+        self.state = defaultdict(dict, shown_state(self.blocks))
 
     def _require_same_model(self) -> None:
         """Check that the model still has the modules and parameters that are served.

@@ -30,7 +30,7 @@ from .last_steps import LastSteps, name_of_last, placed, with_last_steps
 from .team import BlockStep, MiniBatch
 from .together import Spread, Together
 
-__all__ = ["Move", "Proposal", "StepRule"]
+__all__ = ["LAST", "Move", "Proposal", "StepRule"]
 
 
 @dataclass(slots=True)
@@ -212,7 +212,7 @@ class _Batches:
             torch._foreach_addcmul_(*sized, value=factor)
 
 
-_LAST = "last_steps"
+LAST = "last_steps"
 """Key of the saved last steps, beside those of the rule's own state."""
 
 
@@ -280,13 +280,13 @@ class StepRule:
 
     def to_dict(self) -> dict[str, Any]:
         """Saved state, with the last steps of a rule that recalls."""
-        return self.own_state() | ({} if self.last is None else {_LAST: self.last.to_dict()})
+        return self.own_state() | ({} if self.last is None else {LAST: self.last.to_dict()})
 
     def load_dict(self, values: Mapping[str, Any]) -> None:
         """Load it."""
-        self.load_own_state({name: value for name, value in values.items() if name != _LAST})
+        self.load_own_state({name: value for name, value in values.items() if name != LAST})
         if self.last is not None:
-            self.last.load_dict(values[_LAST])
+            self.last.load_dict(values[LAST])
 
     def remember(self, proposal: Proposal, fraction: float, step: int) -> None:
         """For rules that recall: the step that was taken is the last one now, unless a guard left nothing of it.

@@ -54,7 +54,7 @@ def require_eager(model: nn.Module) -> None:
 def shown_state(blocks: Sequence[Block]) -> dict[Tensor, dict[str, Any]]:
     """``optimizer.state``: the momentum of every parameter, not a copy. To look at; blocks keep their own state."""
     return {
-        parameter: {"momentum": view}
+        parameter: {} if view.is_meta else {"momentum": view}  # another process has it
         for block in blocks
         for parameter, view in zip(block.parameters, block.views, strict=True)
     }
@@ -89,7 +89,8 @@ def by_parameter(saved: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     for block in optimizer.blocks:
         for parameter in block.parameters:
             entries[number[id(parameter)]]["block"] = block.key  # torch drops what is empty
-        entries[number[id(_carrier(block.parameters))]][_MARK] = {block.key: saved["state"][block.key]}
+        if block.key in saved["state"]:
+            entries[number[id(_carrier(block.parameters))]][_MARK] = {block.key: saved["state"][block.key]}
     rest = {key: value for key, value in saved.items() if key not in ("state", "param_groups")}
     entries[number[id(_carrier(parameters))]]["rest"] = rest
     return {"state": entries, "param_groups": saved["param_groups"]}

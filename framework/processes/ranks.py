@@ -84,18 +84,19 @@ class Ranks:
         return {"group": self.group, "wrapper": None, "traffic": Counter(), "broken": self.broken}
 
     @property
+    def known(self) -> bool:
+        """Whether there is a group at all."""
+        return self.group is not None and distributed.is_available() and distributed.is_initialized()
+
+    @property
     def count(self) -> int:
         """How many they are; 1 outside distributed training."""
-        if self.group is None or not (distributed.is_available() and distributed.is_initialized()):
-            return 1
-        return distributed.get_world_size(self._group)
+        return distributed.get_world_size(self._group) if self.known else 1
 
     @property
     def rank(self) -> int:
         """Which one this process is."""
-        if self.group is None or not (distributed.is_available() and distributed.is_initialized()):
-            return 0
-        return distributed.get_rank(self._group)
+        return distributed.get_rank(self._group) if self.known else 0
 
     @property
     def _group(self) -> Any:
@@ -166,6 +167,16 @@ class Ranks:
             return [value]
         found: list[Any] = [None] * self.count
         self.attempt(lambda: distributed.all_gather_object(found, value, group=self._group), "the layout of the model")
+        return found
+
+    def gathered(self, value: Any, to: int) -> list[Any] | None:
+        """What every process says, told to one of them; ``None`` elsewhere."""
+        found: list[Any] | None = [None] * self.count if self.rank == to else None
+
+        def gather() -> None:
+            distributed.gather_object(value, found, group=self._group, group_dst=to)
+
+        self.attempt(gather, "saved states")
         return found
 
     def begin_totals(self, values: Sequence[Tensor | None], what: str, everyone: bool) -> Pending:
