@@ -39,7 +39,16 @@ def _run(script: Path, world: int, folder: Path, seconds: float) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     running = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(rank), str(world), str(folder / "init"), str(folder / str(rank))],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                str(script),
+                str(rank),
+                str(world),
+                str(folder / "init"),
+                str(folder / str(rank)),
+            ],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,

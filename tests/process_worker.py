@@ -123,10 +123,12 @@ class Laid:
 
 
 def sharded(model: nn.Module, mesh: Any) -> None:
-    """Every layer, then the rest."""
-    for module in list(model.modules()):
-        if module is not model and any(True for _ in module.parameters(recurse=False)):
-            fully_shard(module, mesh=mesh)
+    """Each part of the model, then the rest; parts that share parameters together."""
+    own = [set(map(id, part.parameters())) for part in model.children()]
+    if sum(map(len, own)) == len(set().union(*own)):
+        for part, found in zip(model.children(), own, strict=True):
+            if found:
+                fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
@@ -159,10 +161,11 @@ def run(name: str, way: str) -> dict[str, Any]:
         optimizer.warm_start([lambda x=x: laid.outer(laid.own(x)) for x, _ in given[:2]])
     losses = []
     for inputs, labels in given:
+        own = laid.own(inputs), laid.own(labels)
 
-        def closure(x: Tensor = laid.own(inputs), y: Tensor = laid.own(labels)) -> Tensor:
+        def closure(own: tuple[Tensor, Tensor] = own) -> Tensor:
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(laid.outer(x), y)
+            loss = nn.functional.cross_entropy(laid.outer(own[0]), own[1])
             loss.backward()
             return loss.detach()
 
@@ -197,19 +200,18 @@ def kfac(**options: Any) -> osc.Method:
 def composed() -> dict[str, Callable[[], osc.Method]]:
     """Compositions beside the registered ones."""
     secant = {"curvature": osc.SecantPairs(), "defaults": {"lr": 0.05, "damping": 0.1}}
+    rows = {"curvature": osc.EmpiricalFisher(), "defaults": {"lr": 0.05, "damping": 1.0}}
     scores = {"curvature": osc.SampledFisher()}
     return {
         "adaptive damping": lambda: kfac(damping=osc.LevenbergMarquardt(), **scores),
-        "sufficient decrease": lambda: kfac(guard=osc.SufficientDecrease()),
+        "sufficient decrease": lambda: kfac(guard=osc.Armijo(), defaults={"lr": 20.0, "damping": 0.1}),
         "coupled decay": lambda: kfac(defaults={"lr": 0.05, "damping": 0.1, "weight_decay": 0.01}),
         "balanced damping": lambda: kfac(damping=osc.Factored()),
         "pairs of parameters": lambda: osc.Method(osc.SecantBlocks(), **secant),
         "rows of all": lambda: kfac(step_size=osc.JointLayerwise(RowsOfAll()), **scores),
         "mean scores": lambda: kfac(step_size=osc.LayerwiseQuadratic(osc.SampledBatchScores()), **scores),
-        "dense": lambda: osc.Method(osc.Dense(), curvature=osc.EmpiricalFisher(), defaults={"lr": 0.05, "damping": 1.0}),
-        "blocks of rows": lambda: osc.Method(
-            osc.MiniBlock(), curvature=osc.EmpiricalFisher(), defaults={"lr": 0.05, "damping": 1.0}
-        ),
+        "dense": lambda: osc.Method(osc.Dense(), **rows),
+        "blocks of rows": lambda: osc.Method(osc.MiniBlock(), **rows),
     }
 
 
@@ -228,6 +230,10 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "called twice, kfac": {"net": "called-twice", "method": "kfac"},
     "signals, kfac-conv": {"net": "signals", "method": "kfac-conv"},
     "signals, kbfgs-conv": {"net": "signals", "method": "kbfgs-conv"},
+    "attention, kfac": {"net": "attention", "method": "kfac", "eval": True},
+    "attention, muon": {"net": "attention", "method": "muon", "eval": True},
+    "images, kfac-conv": {"net": "cnn", "method": "kfac-conv", "eval": True},
+    "tied, kfac": {"net": "tied", "method": "kfac"},
     "frozen parts, kfac": {"net": "partly-frozen", "method": "kfac"},
     "shares of other sizes, kfac": {"method": "kfac", "cuts": {2: [10, 6], 4: [6, 4, 4, 2]}},
     "accumulated, kfac": {"method": "kfac", "pieces": 2},
@@ -235,7 +241,9 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "clipped, kbfgs": {"method": "kbfgs", "clip": 0.5},
     "groups, kfac": {
         "method": "kfac",
-        "options": {"groups": [{"params": ["*.bias"], "weight_decay": 0.0}, {"params": ["*"], "weight_decay": 0.1}]},
+        "options": {
+            "groups": [{"params": ["*.bias"], "weight_decay": 0.0}, {"params": ["*.weight"], "weight_decay": 0.1}]
+        },
     },
     "single precision, joint-kfac": {"method": "joint-kfac", "dtype": torch.float32},
 }
@@ -245,8 +253,7 @@ def situation(name: str, way: str, steps: int = 6) -> dict[str, Any]:
     """A few steps of something unusual."""
     given = SITUATIONS[name]
     model = net(given["net"]) if "net" in given else two_layers()
-    if "dtype" in given:
-        model = model.to(given["dtype"])
+    model = model.to(given.get("dtype", torch.float64)).train(not given.get("eval", False))
     laid, data, cuts = Laid(model, way), batches(model, steps), given.get("cuts")
     method, pieces = given["method"], given.get("pieces", 1)
     method = method() if callable(method) else method
@@ -263,7 +270,7 @@ def situation(name: str, way: str, steps: int = 6) -> dict[str, Any]:
             for index, rows in enumerate(torch.arange(len(x)).chunk(pieces)):
                 with exchanged(laid, index == pieces - 1):
                     loss = nn.functional.cross_entropy(laid.outer(x[rows]), y[rows], reduction=reduction) / pieces
-                    if cuts is not None:  # DistributedDataParallel averages means: what each counts is the loop's affair
+                    if cuts is not None:  # means are averaged: what each counts is the loop's affair
                         loss = loss * (len(x) * laid.shares / size)
                     elif reduction == "sum":  # and sums as well
                         loss = loss * laid.shares
@@ -292,8 +299,7 @@ def situations(world: int) -> list[tuple[str, str]]:
     """(situation, way) of every run; what a way cannot do is refused by name elsewhere."""
     found = []
     for name, given in SITUATIONS.items():
-        for way in ("replicated", "owners", "fsdp"):
-            found.append((name, way))
+        found += [(name, way) for way in ("replicated", "owners", "fsdp")]
         if world == 2 and "net" not in given and "pieces" not in given:
             found.append((name, "owners-only" if "clip" not in given else "fsdp"))
     return list(dict.fromkeys(found))

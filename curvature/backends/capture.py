@@ -290,7 +290,7 @@ class Capture(Backend):
     def begin_pass(self) -> None:
         """The model is called: a new pass."""
         if self._calls.made and self._kind == "gradient":
-            self._calls.discard_thrown_away(self._by_name)
+            self._calls.discard_thrown_away(self._is_thrown_away)
         self._pass, self._inside = self._pass + 1, True
         if self._axes or self._edges:
             self._axes, self._square, self._edges = set(), False, {}
@@ -560,6 +560,12 @@ class Capture(Backend):
             output.register_hook(hook)
         return replaced
 
+    def _is_thrown_away(self, name: str) -> bool:
+        """Whether no parameter of a layer has a gradient, though some backward has filled one."""
+        own = self._by_name[name].parameters.values()
+        standing = [known[id(p)] for known in self._standing.values() for p in own if id(p) in known]
+        return all(parameter.grad is None for parameter in (*own, *standing))  # FSDP2 may keep it for a later exchange
+
     def _leaves_of(self, layer: Layer) -> list[Tensor]:
         """What stands for a layer's parameters in the graph of the call that runs now."""
         own: list[Tensor] = list(layer.parameters.values())
@@ -758,8 +764,8 @@ class GradientHook:
         call, adapter, gradient = self._call, self._layer.adapter, whole(gradient)
         task = torch._C._current_graph_task_id()
         if self._calls.begin_task(task) and self.accumulating:
-            for parameter in self._layer.parameters.values():
-                if parameter.requires_grad and parameter.grad is not None:
+            for leaf in (*self._layer.parameters.values(), *self._leaves):
+                if leaf.requires_grad and leaf.grad is not None:
                     break
             else:  # what earlier backwards had added to .grad is gone, by whatever way
                 self._calls.discard_before(call.layer, task)

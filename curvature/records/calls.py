@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..layers.adapters import LayerAdapter
-from ..layers.layer import Layer
 from .ownership import Ownership
 
 __all__ = ["EMPTY", "Arrange", "BatchSecond", "Call", "Calls", "ParameterSum", "column_sum", "total_measured"]
@@ -163,14 +162,17 @@ class Calls:
                 call.forget_gradient()
         self._kept = [call for call in self._kept if call.kept]
 
-    def discard_thrown_away(self, layers: Mapping[str, Layer]) -> None:
-        """Forget gradients that are in no parameter's ``.grad`` any more, by whatever way they were thrown away."""
+    def discard_thrown_away(self, is_gone: Callable[[str], bool]) -> None:
+        """Forget gradients that are in no parameter's ``.grad`` any more, by whatever way they were thrown away.
+
+        Args:
+            is_gone: whether those of a layer are.
+        """
         gone: dict[str, bool] = {}
         for call in self.alive():
             if call.complete:
                 if call.layer not in gone:
-                    own = layers[call.layer].parameters.values()
-                    gone[call.layer] = all(parameter.grad is None for parameter in own)
+                    gone[call.layer] = is_gone(call.layer)
                 if gone[call.layer]:
                     call.forget_gradient()
         self._kept = [call for call in self._kept if call.kept]

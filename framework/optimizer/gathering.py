@@ -39,23 +39,23 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
         ArgumentError: if processes do not fit together, or records do not explain gradients; on every process.
         ProcessError: if another process has raised, or is missing.
     """
-    due, ranks, certifies = session.due, together.ranks, session.capture.certifies
-    with together.announcing(session.blocks, certifies):
-        found = session.collect()
-        present = tuple(_has_gradient(block) for block in session.blocks)
-        gradients = [full_precision(local(p.grad)) for p in _counted(session, together) if p.grad is not None]
-        try:
-            total = sum_of_everything(loss, gradients, found.values())
-        except (RuntimeError, TypeError):
-            require_dense_gradients(session.blocks, found)
-            raise
-        if due.measures_scores:
-            names = {block.layer.name for block, there in zip(session.blocks, present, strict=True) if there}
-            require_sampled(found, names)
-        seen = session.seen_loss()
-        if total is None:
-            total = torch.zeros((), device=session.device)
-        meeting = together.meet(total, found, present, session.capture.doubts if certifies else None)
+    due, ranks, certifies = session.due, together.ranks, session.looks_closely
+    found = session.collect()
+    reached = [_reached(parameter) for block in session.blocks for parameter in block.parameters]
+    present = tuple(any(map(_reached, block.parameters)) for block in session.blocks)
+    gradients = [full_precision(local(p.grad)) for p in _counted(session, together) if p.grad is not None]
+    try:
+        total = sum_of_everything(loss, gradients, found.values())
+    except (RuntimeError, TypeError):
+        require_dense_gradients(session.blocks, found)
+        raise
+    if due.measures_scores:
+        names = {block.layer.name for block, there in zip(session.blocks, present, strict=True) if there}
+        require_sampled(found, names)
+    seen = session.seen_loss()
+    if total is None:
+        total = torch.zeros((), device=session.device)
+    meeting = together.meet(total, found, reached, session.capture.doubts if certifies else None)
     if not any(present):
         raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
     if meeting.unsound:
@@ -98,8 +98,8 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
     )
 
 
-def _has_gradient(block: Block) -> bool:
-    return any(parameter.requires_grad and parameter.grad is not None for parameter in block.parameters)
+def _reached(parameter: Tensor) -> bool:
+    return parameter.requires_grad and parameter.grad is not None
 
 
 def _counted(session: Session, together: Together) -> list[Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -272,7 +273,7 @@ class LookBack:
                 require_same_data(self._data, session.capture.data)
                 session.capture.data = None
             if together is not None:
-                meeting = together.meet(loss.new_zeros(()), found, [True] * len(session.blocks), None)
+                meeting = together.meet(loss.new_zeros(()), found, session.all_reached, None)
         if together is not None:
             looking = {name: Travel() for name in session.plan.second_look.records}
             found = together.statistics(found, looking, meeting.samples)
@@ -306,7 +307,8 @@ class LookBack:
                     parameter.requires_grad_(False)
                 self._before.restore()
                 with session.ranks.silent():
-                    loss = _run_without_gradients(closure, session.device)
+                    again = partial(_run_without_gradients, closure, session.device)
+                    loss = again() if session.together is None else session.together.evaluated(again)
             finally:
                 for parameter in frozen:
                     parameter.requires_grad_(True)

@@ -198,7 +198,7 @@ def _joint(session: Session, estimator: Estimator) -> tuple[Mapping[str, LayerSt
         found = session.collect()
         total = sum_of_everything(None, (), found.values())
         total = torch.zeros((), device=session.device) if total is None else total
-        meeting = together.meet(total, found, [True] * len(session.blocks), None)
+        meeting = together.meet(total, found, session.all_reached, None)
     if meeting.unsound:
         return {}, True, False
     travels = travels_of_warm_start(session.blocks, estimator)

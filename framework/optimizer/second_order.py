@@ -6,8 +6,8 @@ error before it leaves the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ from .saving import consolidated, restore_state, saved_state
 from .session import Session
 from .stepping import Proposal, StepRule
 from .team import MiniBatch, Team
+from .together import Together
 from .torch_protocols import asked_for_checkpoint, by_parameter, from_parameters, numbered_groups, require_eager
 
 __all__ = ["SecondOrder"]
@@ -270,7 +271,8 @@ class SecondOrder(Session):
         if closure is not None and scaling is not None:
             scaling.before_closure()
         try:
-            loss, products = self._evaluate(closure)
+            with nullcontext() if self.together is None else self._in_step(self.together):
+                loss, products = self._evaluate(closure)
         except NumericalError as error:  # residuals say which of them it is
             return self._refuse(str(error), None)
         if loss is None and closure is not None:
@@ -283,7 +285,8 @@ class SecondOrder(Session):
                 return self._skip("the GradScaler found a gradient that is not finite", loss)
         self._inverse_scale = None if scaling is None else scaling.inverse(due.records_gradients)
         if self.together is not None:
-            batch = gather(self, self.together, loss)
+            with self._in_step(self.together):
+                batch = gather(self, self.together, loss)
             if isinstance(batch, str):
                 return self._refuse(batch, loss)
             loss = batch.loss
@@ -340,6 +343,16 @@ class SecondOrder(Session):
         self._consolidated = -1, None
         self._arm()
         return loss
+
+    @contextmanager
+    def _in_step(self, together: Together) -> Iterator[None]:
+        """The part of a step before anything is written: an error is told the other processes, and all begin anew."""
+        try:
+            with together.announcing(self.blocks, self.looks_closely):
+                yield
+        except Exception:
+            self._arm()
+            raise
 
     def _advance(self, closure: Closure | None, batch: MiniBatch, copies: list[Tensor]) -> StepReport:
         """Observe, propose, apply, look back.
@@ -418,7 +431,9 @@ class SecondOrder(Session):
             capture.seen.idle = True  # the closure tells its loss
         try:
             with torch.enable_grad(), capture.differentiating() if capture.reads_curvature else nullcontext():
-                if not due.products:
+                if self.together is not None:
+                    loss = self.together.evaluated(closure)
+                elif not due.products:
                     loss = closure()
                 else:
                     require_plain_loss(self.grad_scaler)

@@ -223,6 +223,11 @@ class Session(torch.optim.Optimizer):
             return None, True
         return self.together.owners[layer.name], self.together.owns(layer)
 
+    @property
+    def all_reached(self) -> list[bool]:
+        """For meetings at which gradients play no part."""
+        return [True for block in self.blocks for _ in block.names]
+
     def _make_plan(self) -> None:
         """Which blocks are whose, and what they ask for when."""
         if self.together is None:

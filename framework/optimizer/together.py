@@ -8,9 +8,10 @@ what each has found goes round before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +37,11 @@ class Meeting:
     Attributes:
         unsound: processes that found something that is not finite.
         samples: by layer, how many samples each process adds; 0 where another one has the same.
-        present: of every block, whether it has a gradient.
         doubts: by certified layer, how far its records are from explaining its gradient; above 1: they do not.
     """
 
     unsound: list[int]
     samples: dict[str, list[int]]
-    present: tuple[bool, ...]
     doubts: dict[str, float]
 
 
@@ -86,7 +85,7 @@ class Together:
     ):
         self.ranks, self.owners, self.reduces_gradients = ranks, owners, reduces_gradients
         self.place, self._speakers = batch_shares(model, ranks)
-        self._met = False
+        self._listening = False
         self.adopt(model, layers)
 
     def adopt(self, model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -116,26 +115,35 @@ class Together:
     def announcing(self, blocks: Sequence[Block], certifies: bool) -> Iterator[None]:
         """What this process raises inside, before it has met the others, is told them: none waits in vain.
 
+        Not what an evaluation raises itself: the others may wait in an exchange of gradients then.
+
         Args:
             blocks: all.
             certifies: whether doubts are told at this meeting.
         """
-        self._met = False
+        self._listening = True
         try:
             yield
         except Exception:
-            if not self._met:
-                number = 1 + (2 + 3 * certifies) * len(self.layers) + len(blocks)
+            if self._listening:
+                number = 1 + (2 + 3 * certifies) * len(self.layers) + sum(len(block.names) for block in blocks)
                 row = torch.zeros(number, dtype=torch.float64, device=blocks[0].parameters[0].device)
                 row[0] = _RAISED
                 self.ranks.table(row)
             raise
 
+    def evaluated(self, closure: Callable[[], Any]) -> Any:
+        """Run the user's closure, in which DDP and FSDP2 exchange gradients."""
+        before, self._listening = self._listening, False
+        found = self.ranks.evaluating(closure)
+        self._listening = before
+        return found
+
     def meet(
         self,
         sound: Tensor,
         found: Mapping[str, LayerStatistics],
-        present: Sequence[bool],
+        reached: Sequence[bool],
         doubts: Mapping[str, Tensor] | None,
     ) -> Meeting:
         """Tell the others what this process has found. One collective and one synchronisation.
@@ -143,7 +151,7 @@ class Together:
         Args:
             sound: 0-dimensional, finite if all that was found is.
             found: records by layer.
-            present: of every block, whether it has a gradient.
+            reached: of every parameter of every block, whether it has a gradient.
             doubts: of certified layers, see :class:`.Certificate`; ``None``: of this step nobody tells any.
 
         Raises:
@@ -154,27 +162,27 @@ class Together:
         counts = [0 if entry is None else entry.samples for entry in entries]
         kinds = [0 if entry is None else kind_of_rows(entry) for entry in entries]
         flag = torch.where(torch.isfinite(sound), _FINE, _UNSOUND).double().reshape(1)
-        plain = torch.tensor([*counts, *kinds, *map(float, present)], dtype=torch.float64)
+        plain = torch.tensor([*counts, *kinds, *map(float, reached)], dtype=torch.float64)
         told = [flag, plain.to(flag.device, non_blocking=True)]
         if doubts is not None:
             told += [_told(doubts.get(layer.name), flag) for layer in self.layers]
-        self._met = True
+        self._listening = False
         rows = self.ranks.table(torch.cat(told))
         self._require_nobody_raised(rows)
-        number, blocks = len(self.layers), len(present)
+        number, parameters = len(self.layers), len(reached)
         columns = [[int(row[1 + index]) for row in rows] for index in range(number)]
         seen = [{int(row[1 + number + i]) for row, n in zip(rows, columns[i], strict=True) if n} for i in range(number)]
         require_same_layers(self.layers, columns, seen)
         start = 1 + 2 * number
-        self._require_same_gradients([row[start : start + blocks] for row in rows])
+        self._require_same_gradients([row[start : start + parameters] for row in rows])
         samples = {
             layer.name: [n if speaks else 0 for n, speaks in zip(column, self._speakers, strict=True)]
             for layer, column in zip(self.layers, columns, strict=True)
             if any(column)
         }
         unsound = [rank for rank, row in enumerate(rows) if row[0] == _UNSOUND]
-        doubted = {} if doubts is None else self._doubts([row[start + blocks :] for row in rows])
-        return Meeting(unsound, samples, tuple(map(bool, present)), doubted)
+        doubted = {} if doubts is None else self._doubts([row[start + parameters :] for row in rows])
+        return Meeting(unsound, samples, doubted)
 
     @staticmethod
     def _require_nobody_raised(rows: Sequence[Sequence[float]]) -> None:
@@ -191,9 +199,9 @@ class Together:
             if len(set(column)) > 1:
                 have = [rank for rank, value in enumerate(column) if value]
                 raise ArgumentError(
-                    f"block {index} of layer_table() has a gradient on processes {have} only; every process must train "
-                    "the same parameters in a step: let the loss depend on all of them (DistributedDataParallel has "
-                    "find_unused_parameters=True), or freeze them everywhere"
+                    f"parameter {index} of layer_table() has a gradient on processes {have} only; every process must "
+                    "train the same parameters in a step: let the loss depend on all of them (DistributedDataParallel "
+                    "has find_unused_parameters=True), or freeze them everywhere"
                 )
 
     def _doubts(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import distributed
 
 from ...errors import ProcessError
 
-__all__ = ["attempted"]
+__all__ = ["attempted", "tells_of_processes"]
 
 Value = TypeVar("Value")
 
@@ -24,7 +24,20 @@ _PATIENCE = 5.0
 """Seconds for which the others are waited for, once a collective has failed here."""
 
 
-def attempted(action: Callable[[], Value], what: str, group: Any, failed: Callable[[], None]) -> Value:
+_HALF = (
+    "The parameters are those before this step; the state may be half of it, so this optimizer takes no further step "
+    "and saves no state"
+)
+
+
+def attempted(
+    action: Callable[[], Value],
+    what: str,
+    group: Any,
+    failed: Callable[[], None],
+    only_if: Callable[[Exception], bool] = lambda _: True,
+    aftermath: str = _HALF,
+) -> Value:
     """Run a collective.
 
     Args:
@@ -32,6 +45,8 @@ def attempted(action: Callable[[], Value], what: str, group: Any, failed: Callab
         what: it is for, for the message.
         group: the processes that take part; ``None``: all.
         failed: called before the error is raised.
+        only_if: whether an error is one of an exchange; any other is let through.
+        aftermath: what has become of the optimizer, for the message.
 
     Raises:
         ProcessError: if it fails, naming the processes that have not been heard of.
@@ -39,17 +54,27 @@ def attempted(action: Callable[[], Value], what: str, group: Any, failed: Callab
     try:
         return action()
     except (RuntimeError, ConnectionError) as error:  # torch's DistBackendError and DistNetworkError are RuntimeErrors
+        if not only_if(error):
+            raise
         failed()
         absent = _absent(group)
         who = f"process {absent[0]} has" if len(absent) == 1 else f"processes {', '.join(map(str, absent))} have"
         found = f"{who} died or hangs" if absent else "every process still answers"
         raise ProcessError(
-            f"the exchange of {what} between processes failed: {found}. The parameters are those before this step; "
-            "the curvature may be half renewed, so this optimizer takes no further step and saves no state. Start "
-            "again from the last checkpoint, on as many processes as are left. The time after which a missing process "
-            "is noticed is the timeout of torch.distributed.init_process_group. "
+            f"the exchange of {what} between processes failed: {found}. {aftermath}. Start again from the last "
+            "checkpoint, on as many processes as are left. The time after which a missing process is noticed is the "
+            "timeout of torch.distributed.init_process_group. "
             f"What was reported: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         ) from error
+
+
+_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
+
+
+def tells_of_processes(error: Exception) -> bool:
+    """Whether an error of the user's evaluation comes from an exchange inside it, as DDP and FSDP2 make them."""
+    kinds = (distributed.DistBackendError, distributed.DistNetworkError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS))
 
 
 def _absent(group: Any) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ArgumentError, ProcessError
-from .failure import attempted
+from .failure import attempted, tells_of_processes
 
 __all__ = ["Pending", "Ranks", "unwrapped"]
 
@@ -130,6 +130,15 @@ class Ranks:
             self.broken = what
 
         return attempted(action, what, self._group, failed)
+
+    def evaluating(self, closure: Callable[[], Any]) -> Any:
+        """Run the user's closure, in which DDP and FSDP2 exchange gradients.
+
+        Raises:
+            ProcessError: if that fails, naming who is missing.
+        """
+        aftermath = "No parameter and no state has changed"
+        return attempted(closure, "gradients", self._group, lambda: None, tells_of_processes, aftermath)
 
     def _count(self, what: str, values: Tensor, share: float) -> None:
         self.traffic[what] += round(share * values.numel() * values.element_size())
