@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,37 @@ from filelock import FileLock
 HERE = Path(__file__).resolve().parent
 
 
-def started(script: str, world: int, factory: pytest.TempPathFactory, seconds: float = 900.0) -> list[Any]:
+def started(
+    script: str,
+    world: int,
+    factory: pytest.TempPathFactory,
+    *words: str,
+    lost: Sequence[int] = (),
+    seconds: float = 900.0,
+) -> list[Any]:
     """What each of ``world`` processes of a script saved; the first test that asks starts them, the others wait.
 
     Args:
-        script: name of a file beside this one, called with RANK WORLD INIT_FILE OUT_FILE.
+        script: name of a file beside this one, called with RANK WORLD INIT_FILE OUT_FILE and the words.
         world: how many processes.
         factory: of the session; workers of pytest-xdist share the folder above theirs.
+        *words: further arguments.
+        lost: processes that are meant to die or to hang; theirs is ``None``.
         seconds: after which the processes are ended.
     """
     shared = factory.getbasetemp()
     shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
-    folder = shared / f"{Path(script).stem}-{world}"
+    folder = shared / "-".join((Path(script).stem, str(world), *words))
     with FileLock(f"{folder}.lock"):
         if not (folder / "done").exists():
             folder.mkdir()
-            _run(HERE / script, world, folder, seconds)
+            _run(HERE / script, world, folder, words, lost, seconds)
             (folder / "done").touch()
-    return [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
+    kept = [None if rank in lost else folder / str(rank) for rank in range(world)]
+    return [None if path is None else torch.load(path, weights_only=False) for path in kept]
 
 
-def _run(script: Path, world: int, folder: Path, seconds: float) -> None:
+def _run(script: Path, world: int, folder: Path, words: Sequence[str], lost: Sequence[int], seconds: float) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     running = [
         subprocess.Popen(
@@ -48,6 +59,7 @@ def _run(script: Path, world: int, folder: Path, seconds: float) -> None:
                 str(world),
                 str(folder / "init"),
                 str(folder / str(rank)),
+                *words,
             ],
             env=environment,
             stderr=subprocess.PIPE,
@@ -56,9 +68,11 @@ def _run(script: Path, world: int, folder: Path, seconds: float) -> None:
         for rank in range(world)
     ]
     try:
-        said = [process.communicate(timeout=seconds)[1] for process in running]
+        alive = [process for rank, process in enumerate(running) if rank not in lost]
+        said = [process.communicate(timeout=seconds)[1] for process in alive]
     finally:
         for process in running:
             process.kill()
-    for process, errors in zip(running, said, strict=True):
+            process.communicate()
+    for process, errors in zip(alive, said, strict=True):
         assert process.returncode == 0, errors

@@ -68,13 +68,15 @@ def attempted(
         ) from error
 
 
-_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
+_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "timeout", "broken pipe")
 
 
 def tells_of_processes(error: Exception) -> bool:
     """Whether an error of the user's evaluation comes from an exchange inside it, as DDP and FSDP2 make them."""
     kinds = (distributed.DistBackendError, distributed.DistNetworkError)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS))
+    return isinstance(error, kinds) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
+    )
 
 
 def _absent(group: Any) -> list[int]:
