@@ -41,10 +41,22 @@ def test_every_section_has_a_recipe() -> None:
     assert [title for title, _ in BLOCKS] == re.findall(r"^## (.+)$", GUIDE.read_text(), re.MULTILINE)
 
 
+MANY = {title: code for title, code in BLOCKS if "init_process_group" in code}
+
+
 def test_recipes_that_need_only_torch_run() -> None:
-    plain = [code for title, code in BLOCKS if "import lightning" not in code and "accelerate" not in code]
+    foreign = ("import lightning", "accelerate", "init_process_group")
+    plain = [code for _, code in BLOCKS if not any(word in code for word in foreign)]
     assert len(plain) >= 6
     run([sys.executable, "-W", "error::DeprecationWarning:osculate", "-c", "\n".join(plain)])
+
+
+@pytest.mark.parametrize("title", MANY)
+def test_recipes_for_many_processes_run_in_two(title: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.py"
+    file.write_text(MANY[title])
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(file)]
+    run(start)
 
 
 @pytest.mark.parametrize("package", ["lightning", "accelerate"])
