@@ -149,7 +149,9 @@ def result(laid: Laid, optimizer: Any, losses: list[Any]) -> dict[str, Any]:
     rule = optimizer._rule.to_dict()
     lasts = rule.pop("last_steps", {})
     copied = torch.utils._pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, state)
-    return {"parameters": parameters, "state": copied, "rule": rule, "lasts": lasts, "losses": losses}
+    early = None if optimizer.together is None else optimizer.together.early
+    found = {"parameters": parameters, "state": copied, "rule": rule, "lasts": lasts, "losses": losses}
+    return found | {"early": None if early is None else early.used}
 
 
 def run(name: str, way: str) -> dict[str, Any]:

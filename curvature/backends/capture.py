@@ -37,7 +37,7 @@ from ..records.owned import combine
 from ..records.statistics import LayerStatistics
 from .backend import Backend
 from .hook_tables import NOTHING, after, before_call
-from .output_pass import OutputHook, OutputPass, WaitingPass, is_rearrangement
+from .output_pass import ArrivalHook, OutputHook, OutputPass, WaitingPass, is_rearrangement
 from .outputs import Heads, read_output
 from .passes import OWN, Pauses, accumulates, extra_backward, inside_transform
 from .probing import Probes, batch_of, is_square
@@ -97,6 +97,7 @@ class Capture(Backend):
     _stacked: bool | None = None  # whether one head is computed from another; None: not looked at
     _orders: dict[torch.Size, bool]  # by shape of the output, whether ``samples`` only moves its entries
     discards = 0  # how often the user has cleared gradients
+    arrived: Callable[[], None] | None = None  # called when a gradient has reached the output of a pass
 
     def _forget(self) -> None:
         self._calls = Calls()
@@ -180,6 +181,26 @@ class Capture(Backend):
         if entries:
             self._calls.discard(entries)
             self._forget_abandoned_sums()
+
+    def records_at_output(self) -> dict[str, LayerStatistics]:
+        """What is known of the only pass so far when its gradient has reached the output: inputs and sampled rows.
+
+        Empty where more passes have left something, or the first axis of some layer does not count the samples.
+        """
+        calls: dict[str, list[Call]] = {}
+        task = torch._C._current_graph_task_id()
+        for call in self._calls.alive():
+            if call.pass_index != self._pass or (call.complete and call.task != task):
+                return {}
+            calls.setdefault(call.layer, []).append(call)
+        if self._uneven or self._pass in self._waits - self.received.keys():
+            return {}
+        for waiting in self.received.values():
+            waiting.finish(dict.fromkeys(waiting.names, 1.0))
+        found = {
+            name: joining.combine(self._by_name[name], own, [], self.loss_reduction) for name, own in calls.items()
+        }
+        return {name: record for name, record in found.items() if record is not None}
 
     def collect(self) -> dict[str, LayerStatistics]:
         """Statistics per layer name from all complete calls since the last time; forgets every call."""
@@ -312,6 +333,27 @@ class Capture(Backend):
             self._settle(args, kwargs, ordered)
         if self.seen is not None and isinstance(ordered, Tensor):
             self.seen.watch(ordered, self.pauses, self._standing.get(self._pass))
+        found = self._own_backwards(output, ordered)
+        if (
+            self.arrived is None
+            or self._kind != "gradient"
+            or not isinstance(output, Tensor)
+            or not output.requires_grad
+        ):
+            return found
+        own = output if found is None else found
+        if own._is_view():
+            own = found = torch.ops.aten._unsafe_view(own, own.shape)
+        own.register_hook(ArrivalHook(self, self._leaves_of_pass(), self.pauses))
+        return found
+
+    def _leaves_of_pass(self) -> list[Tensor]:
+        """What stands for the parameters in the graph of this pass."""
+        standing = self._standing.get(self._pass, {})
+        return list(standing.values()) or [p for layer in self.layers for p in layer.parameters.values()]
+
+    def _own_backwards(self, output: Any, ordered: Any) -> Tensor | None:
+        """Wait for the gradient at the output, or run our own backwards; returns what stands in its place, if any."""
         if not self._extra or not torch.is_grad_enabled():
             return None
         likelihood, read = require_predictive(self.likelihood, ordered, self.output)

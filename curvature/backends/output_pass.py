@@ -29,7 +29,7 @@ from ..records.calls import Call, ParameterSum
 from .passes import OWN, Pauses, accumulates, extra_backward
 from .sampling import Labels, parameter_sums, pulled_back, seeded_generator, slope_at
 
-__all__ = ["OutputHook", "OutputPass", "WaitingPass", "is_rearrangement"]
+__all__ = ["ArrivalHook", "OutputHook", "OutputPass", "WaitingPass", "is_rearrangement"]
 
 
 class WaitingPass:
@@ -259,3 +259,25 @@ class OutputHook:
         with extra_backward(), torch.no_grad(), opened:
             waiting.receive(gradient.detach(), backend.readers[waiting.head], backend.discards)
         backend.received[waiting.waiting.index] = waiting.waiting
+
+
+class ArrivalHook:
+    """Tensor hook on the model's output, behind all others there: everything is known but what the backward will bring.
+
+    Args:
+        backend: that is told.
+        leaves: of the pass.
+        pauses: of the backend.
+    """
+
+    def __init__(self, backend: Any, leaves: Sequence[Tensor], pauses: Pauses):
+        self._backend, self._leaves, self._pauses = weakref.ref(backend), leaves, pauses
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Say it, if the gradient belongs to a backward that fills the leaves' ``.grad``."""
+        backend = self._backend()
+        if backend is None or OWN.running or self._pauses.depth or not accumulates(self._leaves):
+            return
+        if backend.arrived is not None:
+            with torch.no_grad():
+                backend.arrived()

@@ -55,7 +55,7 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
     seen = session.seen_loss()
     if total is None:
         total = torch.zeros((), device=session.device)
-    meeting = together.meet(total, found, reached, session.capture.doubts if certifies else None)
+    meeting = together.meet(total, found, reached, session.capture.doubts if certifies else None, True)
     if not any(present):
         raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
     if meeting.unsound:
@@ -65,7 +65,7 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
         own = [full_precision(local(torch.zeros_like(p) if p.grad is None else p.grad)) for p in team.parameters]
         return spoiled_parameters(session.blocks) or describe_trouble(loss, team, own, found)
     require_explained(meeting.doubts)
-    statistics = together.statistics(found, due.travels, meeting.samples)
+    statistics = together.statistics(found, due.travels, meeting)
     moving = [block for block, there in zip(session.blocks, present, strict=True) if there]
     team = session.plan.team(session.plan.own_part(present))
     whole = _whole_gradients(together, moving)

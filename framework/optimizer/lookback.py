@@ -276,7 +276,7 @@ class LookBack:
                 meeting = together.meet(loss.new_zeros(()), found, session.all_reached, None)
         if together is not None:
             looking = {name: Travel() for name in session.plan.second_look.records}
-            found = together.statistics(found, looking, meeting.samples)
+            found = together.statistics(found, looking, meeting)
         return session.ranks.mean(loss), points.into(found)
 
     def _pass(self, closure: Closure) -> tuple[Tensor, Points]:

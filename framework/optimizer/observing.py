@@ -202,7 +202,7 @@ def _joint(session: Session, estimator: Estimator) -> tuple[Mapping[str, LayerSt
     if meeting.unsound:
         return {}, True, False
     travels = travels_of_warm_start(session.blocks, estimator)
-    return together.statistics(found, travels, meeting.samples), False, bool(meeting.samples)
+    return together.statistics(found, travels, meeting), False, bool(meeting.samples)
 
 
 def _average_in(blocks: Sequence[Block], estimator: Estimator, statistics: Mapping[str, LayerStatistics]) -> bool:

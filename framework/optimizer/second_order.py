@@ -166,6 +166,8 @@ class SecondOrder(Session):
         if not warn_of_declined(self.blocks):  # one warning tells of what the fallback serves
             warn_of_fallback(self.blocks, self.structures)
         self._strict, self.grad_scaler = strict, grad_scaler
+        if self.together is not None and grad_scaler is not None:
+            self.together.require_no_scaler()
         self._make_plan()
         super().__init__(split_into_groups(model, layers, groups), values)
         self._check_values()
@@ -191,6 +193,8 @@ class SecondOrder(Session):
         self.guard_state = method.guard.init()
         self._look_back = LookBack(self)
         self._unowned = unowned_parameters(model, layers)
+        if self.together is not None and any(travel.moments for travel in self.plan.at(0, False).travels.values()):
+            self.together.allow_early()
         self._require_same_model()
         self._show_state()
         self._arm()
@@ -265,6 +269,8 @@ class SecondOrder(Session):
         due = self.due
         evaluations, scaling = self.gradient_evaluations, None
         if self.grad_scaler is not None or "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
+            if self.together is not None:
+                self.together.require_no_scaler()
             scaling = Scaling(self, self.grad_scaler)
         if due.looks_back:
             self._look_back.prepare()
@@ -621,3 +627,5 @@ class SecondOrder(Session):
         self.due = self.plan.at(self._step, self._warm)
         self.capture.certifies = self.looks_closely
         self.capture.arm(self.due.records)
+        if self.together is not None and self.together.early is not None:
+            self.together.early.arm(self.capture, self.due.travels, self.grad_scaler is None)

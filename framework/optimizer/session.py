@@ -93,6 +93,8 @@ class Session(torch.optim.Optimizer):
         """Of a copy."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; here every default is a number of the method
+        if self.together is not None:
+            self.together.rekey(self.model, self.layers)
         self._show_state()
 
     @property

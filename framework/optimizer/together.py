@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,13 +24,14 @@ from ..processes.pieces import Entry, Pieces, batch_shares
 from ..processes.ranks import Ranks
 from ..processes.records import Travel, brought_together, kind_of_rows, require_same_layers
 from .blocks import Block, full_precision
+from .early import EarlyMoments
 
 __all__ = ["Meeting", "Spread", "Together"]
 
 _FINE, _UNSOUND, _RAISED = 0.0, 1.0, 2.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Meeting:
     """What all processes have found in one evaluation.
 
@@ -38,11 +39,15 @@ class Meeting:
         unsound: processes that found something that is not finite.
         samples: by layer, how many samples each process adds; 0 where another one has the same.
         doubts: by certified layer, how far its records are from explaining its gradient; above 1: they do not.
+        settled: layers and sides whose moments have been added up already.
+        moments: these, by layer and side, where this process owns them.
     """
 
     unsound: list[int]
     samples: dict[str, list[int]]
     doubts: dict[str, float]
+    settled: set[tuple[str, str]] = field(default_factory=set)
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -86,12 +91,27 @@ class Together:
         self.ranks, self.owners, self.reduces_gradients = ranks, owners, reduces_gradients
         self.place, self._speakers = batch_shares(model, ranks)
         self._listening = False
+        self.early: EarlyMoments | None = None
         self.adopt(model, layers)
+
+    def allow_early(self) -> None:
+        """Let second moments set out before the step; every process must ask."""
+        self.early = EarlyMoments(self.ranks, self.owners, self._speakers[self.ranks.rank], self.device)
 
     def adopt(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         """Take in the layers that are served now."""
-        self.layers = layers
         self.pieces = Pieces(self.ranks, dict(model.named_parameters()))
+        self.rekey(model, layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy sends nothing early: that is between groups which the originals have made."""
+        return self.__dict__ | {"early": None, "_mine": {}}
+
+    def rekey(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+        """Of a copy: the same of its own parameters; nothing is sent."""
+        self.layers = layers
+        self.device = next(iter(layers[0].parameters.values())).device
+        self.pieces.rekey(dict(model.named_parameters()))
         self._mine = {id(p): self.owns(layer) for layer in layers for p in layer.parameters.values()}
 
     def owns(self, layer: Layer) -> bool:
@@ -102,6 +122,18 @@ class Together:
     def divides_gradients(self) -> bool:
         """Whether no process has all gradients."""
         return bool(self.pieces) or self.reduces_gradients
+
+    def require_no_scaler(self) -> None:
+        """Check that nobody looks at all gradients for infinite ones.
+
+        Raises:
+            ArgumentError: if a process has not got them.
+        """
+        if self.reduces_gradients:
+            raise ArgumentError(
+                "division='owners-only' leaves NaN in the gradients of layers that other processes own, and a GradScaler "
+                "would take every step for an overflow; use division='owners', or bfloat16 without a scaler"
+            )
 
     def counts(self, parameter: Tensor) -> float:
         """What a parameter's gradient here counts in a sum over all processes."""
@@ -125,8 +157,10 @@ class Together:
         try:
             yield
         except Exception:
+            if self.early is not None:
+                self.early.settle()
             if self._listening:
-                number = 1 + (2 + 3 * certifies) * len(self.layers) + sum(len(block.names) for block in blocks)
+                number = 3 + (2 + 3 * certifies) * len(self.layers) + sum(len(block.names) for block in blocks)
                 row = torch.zeros(number, dtype=torch.float64, device=blocks[0].parameters[0].device)
                 row[0] = _RAISED
                 self.ranks.table(row)
@@ -145,6 +179,7 @@ class Together:
         found: Mapping[str, LayerStatistics],
         reached: Sequence[bool],
         doubts: Mapping[str, Tensor] | None,
+        moments: bool = False,
     ) -> Meeting:
         """Tell the others what this process has found. One collective and one synchronisation.
 
@@ -153,6 +188,7 @@ class Together:
             found: records by layer.
             reached: of every parameter of every block, whether it has a gradient.
             doubts: of certified layers, see :class:`.Certificate`; ``None``: of this step nobody tells any.
+            moments: whether this is the meeting of a step, in which moments may have set out early.
 
         Raises:
             ProcessError: if another process has raised.
@@ -162,7 +198,9 @@ class Together:
         counts = [0 if entry is None else entry.samples for entry in entries]
         kinds = [0 if entry is None else kind_of_rows(entry) for entry in entries]
         flag = torch.where(torch.isfinite(sound), _FINE, _UNSOUND).double().reshape(1)
-        plain = torch.tensor([*counts, *kinds, *map(float, reached)], dtype=torch.float64)
+        early = self.early if moments else None
+        ready = [0.0, 0.0] if early is None else [float(early.valid(found)), float(early.plain(found))]
+        plain = torch.tensor([*ready, *counts, *kinds, *map(float, reached)], dtype=torch.float64)
         told = [flag, plain.to(flag.device, non_blocking=True)]
         if doubts is not None:
             told += [_told(doubts.get(layer.name), flag) for layer in self.layers]
@@ -170,10 +208,10 @@ class Together:
         rows = self.ranks.table(torch.cat(told))
         self._require_nobody_raised(rows)
         number, parameters = len(self.layers), len(reached)
-        columns = [[int(row[1 + index]) for row in rows] for index in range(number)]
-        seen = [{int(row[1 + number + i]) for row, n in zip(rows, columns[i], strict=True) if n} for i in range(number)]
+        columns = [[int(row[3 + index]) for row in rows] for index in range(number)]
+        seen = [{int(row[3 + number + i]) for row, n in zip(rows, columns[i], strict=True) if n} for i in range(number)]
         require_same_layers(self.layers, columns, seen)
-        start = 1 + 2 * number
+        start = 3 + 2 * number
         self._require_same_gradients([row[start : start + parameters] for row in rows])
         samples = {
             layer.name: [n if speaks else 0 for n, speaks in zip(column, self._speakers, strict=True)]
@@ -182,7 +220,13 @@ class Together:
         }
         unsound = [rank for rank, row in enumerate(rows) if row[0] == _UNSOUND]
         doubted = {} if doubts is None else self._doubts([row[start + parameters :] for row in rows])
-        return Meeting(unsound, samples, doubted)
+        meeting = Meeting(unsound, samples, doubted)
+        if early is not None:
+            valid, goes_on = (all(row[index] for row in rows) for index in (1, 2))
+            meeting.settled = {(name, side) for name, side, _ in early.chosen()} if valid else set()
+            meeting.moments = early.finish(valid, samples)
+            early.learn(goes_on, found, samples)
+        return meeting
 
     @staticmethod
     def _require_nobody_raised(rows: Sequence[Sequence[float]]) -> None:
@@ -221,10 +265,11 @@ class Together:
     # -- what the owners get -----------------------------------------------------------------------------------------
 
     def statistics(
-        self, own: Mapping[str, LayerStatistics], travels: Mapping[str, Travel], samples: Mapping[str, Sequence[int]]
+        self, own: Mapping[str, LayerStatistics], travels: Mapping[str, Travel], meeting: Meeting
     ) -> dict[str, LayerStatistics]:
         """Records of the joint mini-batch of the layers that this process owns."""
-        return brought_together(self.ranks, own, travels, self.owners, samples)
+        settled, moments = meeting.settled, meeting.moments
+        return brought_together(self.ranks, own, travels, self.owners, meeting.samples, settled, moments)
 
     def everybodys(
         self, own: Mapping[str, LayerStatistics], travels: Mapping[str, Travel], samples: Mapping[str, Sequence[int]]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,26 +71,47 @@ def _add(found: dict[str, Travel], block: Block, estimator: Estimator, needs: Ne
         if side not in takes or need not in needs:
             continue
         record = estimator.records(need)
-        if side in moments and moments[side][0].args[1] != takes[side]:
+        known = moments.get(side)
+        if isinstance(known, SecondMoment) and known.sharing != takes[side]:
             rows |= record  # two structures read one layer by different rules
             continue
         left &= ~need
         if due:
-            columns = block.seen.matrix_shape[1] if side == "inputs" else block.seen.matrix_shape[0]
-            moments[side] = partial(_moment, side, takes[side], estimator, block.storage[0].dtype, columns), columns
+            order = block.seen.matrix_shape[1] if side == "inputs" else block.seen.matrix_shape[0]
+            moments[side] = SecondMoment(side, takes[side], estimator, block.storage[0].dtype, order)
             saved[side] = record
     mean_input = before.mean_input or bool(needs & LOOKING_BACK and Needs.INPUTS in needs and "inputs" in takes)
     rows |= estimator.records(left) if left else Record.NOTHING
     found[block.layer.name] = replace(before, rows=rows, moments=moments, saved=saved, mean_input=mean_input)
 
 
-def _moment(
-    side: Any, sharing: Any, estimator: Estimator, dtype: torch.dtype, order: int, record: LayerStatistics
-) -> Tensor:
-    """The second moment of one process's record."""
-    filled = estimator.fill(record) if side == "outputs" else record
-    example = filled.roots[0] if side == "outputs" and filled.roots is not None else filled.inputs
-    assert example is not None
-    result = torch.zeros(order, order, dtype=dtype, device=example.device)
-    accumulate_second_moment(result, filled, side, 0.0, 1.0, sharing)
-    return result
+@dataclass(frozen=True)
+class SecondMoment:
+    """Of one side of a layer; see :class:`~..processes.records.Moment`.
+
+    Attributes:
+        side: ``"inputs"`` or ``"outputs"``.
+        sharing: the structure's rule.
+        estimator: of the method, which says what the rows at the outputs are.
+        dtype: of the structure's state.
+        order: d.
+    """
+
+    side: Any
+    sharing: Any
+    estimator: Estimator
+    dtype: torch.dtype
+    order: int
+
+    def __call__(self, record: LayerStatistics) -> Tensor:
+        """The second moment of one process's record."""
+        filled = self.estimator.fill(record) if self.side == "outputs" else record
+        example = filled.roots[0] if self.side == "outputs" and filled.roots is not None else filled.inputs
+        assert example is not None
+        result = self.zeros(example.device)
+        accumulate_second_moment(result, filled, self.side, 0.0, 1.0, self.sharing)
+        return result
+
+    def zeros(self, device: torch.device) -> Tensor:
+        """Of nothing."""
+        return torch.zeros(self.order, self.order, dtype=self.dtype, device=device)

@@ -61,11 +61,13 @@ class Pieces:
                         "mini-batch; use one mesh over all of them (replicated along its other dimensions)"
                     )
                 own[name] = piece_of(parameter)
-        self._places: dict[int, list[tuple[slice, ...]]] = {}
         everywhere = ranks.objects({name: [(s.start, s.stop) for s in piece] for name, piece in own.items()})
-        for name in own:
-            found = [tuple(slice(*bounds) for bounds in told[name]) for told in everywhere]
-            self._places[id(parameters[name])] = found
+        self._named = {name: [tuple(slice(*bounds) for bounds in told[name]) for told in everywhere] for name in own}
+        self.rekey(parameters)
+
+    def rekey(self, parameters: Mapping[str, Tensor]) -> None:
+        """Of a copy: the same of its own parameters, by name."""
+        self._places = {id(parameters[name]): places for name, places in self._named.items()}
 
     def __bool__(self) -> bool:
         return bool(self._places)

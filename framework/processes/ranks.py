@@ -78,10 +78,11 @@ class Ranks:
         self.group, self.wrapper = group, wrapper
         self.traffic: Counter[str] = Counter()
         self.broken: str | None = None
+        self._side: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The model of a copy is not wrapped."""
-        return {"group": self.group, "wrapper": None, "traffic": Counter(), "broken": self.broken}
+        return {"group": self.group, "wrapper": None, "traffic": Counter(), "broken": self.broken, "_side": None}
 
     @property
     def known(self) -> bool:
@@ -188,15 +189,24 @@ class Ranks:
         self.attempt(gather, "saved states")
         return found
 
-    def begin_totals(self, values: Sequence[Tensor | None], what: str, everyone: bool) -> Pending:
+    def open_side(self, device: torch.device) -> None:
+        """Make a second group of the same processes, for what is exchanged while DDP and FSDP2 exchange in theirs."""
+        main: Any = self._group if self._group is not None else distributed.group.WORLD
+        limit = getattr(main._get_backend(device).options, "_timeout", None)
+        members = distributed.get_process_group_ranks(main)
+        self._side = distributed.new_group(members, timeout=limit, use_local_synchronization=True)
+
+    def begin_totals(self, values: Sequence[Tensor | None], what: str, everyone: bool, early: bool = False) -> Pending:
         """Begin to add up flat tensors, each at its owner: entry r at process r, or each at every process.
 
         Args:
             values: one per owner, written in place; ``None``: nothing for that owner. Of equal sizes on all processes.
             what: they carry.
             everyone: whether every process gets the sums.
+            early: whether this is in the side group, see :meth:`open_side`.
         """
         handles: list[Any] = []
+        group = self._side if early else self._group
 
         def begin() -> None:
             for owner, value in enumerate(values):
@@ -204,9 +214,9 @@ class Ranks:
                     continue
                 self._count(what, value, (1 + everyone) * (self.count - 1) / self.count)
                 if everyone:
-                    handles.append(distributed.all_reduce(value, group=self._group, async_op=True))
+                    handles.append(distributed.all_reduce(value, group=group, async_op=True))
                 else:
-                    handles.append(distributed.reduce(value, group_dst=owner, group=self._group, async_op=True))
+                    handles.append(distributed.reduce(value, group_dst=owner, group=group, async_op=True))
 
         self.attempt(begin, what)
         return Pending(self, handles, what, lambda: list(values))

@@ -9,9 +9,9 @@ step-size rules measure along directions travels as the sums that they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ...errors import ArgumentError
 from .packing import packed_size, symmetric_packed, symmetric_unpacked
 from .ranks import Pending, Ranks
 
-__all__ = ["Travel", "brought_together", "kind_of_rows", "require_same_layers"]
+__all__ = ["Moment", "Travel", "brought_together", "kind_of_rows", "require_same_layers", "rows_are_less"]
 
 _OWN, _SHARED, _UNEVEN = range(3)
 _ROWS = {
@@ -36,19 +36,33 @@ _WHOLE = {"loss": Record.GRADIENTS, "sampled": Record.SAMPLED, "roots": Record.C
 _STATISTICS = "statistics"
 
 
+class Moment(Protocol):
+    """What makes the second moment of one side of a process's record, as a structure's sharing rule wants it."""
+
+    @property
+    def order(self) -> int:
+        """d of the (d, d) matrix."""
+
+    def __call__(self, record: LayerStatistics) -> Tensor:
+        """The matrix: a mean over the record's samples."""
+
+    def zeros(self, device: torch.device) -> Tensor:
+        """Of nothing."""
+
+
 @dataclass(frozen=True)
 class Travel:
     """What is brought to the owner of one layer at one step.
 
     Attributes:
         rows: of which records the rows, or whole gradients, are taken.
-        moments: by side, what makes the second moment of this process's record, and its order d.
+        moments: by side, what makes the second moment of this process's record.
         saved: by side, the record whose rows travel in the moment's place if that is less.
         mean_input: whether the mean input row is taken.
     """
 
     rows: Record = Record.NOTHING
-    moments: Mapping[str, tuple[Any, int]] = field(default_factory=dict)
+    moments: Mapping[str, Moment] = field(default_factory=dict)
     saved: Mapping[str, Record] = field(default_factory=dict)
     mean_input: bool = False
 
@@ -104,6 +118,8 @@ def brought_together(
     travels: Mapping[str, Travel],
     owners: Mapping[str, int] | None,
     samples: Mapping[str, Sequence[int]],
+    settled: Collection[tuple[str, str]] = (),
+    early: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, LayerStatistics]:
     """Records of the joint mini-batch, the samples of process 0 first, of the layers that this process owns.
 
@@ -113,6 +129,8 @@ def brought_together(
         travels: by layer, what is taken; layers that are missing stay where they are.
         owners: by layer; ``None``: every process gets all.
         samples: by layer, of every process; 0 for a process whose samples another one has too.
+        settled: layers and sides whose moments have been added up already; the same on every process.
+        early: these moments, by layer and side, where this process owns them.
     """
     sums: list[tuple[_Sum, Tensor]] = []
     rows: list[_Rows] = []
@@ -121,6 +139,8 @@ def brought_together(
         if entry is None:
             continue
         counts = samples[name]
+        left = {side: moment for side, moment in travel.moments.items() if (name, side) not in settled}
+        travel = replace(travel, moments=left)
         taken = _fields(entry, travel, max(counts))
         rows += _rows(entry, travel, taken)
         weight = counts[ranks.rank] / sum(counts)
@@ -134,7 +154,7 @@ def brought_together(
     gathered = _gathered(ranks, rows, owners, samples)
     added = _finished(ranks, pending, owners)
     return {
-        name: _joint(own[name], travel, samples[name], gathered.get(name, {}), added.get(name, {}))
+        name: _joint(own[name], samples[name], gathered.get(name, {}), added.get(name, {}), (early or {}).get(name, {}))
         for name, travel in travels.items()
         if name in own and (owners is None or owners[name] == ranks.rank)
     }
@@ -147,16 +167,27 @@ def _flags(record: Record) -> list[Record]:
 def _fields(entry: LayerStatistics, travel: Travel, samples: int) -> Record:
     """The records whose rows travel: those that somebody takes, and those that are fewer than their moment."""
     taken = travel.rows
-    for side, (_, order) in travel.moments.items():
-        record = travel.saved[side]
-        numbers = 0
-        for flag in _flags(record):
-            for name in _ROWS[flag]:
-                value = getattr(entry, name)
-                numbers += 0 if value is None else value[0].numel() * samples
-        if numbers <= packed_size(order):  # the same on every process: the largest share decides
-            taken |= record
+    for side in travel.moments:
+        if rows_are_less(entry, travel, side, samples):  # the same on every process: the largest share decides
+            taken |= travel.saved[side]
     return taken
+
+
+def rows_are_less(entry: LayerStatistics, travel: Travel, side: str, samples: int) -> bool:
+    """Whether a side's rows are fewer numbers than its moment.
+
+    Args:
+        entry: a record with these rows.
+        travel: what is brought to the owner.
+        side: with a moment.
+        samples: of the largest share of the mini-batch.
+    """
+    numbers = 0
+    for flag in _flags(travel.saved[side]):
+        for name in _ROWS[flag]:
+            value = getattr(entry, name)
+            numbers += 0 if value is None else value[0].numel() * samples
+    return numbers <= packed_size(travel.moments[side].order)
 
 
 def _means(entry: LayerStatistics, travel: Travel, taken: Record) -> list[tuple[_Sum, Tensor]]:
@@ -170,10 +201,10 @@ def _means(entry: LayerStatistics, travel: Travel, taken: Record) -> list[tuple[
     if Record.SAMPLED_PARAMETERS in travel.rows and entry.sampled_parameter_gradients is not None:
         for index, value in enumerate(entry.sampled_parameter_gradients):
             found.append((_Sum(name, f"sampled_parameter_gradients {index}", value.shape), value))
-    for side, (moment, order) in travel.moments.items():
+    for side, moment in travel.moments.items():
         if not taken & travel.saved[side]:
             value = moment(entry)
-            found.append((_Sum(name, f"moment {side}", value.shape, order), symmetric_packed(value)))
+            found.append((_Sum(name, f"moment {side}", value.shape, moment.order), symmetric_packed(value)))
     if travel.mean_input and Record.INPUTS not in taken and entry.inputs is not None:
         value = entry.mean_row()
         found.append((_Sum(name, "input_mean", value.shape), value))
@@ -281,10 +312,10 @@ def _gathered(
 
 def _joint(
     own: LayerStatistics,
-    travel: Travel,
     counts: Sequence[int],
     gathered: Mapping[str, Tensor],
     added: Mapping[str, Tensor],
+    early: Mapping[str, Tensor],
 ) -> LayerStatistics:
     """The record of the joint mini-batch."""
     samples, shared_by = sum(counts), 1.0
@@ -307,7 +338,7 @@ def _joint(
         mean_preactivation=added.get("mean_preactivation"),
         mean_gradient=added.get("mean_gradient"),
         sampled_parameter_gradients=listed(added, "sampled_parameter_gradients"),
-        moments={side: added[f"moment {side}"] for side in travel.moments if f"moment {side}" in added},
+        moments={key.split()[1]: value for key, value in added.items() if key.startswith("moment ")} | dict(early),
         input_mean=added.get("input_mean"),
         measured={key: added[f"measured {key}"] for key in own.measured},
     )

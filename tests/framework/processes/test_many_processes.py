@@ -10,7 +10,7 @@ import osculate as osc
 import pytest
 import torch
 from process_runs import started
-from process_worker import SITUATIONS, cases, names, run, situation, situations
+from process_worker import SITUATIONS, STEPS, cases, names, run, situation, situations
 from small_nets import leaves
 
 PARAMETERS, STATE = 1e-10, 1e-10
@@ -103,6 +103,18 @@ def test_owners_share_the_states(request: pytest.FixtureRequest, world: int, nam
     for way in ("owners", "fsdp"):
         owned = [set(rank[f"{name}: {way}"]["state"]) for rank in ranks]
         assert sum(map(len, owned)) == len(set().union(*owned)) == len(alone(name)["state"])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_moments_set_out_early(request: pytest.FixtureRequest, world: int) -> None:
+    """From the second step on, behind the backward pass; not while micro-batches are accumulated, nor as rows."""
+    ranks = request.getfixturevalue({2: "two", 4: "four"}[world])
+    for rank in ranks:
+        for way in ("replicated", "owners", "fsdp"):
+            assert rank[f"kfac: {way}"]["early"] == STEPS - 1
+            assert rank[f"kbfgs: {way}"]["early"] == STEPS - 1
+            assert rank[f"ekfac: {way}"]["early"] is None
+            assert rank[f"accumulated, kfac: {way}"]["early"] == 0
 
 
 def test_nobody_compares_nothing() -> None:
