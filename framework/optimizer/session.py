@@ -204,6 +204,8 @@ class Session(torch.optim.Optimizer):
         added = late_layers(self.model, self.layers, chosen)
         numbers = {name: as_number(name, param_group.get(name, self.defaults[name])) for name in self.defaults}
         self.method.check_values(**numbers)
+        if self.together is not None:
+            self.together.require_averaged(self.model, added)
         if self.together is not None and self.together.owners is not None:
             self.together.owners |= owners_of_layers(added, self.structures, self.method, self.ranks.count)
         blocks = make_blocks(

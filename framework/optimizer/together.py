@@ -99,9 +99,30 @@ class Together:
         self.early = EarlyMoments(self.ranks, self.owners, self._speakers[self.ranks.rank], self.device)
 
     def adopt(self, model: nn.Module, layers: Sequence[Layer]) -> None:
-        """Take in the layers that are served now."""
+        """Take in the layers that are served now.
+
+        Raises:
+            ArgumentError: if nobody averages the gradient of a parameter.
+        """
+        self.require_averaged(model, layers)
         self.pieces = Pieces(self.ranks, dict(model.named_parameters()))
         self.rekey(model, layers)
+
+    def require_averaged(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+        """Check that DistributedDataParallel knows every parameter that is trained."""
+        known = getattr(self.ranks.wrapper, "_module_parameters", None)
+        if known is None:
+            return
+        exchanged = set(map(id, known))
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for layer in layers:
+            for parameter in layer.parameters.values():
+                if id(parameter) not in exchanged and parameter.requires_grad:
+                    raise ArgumentError(
+                        "DistributedDataParallel does not exchange the gradient of parameter "
+                        f"{names.get(id(parameter))!r}: it was frozen when the model was wrapped, or is ignored; wrap "
+                        "the model while all that will ever be trained requires a gradient, and freeze it then"
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy sends nothing early: that is between groups which the originals have made."""
@@ -131,8 +152,8 @@ class Together:
         """
         if self.reduces_gradients:
             raise ArgumentError(
-                "division='owners-only' leaves NaN in the gradients of layers that other processes own, and a GradScaler "
-                "would take every step for an overflow; use division='owners', or bfloat16 without a scaler"
+                "division='owners-only' leaves NaN in the gradients of layers that other processes own, and a "
+                "GradScaler would take every step for an overflow; use division='owners', or bfloat16 without a scaler"
             )
 
     def counts(self, parameter: Tensor) -> float:
