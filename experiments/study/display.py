@@ -115,4 +115,6 @@ def duration(seconds: float) -> str:
     seconds = max(0, round(seconds))
     if seconds < 90:
         return f"{seconds} s"
+    if seconds < 600:
+        return f"{seconds / 60:.1f} min"
     return f"{seconds // 60} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
