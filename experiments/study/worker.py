@@ -30,7 +30,7 @@ from ..runs.targets import HeldError, OutputError, exclusive
 from ..runs.training import EveryEpoch
 from ..runs.watched import Extras
 from .definition import Study
-from .folders import NOT_FINISHED, recorded_value, run_folder, told, write_trial
+from .folders import NOT_FINISHED, breakdown, recorded_value, run_folder, told, write_trial
 from .ledger import FINAL, Entry, Ledger, Slot, open_storage
 from .presence import BEAT_SECONDS
 
@@ -144,7 +144,8 @@ def _do(ledger: Ledger, entry: Entry, assignment: Assignment, stopped: Callable[
         ledger.give_back(entry)
         return False
     status, value = ended
-    ledger.finish(entry, value, status)
+    why, steps = ("", None) if value is not None else breakdown(run_folder(assignment.place.out, entry.slot))
+    ledger.finish(entry, value, status, why, steps)
     return True
 
 
