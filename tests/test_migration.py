@@ -11,7 +11,8 @@ from torch import nn
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
-METHODS = "adagrad adam adamw joint-kbfgs joint-kfac joint-sgdm kbfgs kbfgs-l kfac lw-adamw lw-sgdm mbf mbf-released rmsprop sgdm"
+METHODS = {"adagrad", "adam", "adamw", "joint-kbfgs", "joint-kfac", "joint-sgdm", "kbfgs", "kbfgs-l"}
+METHODS |= {"kfac", "lw-adamw", "lw-sgdm", "mbf", "mbf-released", "rmsprop", "sgdm"}
 
 
 def test_every_public_name_of_the_version_before_is_there() -> None:
@@ -20,7 +21,7 @@ def test_every_public_name_of_the_version_before_is_there() -> None:
 
 
 def test_every_method_of_the_version_before_is_there() -> None:
-    assert set(METHODS.split()) <= osc.registry.methods().keys()
+    assert osc.registry.methods().keys() >= METHODS
 
 
 def test_the_page_runs() -> None:
