@@ -26,7 +26,7 @@ from .preconditioners import __all__ as _preconditioners
 from .stepsize import *  # noqa: F403
 from .stepsize import __all__ as _stepsize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     *_curvature,

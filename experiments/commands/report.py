@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from ...errors import ArgumentError, UnknownNameError
+from ..report.breakdowns import breakdown_screen
 from ..report.study_records import StudyRecord, read_study, side_by_side
 from ..report.tables import Spread, screen_table
 from ..runs.records import write_json
@@ -95,6 +96,7 @@ def report_tables(record: StudyRecord) -> tuple[dict[str, pd.DataFrame], pd.Data
     scores = made.scores_table(record, values)
     tables = {
         "overview": made.overview_table(record, scores),
+        "breakdowns": made.breakdowns_table(record),
         "profiles": made.profile_table(record, values),
         "targets": referee.targets_table(record, values),
         "rule": referee.rule_table(record, values),
@@ -218,6 +220,8 @@ def _show(record: StudyRecord, tables: Mapping[str, pd.DataFrame], console: Cons
     columns |= {name: heading for name, heading in _SHOWN.items() if name in overview}
     caption = "medians; steps and seconds to target" if targeted else "medians"
     console.print(screen_table(record.name, rows, columns, caption=caption))
+    if len(tables["breakdowns"]):
+        console.print(breakdown_screen(tables["breakdowns"].to_dict("records")))
     for warning in seed_warnings(record):
         say(console, warning, "yellow")
     for gap in record.gaps[:8]:

@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
+from .breakdowns import COLUMNS, Breakdown, breakdown_rows
 from .scoring import higher_is_better, summarise, time_to_target, value_within
 from .scoring_budget import budget_curve
 from .scoring_pairs import Values, as_costs, combined_effect, compare_pairs, paired_ratios
@@ -19,6 +20,7 @@ from .tables import Spread
 __all__ = [
     "CLOCKS",
     "ablation_table",
+    "breakdowns_table",
     "budget_table",
     "costs_by_seed",
     "final_values",
@@ -243,6 +245,22 @@ def _pairs_and_misses(entries: list[tuple[Values, Values]]) -> tuple[int, int, i
     """Number of pairs, and of the infinite values of either side in them."""
     pairs = [(own[seed], base[seed]) for own, base in entries for seed in own.keys() & base.keys()]
     return len(pairs), sum(math.isinf(own) for own, _ in pairs), sum(math.isinf(base) for _, base in pairs)
+
+
+def breakdowns_table(record: StudyRecord) -> pd.DataFrame:
+    """One row per problem, arm and reason of runs that broke down: which runs, after how many steps, why."""
+    missed = record.runs[record.runs.state == "missed"]
+    found = [
+        Breakdown(
+            str(run["problem"]),
+            str(run["arm"]),
+            str(run["run"]).rpartition("/")[2],
+            None if math.isnan(run["broke after"]) else int(run["broke after"]),
+            str(run["reason"]),
+        )
+        for run in missed.to_dict("records")
+    ]
+    return pd.DataFrame(breakdown_rows(found), columns=list(COLUMNS))
 
 
 def runs_table(record: StudyRecord) -> pd.DataFrame:

@@ -28,6 +28,7 @@ outcome is unknown, so it enters no statistic and every table counts it."""
 
 _STATE = {"finished": "finished", "broken down": "missed", "no step taken": "missed"}
 _RUN_COLUMNS = ["run", "problem", "arm", "phase", "trial", "seed", "value", "state", "status", "reason", "settings"]
+_RUN_COLUMNS += ["broke after"]
 _SHARED = ("problem", "options", "batch_size", "target", "tuning")
 """What studies must agree on for runs of one problem to stand side by side."""
 
@@ -46,7 +47,7 @@ class StudyRecord:
         description: ``study.json`` as it is; empty where there is none.
         runs: one row per run: ``run`` (its path within the study), ``problem``, ``arm``, ``phase`` (``tune`` or
             ``final``), ``trial``, ``seed``, ``value`` (of the tuning metric), ``state`` (of :data:`STATES`),
-            ``status``, ``reason``, ``settings`` (a dictionary).
+            ``status``, ``reason``, ``settings`` (a dictionary), ``broke after`` (steps; NaN unless it broke down).
         courses: one row per evaluation: ``run`` and the numbers of ``metrics.jsonl``.
         layer_steps: one row per evaluation and layer: ``run``, ``epoch``, ``layer``, ``step``.
         gaps: sentences about what is missing, damaged or unfinished.
@@ -144,7 +145,7 @@ def read_study(folder: Path) -> StudyRecord:
         steps.extend(_layer_rows(name, line) for line in lines)
     if not rows and not description:
         raise ArgumentError(f"{str(folder)!r} holds neither study.json nor runs; name the folder of a study")
-    runs = pd.DataFrame(rows, columns=_RUN_COLUMNS).astype({"value": float})
+    runs = pd.DataFrame(rows, columns=_RUN_COLUMNS).astype({"value": float, "broke after": float})
     layers = pd.DataFrame([row for group in steps for row in group], columns=["run", "epoch", "layer", "step"])
     table = pd.DataFrame(courses) if courses else pd.DataFrame(columns=["run", "epoch", "iterations", "seconds"])
     gaps += _missing(description, runs)
@@ -321,7 +322,14 @@ def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: li
         known,
         reason,
         trial.get("settings") or {key: config[key] for key in ("lr", "damping") if config.get(key) is not None},
+        _broke_after(status, lines) if state == "missed" else math.nan,
     ]
+
+
+def _broke_after(status: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> float:
+    """Steps that a run had taken when it broke down; those of its last evaluation where it was killed."""
+    steps = status.get("iterations", lines[-1].get("iterations") if lines else None)
+    return float(steps) if isinstance(steps, int | float) and not isinstance(steps, bool) else math.nan
 
 
 def _count_samples(path: Path, problem: str, samples: dict[str, int]) -> None:

@@ -87,7 +87,7 @@ class _Crew:
                 process.join()
                 del self.processes[entry.owner]  # no death that would count against the crew
                 reason = f"over the limit of {limit:g} s"
-                if ledger.finish(entry, None, reason):
+                if ledger.finish(entry, None, reason, reason):
                     give_up(self.place.out, ledger, entry.slot, reason)
                     late.append(entry.slot)
                 self.start()
@@ -132,6 +132,7 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
     entries = ledger.entries()
     settle(place.out, ledger)
     clear(ledger.presence)
+    board.end(entries)
     return all(entry.state == "done" for entry in entries.values())
 
 

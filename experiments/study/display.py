@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ..report.breakdowns import Breakdown, breakdown_rows, breakdown_screen, in_short
 from ..report.tables import screen_table
 from .definition import Study
 from .ledger import FINAL, TUNE, Entry, Slot
@@ -64,11 +65,22 @@ class Board:
             entry = entries[slot]
             if slot in done - self._seen:
                 self._seen.add(slot)
-                value = "miss" if entry.value is None else f"{entry.value:.6g}"
+                value = _miss(entry) if entry.value is None else f"{entry.value:.6g}"
                 self.say(f"[{len(self._seen)}/{len(entries)}] {slot}: {value}{self._left(len(done), len(entries))}")
             elif entry.state == "running" and entry.started and (slot, entry.started) not in self._started:
                 self._started.add((slot, entry.started))
                 self.say(f"started {slot}")
+
+    def end(self, entries: Mapping[Slot, Entry]) -> None:
+        """Print how all arms ended, and of those that broke down at which step and why."""
+        self._console.print(self.table(entries))
+        rows = breakdown_rows(
+            Breakdown(slot.problem, slot.arm, f"{slot.phase}-{slot.index}", entry.steps, entry.why or entry.status)
+            for slot, entry in entries.items()
+            if entry.state == "done" and entry.value is None
+        )
+        if rows:
+            self._console.print(breakdown_screen(rows))
 
     def table(self, entries: Mapping[Slot, Entry]) -> Table:
         """One row per arm and problem."""
@@ -110,9 +122,17 @@ def _row(own: list[Entry]) -> dict[str, Any]:
     }
 
 
+def _miss(entry: Entry) -> str:
+    """A miss in words, as far as the book knows more."""
+    after = "" if entry.steps is None else f" after {entry.steps} step(s)"
+    return f"miss{after}" + (f": {in_short(entry.why)}" if entry.why else "")
+
+
 def duration(seconds: float) -> str:
     """A length of time in words: seconds, minutes or hours."""
     seconds = max(0, round(seconds))
     if seconds < 90:
         return f"{seconds} s"
+    if seconds < 600:
+        return f"{seconds / 60:.1f} min"
     return f"{seconds // 60} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .ledger import FINAL, Ledger, Slot
 
 __all__ = [
     "NOT_FINISHED",
+    "breakdown",
     "describe_study",
     "give_up",
     "recorded_value",
@@ -195,6 +197,16 @@ def _open(file: Path) -> bool:
         return bool(json.loads(file.read_text(encoding="utf-8"))["reason"] == NOT_FINISHED)
     except (OSError, ValueError, LookupError, TypeError):
         return False
+
+
+def breakdown(folder: RunFolder) -> tuple[str, int | None]:
+    """Return why a run in a folder is a miss and how many steps it had taken, as far as its files tell."""
+    told: dict[str, Any] = {}
+    for name in ("status.json", "trial.json"):
+        with suppress(OSError, ValueError, TypeError):
+            told |= {key: value for key, value in json.loads((folder.path / name).read_text("utf-8")).items() if value}
+    steps = told.get("iterations", 0 if told.get("status") == "broken down" else None)
+    return str(told.get("reason", "")), steps
 
 
 def recorded_value(folder: RunFolder, metric: str) -> tuple[str, float | None] | None:

@@ -75,6 +75,8 @@ class Entry:
         started: when the owner began, in seconds of ``time.time``.
         crashes: attempts that ended with their process.
         status: how it ended, in words; empty before.
+        why: the reason of a miss, where it is known.
+        steps: optimizer steps that a miss had taken, where that is known.
     """
 
     slot: Slot
@@ -86,6 +88,8 @@ class Entry:
     started: float | None = None
     crashes: int = 0
     status: str = ""
+    why: str = ""
+    steps: int | None = None
 
 
 def open_storage(out: Path, url: str | None) -> BaseStorage:
@@ -235,13 +239,15 @@ class Ledger:
         self._enter(study, entry.slot.index, trial.params, trial.distributions, crashes)
         self._end(entry.trial, TrialState.FAIL)
 
-    def finish(self, entry: Entry, value: float | None, status: str) -> bool:
+    def finish(self, entry: Entry, value: float | None, status: str, why: str = "", steps: int | None = None) -> bool:
         """Record the result of a run.
 
         Args:
             entry: as claimed.
             value: of the tuning metric; ``None`` for a miss.
             status: how it ended, in words.
+            why: the reason of a miss.
+            steps: optimizer steps that it had taken.
 
         Returns:
             Whether the run was still this worker's.
@@ -249,7 +255,9 @@ class Ledger:
         if value is None:
             value = -math.inf if METRICS[self.metric(entry.slot.problem)] else math.inf
         try:
-            self.storage.set_trial_user_attr(entry.trial, "status", status)
+            for name, told in (("why", why), ("steps", steps), ("status", status)):
+                if told not in ("", None):
+                    self.storage.set_trial_user_attr(entry.trial, name, told)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
         return self._end(entry.trial, TrialState.COMPLETE, value)
@@ -358,4 +366,6 @@ def _entry(slot: Slot, trial: FrozenTrial) -> Entry:
         own.get("started"),
         own.get("crashes", 0),
         own.get("status", ""),
+        own.get("why", ""),
+        own.get("steps"),
     )

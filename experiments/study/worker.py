@@ -30,17 +30,17 @@ from ..runs.targets import HeldError, OutputError, exclusive
 from ..runs.training import EveryEpoch
 from ..runs.watched import Extras
 from .definition import Study
-from .folders import NOT_FINISHED, recorded_value, run_folder, told, write_trial
+from .folders import NOT_FINISHED, breakdown, recorded_value, run_folder, told, write_trial
 from .ledger import FINAL, Entry, Ledger, Slot, open_storage
 from .presence import BEAT_SECONDS
 
-__all__ = ["Assignment", "Place", "perform", "work"]
+__all__ = ["Assignment", "Place", "perform", "processors", "work"]
 
 _POLL_SECONDS = 0.5
 
 
-def _processors() -> int:
-    """Those that this process may use, which can be fewer than the machine has."""
+def processors() -> int:
+    """Return how many this process may use, which can be fewer than the machine has."""
     if hasattr(os, "process_cpu_count"):
         return os.process_cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
@@ -75,7 +75,7 @@ class Place:
 
         Never more than the environment variable ``OMP_NUM_THREADS`` allows.
         """
-        share = max(1, _processors() // self.workers)
+        share = max(1, processors() // self.workers)
         allowed = os.environ.get("OMP_NUM_THREADS", "")
         return min(share, max(1, int(allowed))) if allowed.isdecimal() else share
 
@@ -144,7 +144,8 @@ def _do(ledger: Ledger, entry: Entry, assignment: Assignment, stopped: Callable[
         ledger.give_back(entry)
         return False
     status, value = ended
-    ledger.finish(entry, value, status)
+    why, steps = ("", None) if value is not None else breakdown(run_folder(assignment.place.out, entry.slot))
+    ledger.finish(entry, value, status, why, steps)
     return True
 
 

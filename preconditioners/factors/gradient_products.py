@@ -43,9 +43,13 @@ class Root(AveragedMatrix):
         require_fields(self)
         require_interval("p", self.p, 0.0, float("inf"), closed="()")
 
-    @cached_property
+    @property  # not cached itself: pyright takes no cached property for what a protocol declares
     def operation(self) -> InverseRoot:  # type: ignore[override]
         """The inverse p-th root."""
+        return self._root
+
+    @cached_property
+    def _root(self) -> InverseRoot:
         return InverseRoot(self.p)
 
     def scaling(self, side: Side) -> tuple[float, float]:

@@ -69,9 +69,13 @@ class Kronecker(StructureDeclarations):
         if "outputs" not in self.outputs.sides:
             raise CompatibilityError(_wrong_side(self.outputs, "outputs"))
 
-    @cached_property
+    @property  # not cached itself: pyright takes no cached property for a property of a protocol
     def needs(self) -> Needs:
         """Union over both sides."""
+        return self._needs
+
+    @cached_property
+    def _needs(self) -> Needs:
         return self.inputs.needs("inputs") | self.outputs.needs("outputs")
 
     @cached_property

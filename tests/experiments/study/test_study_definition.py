@@ -497,7 +497,7 @@ def test_the_tuning_seed_is_no_final_seed_of_any_problem_with_a_tuned_arm(tmp_pa
 
 
 def test_workers_take_no_more_threads_than_they_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("osculate.experiments.study.worker._processors", lambda: 8)
+    monkeypatch.setattr("osculate.experiments.study.worker.processors", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert Place(tmp_path, workers=2).threads == 4 and Place(tmp_path, workers=20).threads == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

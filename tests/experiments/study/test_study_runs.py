@@ -99,6 +99,7 @@ def test_killed_in_the_middle_the_same_command_finishes_and_repeats_nothing(file
     said, _ = second.communicate(timeout=600)
     assert second.returncode == 0, said
     assert "runs are done already" in said and "all runs are done" in said
+    assert "broke down" in said and "the loss is" in said, "the diverging arm says why"
     assert {path: written(path) for path in finished} == finished
     check_complete(out, read_study(file))
     assert len(statuses(out)) == RUNS

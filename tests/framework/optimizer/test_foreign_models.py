@@ -79,3 +79,21 @@ def test_the_example_of_lightning_accumulates_or_says_why_not() -> None:
     ]
     assert all(float(last) < 0.8 * float(first) for *_, first, last in lines)
     assert re.search(r"kbfgs +automatic: refused, .*Let one closure run every micro-batch", said)
+
+
+def test_the_loop_of_timms_training_script_takes_our_optimizers_and_timms_own() -> None:
+    require("timm")
+    said = run(str(EXAMPLES / "timm_training_script.py"))
+    lines = re.findall(r"(\S+) +train.py: loss (\S+) to (\S+), (\d+) entries", said)
+    assert [line[0] for line in lines] == ["kfac", "lw-adamw", "joint-kfac", "soap", "adamw"]
+    assert all(float(last) < 0.5 * float(first) and int(entries) > 5 for _, first, last, entries in lines)
+
+
+def test_deepxde_solves_its_equation_with_our_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Better than the 1e-3 or so at which first-order methods end."""
+    monkeypatch.setenv("DDE_BACKEND", "pytorch")
+    require("deepxde")
+    said = run(str(EXAMPLES / "deepxde_equation.py"))
+    lines = re.findall(r"(\S+) +poisson: loss (\S+) at first, relative error (\S+) at last", said)
+    assert [line[0] for line in lines] == ["lm", "spring", "ssbroyden"]
+    assert all(float(first) > 1 and float(error) < 1e-4 for _, first, error in lines)
