@@ -105,7 +105,7 @@ class BoundedTraining(ProblemFlags):
                 if run.trouble:
                     lines.append(f"ended early: {run.trouble}")
                 for line in lines:
-                    console.print(f"{method}, pairs {pairs}: {line}", markup=False, soft_wrap=True)
+                    say(console, f"{method}, pairs {pairs}: {line}")
         return all(run.certificate.ok for own in found.values() for run in own.values())
 
 

@@ -147,4 +147,4 @@ class CompareStructures(ProblemFlags):
         print_table(console, f"against the damped {target}, mean over layers", measured, _SHOWN)
         for entry in found:
             if entry.trouble:
-                console.print(f"{entry.structure}: {entry.trouble}", markup=False, highlight=False, soft_wrap=True)
+                say(console, f"{entry.structure}: {entry.trouble}")

@@ -97,7 +97,7 @@ class ConvergenceMap(DeviceFlag):
         save_map_figures(cells, self.out)
         broken = [cell for cell in cells if cell.certified and not cell.kept]
         for cell in broken:
-            console.print(f"[red]violated[/] {cell.key}: {cell.worst_ratio:.6g} > {1 - cell.key.eta:.6g}")
+            say(console, f"[red]violated[/] {cell.key}: {cell.worst_ratio:.6g} > {1 - cell.key.eta:.6g}", markup=True)
         say(console, f"cells, tables and figures lie in {self.out}")
         return 1 if broken else 0 if finished else 130
 

@@ -159,7 +159,7 @@ class Microscope(SavedRunFlags):
         print_table(console, title, rows, _STEPS | angles)
         for quality in found:
             if quality.trouble:
-                console.print(f"{quality.method} took no step: {quality.trouble}", markup=False, soft_wrap=True)
+                say(console, f"{quality.method} took no step: {quality.trouble}")
         write_rows(out / "microscope.csv", rows)
         write_json(out / "microscope.json", {"iterations": run.iterations, "steps": rows})
         _draw(step_plots(found), out / "microscope")

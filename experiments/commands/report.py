@@ -223,4 +223,4 @@ def _show(record: StudyRecord, tables: Mapping[str, pd.DataFrame], console: Cons
     for gap in record.gaps[:8]:
         say(console, gap, "yellow")
     if len(record.gaps) > 8:
-        console.print(f"... and {len(record.gaps) - 8} more gaps", style="yellow")
+        say(console, f"... and {len(record.gaps) - 8} more gaps", "yellow")

@@ -80,7 +80,7 @@ def _verify_all(theorems: Sequence[Theorem], setting: Setting, console: Console)
             progress.update(task, description=escape(f"{theorem.name} {theorem.claim[:60]}"))
             verdicts.append(verify(theorem, setting))
             progress.update(task, advance=1)
-            console.print(_line(verdicts[-1]), highlight=False, soft_wrap=True)
+            say(console, _line(verdicts[-1]), markup=True)
     return verdicts
 
 
@@ -103,5 +103,5 @@ def _conclude(verdicts: Sequence[Verdict], console: Console) -> int:
     from ..report.verify_records import counts, passed
 
     text = ", ".join(f"{number} {name}" for name, number in counts(verdicts).items())
-    console.print(f"{len(verdicts)} theorems: {text}", highlight=False, soft_wrap=True)
+    say(console, f"{len(verdicts)} theorems: {text}", markup=True)
     return 0 if passed(verdicts) else 1

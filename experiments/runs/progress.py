@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from .config import Budget
 from .evaluation import Metrics
+from .on_screen import say
 from .training_run import TrainingRun
 
 __all__ = ["Display"]
@@ -82,12 +83,10 @@ class Display:
             self._progress.update(self._task, completed=share, state=text)
         elif share >= 1 or metrics.iterations == 0 or now - self._drawn >= self._line_seconds:
             self._drawn = now
-            self._console.print(f"{self._name:<14} {text}", highlight=False, soft_wrap=True)
+            say(self._console, f"{self._name:<14} {text}", markup=True)
 
     def failed(self, reason: str) -> None:
         """Show that the run broke down."""
         if self._console.is_terminal and self._task is not None:
             self._progress.update(self._task, state="[red]broke down")
-        self._console.print(
-            f"[red]{escape(self._name)} broke down:[/] {escape(reason)}", highlight=False, soft_wrap=True
-        )
+        say(self._console, f"[red]{escape(self._name)} broke down:[/] {escape(reason)}", markup=True)

@@ -17,6 +17,7 @@ from ..problems import Data, Problem, get_problem
 from ..report.tables import screen_table
 from ..runs.config import Budget
 from ..runs.environment import prepare_process
+from ..runs.on_screen import say
 from ..runs.training import prepare
 from .definition import Arm, Study, StudyProblem
 from .display import duration
@@ -114,8 +115,7 @@ def show_estimate(study: Study, data_dir: Path | None, workers: int, threads: in
     columns = ("problem", "arm", "ms/step", "one run", "runs", "together")
     title = "cost, from the first steps of every arm"
     console.print(screen_table(title, rows, {name: name for name in columns}, digits=3))
-    console.print(
+    say(
+        console,
         f"about {duration(total / workers)} with {workers} worker(s), evaluation counted, if nothing else runs here",
-        highlight=False,
-        soft_wrap=True,
     )
