@@ -69,6 +69,7 @@ def screen_table(
     rows: Sequence[Mapping[Any, Any]],
     columns: Mapping[str, str],
     digits: int = 4,
+    fold: bool = True,
     **look: Any,
 ) -> Table:
     """A table of chosen columns for the screen.
@@ -78,13 +79,14 @@ def screen_table(
         rows: to show.
         columns: heading by name in the rows; text is left-aligned.
         digits: of numbers.
+        fold: whether text may go on in the next line.
         **look: further keywords of :class:`rich.table.Table`.
     """
     table = FittedTable(title=escape(title), **look)
     for name, heading in columns.items():
         text = any(isinstance(row.get(name), str) for row in rows)
         justify: Literal["left", "right"] = "left" if text else "right"
-        table.add_column(heading, justify=justify, overflow="fold")
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=text and not fold)
     for row in rows:
         table.add_row(*(escape(cell(row.get(name), digits)) for name in columns))
     return table
@@ -92,4 +94,4 @@ def screen_table(
 
 def print_table(console: Console, title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
     """Print a table of many columns, of which a narrow screen gets some below the others; see :func:`screen_table`."""
-    console.print(screen_table(title, rows, columns, digits=3, box=box.SIMPLE_HEAD))
+    console.print(screen_table(title, rows, columns, digits=3, fold=False, box=box.SIMPLE_HEAD))
