@@ -23,6 +23,7 @@ from .certify import Certify
 from .compare_structures import CompareStructures
 from .convergence_map import ConvergenceMap
 from .diagnose import Diagnose, Microscope
+from .flags import StyleFlag
 from .report import Report
 from .screen import names_with_texts, say
 from .show import Bench, Methods, Problems
@@ -148,7 +149,8 @@ def execute(arguments: Sequence[str] | None = None) -> int:
         sys.exit(0)
     command = _parse(words)
     try:
-        return int(command.run(Console()))
+        with command.drawing() if isinstance(command, StyleFlag) else contextlib.nullcontext():
+            return int(command.run(Console()))
     except OsculateError as error:
         panel = Panel(escape(str(error)), title=type(error).__name__, title_align="left", border_style="red")
         Console(stderr=True).print(panel)

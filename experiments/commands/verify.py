@@ -13,7 +13,7 @@ from rich.markup import escape
 from ...analysis.theorem import Setting, Theorem, Verdict, verify
 from ..runs.environment import choose_device, describe_environment, prepare_process
 from ..runs.records import write_json
-from .flags import DeviceFlag, Place
+from .flags import DeviceFlag, Place, StyleFlag
 from .screen import bar, say
 
 __all__ = ["Verify"]
@@ -22,7 +22,7 @@ _COLOURS = {"held": "green", "violated": "red", "assumption not met": "yellow"}
 
 
 @dataclass(frozen=True)
-class Verify(DeviceFlag):
+class Verify(DeviceFlag, StyleFlag):
     """Check theorems by running them: every claim with its numbers, its margin and a control that must fail.
 
     Writes verify.json, verify.csv, a figure per theorem and report.html, which needs no network.

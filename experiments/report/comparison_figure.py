@@ -42,7 +42,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
                 [point["train_loss"] for point in finite],
                 **styles.line(curve.method)
                 | {
-                    "marker": MARKERS[(place + 3 * (place // len(MARKERS))) % len(MARKERS)],
+                    "marker": MARKERS[(place + 5 * (place // len(MARKERS))) % len(MARKERS)],
                     "markevery": max(1, len(finite) // 8),
                     "markeredgecolor": "white",
                     "markeredgewidth": 0.4,

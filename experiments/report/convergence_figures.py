@@ -11,11 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ...analysis.function_space.convergence_map import Cell
 from .figures import (
     COLOURS,
     MARKERS,
+    PLAIN,
     name_lines,
     new_figure,
     note,
@@ -66,6 +68,7 @@ def damping_eta_figure(cells: pd.DataFrame) -> Figure:
         axes.label_outer()
     if image is not None:
         bar = figure.colorbar(image, ax=panels, label="worst |e+|² / |e|²", extend="max", shrink=0.6)
+        assert bar.solids is not None
         bar.solids.set_rasterized(True)
     title(figure, "worst ratio of a step's errors, |e+|² / |e|², by damping and step size eta")
     note(figure, "red: the error grew; dot: every step certified; cross: rate 1 - eta missed")
@@ -123,6 +126,10 @@ def rates_figure(cells: pd.DataFrame) -> Figure:
     handles += axes.plot(etas, etas, color="0.4", linewidth=1.0, linestyle="--", label="certified")
     axes.set(xlabel="certified contraction eta", ylabel="smallest measured 1 - |e+|² / |e|²")
     axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axis.set_major_formatter(PLAIN)
+        axis.set_minor_formatter(NullFormatter())
     plain_axes(axes)
     title(figure, "contraction of certified steps: measured and certified", "measured and certified contraction")
     name_lines(axes, (), handles)

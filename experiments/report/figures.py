@@ -323,16 +323,17 @@ def _legend_beside(axes: Axes, handles: Sequence[Artist], points: float) -> None
     """In the axes that have no panel, in one column or two, in smaller letters where there are very many."""
     figure = axes.get_figure(root=True)
     assert figure is not None
+    figure.draw_without_rendering()
     box = axes.get_window_extent()
-    width, height = (72 / figure.dpi) * box.width, (72 / figure.dpi) * (box.height + 20)
+    width, height = (72 / figure.dpi) * box.width, (72 / figure.dpi) * box.height + 12
     handle = 4.5 * points
     names = [str(entry.get_label()) for entry in handles]
     widest = max(text_points(name, points) for name in names)
-    columns = 1 if 1.35 * points * len(names) <= height or 2 * (widest + handle) > width else 2
+    columns = 1 if 1.45 * points * len(names) <= height or 2 * (widest + handle) > width else 2
     shown = ["\n".join(lines_of(name, points, width / columns - handle)) for name in names]
     rows = sum(text.count("\n") + 1 for text in shown) / columns
-    size = max(4.0, min(points, height / (1.35 * rows)))
-    legend = axes.legend(handles, shown, loc="center left", ncols=columns, fontsize=size, borderaxespad=0.0)
+    size = max(4.0, min(points, height / (1.45 * rows)))
+    legend = axes.legend(handles, shown, loc="upper left", ncols=columns, fontsize=size, borderaxespad=0.0)
     legend.set_in_layout(False)
 
 

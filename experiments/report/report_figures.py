@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -69,7 +70,8 @@ def budget_figure(table: pd.DataFrame, problem: str, styles: Styles) -> Figure |
     for name, curve in mine.groupby("arm", sort=False):
         arm = str(name)
         seen = curve["median"].where(np.isfinite(curve["median"]))
-        axes.plot(curve.trials, seen, **{"marker": "o", "markersize": 2.2} | styles.line(arm))
+        look: dict[str, Any] = {"marker": "o", "markersize": 2.2}
+        axes.plot(curve.trials, seen, **look | styles.line(arm))
         high = curve.q75.where(np.isfinite(curve.q75), seen)
         axes.fill_between(curve.trials, curve.q25, high, color=styles.colour(arm), alpha=0.13, lw=0)
         known = seen.dropna()
@@ -166,9 +168,9 @@ def _ablation(measure: str, table: pd.DataFrame) -> Figure:
         label.set(ha="left", va="top", bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.5})
     axes.grid(visible=False, axis="y")
     axes.set_ylim(tops[-1] + 0.05, -0.03)
-    axes.set(xlabel=f"{measure.replace('_', ' ')}: ratio to the base, left is better")
+    axes.set(xlabel=f"{measure.replace('_', ' ')}: ratio to the base")
     title(figure, f"{whole}: replacing one part of the base", f"{whole}: one part replaced")
-    note(figure, "on the same seeds; faint where the interval covers 1")
+    note(figure, "left of 1 is better; on the same seeds; faint where the interval covers 1")
     return figure
 
 

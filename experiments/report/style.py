@@ -34,14 +34,17 @@ def drawing(file: Path | None = None) -> Iterator[None]:
     """Figures that are made and saved inside have the house's style, changed by a style file.
 
     Args:
-        file: see :func:`read_style`; ``None``: the house's style alone.
+        file: see :func:`read_style`; ``None``: the style of a context around this one, else the house's alone.
 
     Raises:
         ArgumentError: the file is no style.
     """
+    if file is None and _inside.get():
+        yield
+        return
     own = {} if file is None else read_style(file)
-    house = _settings(HOUSE)
-    with mpl.rc_context({**house, **own}):
+    settings: Any = _settings(HOUSE) | own
+    with mpl.rc_context(settings):
         token = _inside.set(True)
         try:
             yield

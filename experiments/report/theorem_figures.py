@@ -53,7 +53,8 @@ def plots_figure(plots: Sequence[Plot]) -> Figure:
     for axes, plot in zip(panels, plots, strict=False):
         axes.set_xscale("log" if plot.x_log else "linear")
         axes.set_yscale("log" if plot.y_log else "linear")
-        axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
+        axes.set_xlabel(plot.x_label)
+        axes.set_ylabel(plot.y_label, fontsize=_fitting(plot.y_label, 72 * 1.75))
         _entitle(figure, axes, plot.title, alone=len(plots) == 1)
         if plot.grid is None:
             below = max(below, _draw_curves(axes, plot))
@@ -66,8 +67,13 @@ def plots_figure(plots: Sequence[Plot]) -> Figure:
 def _entitle(figure: Figure, axes: Axes, text: str, alone: bool) -> None:
     """On one line above its panel, in letters as large as fit."""
     room = 72 * figure.get_figwidth() / (1 if alone else 2) - 45
-    size = FontProperties(size=rcParams["axes.titlesize"]).get_size_in_points()
-    axes.set_title(text, fontsize=max(4.5, min(size, size * room / max(1.0, text_points(text, size)))))
+    axes.set_title(text, fontsize=_fitting(text, room))
+
+
+def _fitting(text: str, room: float) -> float:
+    """Size of letters with which a line is no longer than this, in points."""
+    size = FontProperties(size=rcParams["axes.labelsize"]).get_size_in_points()
+    return max(4.5, min(size, size * room / max(1.0, text_points(text, size))))
 
 
 def _draw_curves(axes: Axes, plot: Plot) -> float:
@@ -134,7 +140,9 @@ def _draw_map(figure: Figure, axes: Axes, plot: Plot, cells: Floats) -> None:
     mesh = axes.pcolormesh(
         plot.grid_x, plot.grid_y, shown, shading="nearest", cmap="viridis", norm=norm, rasterized=True
     )
-    figure.colorbar(mesh, ax=axes).solids.set_rasterized(True)
+    solids = figure.colorbar(mesh, ax=axes).solids
+    assert solids is not None
+    solids.set_rasterized(True)
 
 
 def equation_pieces(equation: str) -> list[str]:

@@ -298,10 +298,10 @@ def test_the_page_is_whole_and_needs_no_network(out: Path, tables: dict[str, pd.
     page, text = Page(), (out / "report.html").read_text()
     page.feed(text)
     assert not page.open
-    assert all(address.startswith(("#", "data:image/")) for address in page.addresses)
+    assert all(address.startswith(("#", "data:image/", "data:text/csv;base64,")) for address in page.addresses)
     for name, table in tables.items():
         assert page.rows[f"table-{name}"] == len(table) + 1, name
-    assert text.count("data:image/png") == len(list((out / "figures").glob("*.png")))
+    assert text.count("<figure><svg ") == len(list((out / "figures").glob("*.png")))
     assert "joint_kfac &amp; co" in text and "scaled down" in text
 
 
