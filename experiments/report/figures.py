@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,7 +284,6 @@ def name_lines(
     axes: Axes,
     ends: Sequence[tuple[str, float, float, Any]],
     handles: Sequence[Artist],
-    line: Callable[[str], Mapping[str, Any]] | None = None,
     beside: Axes | None = None,
     remark: str = "",
 ) -> None:
@@ -294,7 +293,6 @@ def name_lines(
         axes: the last panel, with its final limits.
         ends: name, x and y of the end, colour, of the lines that end in it.
         handles: one per line of the figure, with its name as label; a legend has them all.
-        line: see :func:`label_lines`.
         beside: axes without a panel right of the last one, where names or legend go.
         remark: see :func:`note`.
     """
@@ -311,7 +309,7 @@ def name_lines(
     fits = fits and _GAP_POINTS * points * (len(names) - 1) <= height
     if fits and len(ends):
         note(figure, remark)
-        label_lines(axes, ends, line, room=beside is None)
+        label_lines(axes, ends, room=beside is None)
     elif beside is not None:
         note(figure, remark)
         _legend_beside(beside, handles, points)
@@ -357,7 +355,6 @@ def _legend_below(figure: Figure, handles: Sequence[Artist], points: float, rema
 def label_lines(
     axes: Axes,
     ends: Sequence[tuple[str, float, float, Any]],
-    line: Callable[[str], Mapping[str, Any]] | None = None,
     room: bool = True,
 ) -> None:
     """Write the names of lines in one column right of the axes, in the order of their ends, none over another.
@@ -368,7 +365,6 @@ def label_lines(
     Args:
         axes: the last in its row, with its final limits.
         ends: name, x and y of the end, colour; ends that are not finite are left out.
-        line: keywords of ``Axes.plot`` by name, whose dashes the thin line takes; ``None``: solid.
         room: whether the axes must make room; there is some where nothing stands beside them.
     """
     shown = [end for end in ends if math.isfinite(end[1]) and math.isfinite(end[2])]
@@ -397,8 +393,12 @@ def label_lines(
     placed = np.clip(isotonic_regression(points[order, 1] - steps).x, low, max(low, high - column)) + steps
     for index, height in zip(order, placed, strict=True):
         name, x, y, colour = shown[index]
-        dashes = "-" if line is None else line(name)["linestyle"]
-        leader = {"arrowstyle": "-", "color": colour, "linestyle": dashes, "linewidth": 0.6, "alpha": 0.6}
+        leader = {
+            "arrowstyle": "-",
+            "color": colour,
+            "linewidth": 0.5,
+            "alpha": 0.5,
+        }  # no line of the figure is like it
         label = axes.annotate(
             name,
             (x, y),

@@ -107,10 +107,10 @@ def _figure(
     handles = [styles.handle(arm) for arm in shown]
     last, beside = grid[len(drawn) - 1], grid[-1] if len(grid) > len(drawn) else None
     ends, gone = _line_ends(last, drawn[-1][1], styles)
-    remarks = [f"off the scale: {', '.join(gone)}"] if gone else []
+    remarks = [f"no line within the view: {', '.join(gone)}"] if gone else []
     if any(_stops(band) for _, found in drawn for band in found.values()):
         remarks.append("a cross: half of the runs broke down")
-    name_lines(last, ends, handles, styles.line, beside, "; ".join(remarks))
+    name_lines(last, ends, handles, beside, "; ".join(remarks))
     return figure
 
 
@@ -141,11 +141,11 @@ def _draw_bands(axes: Axes, bands: dict[str, tuple[Floats, Floats]], styles: Sty
 def _line_ends(
     axes: Axes, last: dict[str, tuple[Floats, Floats]], styles: Styles
 ) -> tuple[list[tuple[str, float, float, str]], list[str]]:
-    """Ends of the lines of the last panel, and the arms that have none on its scale."""
+    """Ends of the lines of the last panel, and the arms that have none: off its scale, or broken down at once."""
     ends = []
     for arm, (clock, (_, median, _)) in last.items():
         seen = np.flatnonzero(np.isfinite(median) & (median <= axes.get_ylim()[1]))
-        if len(seen):
+        if len(seen) > 1 or len(seen) == len(clock):
             ends.append((arm, float(clock[seen[-1]]), float(median[seen[-1]]), styles.colour(arm)))
     named = {end[0] for end in ends}
     return ends, [arm for arm in styles.arms if arm in last and arm not in named]

@@ -91,7 +91,7 @@ def budget_figure(table: pd.DataFrame, problem: str, styles: Styles) -> Figure |
     title(figure, f"{problem}: what tuning buys, median and quartiles", f"{problem}: what tuning buys", problem)
     plain_axes(axes)
     missing = f"only misses: {', '.join(without)}" if without else ""
-    name_lines(axes, ends, [styles.handle(arm) for arm in arms], styles.line, remark=missing)
+    name_lines(axes, ends, [styles.handle(arm) for arm in arms], remark=missing)
     return figure
 
 
@@ -126,7 +126,7 @@ def profile_figure(record: StudyRecord, values: pd.DataFrame, styles: Styles) ->
     number = len({problem for times in clocks.values() for problem, _ in times})
     title(figure, f"performance profiles over {number} problem{'s' if number > 1 else ''}")
     beside = grid[-1] if len(grid) > len(clocks) else None
-    name_lines(grid[len(clocks) - 1], ends, [styles.handle(arm) for arm in shown], styles.line, beside)
+    name_lines(grid[len(clocks) - 1], ends, [styles.handle(arm) for arm in shown], beside)
     return figure
 
 

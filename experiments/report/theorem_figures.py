@@ -66,6 +66,7 @@ def plots_figure(plots: Sequence[Plot]) -> Figure:
 
 def _entitle(figure: Figure, axes: Axes, text: str, alone: bool) -> None:
     """On one line above its panel, in letters as large as fit."""
+    text = "; ".join(text.splitlines())
     room = 72 * figure.get_figwidth() / (1 if alone else 2) - 45
     axes.set_title(text, fontsize=_fitting(text, room))
 

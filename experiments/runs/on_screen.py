@@ -55,6 +55,10 @@ def _ends(line: str, width: int) -> list[int]:
     return ends
 
 
+_TABLES = 2
+"""More tables below each other than these are hard to read."""
+
+
 class _Need(NamedTuple):
     """Width of a column at which no word is broken, and at which no line is."""
 
@@ -73,6 +77,11 @@ class FittedTable(Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         needs = [_need(console, column) for column in self.columns]
         groups = _groups(needs, options.max_width, self._overhead)
+        if len(groups) > _TABLES:  # then names, too, go on below themselves
+            needs = [
+                _Need(_longest(console, column), need.most) for column, need in zip(self.columns, needs, strict=True)
+            ]
+            groups = _groups(needs, options.max_width, self._overhead)
         for number, group in enumerate(groups):
             part = self._part(group, first=number == 0, last=number == len(groups) - 1)
             widths = _shares([needs[place] for place in group], options.max_width - self._overhead(len(group)))
@@ -111,10 +120,12 @@ def _longest_word(console: Console, cell: object) -> int:
 
 
 def _need(console: Console, column: Column) -> _Need:
-    cells = [column.header, *column.cells]
-    most = max((len(line) for cell in cells for line in _lines(console, cell)), default=1)
-    least = max((_longest_word(console, cell) for cell in cells), default=1)
-    return _Need(max(1, most if column.no_wrap else least), max(1, most))
+    most = max((len(line) for cell in [column.header, *column.cells] for line in _lines(console, cell)), default=1)
+    return _Need(max(1, most) if column.no_wrap else _longest(console, column), max(1, most))
+
+
+def _longest(console: Console, column: Column) -> int:
+    return max(1, *(_longest_word(console, cell) for cell in [column.header, *column.cells]))
 
 
 def _groups(needs: Sequence[_Need], width: int, overhead: Callable[[int], int]) -> list[list[int]]:

@@ -92,7 +92,7 @@ def test_few_short_names_stand_at_their_lines_and_else_there_is_a_legend(
         for number, arm in enumerate(styles.arms):
             axes.plot([0, 1], [1, number], **styles.line(arm))
             ends.append((arm, 1.0, float(number), styles.colour(arm)))
-        name_lines(axes, ends, [styles.handle(arm) for arm in styles.arms], styles.line)
+        name_lines(axes, ends, [styles.handle(arm) for arm in styles.arms])
         figure.draw_without_rendering()
         assert [text.get_text() for text in axes.texts] == (list(styles.arms) if labelled else [])
         if not labelled:
@@ -107,7 +107,7 @@ def test_a_gap_in_the_last_row_is_room_for_names() -> None:
         figure, grid = grid_figure(3)
         assert len(grid) == 4 and [axes.axison for axes in grid] == [True] * 3 + [False]
         assert len(grid_figure(2)[1]) == 2 and len(grid_figure(1)[1]) == 1
-        name_lines(grid[2], [("an arm", 0.5, 0.5, "k")], [Styles(["an arm"]).handle("an arm")], None, grid[3])
+        name_lines(grid[2], [("an arm", 0.5, 0.5, "k")], [Styles(["an arm"]).handle("an arm")], grid[3])
         figure.draw_without_rendering()
         before, after = grid[0].get_window_extent(), grid[2].get_window_extent()
         assert before.width == pytest.approx(after.width, rel=0.02)  # the names took nothing from the panel

@@ -414,7 +414,7 @@ def test_names_of_lines_stand_in_one_column_beside_the_axes_none_over_another(na
         x, y = (1.0, 2.0)[number % 2], 1e-3 * number
         axes.plot([0.0, x], [5.0, y], **styles.line(label))
         ends.append((label, x, y, styles.colour(label)))
-    label_lines(axes, ends, styles.line)
+    label_lines(axes, ends)
     figure.draw_without_rendering()
     box = axes.get_window_extent()
     places = [Text.get_window_extent(text) for text in axes.texts]  # without the leader
