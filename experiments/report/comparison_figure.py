@@ -80,7 +80,7 @@ def _widen_first_epochs(axes: Axes, last: Sequence[float]) -> None:
     """Logarithmic beyond the first epoch where cheap methods see far more epochs than dear ones in the same time."""
     if last and max(last) > _MANY_EPOCHS * max(min(last), 1.0):
         axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)
-        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1.0, subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1.0, subs=(1.0, 3.0)))
         axes.xaxis.set_major_formatter(PLAIN)
         axes.set_xlim(0, max(last))
 

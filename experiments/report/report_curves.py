@@ -145,7 +145,7 @@ def _line_ends(
     ends = []
     for arm, (clock, (_, median, _)) in last.items():
         seen = np.flatnonzero(np.isfinite(median) & (median <= axes.get_ylim()[1]))
-        if len(seen) > 1 or len(seen) == len(clock):
+        if len(seen) > 1:
             ends.append((arm, float(clock[seen[-1]]), float(median[seen[-1]]), styles.colour(arm)))
     named = {end[0] for end in ends}
     return ends, [arm for arm in styles.arms if arm in last and arm not in named]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import mathtext, rcParams
+from matplotlib import mathtext, rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -162,7 +162,8 @@ def equation_svg(equation: str) -> str | None:
     for pattern, replacement in _SYNONYMS:
         equation = re.sub(pattern, replacement, equation)
     try:
-        mathtext.math_to_image(f"${equation}$", buffer, prop=FontProperties(size=13), format="svg")
+        with rc_context({"savefig.transparent": True}):
+            mathtext.math_to_image(f"${equation}$", buffer, prop=FontProperties(size=13), format="svg")
     except ValueError:
         return None
     return buffer.getvalue().decode()
