@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from ...errors import UnknownNameError
 from ..runs.on_screen import FittedTable, say
@@ -18,13 +29,27 @@ __all__ = ["bar", "names_with_texts", "say", "show_named"]
 Entry = TypeVar("Entry")
 
 
+class _Description(ProgressColumn):
+    """As many words of a task's description as stand beside the bar."""
+
+    _BESIDE = 58
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._room = console.width - self._BESIDE
+
+    def render(self, task: Task) -> Text:
+        text = Text.from_markup(task.description)
+        return Text(textwrap.shorten(text.plain, max(1, self._room), placeholder=""))
+
+
 def bar(console: Console) -> Progress:
-    """A bar on a terminal, which vanishes at the end; nothing in a log."""
+    """A bar on a terminal, which vanishes at the end; nothing in a log. Its description ends where the line does."""
     columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
     return Progress(
         *columns,
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        _Description(console),
         console=console,
         transient=True,
         disable=not console.is_terminal,

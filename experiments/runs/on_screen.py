@@ -14,6 +14,9 @@ from rich.text import Text
 
 __all__ = ["FittedTable", "print_text", "say"]
 
+_TABLES = 2
+"""More tables below each other than these are hard to read."""
+
 
 def say(console: Console, text: str, style: str | None = None, markup: bool = False) -> None:
     """Print a line as it is: nothing in it is coloured, and a long path is not broken.
@@ -55,10 +58,6 @@ def _ends(line: str, width: int) -> list[int]:
     return ends
 
 
-_TABLES = 2
-"""More tables below each other than these are hard to read."""
-
-
 class _Need(NamedTuple):
     """Width of a column at which no word is broken, and at which no line is."""
 
@@ -70,18 +69,19 @@ class FittedTable(Table):
     """A table in which no word is broken and nothing is cut, on a screen of any width.
 
     Columns share the width by what is in them. Where not even their longest words fit beside each other, the rest of
-    the columns follows in a second table below, with the first column again. Only a word that is wider than the screen
-    leaves beside the first column is broken, and then it goes on in the next line.
+    the columns follows in a second table below, with the first column again (the first two where only both tell the
+    rows apart). Only a word that is wider than the screen leaves beside them is broken, and goes on in the next line.
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         needs = [_need(console, column) for column in self.columns]
-        groups = _groups(needs, options.max_width, self._overhead)
+        keys = self._keys()
+        groups = _groups(needs, keys, options.max_width, self._overhead)
         if len(groups) > _TABLES:  # then names, too, go on below themselves
             needs = [
                 _Need(_longest(console, column), need.most) for column, need in zip(self.columns, needs, strict=True)
             ]
-            groups = _groups(needs, options.max_width, self._overhead)
+            groups = _groups(needs, keys, options.max_width, self._overhead)
         for number, group in enumerate(groups):
             part = self._part(group, first=number == 0, last=number == len(groups) - 1)
             widths = _shares([needs[place] for place in group], options.max_width - self._overhead(len(group)))
@@ -92,6 +92,12 @@ class FittedTable(Table):
                 yield Text("\n".join(_lines(console, part.title)), style="table.title", justify="center")
                 part.title = None
             yield from Table.__rich_console__(part, console, options)
+
+    def _keys(self) -> int:
+        """How many of the first columns tell the rows apart; one where two do not, or there is a single row."""
+        columns = [[str(cell) for cell in column.cells] for column in self.columns[:2]]
+        rows = list(zip(*columns, strict=True))
+        return 2 if len(set(columns[0])) < len(rows) == len(set(rows)) and len(columns) > 1 else 1
 
     def _overhead(self, columns: int) -> int:
         """Width of lines and padding."""
@@ -128,13 +134,15 @@ def _longest(console: Console, column: Column) -> int:
     return max(1, *(_longest_word(console, cell) for cell in [column.header, *column.cells]))
 
 
-def _groups(needs: Sequence[_Need], width: int, overhead: Callable[[int], int]) -> list[list[int]]:
-    """Columns that stand beside each other; the first one leads every group."""
-    groups: list[list[int]] = [[0]] if needs else []
-    for place in range(1, len(needs)):
+def _groups(needs: Sequence[_Need], keys: int, width: int, overhead: Callable[[int], int]) -> list[list[int]]:
+    """Columns that stand beside each other; the first ones, which tell the rows apart, lead every group."""
+    leading = list(range(min(keys, len(needs))))
+    groups = [leading]
+    for place in range(len(leading), len(needs)):
         tried = [*groups[-1], place]
-        if len(groups[-1]) > 1 and sum(needs[index].least for index in tried) + overhead(len(tried)) > width:
-            groups.append([0, place])
+        full = sum(needs[index].least for index in tried) + overhead(len(tried)) > width
+        if full and len(groups[-1]) > len(leading):
+            groups.append([*leading, place])
         else:
             groups[-1] = tried
     return groups

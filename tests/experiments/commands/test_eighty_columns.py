@@ -10,14 +10,19 @@ from typing import Any, ClassVar
 
 import osculate as osc
 import pytest
+from made_studies import whole_study
 from osculate.experiments.commands.cli import GROUPS, execute
 from osculate.experiments.commands.docstrings import describe
 from osculate.experiments.commands.listing import exported_name
 from osculate.experiments.commands.one_liners import LINES
+from osculate.experiments.commands.screen import bar
 from osculate.experiments.problems import PROBLEMS, get_problem
 from osculate.experiments.report.tables import print_table, screen_table
 from osculate.experiments.rivals.catalogue import runnable
+from osculate.experiments.runs.config import Budget
+from osculate.experiments.runs.evaluation import Metrics
 from osculate.experiments.runs.on_screen import FittedTable, print_text, say
+from osculate.experiments.runs.progress import Display
 from osculate.experiments.study.reading import shipped_studies
 from rich.console import Console
 from rich.text import Text
@@ -131,6 +136,75 @@ def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     fits(text, ["adam", "sgdm", "epochs", "loss"])
 
 
+def test_certify(capsys: pytest.CaptureFixture[str]) -> None:
+    fits(printed(capsys, "certify", "osculate:sgdm"), ["method-save-load-continue", "held", "contracts:"])
+
+
+def test_bench_of_launches(capsys: pytest.CaptureFixture[str]) -> None:
+    fits(printed(capsys, "bench", "--launches", "sgdm", "kbfgs"), ["kbfgs", "synchronisations", "tensors"])
+
+
+def test_the_format_of_studies(capsys: pytest.CaptureFixture[str]) -> None:
+    fits(printed(capsys, "study", "--format"), ["[[problems]]", '("quasi-random"'])
+
+
+def test_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = printed(capsys, "report", str(whole_study(tmp_path / "study").folder))
+    fits("\n".join(line for line in text.splitlines() if line[:1] in "┏┃┡│└"), ["autoencoder_1", "T2", "accuracy"])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_looking_into_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--problem", "tiny", "--method", "kbfgs", "--epochs", "1", "--out", "run"]
+    assert execute(words) == 0
+    capsys.readouterr()
+    fits(printed(capsys, "diagnose", "run", "--samples", "10"), ["condition", "gradient", "cosine"])
+    fits(printed(capsys, "microscope", "run", "--history", "2"), ["predicted", "multiple", "adam"])
+    text = printed(capsys, "compare-structures", "run", "--history", "2", "--samples", "10", "--structures", "BFGS, C")
+    fits(text, ["Kronecker(HessianActionBFGS,", "Covariance)", "cosine", "preconditioned"])
+
+
+class TestProgress:
+    """What is seen while methods train: on a terminal bars, which are redrawn."""
+
+    @staticmethod
+    def drawn(width: int, names: tuple[str, ...]) -> list[str]:
+        file = StringIO()
+        console = Console(file=file, width=width, force_terminal=True, color_system=None)
+        metrics = Metrics(12.25, 123.4567, 1.234567e-5, 0.98765, 0.0, 1234.5, 0.0, 100, 100, 0)
+        with Display(console, Budget(10, None)) as display:
+            for name in names:
+                display.begin(name)
+                display.measured(metrics)
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+        return [line.rstrip() for line in re.split(r"[\r\n]+", shown) if line.strip()]
+
+    @pytest.mark.parametrize("width", [60, 80, 100, 120, 160])
+    def test_nothing_is_cut(self, width: int) -> None:
+        lines = self.drawn(width, ("adam", "joint-kfac-noise-aware"))
+        assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+        last = lines[-1]
+        assert "joint-kfac-noise-aware" in last and "epoch 12.25  train 123.46" in last
+        assert ("left" in last) is (width >= 120)
+        assert ("1234.5 s" in last) is (width in (100, 160))
+
+    def test_a_longer_name_shortens_the_lines_above_it(self) -> None:
+        alone = self.drawn(80, ("adam",))[-1]
+        assert "accuracy 98.77%  1234.5 s" in alone
+        above = self.drawn(80, ("adam", "a-method-whose-name-is-very-long-indeed"))[-2]
+        assert "epoch 12.25  train 123.46" in above and "1234.5 s" not in above
+
+    def test_a_description_ends_between_two_words(self) -> None:
+        file = StringIO()
+        console = Console(file=file, width=WIDTH, force_terminal=True, color_system=None)
+        with bar(console) as progress:
+            task = progress.add_task("", total=12345)
+            progress.update(task, completed=12000, description="T11 a claim of more words than stand beside the bar")
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+        assert "…" not in text and re.search(r"T11 a claim(?: of)?\s", text)
+        assert max(map(len, re.split(r"[\r\n]+", text))) <= WIDTH
+
+
 class TestTables:
     ROWS: ClassVar = [
         {"name": "joint-kfac-noise-aware", "what it is": "a sentence that is longer than its column", "n": 12}
@@ -152,6 +226,11 @@ class TestTables:
             assert re.search(rf"(?<!\S){re.escape(word)}(?!\S)", text), word
         assert text.count("a title") == 1
         assert text.count("joint-kfac-noise-aware") == text.count("┃ name") == (1 if width == 200 else text.count("┏"))
+
+    def test_rows_that_only_two_columns_tell_apart_have_both_again(self) -> None:
+        rows = [{"method": "kbfgs", "pairs": pairs} | {f"measure_{n}": 1.5 for n in range(9)} for pairs in ("a", "b")]
+        text = self.drawn(screen_table("t", rows, {name: name for name in rows[0]}), 60)
+        assert text.count("┏") > 1 and text.count("┃ method ┃ pairs ┃") == text.count("┏")
 
     def test_a_table_that_fits_is_as_it_was(self) -> None:
         from rich.table import Table
