@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from .figures import Styles, grid_figure, name_lines, note, one_panel, plain_axes, scale_losses, title
@@ -179,6 +179,7 @@ def _layer_figure(problem: str, arm: str, group: pd.DataFrame) -> Figure:
     positive = medians.to_numpy()[medians.to_numpy() > 0]
     if len(positive) and positive.max() >= 10 * positive.min():
         axes.set_yscale("symlog", linthresh=float(positive.min()))
+        axes.yaxis.set_major_locator(FixedLocator(_decades(float(positive.min()), float(positive.max()))))
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
     axes.set(xlabel="epochs", ylabel="step size")
@@ -192,5 +193,12 @@ def _layer_figure(problem: str, arm: str, group: pd.DataFrame) -> Figure:
     if len(layers) <= _NAMED_LAYERS:
         name_lines(axes, ends, handles)
     else:
-        note(figure, f"dark to light: the {len(layers)} layers in order, from {layers[0]} to {layers[-1]}")
+        note(figure, f"violet to green: the {len(layers)} layers in order, from {layers[0]} to {layers[-1]}")
     return figure
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Zero, and powers of ten between two positive numbers: few enough to be read, none beside the zero."""
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    first += last - first > 6
+    return [0.0, *(10.0**power for power in range(first, last + 1, 1 + (last - first) // 7))]

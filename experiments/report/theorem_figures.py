@@ -49,13 +49,14 @@ def plots_figure(plots: Sequence[Plot]) -> Figure:
         plots: at least one.
     """
     figure, panels = grid_figure(len(plots))
-    below = 0.0
+    below, room = 0.0, 72 * figure.get_figwidth() / min(2, len(plots)) - 55
+    size = min(_fitting(_one_line(plot.title), room) for plot in plots)
     for axes, plot in zip(panels, plots, strict=False):
         axes.set_xscale("log" if plot.x_log else "linear")
         axes.set_yscale("log" if plot.y_log else "linear")
         axes.set_xlabel(plot.x_label)
         axes.set_ylabel(plot.y_label, fontsize=_fitting(plot.y_label, 72 * 1.75))
-        _entitle(figure, axes, plot.title, alone=len(plots) == 1)
+        axes.set_title(_one_line(plot.title), fontsize=size)
         if plot.grid is None:
             below = max(below, _draw_curves(axes, plot))
         else:
@@ -64,11 +65,8 @@ def plots_figure(plots: Sequence[Plot]) -> Figure:
     return figure
 
 
-def _entitle(figure: Figure, axes: Axes, text: str, alone: bool) -> None:
-    """On one line above its panel, in letters as large as fit."""
-    text = "; ".join(text.splitlines())
-    room = 72 * figure.get_figwidth() / (1 if alone else 2) - 45
-    axes.set_title(text, fontsize=_fitting(text, room))
+def _one_line(text: str) -> str:
+    return "; ".join(text.splitlines())
 
 
 def _fitting(text: str, room: float) -> float:
