@@ -17,7 +17,8 @@ from made_studies import MadeStudy, whole_study
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from osculate.errors import ArgumentError, UnknownNameError
-from osculate.experiments.commands.cli import execute
+from osculate.experiments.commands.cli import GROUPS, execute
+from osculate.experiments.commands.flags import StyleFlag
 from osculate.experiments.commands.report import report_tables, write_report
 from osculate.experiments.report.figures import (
     Styles,
@@ -224,6 +225,15 @@ class TestStyle:
         out = tmp_path / "out"
         assert execute(["verify", "T2", "--style", str(tmp_path / "no.mplstyle"), "--out", str(out)]) == 2
         assert "neither a file" in capsys.readouterr().err and not out.exists()
+
+    def test_every_command_that_draws_takes_one(self) -> None:
+        drawing_commands = {
+            name for group in GROUPS.values() for name, (kind, _) in group.items() if issubclass(kind, StyleFlag)
+        }
+        assert drawing_commands == {
+            *("compare", "report", "verify", "convergence-map", "diagnose", "microscope", "compare-structures"),
+            "bounded-training",
+        }
 
     def test_a_report_is_drawn_in_it(self, tmp_path: Path) -> None:
         study = whole_study(tmp_path / "study").folder
