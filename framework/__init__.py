@@ -4,6 +4,7 @@ from .methods import registry
 from .methods.method import Method
 from .methods.momentum import EMA, CorrectedEMA, Coupled, Decoupled, HeavyBall, Nesterov, NoMomentum
 from .optimizer.build import build
+from .optimizer.layer_table import LayerTable
 from .optimizer.report import LayerRow, StepReport
 from .optimizer.second_order import SecondOrder
 from .whole_model.method import WholeMethod
@@ -16,6 +17,7 @@ __all__ = [
     "Decoupled",
     "HeavyBall",
     "LayerRow",
+    "LayerTable",
     "Method",
     "Nesterov",
     "NoMomentum",

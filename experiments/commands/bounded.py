@@ -17,7 +17,7 @@ from ..runs.environment import prepare_process
 from ..runs.records import write_json
 from ..runs.targets import require_folder
 from ..runs.training import prepare
-from .flags import Options, ProblemFlags
+from .flags import Options, ProblemFlags, StyleFlag
 from .screen import say
 
 __all__ = ["BoundedTraining"]
@@ -26,7 +26,7 @@ _FILES = ("bounded.json", "bounded.png", "bounded.pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundedTraining(ProblemFlags):
+class BoundedTraining(ProblemFlags, StyleFlag):
     """Train an autoencoder with every damping of secant pairs and check every bound on every H on the way.
 
     BFGS updates are checked against U1 to U4, L-BFGS(p) against its uniform bounds, the input factors for interlacing;
@@ -105,7 +105,7 @@ class BoundedTraining(ProblemFlags):
                 if run.trouble:
                     lines.append(f"ended early: {run.trouble}")
                 for line in lines:
-                    console.print(f"{method}, pairs {pairs}: {line}", markup=False, soft_wrap=True)
+                    say(console, f"{method}, pairs {pairs}: {line}")
         return all(run.certificate.ok for own in found.values() for run in own.values())
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ...framework.contracts import Certificate, Row, Subject, certify, resolve, subjects_of
 from ..runs.environment import choose_device, prepare_process
+from ..runs.on_screen import FittedTable
 from ..runs.records import write_json
 from ..runs.targets import require_file
 from .flags import DeviceFlag, Place
@@ -58,9 +59,9 @@ class Certify(DeviceFlag):
         console.print(_table(certificate))
         for row in certificate.violations:
             text = f"[red]violated[/] {escape(f'{row.kind} {row.subject}')}, [bold]{row.contract}[/]: "
-            console.print(text + escape(row.detail), highlight=False, soft_wrap=True)
+            say(console, text + escape(row.detail), markup=True)
         for silence in [] if certificate.ok else certificate.silences():
-            console.print(f"[red]nothing checked[/] {escape(silence)}", highlight=False, soft_wrap=True)
+            say(console, f"[red]nothing checked[/] {escape(silence)}", markup=True)
         say(console, certificate.summary())
         if self.json is not None:
             write_json(self.json, {"target": self.target, "device": device} | certificate.to_dict())
@@ -73,11 +74,11 @@ def _table(certificate: Certificate) -> Table:
     for row in certificate.rows:
         grouped.setdefault((row.kind, row.subject), []).append(row)
     if len(grouped) == 1:
-        table = Table("contract", "status", "why", title=escape(" ".join(next(iter(grouped)))))
+        table = FittedTable("contract", "status", "why", title=escape(" ".join(next(iter(grouped)))))
         for row in certificate.rows:
             table.add_row(row.contract, _STYLED[row.status], escape(row.detail))
         return table
-    table = Table("kind", "part", "held", "violated", "not applicable", title="contracts")
+    table = FittedTable("kind", "part", "held", "violated", "not applicable", title="contracts")
     previous = None
     for (kind, name), rows in grouped.items():
         if previous not in (None, kind):

@@ -25,7 +25,7 @@ from ..runs.reopen import copy_of, probes, reopen, saved_config
 from ..runs.targets import require_folder
 from ..runs.training import prepare
 from ..runs.training_run import TrainingRun
-from .flags import Place, ProblemFlags
+from .flags import Place, ProblemFlags, StyleFlag
 from .screen import say
 
 __all__ = ["CompareStructures"]
@@ -45,7 +45,7 @@ _SHOWN = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareStructures(ProblemFlags):
+class CompareStructures(ProblemFlags, StyleFlag):
     """Compare all registered structures with the exact curvature at one checkpoint; print a table, best angle first.
 
     All get the same mini-batches at the same parameters: those of RUN's last checkpoint, or of a problem after a few
@@ -147,4 +147,4 @@ class CompareStructures(ProblemFlags):
         print_table(console, f"against the damped {target}, mean over layers", measured, _SHOWN)
         for entry in found:
             if entry.trouble:
-                console.print(f"{entry.structure}: {entry.trouble}", markup=False, highlight=False, soft_wrap=True)
+                say(console, f"{entry.structure}: {entry.trouble}")

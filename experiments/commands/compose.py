@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ... import registry
 from ...errors import UnknownNameError
 from ...framework.methods.compositions import Composition, compositions
+from ..runs.on_screen import FittedTable, say
 
 __all__ = ["show_compositions"]
 
@@ -40,7 +40,7 @@ def show_compositions(console: Console, names: Sequence[str] = ()) -> None:
         _print_matrix(console, field, entries, reasons)
     console.print("[bold]reasons", highlight=False)
     for reason, letter in reasons.items():
-        console.print(f"{letter}: {escape(reason)}", highlight=False, soft_wrap=True)
+        say(console, f"{letter}: {reason}")
 
 
 def _chosen(entries: list[Composition], names: Sequence[str]) -> list[Composition]:
@@ -69,7 +69,7 @@ def _letters(index: int) -> str:
 
 def _print_matrix(console: Console, field: str, entries: Sequence[Composition], reasons: dict[str, str]) -> None:
     columns = list(registry.examples()[field])
-    table = Table("structure", *(str(index + 1) for index in range(len(columns))), box=None, pad_edge=False)
+    table = FittedTable("structure", *(str(index + 1) for index in range(len(columns))), box=None, pad_edge=False)
     for structure in dict.fromkeys(entry.labels["preconditioner"] for entry in entries):
         own = [entry for entry in entries if entry.labels["preconditioner"] == structure]
         table.add_row(escape(structure), *(_cell(field, name, own, reasons) for name in columns))

@@ -26,7 +26,7 @@ from ..report.tables import screen_table, write_rows
 from ..runs.environment import choose_device, describe_environment, prepare_process
 from ..runs.interrupts import interruptible
 from ..runs.records import write_json
-from .flags import DeviceFlag
+from .flags import DeviceFlag, StyleFlag
 from .screen import bar, say
 
 __all__ = ["CellFile", "ConvergenceMap"]
@@ -44,7 +44,7 @@ _ETAS = (0.003, 0.01, 0.03, 0.1, 0.3, 0.7)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvergenceMap(DeviceFlag):
+class ConvergenceMap(DeviceFlag, StyleFlag):
     """Map where full-batch linear convergence is certified and what is measured, block by block.
 
     Runs a two-layer tanh net in function space (float64) for every combination of blocks, width, damping and step size.
@@ -97,7 +97,7 @@ class ConvergenceMap(DeviceFlag):
         save_map_figures(cells, self.out)
         broken = [cell for cell in cells if cell.certified and not cell.kept]
         for cell in broken:
-            console.print(f"[red]violated[/] {cell.key}: {cell.worst_ratio:.6g} > {1 - cell.key.eta:.6g}")
+            say(console, f"[red]violated[/] {cell.key}: {cell.worst_ratio:.6g} > {1 - cell.key.eta:.6g}", markup=True)
         say(console, f"cells, tables and figures lie in {self.out}")
         return 1 if broken else 0 if finished else 130
 

@@ -22,7 +22,7 @@ from ..runs.environment import prepare_process
 from ..runs.records import RunFolder, write_json
 from ..runs.reopen import copy_of, probes, reopen, saved_config
 from ..runs.targets import require_folder
-from .flags import Count, Place, SavedRunFlags
+from .flags import Count, Place, SavedRunFlags, StyleFlag
 from .screen import say
 
 __all__ = ["Diagnose", "Microscope"]
@@ -50,7 +50,7 @@ _STEPS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnose(SavedRunFlags):
+class Diagnose(SavedRunFlags, StyleFlag):
     """Measure how well a run's preconditioner fits the exact curvature, layer by layer, and draw it.
 
     Goes over the checkpoints that 'osculate train --keep-checkpoints' kept, else takes the last one. The folder gets
@@ -117,7 +117,7 @@ def _draw(plots: Sequence[Plot], stem: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Microscope(SavedRunFlags):
+class Microscope(SavedRunFlags, StyleFlag):
     """Take one step of several methods from a run's last checkpoint, on the same mini-batch, and compare them.
 
     Each method first gathers statistics at the checkpoint, with the parameters put back after every step; the run's own
@@ -159,7 +159,7 @@ class Microscope(SavedRunFlags):
         print_table(console, title, rows, _STEPS | angles)
         for quality in found:
             if quality.trouble:
-                console.print(f"{quality.method} took no step: {quality.trouble}", markup=False, soft_wrap=True)
+                say(console, f"{quality.method} took no step: {quality.trouble}")
         write_rows(out / "microscope.csv", rows)
         write_json(out / "microscope.json", {"iterations": run.iterations, "steps": rows})
         _draw(step_plots(found), out / "microscope")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ __all__ = [
     "ProblemFlags",
     "SavedRunFlags",
     "Schedules",
+    "StyleFlag",
 ]
 
 # The help of these flags says in words what is taken where they are left out; "(default: None)" would contradict it.
@@ -47,6 +49,25 @@ class DataFlag:
 
     data_dir: Place = None
     """Folder with the data sets. Default: download, or generate; see also OSCULATE_DATA."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleFlag:
+    """How the figures of a command look."""
+
+    style: Place = None
+    """File of matplotlib's settings for the figures (or the name of one of its styles), on top of the house's. Default:
+    the house's alone."""
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Within this context figures have the style.
+
+        Raises:
+            ArgumentError: the file is no style.
+        """
+        from ..report.style import drawing
+
+        return drawing(self.style)
 
 
 @dataclass(frozen=True, kw_only=True)

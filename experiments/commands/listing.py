@@ -1,4 +1,4 @@
-"""What ``osculate methods`` shows: tables of methods and parts, and one of them in full."""
+"""What ``osculate methods`` shows: lists of methods and parts, and one of them in full."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from ...framework.methods.parts import label
 from ...framework.whole_model.method import WholeEntry
 from ..rivals.catalogue import Runnable, numbers_of, runnable
 from ..rivals.rival import Rival
+from ..runs.on_screen import FittedTable
 from .docstrings import Argument, Description, describe
-from .screen import show_named
+from .one_liners import one_line
+from .screen import names_with_texts, show_named
 
 __all__ = ["exported_name", "options_table", "pairs_table", "show_methods", "show_parts"]
 
@@ -26,26 +28,36 @@ _NUMBERS = {
     "weight_decay": "strength of the weight decay",
 }
 _RELATIVE = "relative to the largest eigenvalue of the curvature; where the search adapts it, its beginning"
+_SECTIONS = (
+    "methods of parts",
+    "methods over the whole model, for residuals or a fixed mini-batch",
+    "optimizers of other packages",
+)
+_ONE_IN_FULL = (
+    "'osculate methods NAME' shows one in full, --details papers and default numbers of all, "
+    "--parts what methods are made of."
+)
 _QUESTIONS = ("preconditioner", "curvature", "damping", "momentum", "weight_decay", "step_size", "guard", "fallback")
 
 
-def show_methods(console: Console, words: Sequence[str]) -> None:
-    """Print the methods that ``words`` name: full names one by one in full, anything else as rows of a table.
+def show_methods(console: Console, words: Sequence[str], details: bool = False) -> None:
+    """Print the methods that ``words`` name: full names one by one in full, anything else as a list.
 
     Args:
         console: where to print.
         words: names, or pieces of names; none means all.
+        details: whether the list has the whole sentence, the paper and the numbers of each instead of a short line.
 
     Raises:
         UnknownNameError: a word occurs in no name.
     """
     table = {**registry.methods(), **runnable()}
     table = dict(sorted(table.items(), key=lambda entry: (_section(entry[1]), entry[0])))
-    show_named(console, "method", words, table, _method_page, _methods_table)
+    show_named(console, "method", words, table, _method_page, _details_list if details else _methods_list)
 
 
 def show_parts(console: Console, words: Sequence[str]) -> None:
-    """Print the parts that ``words`` name: full names one by one in full, kinds and pieces of names as a table.
+    """Print the parts that ``words`` name: full names one by one in full, kinds and pieces of names as a list.
 
     Args:
         console: where to print.
@@ -66,7 +78,7 @@ def show_parts(console: Console, words: Sequence[str]) -> None:
         exact = [name for name, (kind, _, _) in rows.items() if kind == wanted]
         return exact or [name for name, (kind, _, _) in rows.items() if wanted in kind or wanted in name.lower()]
 
-    show_named(console, "part or kind of part", words, rows, _part_page, _parts_table, matching, registry.parts())
+    show_named(console, "part or kind of part", words, rows, _part_page, _parts_list, matching, registry.parts())
 
 
 def _small_letters(entry: tuple[str, type]) -> str:
@@ -87,36 +99,41 @@ def _section(entry: Runnable) -> int:
     return 2 if isinstance(entry, Rival) else 1 if isinstance(entry, WholeEntry) else 0
 
 
-def _methods_table(entries: Sequence[Runnable]) -> Table:
-    caption = (
-        "'osculate methods NAME' shows a method with its options, 'osculate methods --parts' what methods are of. By "
-        "sections: methods of parts; methods over the whole model, for residuals or a fixed mini-batch; other packages"
-    )
-    table = Table(title="methods", caption=caption)
-    table.add_column("method", no_wrap=True, style="bold")
-    for heading in ("what it is", "paper", "defaults"):
-        table.add_column(heading, overflow="fold")
-    for number, entry in enumerate(entries):
-        if number and _section(entry) > _section(entries[number - 1]):
-            table.add_section()
+def _methods_list(entries: Sequence[Runnable]) -> RenderableType:
+    """Names with one short line each, by sections."""
+    lines = {entry.name: one_line(entry.name, _summary(entry)) for entry in entries}
+    return _by_section(entries, lines, _ONE_IN_FULL)
+
+
+def _details_list(entries: Sequence[Runnable]) -> RenderableType:
+    """Names with the whole first sentence, the paper and the numbers, by sections."""
+    texts = {}
+    for entry in entries:
         numbers = {name: value for name, value in numbers_of(entry).items() if value or name == "lr"}
-        defaults = "\n".join(f"{name} {value:g}" for name, value in numbers.items())
-        table.add_row(escape(entry.name), escape(_summary(entry)), escape(entry.paper or ""), defaults)
-    return table
+        defaults = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in numbers.items())
+        facts = [f"paper {entry.paper}" if entry.paper else "", f"defaults {defaults}" if defaults else ""]
+        texts[entry.name] = "\n".join([_summary(entry), "; ".join(filter(None, facts))]).strip() + "\n"
+    return _by_section(entries, texts, _ONE_IN_FULL)
 
 
-def _parts_table(rows: Sequence[tuple[str, str, type]]) -> Table:
-    caption = "import osculate as osc; a part is osc.NAME(...). 'osculate methods --parts NAME' shows one in full"
-    table = Table(title="parts", caption=caption)
-    table.add_column("kind")
-    table.add_column("part", style="bold", overflow="fold")
-    table.add_column("what it is", overflow="fold")
-    for number, (kind, name, part) in enumerate(rows):
-        first = number == 0 or rows[number - 1][0] != kind
-        if first and number:
-            table.add_section()
-        table.add_row(kind if first else "", escape(name), escape(describe(part).summary))
-    return table
+def _by_section(entries: Sequence[Runnable], texts: Mapping[str, str], footer: str) -> RenderableType:
+    shown: list[RenderableType] = []
+    width = max(len(entry.name) for entry in entries)
+    for section, heading in enumerate(_SECTIONS):
+        own = {entry.name: texts[entry.name] for entry in entries if _section(entry) == section}
+        if own:
+            shown += [f"[bold underline]{heading}[/]", names_with_texts(own, width), ""]
+    return Group(*shown, footer)
+
+
+def _parts_list(rows: Sequence[tuple[str, str, type]]) -> RenderableType:
+    shown: list[RenderableType] = []
+    width = max(len(name) for _, name, _ in rows)
+    for kind in dict.fromkeys(kind for kind, _, _ in rows):
+        own = {name: describe(part).summary for other, name, part in rows if other == kind}
+        shown += [f"[bold underline]{escape(kind)}[/]", names_with_texts(own, width), ""]
+    footer = "import osculate as osc; a part is osc.NAME(...). 'osculate methods --parts NAME' shows one in full."
+    return Group(*shown, footer)
 
 
 def _summary(entry: Runnable) -> str:
@@ -209,9 +226,9 @@ def _page(
 
 def options_table(arguments: Iterable[Argument]) -> Table:
     """Return a table of keywords with their defaults and meanings."""
-    options = Table(title="options", title_justify="left")
+    options = FittedTable(title="options", title_justify="left")
     options.add_column("name", no_wrap=True, style="bold")
-    options.add_column("default", overflow="fold", max_width=24)
+    options.add_column("default", overflow="fold")
     options.add_column("meaning", overflow="fold")
     for entry in arguments:
         options.add_row(escape(entry.name), escape(entry.default), escape(entry.meaning))
@@ -220,9 +237,4 @@ def options_table(arguments: Iterable[Argument]) -> Table:
 
 def pairs_table(rows: Mapping[str, Any]) -> Table:
     """Return names with their values, without lines."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(escape(name), escape(str(value)))
-    return table
+    return names_with_texts({name: str(value) for name, value in rows.items()})

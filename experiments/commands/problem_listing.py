@@ -1,4 +1,4 @@
-"""What ``osculate problems`` shows: the table of problems, and one of them in full."""
+"""What ``osculate problems`` shows: the list of problems, and one of them in full."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 
 from ..problems import PROBLEMS, Problem, get_problem
 from .docstrings import describe
 from .listing import options_table, pairs_table
-from .screen import show_named
+from .screen import names_with_texts, show_named
 
 __all__ = ["show_problems"]
 
-_CAPTION = (
-    "'osculate problems NAME' shows one in full; all take --problem-option size=small, less data, narrower network"
+_FOOTER = (
+    "'osculate problems NAME' shows one in full. All take --problem-option size=small: less data, a narrower network."
 )
 
 
 def show_problems(console: Console, words: Sequence[str]) -> None:
-    """Print the problems that ``words`` name: full names one by one in full, anything else as rows of a table.
+    """Print the problems that ``words`` name: full names one by one in full, anything else as a list.
 
     Args:
         console: where to print.
@@ -32,14 +31,13 @@ def show_problems(console: Console, words: Sequence[str]) -> None:
     Raises:
         UnknownNameError: a word occurs in no name.
     """
-    show_named(console, "problem", words, {name: name for name in PROBLEMS}, _page, _table)
+    show_named(console, "problem", words, {name: name for name in PROBLEMS}, _page, _list)
 
 
-def _table(names: list[str]) -> Table:
-    table = Table("problem", "summary", "likelihood", "batch", title="problems", caption=_CAPTION)
-    for problem in map(get_problem, names):
-        table.add_row(f"[bold]{problem.name}", escape(problem.summary), _likelihood(problem), _batch(problem))
-    return table
+def _list(names: list[str]) -> RenderableType:
+    problems = {name: get_problem(name) for name in names}
+    lines = {name: f"{problem.summary}; batch {_batch(problem)}" for name, problem in problems.items()}
+    return Group(names_with_texts(lines), "", _FOOTER)
 
 
 def _page(name: str) -> RenderableType:

@@ -18,7 +18,7 @@ from ..report.study_records import StudyRecord, read_study, side_by_side
 from ..report.tables import Spread, screen_table
 from ..runs.records import write_json
 from ..runs.targets import require_folder, writing
-from .flags import Place
+from .flags import Place, StyleFlag
 from .screen import say
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ _CAPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, kw_only=True)
+class Report(StyleFlag):
     """Turn a study into its paper's figures and tables, and one page that opens from disk.
 
     Writes report.html; figures as PNG and PDF; every table as CSV, and the main ones for LaTeX (tables.tex compiles by
@@ -127,19 +127,26 @@ def write_report(record: StudyRecord, out: Path) -> dict[str, pd.DataFrame]:
     from ..report.figures import save_figure
     from ..report.pages import study_page
     from ..report.report_figures import report_figures
+    from ..report.style import drawing
+    from ..report.svg import figure_svg
 
     if not len(record.runs):
         raise ArgumentError(f"study {record.name!r} has no run yet; run 'osculate study' on it first")
     tables, values = report_tables(record)
     with writing(out):
         (out / "tables").mkdir(parents=True, exist_ok=True)
-        figures = {
-            name: save_figure(figure, out / "figures" / _file_name(name))[0].read_bytes()
-            for name, figure in report_figures(record, values, tables).items()
+        figures = {}
+        with drawing():
+            for name, figure in report_figures(record, values, tables).items():
+                save_figure(figure, out / "figures" / _file_name(name))
+                figures[name] = figure_svg(figure, name)
+        files = {
+            name: _flat(table).to_csv(index=False)
+            for name, table in (tables | {"values": values, "curves": record.courses}).items()
         }
-        (out / "report.html").write_text(study_page(record, tables, figures), encoding="utf-8")
-        for name, table in (tables | {"values": values, "curves": record.courses}).items():
-            _flat(table).to_csv(out / "tables" / f"{name}.csv", index=False)
+        for name, text in files.items():
+            (out / "tables" / f"{name}.csv").write_text(text, encoding="utf-8")
+        (out / "report.html").write_text(study_page(record, tables, figures, files), encoding="utf-8")
         _write_latex(record, tables, out)
     write_json(out / "report.json", _values(record, tables, figures))
     return tables
@@ -227,4 +234,4 @@ def _show(record: StudyRecord, tables: Mapping[str, pd.DataFrame], console: Cons
     for gap in record.gaps[:8]:
         say(console, gap, "yellow")
     if len(record.gaps) > 8:
-        console.print(f"... and {len(record.gaps) - 8} more gaps", style="yellow")
+        say(console, f"... and {len(record.gaps) - 8} more gaps", "yellow")

@@ -34,6 +34,8 @@ class Methods:
 
     names: Names = ()
     """Names to show in full, or pieces of names to list. With --parts also kinds, such as damping. Default: all."""
+    details: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """List papers and default numbers, too."""
     parts: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
     """Parts instead of methods."""
     compose: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
@@ -43,8 +45,14 @@ class Methods:
         """Print the table or the pages."""
         if self.parts and self.compose:
             raise ArgumentError("--parts and --compose are two different tables; give one of them")
-        show = show_compositions if self.compose else show_parts if self.parts else show_methods
-        show(console, self.names)
+        if self.details and (self.parts or self.compose):
+            raise ArgumentError("--details is about methods; leave out --parts and --compose")
+        if self.compose:
+            show_compositions(console, self.names)
+        elif self.parts:
+            show_parts(console, self.names)
+        else:
+            show_methods(console, self.names, self.details)
         return 0
 
 

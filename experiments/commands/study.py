@@ -173,11 +173,11 @@ def _show(study: Study, workers: int, console: Console) -> None:
         budget, tuning = study.problem_budget(problem), study.tuning_budget(problem)
         target = "" if problem.target is None else f", target {problem.target.metric} {problem.target.value:g}"
         shorter = "" if tuning == budget else f", while tuning {_bounds(tuning)}"
-        console.print(f"{problem.label}: each run {_bounds(budget)}{shorter}{target}", highlight=False, soft_wrap=True)
+        say(console, f"{problem.label}: each run {_bounds(budget)}{shorter}{target}")
     if any(study.trials(arm.at(problem.label)) for arm in study.arms for problem in study.problems):
         how = study.tuning
         pruned = "no pruning" if how.pruner == "none" else f"pruner {how.pruner}, once 4 trials of an arm are done"
-        console.print(f"tuning by {how.metric}, {how.sampler}, seed {how.seed}, {pruned}", highlight=False)
+        say(console, f"tuning by {how.metric}, {how.sampler}, seed {how.seed}, {pruned}")
     for note in study.notes:
         say(console, note)
     hours = None if study.seconds is None else study.seconds / workers / 3600

@@ -20,7 +20,7 @@ from ..runs.records import RunFolder
 from ..runs.runs import Resume, default_folder, run_in_folder
 from ..runs.targets import require_folder, writing
 from ..runs.watched import Extras
-from .flags import Count, Number, Options, Place, ProblemFlags, Schedules
+from .flags import Count, Number, Options, Place, ProblemFlags, Schedules, StyleFlag
 from .screen import say
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Train(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(Common):
+class Compare(Common, StyleFlag):
     """Race several methods, each for the same training time; print a table and draw the figure.
 
     All start from the same parameters and see the same mini-batches. The folder gets comparison.png,

@@ -13,7 +13,7 @@ from rich.markup import escape
 from ...analysis.theorem import Setting, Theorem, Verdict, verify
 from ..runs.environment import choose_device, describe_environment, prepare_process
 from ..runs.records import write_json
-from .flags import DeviceFlag, Place
+from .flags import DeviceFlag, Place, StyleFlag
 from .screen import bar, say
 
 __all__ = ["Verify"]
@@ -22,7 +22,7 @@ _COLOURS = {"held": "green", "violated": "red", "assumption not met": "yellow"}
 
 
 @dataclass(frozen=True)
-class Verify(DeviceFlag):
+class Verify(DeviceFlag, StyleFlag):
     """Check theorems by running them: every claim with its numbers, its margin and a control that must fail.
 
     Writes verify.json, verify.csv, a figure per theorem and report.html, which needs no network.
@@ -80,7 +80,7 @@ def _verify_all(theorems: Sequence[Theorem], setting: Setting, console: Console)
             progress.update(task, description=escape(f"{theorem.name} {theorem.claim[:60]}"))
             verdicts.append(verify(theorem, setting))
             progress.update(task, advance=1)
-            console.print(_line(verdicts[-1]), highlight=False, soft_wrap=True)
+            say(console, _line(verdicts[-1]), markup=True)
     return verdicts
 
 
@@ -103,5 +103,5 @@ def _conclude(verdicts: Sequence[Verdict], console: Console) -> int:
     from ..report.verify_records import counts, passed
 
     text = ", ".join(f"{number} {name}" for name, number in counts(verdicts).items())
-    console.print(f"{len(verdicts)} theorems: {text}", highlight=False, soft_wrap=True)
+    say(console, f"{len(verdicts)} theorems: {text}", markup=True)
     return 0 if passed(verdicts) else 1

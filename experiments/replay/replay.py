@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from ...curvature.likelihoods import Likelihood
@@ -27,6 +26,7 @@ from ...errors import ArgumentError, OsculateError
 from ...framework import SecondOrder, build
 from ...stepsize.guard import NoGuard
 from ..runs.objectives import closure_of
+from ..runs.on_screen import FittedTable, say
 from .replay_methods import Recipe, RecordedTargets, recipe_of
 from .replay_observed import Observer, load_initial
 from .trajectory import Settings, Trajectory, build_network, is_input, load_trajectory, loss_of
@@ -106,7 +106,7 @@ def replay(files: Sequence[Path], console: Console | None = None) -> int:
     console = console or Console()
     reports: list[Report] = []
     remarks: list[str] = []
-    table = Table(
+    table = FittedTable(
         title=f"largest relative error of each file, tolerance {TOLERANCE:g}", box=SIMPLE_HEAD, padding=(0, 0)
     )
     for header in ("file", "algorithm", "steps", "error", "largest in", "result"):
@@ -129,7 +129,7 @@ def replay(files: Sequence[Path], console: Console | None = None) -> int:
     passed, arrays = sum(report.passed for report in reports), sum(len(report.comparisons) for report in reports)
     remarks.append(f"{passed} of {len(files)} files agree; {arrays} arrays compared")
     for remark in remarks:
-        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+        say(console, remark)
     return 0 if passed == len(files) else 1
 
 

@@ -13,13 +13,15 @@ from matplotlib.ticker import FixedLocator, NullLocator, SymmetricalLogLocator
 from numpy.typing import NDArray
 
 from ..runs.comparison import Comparison, Curve
-from .figures import MARKERS, PLAIN, Styles, new_figure, plain_axes, scale_losses
+from .figures import MARKERS, PLAIN, Styles, grid_figure, plain_axes, scale_losses, title
+from .style import in_style
 
 __all__ = ["comparison_figure"]
 
 _MANY_EPOCHS = 5
 
 
+@in_style
 def comparison_figure(comparison: Comparison) -> Figure:
     """Draw the curves: left against epochs, right against training seconds; the key lists the best first.
 
@@ -29,7 +31,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     Returns:
         A figure that no window shows.
     """
-    figure, grid = new_figure(11, 4.4, columns=2, sharey=True)
+    figure, grid = grid_figure(2, height=2.4, sharey=True)
     styles = Styles([curve.method for curve in comparison.curves])
     handles: dict[str, Line2D] = {}
     for axes, clock, label in zip(grid, ("epoch", "seconds"), ("epochs", "training time (s)"), strict=True):
@@ -38,12 +40,13 @@ def comparison_figure(comparison: Comparison) -> Figure:
             (handles[curve.method],) = axes.plot(
                 [point[clock] for point in finite],
                 [point["train_loss"] for point in finite],
-                marker=MARKERS[(place + 3 * (place // len(MARKERS))) % len(MARKERS)],
-                markersize=4.5,
-                markevery=max(1, len(finite) // 8),
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-                **styles.line(curve.method),
+                **styles.line(curve.method)
+                | {
+                    "marker": MARKERS[(place + 5 * (place // len(MARKERS))) % len(MARKERS)],
+                    "markevery": max(1, len(finite) // 8),
+                    "markeredgecolor": "white",
+                    "markeredgewidth": 0.4,
+                },
             )
         axes.set(xlabel=label)
         plain_axes(axes)
@@ -51,7 +54,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
         for name, loss in comparison.landmarks.items():
             axes.axhline(loss, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
             across = axes.get_yaxis_transform()  # x as a share of the width, y a loss
-            axes.text(0.99, loss, name, transform=across, ha="right", va="bottom", color="0.35", fontsize=8)
+            axes.text(0.99, loss, name, transform=across, ha="right", va="bottom", color="0.35", fontsize="x-small")
     _widen_first_epochs(grid[0], [curve.points[-1]["epoch"] for curve in comparison.curves if curve.points])
     grid[0].set(ylabel="training loss")
     losses = [[point["train_loss"] for point in curve.points] for curve in comparison.curves]
@@ -66,10 +69,10 @@ def comparison_figure(comparison: Comparison) -> Figure:
         [_label(curve) for curve in ranked],
         loc="outside right center",
         title="final training loss",
-        frameon=False,
-        handlelength=3.2,
     )
-    figure.suptitle(_title(comparison), fontsize=11)
+    where = comparison.environment.get("device_name")
+    told = _title(comparison)
+    title(figure, f"{told}, {where}", told, comparison.problem)
     return figure
 
 
@@ -77,7 +80,7 @@ def _widen_first_epochs(axes: Axes, last: Sequence[float]) -> None:
     """Logarithmic beyond the first epoch where cheap methods see far more epochs than dear ones in the same time."""
     if last and max(last) > _MANY_EPOCHS * max(min(last), 1.0):
         axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)
-        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1.0, subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1.0, subs=(1.0, 3.0)))
         axes.xaxis.set_major_formatter(PLAIN)
         axes.set_xlim(0, max(last))
 
@@ -107,5 +110,5 @@ def _title(comparison: Comparison) -> str:
     seconds, epochs = comparison.budget.seconds, comparison.budget.epochs
     bounds = [f"{seconds:g} s"] if seconds is not None else []
     bounds += [f"{epochs} epochs"] if epochs is not None else []
-    where = comparison.environment.get("device_name")
-    return f"{comparison.problem}, batch {config['batch_size']}, at most {' or '.join(bounds)} each, {where}"
+    batch = f"batch {config['batch_size']}"
+    return f"{comparison.problem}: training loss, {batch}, at most {' or '.join(bounds)} each"

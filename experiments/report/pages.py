@@ -1,4 +1,4 @@
-"""Pages that need nothing but a browser: tables that sort and search, pictures inside the file.
+"""Pages that need nothing but a browser, light or dark: tables that sort and search, pictures and files inside.
 
 The pages are templates in ``templates/``; what is put into them is escaped there, so that no name can break a page.
 """
@@ -6,8 +6,7 @@ The pages are templates in ``templates/``; what is put into them is escaped ther
 from __future__ import annotations
 
 import base64
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,30 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ...analysis.theorem import Plot, Verdict
 from .report_referee import seed_warnings
 from .study_records import StudyRecord
-from .tables import cell, numeric_columns
+from .svg import DARK, dark_colours, figure_svg
+from .tables import Spread, cell, numeric_columns
 from .theorem_figures import equation_pieces, equation_svg, plots_figure
 from .verify_records import counts
 
 __all__ = ["study_page", "verify_page"]
 
 
-def study_page(record: StudyRecord, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, bytes]) -> str:
+def study_page(
+    record: StudyRecord, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, str], files: Mapping[str, str]
+) -> str:
     """The page of a study's report.
 
     Args:
         record: the study.
         tables: by name; empty ones are left out.
-        figures: PNG files by name.
+        figures: see :func:`svg.figure_svg`; by name.
+        files: the tables as CSV, by name.
     """
     title = str(record.description.get("title") or record.name)
     warnings = seed_warnings(record)
-    return _render("study.html", title=title, study=record, tables=tables, figures=figures, warnings=warnings)
+    shown = dict(tables) | {"overview": _narrow(tables["overview"])}
+    values = {"study": record, "tables": shown, "figures": figures, "files": files, "warnings": warnings}
+    return _render("study.html", figures.values(), title=title, **values)
 
 
 def verify_page(verdicts: Sequence[Verdict], environment: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
@@ -46,11 +51,32 @@ def verify_page(verdicts: Sequence[Verdict], environment: Mapping[str, Any], set
         setting: seed, device and widths.
     """
     surroundings = {**setting, "widths": setting.get("widths") or "the theorem's own", **environment}
-    shown = {"verdicts": verdicts, "counts": counts(verdicts), "surroundings": surroundings}
-    return _render("verify.html", title="osculate verify", **shown)
+    figures = {
+        verdict.theorem.name: figure_svg(plots_figure(plots), _caption(verdict.theorem.name, plots))
+        for verdict in verdicts
+        if (plots := verdict.evidence.plots)
+    }
+    shown = {"verdicts": verdicts, "counts": counts(verdicts), "surroundings": surroundings, "figures": figures}
+    return _render("verify.html", figures.values(), title="osculate verify", **shown)
 
 
-def _render(template: str, **values: object) -> str:
+def _caption(name: str, plots: Sequence[Plot]) -> str:
+    return f"{name}: {', '.join(plot.title for plot in plots)}"
+
+
+def _narrow(overview: pd.DataFrame) -> pd.DataFrame:
+    """How the runs ended in one column of words, so that the measures have room; the CSV has the counts."""
+    counts = [name for name in ("finished", "broke down", "unfinished", "not begun") if name in overview]
+    words = [
+        ", ".join(f"{number} {name}" for name, number in row.items() if number) or "none"
+        for row in overview[counts].to_dict("records")
+    ]
+    left = overview.drop(columns=counts)
+    left.insert(min(2, len(left.columns)), "runs", words)
+    return left
+
+
+def _render(template: str, pictures: Iterable[str], **values: object) -> str:
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -59,9 +85,16 @@ def _render(template: str, **values: object) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (_inline, _text, _sort_key, _shown, _drawn, numeric_columns, equation_pieces, equation_svg)
+    filters: tuple[Callable[..., Any], ...] = (
+        *(_encoded, _inline, _text, _sort_key, _shown, _quartiles, _interval),
+        *(numeric_columns, equation_pieces, equation_svg),
+    )
     pages.filters |= {made.__name__.lstrip("_"): made for made in filters}
-    return pages.get_template(template).render(values)
+    return pages.get_template(template).render(values, background=DARK, dark_colours=dark_colours(pictures))
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode()
 
 
 def _inline(content: bytes, kind: str) -> str:
@@ -79,8 +112,18 @@ def _text(value: Any, between: str = "=") -> str:
     return "" if value is None else str(value)
 
 
-def _shown(value: object) -> str:
-    return cell(value, written=lambda text: text.replace("-", "−").replace("inf", "∞") if "inf" in text else text)
+def _shown(value: object, digits: int = 4) -> str:
+    return cell(
+        value, digits, written=lambda text: text.replace("-", "−").replace("inf", "∞") if "inf" in text else text
+    )
+
+
+def _quartiles(value: Spread) -> str:
+    return f"[{_shown(value.q25, 3)}, {_shown(value.q75, 3)}]"
+
+
+def _interval(value: Spread) -> str:
+    return f"{_shown(value.low, 3)} – {_shown(value.high, 3)}" if value.low == value.low else ""
 
 
 def _sort_key(value: float) -> str:
@@ -88,9 +131,3 @@ def _sort_key(value: float) -> str:
     if value != value:
         return ""
     return {float("inf"): "Infinity", -float("inf"): "-Infinity"}.get(value, repr(value))
-
-
-def _drawn(plots: Sequence[Plot]) -> bytes:
-    buffer = io.BytesIO()
-    plots_figure(plots).savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
-from .figures import Styles, label_lines, new_figure, plain_axes, scale_losses
+from .figures import Styles, grid_figure, name_lines, note, one_panel, plain_axes, scale_losses, title
 from .scoring import higher_is_better, quantile
 from .study_records import StudyRecord
+from .style import in_style
 
 __all__ = ["course_band", "course_figure", "generalisation_figure", "layer_step_figures"]
 
 _CLOCKS = {"epoch": "epochs", "seconds": "training time (s)", "gradient_evaluations": "gradient evaluations"}
 _HELD_OUT = ("valid_loss", "valid_accuracy", "test_loss", "test_accuracy", "relative_l2", "suboptimality")
 _POINTS = 200
+_NAMED_LAYERS = 12
+"""Deeper networks have the first and the last layer named."""
 
 Floats = NDArray[np.float64]
 
@@ -57,24 +62,27 @@ def course_band(record: StudyRecord, problem: str, arm: str, clock: str, metric:
     return grid, sign * np.stack([quantile(stacked, share, axis=0) for share in (0.25, 0.5, 0.75)])
 
 
+@in_style
 def course_figure(record: StudyRecord, problem: str, styles: Styles) -> Figure | None:
     """Training loss against epochs, seconds and gradient evaluations; ``None`` without a run."""
     target = record.target(problem)
     line = target[1] if target and target[0] == "train_loss" else None
     panels = [(clock, "train_loss", label, "training loss") for clock, label in _CLOCKS.items()]
-    return _figure(record, problem, styles, panels, line)
+    return _figure(record, problem, styles, "training loss", panels, line)
 
 
+@in_style
 def generalisation_figure(record: StudyRecord, problem: str, styles: Styles) -> Figure | None:
     """Losses and accuracies on held-out data, and the distance to a known optimum; ``None`` where there are none."""
     panels = [("epoch", metric, "epochs", metric.replace("_", " ")) for metric in _HELD_OUT]
-    return _figure(record, problem, styles, panels, None)
+    return _figure(record, problem, styles, "held-out data", panels, None)
 
 
 def _figure(
     record: StudyRecord,
     problem: str,
     styles: Styles,
+    what: str,
     panels: Sequence[tuple[str, str, str, str]],
     target: float | None,
 ) -> Figure | None:
@@ -86,19 +94,30 @@ def _figure(
             drawn.append((panel, found))
     if not drawn:
         return None
-    figure, grid = new_figure(4.6 * len(drawn), 3.7, columns=len(drawn))
-    for axes, ((_, metric, x_label, y_label), found) in zip(grid, drawn, strict=True):
+    figure, grid = grid_figure(len(drawn))
+    for axes, ((_, metric, x_label, y_label), found) in zip(grid, drawn, strict=False):
         _draw_bands(axes, found, styles, target)
         if not higher_is_better(metric):
             medians = [median[np.isfinite(median)] for _, (_, median, _) in found.values()]
             drawn_values = np.concatenate([*medians, [] if target is None else [target]])
             scale_losses(axes, drawn_values, [float(median[0]) for median in medians if len(median)])
         axes.set(xlabel=x_label, ylabel=y_label)
-    line = "\n" if len(drawn) == 1 else " "
-    explanation = f"median over seeds, band between quartiles;{line}a cross: half of the runs broke down"
-    figure.suptitle(f"{problem}:{line}{explanation}", fontsize=10)
-    _name_lines(grid[-1], drawn[-1][1], styles)
+    title(figure, f"{problem}: {what}, median over seeds and quartiles", f"{problem}: {what}", problem)
+    shown = [arm for arm in record.arms if any(arm in found for _, found in drawn)]
+    handles = [styles.handle(arm) for arm in shown]
+    last, beside = grid[len(drawn) - 1], grid[-1] if len(grid) > len(drawn) else None
+    ends, gone = _line_ends(last, drawn[-1][1], styles)
+    remarks = [f"no line within the view: {', '.join(gone)}"] if gone else []
+    if any(_stops(band) for _, found in drawn for band in found.values()):
+        remarks.append("a cross: half of the runs broke down")
+    name_lines(last, ends, handles, beside, "; ".join(remarks))
     return figure
+
+
+def _stops(band: tuple[Floats, Floats]) -> bool:
+    """Whether half of the runs have broken down before the end."""
+    known = np.isfinite(band[1][1])
+    return bool(known.any() and not known.all())
 
 
 def _draw_bands(axes: Axes, bands: dict[str, tuple[Floats, Floats]], styles: Styles, target: float | None) -> None:
@@ -107,32 +126,32 @@ def _draw_bands(axes: Axes, bands: dict[str, tuple[Floats, Floats]], styles: Sty
         axes.plot(clock, seen, **styles.line(arm))
         known = np.flatnonzero(np.isfinite(median))
         if 0 < len(known) < len(median):  # half of the runs have broken down
-            axes.plot(clock[known[-1]], median[known[-1]], "x", color=styles.colour(arm), markersize=7)
+            axes.plot(clock[known[-1]], median[known[-1]], "x", color=styles.colour(arm), markersize=5)
         axes.fill_between(
             clock, low, np.where(np.isfinite(high), high, seen), color=styles.colour(arm), alpha=0.15, lw=0
         )
     if target is not None:
-        axes.axhline(target, color="0.4", linewidth=0.9, linestyle=":")
+        axes.axhline(target, color="0.4", linewidth=0.8, linestyle=":")
         axes.annotate(
-            "target", (0.01, target), xycoords=("axes fraction", "data"), fontsize=7, color="0.4", va="bottom"
+            "target", (0.01, target), xycoords=("axes fraction", "data"), fontsize="x-small", color="0.4", va="bottom"
         )
     plain_axes(axes)
 
 
-def _name_lines(axes: Axes, last: dict[str, tuple[Floats, Floats]], styles: Styles) -> None:
-    """Names at the ends of the lines of the last panel."""
+def _line_ends(
+    axes: Axes, last: dict[str, tuple[Floats, Floats]], styles: Styles
+) -> tuple[list[tuple[str, float, float, str]], list[str]]:
+    """Ends of the lines of the last panel, and the arms that have none: off its scale, or broken down at once."""
     ends = []
     for arm, (clock, (_, median, _)) in last.items():
         seen = np.flatnonzero(np.isfinite(median) & (median <= axes.get_ylim()[1]))
-        if len(seen):
+        if len(seen) > 1:
             ends.append((arm, float(clock[seen[-1]]), float(median[seen[-1]]), styles.colour(arm)))
     named = {end[0] for end in ends}
-    gone = [arm for arm in styles.arms if arm in last and arm not in named]
-    if gone:
-        axes.set_title(f"off the scale: {', '.join(gone)}", fontsize=8, color="0.3")
-    label_lines(axes, ends, styles.line)
+    return ends, [arm for arm in styles.arms if arm in last and arm not in named]
 
 
+@in_style
 def layer_step_figures(record: StudyRecord) -> dict[str, Figure]:
     """Step size of every layer over the epochs, one figure per problem and arm that recorded any.
 
@@ -141,27 +160,45 @@ def layer_step_figures(record: StudyRecord) -> dict[str, Figure]:
     steps = record.layer_steps.merge(record.runs[record.runs.phase == "final"][["run", "problem", "arm"]], on="run")
     figures = {}
     for (problem, arm), group in steps.groupby(["problem", "arm"], sort=False):
-        figures[f"{problem}-{arm}"] = _layer_figure(f"{problem}, {arm}: step sizes by layer, median over seeds", group)
+        figures[f"{problem}-{arm}"] = _layer_figure(str(problem), str(arm), group)
     return figures
 
 
-def _layer_figure(title: str, group: pd.DataFrame) -> Figure:
+def _layer_figure(problem: str, arm: str, group: pd.DataFrame) -> Figure:
     layers = list(dict.fromkeys(group.layer))
     medians = group.groupby(["layer", "epoch"]).step.median().unstack("layer")[layers]
-    figure, (axes,) = new_figure(7.2, 4.2)
+    figure, axes = one_panel()
     colours = colormaps["viridis"](np.linspace(0.0, 0.85, len(layers)))
-    ends = []
+    ends, handles = [], []
     for layer, colour in zip(layers, colours, strict=True):
         line = medians[layer].dropna()
-        axes.plot(line.index, line, color=colour, linewidth=1.5, marker="o", markersize=2.5)
-        ends.append((str(layer), float(line.index[-1]), float(line.iloc[-1]), colour))
+        look: dict[str, Any] = {"color": colour, "linewidth": 1.1, "marker": "o", "markersize": 1.8}
+        (drawn,) = axes.plot(line.index, line, label=str(layer), **look)
+        handles.append(drawn)
+        ends.append((str(layer), float(line.index[-1]), float(line.iloc[-1]), to_hex(colour)))
     positive = medians.to_numpy()[medians.to_numpy() > 0]
     if len(positive) and positive.max() >= 10 * positive.min():
         axes.set_yscale("symlog", linthresh=float(positive.min()))
+        axes.yaxis.set_major_locator(FixedLocator(_decades(float(positive.min()), float(positive.max()))))
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
     axes.set(xlabel="epochs", ylabel="step size")
-    axes.set_title(title, fontsize=10)
+    title(
+        figure,
+        f"{problem}, {arm}: step sizes by layer, median over seeds",
+        f"{problem}, {arm}: step sizes by layer",
+        f"{problem}, {arm}: step sizes",
+    )
     plain_axes(axes)
-    label_lines(axes, ends)
+    if len(layers) <= _NAMED_LAYERS:
+        name_lines(axes, ends, handles)
+    else:
+        note(figure, f"violet to green: the {len(layers)} layers in order, from {layers[0]} to {layers[-1]}")
     return figure
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Zero, and powers of ten between two positive numbers: few enough to be read, none beside the zero."""
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    first += last - first > 6
+    return [0.0, *(10.0**power for power in range(first, last + 1, 1 + (last - first) // 7))]

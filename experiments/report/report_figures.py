@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,18 +12,32 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from .figures import INCHES_PER_LETTER, PLAIN, Styles, label_lines, new_figure, plain_axes
+from .figures import (
+    COLOURS,
+    PLAIN,
+    Styles,
+    column_width,
+    grid_figure,
+    lines_of,
+    name_lines,
+    note,
+    one_panel,
+    plain_axes,
+    title,
+)
 from .report_curves import course_figure, generalisation_figure, layer_step_figures
 from .report_tables import ALL_PROBLEMS, CLOCKS, profile_times
 from .scoring import quantile
 from .scoring_profiles import LARGEST_RATIO, profile, ratios_to_best
 from .study_records import StudyRecord
+from .style import in_style
 
 __all__ = ["ablation_figures", "budget_figure", "profile_figure", "report_figures"]
 
 _EDGE = 16.0
 
 
+@in_style
 def report_figures(record: StudyRecord, values: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
     """All figures that the study has the runs for, by name.
 
@@ -43,50 +58,57 @@ def report_figures(record: StudyRecord, values: pd.DataFrame, tables: dict[str, 
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
+@in_style
 def budget_figure(table: pd.DataFrame, problem: str, styles: Styles) -> Figure | None:
     """Best tuning value after k trials: median of all choices of k trials, band between the quartiles."""
     mine = table[table.problem == problem]
     mine = mine[mine.groupby("arm").trials.transform("max") > 1]
     if not len(mine):
         return None
-    figure, (axes,) = new_figure(6.4, 4.0)
-    ends, without = [], []
-    for arm, curve in mine.groupby("arm", sort=False):
+    figure, axes = one_panel()
+    ends, without, arms = [], [], []
+    for name, curve in mine.groupby("arm", sort=False):
+        arm = str(name)
         seen = curve["median"].where(np.isfinite(curve["median"]))
-        axes.plot(curve.trials, seen, marker="o", markersize=3, **styles.line(str(arm)))
+        look: dict[str, Any] = {"marker": "o", "markersize": 2.2}
+        axes.plot(curve.trials, seen, **look | styles.line(arm))
         high = curve.q75.where(np.isfinite(curve.q75), seen)
-        axes.fill_between(curve.trials, curve.q25, high, color=styles.colour(str(arm)), alpha=0.13, lw=0)
+        axes.fill_between(curve.trials, curve.q25, high, color=styles.colour(arm), alpha=0.13, lw=0)
         known = seen.dropna()
         if len(known):
-            ends.append((str(arm), float(curve.trials.iloc[-1]), float(known.iloc[-1]), styles.colour(str(arm))))
+            arms.append(arm)
+            ends.append((arm, float(curve.trials.iloc[-1]), float(known.iloc[-1]), styles.colour(arm)))
         else:
-            without.append(str(arm))
+            without.append(arm)
     drawn = [end[2] for end in ends]
     if drawn and min(drawn) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(PLAIN)
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axes.tick_params(axis="y", which="minor", labelsize=7)
+        axes.tick_params(axis="y", which="minor", labelsize="x-small")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="trials", ylabel=f"best {mine.metric.iloc[0].replace('_', ' ')} so far")
-    missing = f"; only misses: {', '.join(without)}" if without else ""
-    axes.set_title(f"{problem}: what tuning buys, median and quartiles{missing}", fontsize=10)
+    title(figure, f"{problem}: what tuning buys, median and quartiles", f"{problem}: what tuning buys", problem)
     plain_axes(axes)
-    label_lines(axes, ends, styles.line)
+    missing = f"only misses: {', '.join(without)}" if without else ""
+    name_lines(axes, ends, [styles.handle(arm) for arm in arms], remark=missing)
     return figure
 
 
+@in_style
 def profile_figure(record: StudyRecord, values: pd.DataFrame, styles: Styles) -> Figure | None:
     """Share of problems solved within a factor of the best arm, per clock; ``None`` without a target."""
     clocks = {clock: times for clock in CLOCKS if (times := profile_times(record, values, clock))}
     if not clocks:
         return None
-    figure, grid = new_figure(4.2 * len(clocks), 3.7, columns=len(clocks))
+    figure, grid = grid_figure(len(clocks))
     factors = np.geomspace(1.0, LARGEST_RATIO, 400)
     ends: list[tuple[str, float, float, str]] = []
-    for axes, (clock, times) in zip(grid, clocks.items(), strict=True):
+    shown: dict[str, None] = {}
+    for axes, (clock, times) in zip(grid, clocks.items(), strict=False):
         problems = list(dict.fromkeys(problem for problem, _ in times))
         arms = list(dict.fromkeys(arm for _, arm in times))
+        shown |= dict.fromkeys(arms)
         medians = [[float(quantile(times[problem, arm], 0.5)) for arm in arms] for problem in problems]
         ratios, ends = ratios_to_best(np.array(medians)), []
         for place, arm in enumerate(arms):
@@ -99,14 +121,16 @@ def profile_figure(record: StudyRecord, values: pd.DataFrame, styles: Styles) ->
         axes.xaxis.set_major_formatter(PLAIN)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlim=(1, LARGEST_RATIO), ylim=(-0.04, 1.04), xlabel=f"{clock}, relative to the best")
+        axes.set_ylabel("share of problems")
         plain_axes(axes)
-    grid[0].set_ylabel("share of problems")
     number = len({problem for times in clocks.values() for problem, _ in times})
-    figure.suptitle(f"performance profiles over {number} problem{'s' if number > 1 else ''}", fontsize=10)
-    label_lines(grid[-1], ends, styles.line)
+    title(figure, f"performance profiles over {number} problem{'s' if number > 1 else ''}")
+    beside = grid[-1] if len(grid) > len(clocks) else None
+    name_lines(grid[len(clocks) - 1], ends, [styles.handle(arm) for arm in shown], beside)
     return figure
 
 
+@in_style
 def ablation_figures(table: pd.DataFrame) -> dict[str, Figure | None]:
     """Effect of replacing one part of the base, one figure per measure: bars by part, with intervals."""
     return {
@@ -119,37 +143,47 @@ def _ablation(measure: str, table: pd.DataFrame) -> Figure:
     whole = ALL_PROBLEMS if (table.problem == ALL_PROBLEMS).any() else table.problem.iloc[0]
     chosen = table[table.problem == whole].sort_values("part", kind="stable")
     names = [f"{part}: {value}" for part, value in zip(chosen.part, chosen.value, strict=True)]
-    room = INCHES_PER_LETTER * max(len(name) for name in names)
-    figure, (axes,) = new_figure(5.0 + max(2.2, room), 1.4 + 0.34 * len(chosen))
+    room = 72 * (column_width() - 0.6)
+    wrapped = ["\n".join(lines_of(name, "small", room)) for name in names]
+    heights = [0.2 + 0.12 * (name.count("\n") + 1) for name in wrapped]
+    figure, axes = one_panel(0.75 + sum(heights))
     numbers = chosen[["ratio", "low", "high"]].to_numpy(dtype=float)
     bound = min(_EDGE, 1.25 * max([1.5, *_distances(numbers)]))
-    for place, (entry, words) in enumerate(zip(numbers, _words(chosen), strict=True)):
+    tops = np.concatenate([[0.0], np.cumsum(heights)])
+    for entry, words, bottom in zip(numbers, _words(chosen), tops[1:], strict=True):
+        place = float(bottom) - 0.085
         _bar(axes, place, entry, bound)
-        axes.annotate(words, (1.01, place), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+        axes.annotate(words, (1.01, place), xycoords=("axes fraction", "data"), fontsize="small", va="center")
     axes.axvline(1.0, color="0.3", linewidth=0.9)
     axes.set_xscale("log")
     axes.set_xlim(1 / bound, bound)
     axes.xaxis.set_major_locator(FixedLocator([1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.8, 1, 1.25, 2, 4, 8, 16]))
     axes.xaxis.set_major_formatter(PLAIN)
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(range(len(chosen)), names, fontsize=8)
-    axes.set_ylim(len(chosen) - 0.4, -0.6)
-    axes.set(xlabel=f"{measure.replace('_', ' ')}, ratio to the base on the same seeds\n(left of 1 is better)")
-    figure.suptitle(f"{whole}: replacing one part of the base; faint where the interval covers 1", fontsize=10)
     plain_axes(axes)
+    # Names stand above their bars, so that long ones leave the bars their room.
+    axes.set_yticks(tops[:-1] + 0.02, wrapped, fontsize="small")
+    axes.tick_params(axis="y", length=0, pad=-3)
+    for label in axes.get_yticklabels():
+        label.set(ha="left", va="top", bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.5})
+    axes.grid(visible=False, axis="y")
+    axes.set_ylim(tops[-1] + 0.05, -0.03)
+    axes.set(xlabel=f"{measure.replace('_', ' ')}: ratio to the base")
+    title(figure, f"{whole}: replacing one part of the base", f"{whole}: one part replaced")
+    note(figure, "left of 1 is better; on the same seeds; faint where the interval covers 1")
     return figure
 
 
-def _bar(axes: Axes, place: int, entry: NDArray[np.float64], bound: float) -> None:
+def _bar(axes: Axes, place: float, entry: NDArray[np.float64], bound: float) -> None:
     """Bar from 1 to the ratio, whisker over the interval, both cut at the edges."""
     ratio, low, high = (float(value) for value in entry)
     shown, start, end = (min(max(value, 1 / bound), bound) for value in (ratio, low, high))
     clear = high < 1 or low > 1
-    colour = "#0072B2" if ratio < 1 else "#D55E00"
+    colour = COLOURS[0] if ratio < 1 else COLOURS[1]
     left, right = min(1.0, shown), max(1.0, shown)
-    axes.barh([place], [right - left], left=[left], height=0.62, color=colour, alpha=0.9 if clear else 0.45)
+    axes.barh([place], [right - left], left=[left], height=0.13, color=colour, alpha=0.9 if clear else 0.45)
     if not math.isnan(low):
-        axes.plot([start, end], [place, place], color="0.15", linewidth=1.4, marker="|", markersize=7)
+        axes.plot([start, end], [place, place], color="0.15", linewidth=1.0, marker="|", markersize=4.5)
 
 
 def _words(chosen: pd.DataFrame) -> list[str]:

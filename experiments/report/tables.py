@@ -15,12 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..runs.on_screen import FittedTable
 from ..runs.targets import writing
 
 __all__ = ["Spread", "cell", "numeric_columns", "print_table", "screen_table", "write_rows"]
-
-_WIDTH = 120
-"""Of a table on a narrower screen: its lines then continue, which is easier to read than words cut into pieces."""
 
 
 class Spread(NamedTuple):
@@ -81,10 +79,10 @@ def screen_table(
         rows: to show.
         columns: heading by name in the rows; text is left-aligned.
         digits: of numbers.
-        fold: whether long text continues on the next line.
+        fold: whether text may go on in the next line.
         **look: further keywords of :class:`rich.table.Table`.
     """
-    table = Table(title=escape(title), **look)
+    table = FittedTable(title=escape(title), **look)
     for name, heading in columns.items():
         text = any(isinstance(row.get(name), str) for row in rows)
         justify: Literal["left", "right"] = "left" if text else "right"
@@ -95,6 +93,5 @@ def screen_table(
 
 
 def print_table(console: Console, title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """Print a table of many columns, wider than a narrow screen; see :func:`screen_table`."""
-    table = screen_table(title, rows, columns, digits=3, fold=False, box=box.SIMPLE_HEAD)
-    Console(file=console.file, width=max(_WIDTH, console.width), highlight=False).print(table)
+    """Print a table of many columns, of which a narrow screen gets some below the others; see :func:`screen_table`."""
+    console.print(screen_table(title, rows, columns, digits=3, fold=False, box=box.SIMPLE_HEAD))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import mathtext
+from matplotlib import mathtext, rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -15,7 +15,8 @@ from matplotlib.font_manager import FontProperties
 from numpy.typing import NDArray
 
 from ...analysis.theorem import Curve, Plot
-from .figures import COLOURS, new_figure, plain_axes
+from .figures import COLOURS, grid_figure, plain_axes, text_points
+from .style import in_style
 
 __all__ = ["equation_pieces", "equation_svg", "plots_figure"]
 
@@ -24,9 +25,10 @@ _COLOURS = (
     *("#000000", "#999999", "#882255", "#44AA99", "#332288", "#999933", "#661100"),
 )
 _DASHES = {"measured": "-", "bound": "--", "control": ":"}
-_COLUMNS = 2
 Floats = NDArray[np.float64]
 _LEGEND_LIMIT = 14
+_INSIDE = 4
+"""Entries of a legend that stand in the panel."""
 _ROUNDING = 1e-5
 """Curves that differ by less, relative to the largest value, are drawn as one line: rounding is nothing to look at."""
 
@@ -39,30 +41,42 @@ _SYNONYMS = (
 """Patterns of LaTeX that mathtext lacks, and what it has instead."""
 
 
+@in_style
 def plots_figure(plots: Sequence[Plot]) -> Figure:
     """All plots of one theorem, two in a row.
 
     Args:
         plots: at least one.
     """
-    columns = min(_COLUMNS, len(plots))
-    rows = -(-len(plots) // columns)
-    figure, panels = new_figure(6.4 * columns, 4.2 * rows, columns, rows)
-    for axes in panels[len(plots) :]:
-        axes.set_axis_off()
+    figure, panels = grid_figure(len(plots))
+    below, room = 0.0, 72 * figure.get_figwidth() / min(2, len(plots)) - 55
+    size = min(_fitting(_one_line(plot.title), room) for plot in plots)
     for axes, plot in zip(panels, plots, strict=False):
         axes.set_xscale("log" if plot.x_log else "linear")
         axes.set_yscale("log" if plot.y_log else "linear")
-        axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
-        axes.set_title(plot.title, fontsize=10)
+        axes.set_xlabel(plot.x_label)
+        axes.set_ylabel(plot.y_label, fontsize=_fitting(plot.y_label, 72 * 1.75))
+        axes.set_title(_one_line(plot.title), fontsize=size)
         if plot.grid is None:
-            _draw_curves(axes, plot)
+            below = max(below, _draw_curves(axes, plot))
         else:
             _draw_map(figure, axes, plot, np.array(plot.grid, dtype=float))
+    figure.set_figheight(figure.get_figheight() + below * -(-len(plots) // min(2, len(plots))))
     return figure
 
 
-def _draw_curves(axes: Axes, plot: Plot) -> None:
+def _one_line(text: str) -> str:
+    return "; ".join(text.splitlines())
+
+
+def _fitting(text: str, room: float) -> float:
+    """Size of letters with which a line is no longer than this, in points."""
+    size = FontProperties(size=rcParams["axes.labelsize"]).get_size_in_points()
+    return max(4.5, min(size, size * room / max(1.0, text_points(text, size))))
+
+
+def _draw_curves(axes: Axes, plot: Plot) -> float:
+    """Draw the lines of a plot, and return by how much its legend makes the panel higher, in inches."""
     colours: dict[str, str] = {}
     for curve in plot.curves:
         if curve.style == "bound" and len(plot.curves) < 3:
@@ -75,13 +89,34 @@ def _draw_curves(axes: Axes, plot: Plot) -> None:
         shown += list(y[np.isfinite(y)])
         marker = "o" if len(x) == 1 else None
         style = _DASHES[curve.style]
-        axes.plot(x, y, style, color=colours[_family(curve)], label=curve.label, linewidth=1.5, marker=marker)
+        axes.plot(x, y, style, color=colours[_family(curve)], label=curve.label, marker=marker)
     if shown and (largest := max(map(abs, shown))) > 0.0 and max(shown) - min(shown) < _ROUNDING * largest:
         axes.set_yscale("linear")
         axes.set_ylim(min(shown) - 0.01 * largest, max(shown) + 0.01 * largest)
     plain_axes(axes)
-    if 1 < len(plot.curves) <= _LEGEND_LIMIT:
-        axes.legend(frameon=False, fontsize=7)
+    return _explain(axes, plot) if 1 < len(plot.curves) <= _LEGEND_LIMIT else 0.0
+
+
+def _explain(axes: Axes, plot: Plot) -> float:
+    """A legend: in the panel where it is small, else below it."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    room = 72 * figure.get_figwidth() / (1 if len(figure.axes) == 1 else 2) - 20
+    widest = max(text_points(curve.label, 6) for curve in plot.curves) + 24
+    if len(plot.curves) <= _INSIDE and widest <= 0.5 * room:
+        axes.legend(fontsize=6, handlelength=2.2)
+        return 0.0
+    columns = max(1, min(len(plot.curves), int(room // widest)))
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.24),
+        ncols=columns,
+        fontsize=6,
+        handlelength=2.2,
+        columnspacing=1.0,
+        borderaxespad=0.0,
+    )
+    return 8.2 / 72 * -(-len(plot.curves) // columns)
 
 
 def _family(curve: Curve) -> str:
@@ -101,8 +136,12 @@ def _draw_map(figure: Figure, axes: Axes, plot: Plot, cells: Floats) -> None:
     wide = len(finite) > 0 and finite.min() > 0 and finite.max() > 100 * finite.min()
     norm = LogNorm(finite.min(), finite.max()) if wide else None
     shown = np.where(np.isfinite(cells), cells, np.nan)
-    mesh = axes.pcolormesh(plot.grid_x, plot.grid_y, shown, shading="nearest", cmap="viridis", norm=norm)
-    figure.colorbar(mesh, ax=axes)
+    mesh = axes.pcolormesh(
+        plot.grid_x, plot.grid_y, shown, shading="nearest", cmap="viridis", norm=norm, rasterized=True
+    )
+    solids = figure.colorbar(mesh, ax=axes).solids
+    assert solids is not None
+    solids.set_rasterized(True)
 
 
 def equation_pieces(equation: str) -> list[str]:
@@ -121,7 +160,8 @@ def equation_svg(equation: str) -> str | None:
     for pattern, replacement in _SYNONYMS:
         equation = re.sub(pattern, replacement, equation)
     try:
-        mathtext.math_to_image(f"${equation}$", buffer, prop=FontProperties(size=13), format="svg")
+        with rc_context({"savefig.transparent": True}):
+            mathtext.math_to_image(f"${equation}$", buffer, prop=FontProperties(size=13), format="svg")
     except ValueError:
         return None
     return buffer.getvalue().decode()

@@ -24,6 +24,7 @@ from ...errors import ArgumentError
 from ..problems import Data, Problem
 from .batches import BatchOrder
 from .objectives import closure_of
+from .on_screen import FittedTable
 from .training_run import Stopwatch
 
 __all__ = [
@@ -198,7 +199,7 @@ def benchmark_table(timings: list[Timing], title: str) -> Table:
     caption = (
         "Medians of interleaved rounds; in brackets the ratio to torch's Adam; MiB of state, counted and by formula."
     )
-    table = Table(title=title, caption=caption, pad_edge=False)
+    table = FittedTable(title=title, caption=caption, pad_edge=False)
     for heading in ("contestant", "ms/step", "x SGD", "target", "floor", "MiB", "formula"):
         table.add_column(heading, justify="left" if heading == "contestant" else "right", no_wrap=True)
     for timing in timings:

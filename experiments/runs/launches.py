@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from ... import registry
 from .bench import optimizer_of
+from .on_screen import FittedTable
 
 __all__ = ["WIDTHS", "Launches", "MethodLaunches", "count_launches", "counting", "launches_table"]
 
@@ -177,7 +178,7 @@ def count_launches(methods: Sequence[str], device: torch.device | None = None) -
 def launches_table(found: Sequence[MethodLaunches], title: str) -> Table:
     """Return the table for the screen."""
     caption = "Operations that are no views, at most, per step: when no matrix is renewed | when some are."
-    table = Table(title=title, caption=caption, pad_edge=False)
+    table = FittedTable(title=title, caption=caption, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for heading in ("update", "in passes", "synchronisations", "host tensors"):
         table.add_column(heading, justify="right", no_wrap=True)

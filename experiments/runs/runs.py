@@ -20,6 +20,7 @@ from .batches import data_checksum
 from .config import Budget, RunConfig, differences
 from .environment import describe_environment
 from .interrupts import interruptible
+from .on_screen import say
 from .progress import Display
 from .records import RunFolder, write_json
 from .targets import exclusive
@@ -127,13 +128,13 @@ def run_in_folder(
         _ = run.composed  # nothing of a rival could be watched
     described = describe_run(config, run, data_checksum(data))
     if "test_set" in described:
-        console.print(f"test loss and accuracy are those of the {data.test_set}", highlight=False, soft_wrap=True)
+        say(console, f"test loss and accuracy are those of the {data.test_set}")
     with exclusive(folder.path):
         if resume is not Resume.NEVER and folder.checkpoint_file.exists():
             _restore(run, folder, described)
             spent = budget.spent(run.epoch, run.clock.seconds) >= 1
             remark = "; its budget is spent, raise --epochs or --seconds to train on" if spent else ""
-            console.print(f"continuing after {run.iterations} iterations{remark}", highlight=False, soft_wrap=True)
+            say(console, f"continuing after {run.iterations} iterations{remark}")
         else:
             folder.start(described, describe_environment(run.device))
         return _train(run, budget, folder, console, extras)

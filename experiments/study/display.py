@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..report.breakdowns import Breakdown, breakdown_rows, breakdown_screen, in_short
 from ..report.tables import screen_table
+from ..runs.on_screen import say
 from .definition import Study
 from .ledger import FINAL, TUNE, Entry, Slot
 
@@ -49,7 +50,7 @@ class Board:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, text)
 
     def show(self, entries: Mapping[Slot, Entry]) -> None:
         """Draw the table, or print what has changed."""

@@ -33,6 +33,7 @@ from ..runs.batches import data_checksum
 from ..runs.config import Budget
 from ..runs.environment import prepare_process
 from ..runs.evaluation import Metrics
+from ..runs.on_screen import say
 from ..runs.records import RunFolder
 from ..runs.training import prepare
 from ..runs.training_run import TrainingRun
@@ -365,21 +366,17 @@ def show_estimate(study: Study, data_dir: Path | None, workers: int, threads: in
     columns = ("problem", "arm", "ms/step", "one run", "runs", "together")
     title = "cost, from the first steps of every arm"
     console.print(screen_table(title, rows, {name: name for name in columns}, digits=3))
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     for (where, label), cost in costs.items():
         if cost.broke is not None:
-            say(f"{label} on {where} breaks down after {cost.broke} step(s): {cost.reason}")
+            say(console, f"{label} on {where} breaks down after {cost.broke} step(s): {cost.reason}")
     cases = ((alone, "most"), (usual, "share"), (crowded, "few"))
     least, middle, most = (slow * begun + study_seconds(study, costs, workers, slow, lost) for slow, lost in cases)
     said = f"about {duration(middle)} with {workers} worker(s), evaluation counted"
-    say(f"{said}: {duration(least)} if nothing else runs here")
+    say(console, f"{said}: {duration(least)} if nothing else runs here")
     if most > _CHANCE * least:
-        say(f"and {duration(most)} if the machine stays as busy as it is now")
+        say(console, f"and {duration(most)} if the machine stays as busy as it is now")
     tuned = ", is pruned" if study.tuning.pruner != "none" else ""
-    say(f"assumed: every run takes its whole budget; one that breaks down later{tuned} ends earlier")
+    say(console, f"assumed: every run takes its whole budget; one that breaks down later{tuned} ends earlier")
 
 
 def _row(

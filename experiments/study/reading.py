@@ -2,44 +2,47 @@
 
 ```toml
 title = "What this is about"
-seeds = [1, 2, 3]                                   # of the final runs
+seeds = [1, 2, 3]                  # of the final runs
 
 [[problems]]
 name = "mnist-autoencoder"
 options = { size = "small" }
-target = { metric = "train_loss", value = 62 }      # also label, batch_size, epochs and seeds of this problem alone
+# also label, batch_size, epochs and seeds of this problem alone
+target = { metric = "train_loss", value = 62 }
 
-[budget]                                            # of every final run: epochs, seconds, or both
+[budget]                           # of every final run: epochs, seconds or both
 epochs = 20
-seconds = 500                                       # also limit (wall clock) and evaluations (in an epoch)
-
+seconds = 500                      # also limit (wall clock) and evaluations (in
+                                   # an epoch)
 [tuning]
-trials = 12                                         # equal for all arms
-seed = 0                                            # none of the final ones; also metric, sampler ("quasi-random" or
-epochs = 5                                          # "random"), pruner ("none" or "median"), and a smaller budget than
-seconds = 100                                       # that of the final runs
-
-[arms.kbfgs]                                        # an arm: a method, settings, options, parts, and a space
-method = "kbfgs"
+trials = 12                        # equal for all arms
+seed = 0                           # none of the final ones
+epochs = 5                         # a smaller budget than that of the final
+seconds = 100                      # runs; also metric, sampler ("quasi-random"
+                                   # or "random"), pruner ("none" or "median")
+[arms.kbfgs]                       # an arm: a method, settings, options, parts,
+method = "kbfgs"                   # and a space
 pairs = "PowellThenLM"
 space = { lr = { log = [0.01, 1.0] }, damping = { grid = [0.1, 0.3] } }
 
 [arms.kbfgs-l]
-extends = "kbfgs"                                   # method, settings and space of another arm
+extends = "kbfgs"                  # method, settings and space of another arm
 method = "kbfgs-l"
 
-[arms.adamw]                                        # lr_schedule: "cosine", "linear" or "constant" over the whole run,
-method = "adamw"                                    # after a warm-up of a share of it; optimizers of other packages are
-lr_schedule = "cosine"                              # methods too ("prodigy", "dog", ...: 'osculate methods' lists them)
-lr_warm_up = 0.05
+[arms.adamw]                       # lr_schedule: "cosine", "linear" or
+method = "adamw"                   # "constant" over the whole run, after a
+lr_schedule = "cosine"             # warm-up of a share of it; optimizers of
+lr_warm_up = 0.05                  # other packages are methods too ("prodigy",
+                                   # ...: 'osculate methods' lists them)
 space = { lr = { grid = [1e-3, 3e-3, 1e-2] } }
-on.mnist-autoencoder = { lr = 3e-3 }                # other settings, or another space, on the problem of that label
+# other settings, or another space, on the problem of that label
+on.mnist-autoencoder = { lr = 3e-3 }
 
-[base]                                              # instead of, or beside arms: one base, of which ...
-method = "kfac"
-[vary]                                              # ... one part is changed at a time,
+[base]                             # instead of, or beside arms: one base, of
+method = "kfac"                    # which ...
+[vary]                             # ... one part is changed at a time,
 inverses_every = [1, 100]
-[cross]                                             # ... or several in all combinations
+[cross]                            # ... or several in all combinations
 momentum = ["EMA(0.9)", "NoMomentum"]
 damping = ["Split", "Factored"]
 ```

@@ -43,6 +43,7 @@ from .earlier import EarlierGradients, require_whole_batch
 from .gathering import gather
 from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
 from .kinds_of_numbers import require_dense_gradients, require_real_and_dense
+from .layer_table import LayerTable
 from .lookback import LookBack
 from .loss_reading import warn_of_loss
 from .nonfinite import Undo, describe_trouble, find_trouble, require_finite_loss, spoiled_parameters
@@ -50,7 +51,7 @@ from .observers import Observer, StepTrace
 from .observing import observe, refine, refresh, warm_up
 from .precision import Scaling, require_plain_loss
 from .recording import all_records, own_measures, require_sampled, with_hessians
-from .report import LayerRow, StepReport
+from .report import StepReport
 from .saving import consolidated, restore_state, saved_state
 from .session import Session
 from .stepping import Proposal, StepRule
@@ -215,9 +216,12 @@ class SecondOrder(Session):
             return False
         return start is not None and not (start.needs_likelihood and self.capture.likelihood is None)
 
-    def layer_table(self) -> list[LayerRow]:
-        """Every parameter with the part that serves it, its shape as a matrix and the bytes of its state."""
-        return [block.row() for block in self.blocks]
+    def layer_table(self) -> LayerTable:
+        """Every parameter with the part that serves it, its shape as a matrix and the bytes of its state.
+
+        A list of :class:`LayerRow`; ``print`` shows it as a table.
+        """
+        return LayerTable(block.row() for block in self.blocks)
 
     def close(self) -> None:
         """Remove the hooks from the model; the optimizer cannot step afterwards."""

@@ -17,6 +17,7 @@ from ...preconditioners.whole.models import Sighted, flattened
 from ...preconditioners.whole.systems import Products, chosen_system, products_of
 from ...stepsize.search.protocol import SearchOutcome
 from ..optimizer.closure import Snapshot
+from ..optimizer.layer_table import LayerTable
 from ..optimizer.report import LayerRow, StepReport
 from .method import WholeMethod
 
@@ -106,13 +107,14 @@ class WholeModel(torch.optim.Optimizer):
         """Never."""
         return False
 
-    def layer_table(self) -> list[LayerRow]:
+    def layer_table(self) -> LayerTable:
         """All parameters: one part serves them together."""
         state = self.curvature_state
         values = () if state is None else state.to_dict().values()
         size = sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
         part = type(self.method.curvature).__name__
-        return [LayerRow("(model)", "WholeModel", tuple(self._names), (sum(self._sizes),), part, False, size)]
+        row = LayerRow("(model)", "WholeModel", tuple(self._names), (sum(self._sizes),), part, False, size)
+        return LayerTable([row])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]

@@ -30,3 +30,30 @@ document.querySelectorAll("input[type=search]").forEach(field => {
     count.textContent = words.length ? shown + " of " + rows.length : "";
   });
 });
+const button = document.getElementById("look"), root = document.documentElement;
+const system = window.matchMedia("(prefers-color-scheme: dark)");
+const kept = () => { try { return localStorage.getItem("osculate-look"); } catch { return null; } };
+const show = look => {
+  if (look) root.dataset.look = look;
+  button.textContent = (root.dataset.look ?? (system.matches ? "dark" : "light")) === "dark" ? "light" : "dark";
+};
+button.hidden = false;
+button.title = "change between light and dark";
+button.addEventListener("click", () => {
+  const look = button.textContent;
+  show(look);
+  try { localStorage.setItem("osculate-look", look); } catch { /* a page from disk may not keep anything */ }
+});
+system.addEventListener("change", () => show());
+show(kept());
+document.querySelectorAll("button.csv").forEach(button => button.addEventListener("click", () => {
+  const quoted = text => /[",\n]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text;
+  const value = cell => cell.dataset.value ?? cell.textContent.trim();
+  const rows = Array.from(button.closest(".tabled").querySelector("table").rows);
+  const text = rows.map(row => Array.from(row.cells).map(value).map(quoted).join(",")).join("\n") + "\n";
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+  link.download = button.dataset.file;
+  link.click();
+  URL.revokeObjectURL(link.href);
+}));

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from io import StringIO
 
 import osculate as osc
@@ -9,8 +10,10 @@ import pytest
 from osculate.errors import UnknownNameError
 from osculate.experiments.commands.docstrings import describe
 from osculate.experiments.commands.listing import exported_name, show_methods, show_parts
+from osculate.experiments.commands.one_liners import LINES, one_line
 from osculate.experiments.commands.problem_listing import show_problems
 from osculate.experiments.problems import PROBLEMS, get_problem
+from osculate.experiments.rivals.catalogue import runnable
 from osculate.framework.whole_model.method import whole_methods
 from rich.console import Console
 
@@ -21,6 +24,11 @@ def shown(show: object, *words: str, width: int = 80) -> str:
     return file.getvalue()
 
 
+def words(text: str) -> str:
+    """Words with one blank between them."""
+    return " ".join(text.split())
+
+
 def squeezed(text: str) -> str:
     """Letters alone, so that a text wrapped in a column can be found."""
     return re.sub(r"[\s│┃]+", "", text)
@@ -28,15 +36,38 @@ def squeezed(text: str) -> str:
 
 class TestMethods:
     @pytest.mark.parametrize("width", [60, 80, 200])
-    def test_the_table_wraps_and_leaves_nothing_out(self, width: int) -> None:
+    def test_the_list_wraps_and_leaves_nothing_out(self, width: int) -> None:
         text = shown(show_methods, width=width)
         assert "…" not in text
         assert max(map(len, text.splitlines())) <= width
-        columns = [line.split("│")[1:5] for line in text.splitlines() if line.startswith("│")]
-        summaries = squeezed("".join(row[1] for row in columns))
+        for name in runnable():
+            assert re.search(rf"^{name} ", text, re.MULTILINE)
+            assert words(LINES[name]) in words(text)
+
+    def test_a_name_and_what_it_is_stand_on_one_line_of_80_columns(self) -> None:
+        lines = [line.rstrip() for line in shown(show_methods).splitlines()]
+        longest = max(map(len, runnable()))
+        assert set(LINES) == set(runnable())
+        for name in runnable():
+            assert f"{name:<{longest}}  {LINES[name]}" in lines
+
+    @pytest.mark.parametrize("width", [60, 80, 200])
+    def test_details_are_the_whole_sentence_the_paper_and_the_numbers(self, width: int) -> None:
+        text = shown(partial(show_methods, details=True), width=width)
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width
+        found = squeezed(text)
         for name, entry in osc.registry.methods().items():
-            assert any(row[0].strip() == name for row in columns)
-            assert squeezed(entry.summary.replace("``", "")) in summaries
+            assert squeezed(entry.summary.replace("``", "")) in found
+            assert squeezed(f"paper {entry.paper}") in found
+            defaults = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in entry.defaults.items() if value)
+            assert squeezed(f"defaults {defaults}") in found, name
+
+    def test_a_method_without_a_line_has_the_beginning_of_its_summary_in_whole_clauses(self) -> None:
+        assert one_line("mine", "K-FAC (arXiv:1503.05671), twice; and more.") == "K-FAC, twice; and more"
+        long = "A direction of mine (see below): it has a clause, and another one, and still one more, and so on."
+        assert one_line("mine", long) == "A direction of mine: it has a clause, and another one"
+        assert one_line("mine", "word " * 30) == ("word " * 30)
 
     @pytest.mark.parametrize("name", sorted(osc.registry.methods()))
     def test_a_page_has_every_option_its_default_and_its_meaning(self, name: str) -> None:
@@ -62,7 +93,7 @@ class TestMethods:
     def test_pieces_of_names_filter(self) -> None:
         text = shown(show_methods, "joint", "KBFGS-")
         for name, listed in {"joint-kfac": True, "joint-sgdm": True, "kbfgs-l": True, "adam": False}.items():
-            assert (f"│ {name} " in text) is listed
+            assert bool(re.search(rf"^{name} ", text, re.MULTILINE)) is listed
 
     def test_a_name_that_is_nowhere(self) -> None:
         with pytest.raises(UnknownNameError, match="unknown method 'kbfsg'; did you mean 'kbfgs'"):
@@ -72,11 +103,11 @@ class TestMethods:
 class TestMethodsOverTheWholeModel:
     def test_they_stand_in_a_section_of_their_own_between_the_methods_of_parts_and_other_packages(self) -> None:
         text = shown(show_methods, width=200)
-        sections = [set(re.findall(r"^│ (\S+) ", part, re.MULTILINE)) for part in text.split("├")]
+        sections = [set(re.findall(r"^(\S+)  ", part, re.MULTILINE)) for part in text.split("\n\n")]
         assert set(whole_methods()) in sections
         assert sections.index(set(whole_methods())) == 1 and set(osc.registry.methods()) <= sections[0]
         for entry in whole_methods().values():
-            assert squeezed(entry.summary) in squeezed(text)
+            assert squeezed(entry.summary) in squeezed(shown(partial(show_methods, details=True)))
 
     @pytest.mark.parametrize("name", sorted(whole_methods()))
     def test_a_page_has_options_and_how_it_is_called(self, name: str) -> None:
@@ -98,15 +129,16 @@ class TestParts:
             assert kind in text
             for part in parts.values():
                 assert getattr(osc, exported_name(part)) is part
-                assert f" {exported_name(part)} " in text
+                assert f"\n{exported_name(part)} " in text
 
     def test_a_part_from_elsewhere_has_its_module(self) -> None:
         assert exported_name(describe) == f"{describe.__module__}.describe"  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("kind", sorted(osc.registry.parts()))
     def test_a_kind_filters(self, kind: str) -> None:
-        rows = [line.split("│") for line in shown(show_parts, kind.replace(" ", "-"), width=200).splitlines()]
-        listed = {row[2].strip() for row in rows if len(row) == 5 and row[2].strip()}
+        text = shown(show_parts, kind.replace(" ", "-"), width=200)
+        assert text.startswith(f"{kind}\n")
+        listed = set(re.findall(r"^(\S+) ", text.partition("\n")[2].partition("\n\n")[0], re.MULTILINE))
         assert listed == {exported_name(part) for part in osc.registry.parts()[kind].values()}
 
     def test_a_piece_of_a_name_and_a_piece_of_a_kind_filter(self) -> None:

@@ -76,7 +76,10 @@ def test_a_run_that_broke_down_at_once_is_seen_at_its_beginning(tiny: object, tm
     assert saved["iterations"] == 0 and len(saved["steps"]) == 1
 
 
-def test_compare_structures_ranks_by_angle(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_structures_ranks_by_angle(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # every name on one line
     words = ["compare-structures", str(run), "--structures", "Dense", "Diagonal", "--samples", "20"]
     assert execute([*words, "--history", "3", "--out", str(tmp_path / "out")]) == 0
     found = rows(tmp_path / "out" / "structures.csv")

@@ -298,10 +298,10 @@ def test_the_page_is_whole_and_needs_no_network(out: Path, tables: dict[str, pd.
     page, text = Page(), (out / "report.html").read_text()
     page.feed(text)
     assert not page.open
-    assert all(address.startswith(("#", "data:image/")) for address in page.addresses)
+    assert all(address.startswith(("#", "data:image/", "data:text/csv;base64,")) for address in page.addresses)
     for name, table in tables.items():
         assert page.rows[f"table-{name}"] == len(table) + 1, name
-    assert text.count("data:image/png") == len(list((out / "figures").glob("*.png")))
+    assert text.count("<figure><svg ") == len(list((out / "figures").glob("*.png")))
     assert "joint_kfac &amp; co" in text and "scaled down" in text
 
 
@@ -414,7 +414,7 @@ def test_names_of_lines_stand_in_one_column_beside_the_axes_none_over_another(na
         x, y = (1.0, 2.0)[number % 2], 1e-3 * number
         axes.plot([0.0, x], [5.0, y], **styles.line(label))
         ends.append((label, x, y, styles.colour(label)))
-    label_lines(axes, ends, styles.line)
+    label_lines(axes, ends)
     figure.draw_without_rendering()
     box = axes.get_window_extent()
     places = [Text.get_window_extent(text) for text in axes.texts]  # without the leader
