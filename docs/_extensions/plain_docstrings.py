@@ -37,7 +37,13 @@ def process(app: Any, what: str, name: str, value: Any, options: Any, lines: lis
                 lines[index] = plain(line)
 
 
+def unsigned(app: Any, what: str, name: str, value: Any, options: Any, *signature: Any) -> tuple[str, str] | None:
+    """A protocol is not called: it has no signature."""
+    return ("", "") if getattr(value, "_is_protocol", False) else None
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Registered before napoleon's own handler."""
     app.connect("autodoc-process-docstring", process, priority=100)
+    app.connect("autodoc-process-signature", unsigned)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
