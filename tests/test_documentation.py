@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
+import math
 import pkgutil
 import re
 import sys
@@ -148,6 +150,31 @@ def test_the_table_of_parts_names_what_is_registered() -> None:
     registered = [cls for kind in osc.registry.parts().values() for cls in kind.values()]
     exported = {name for name in dir(osc) if any(getattr(osc, name) is cls for cls in registered)}
     assert exported <= named, f"parts missing from the table: {sorted(exported - named)}"
+
+
+def test_the_tables_of_defaults_are_what_was_measured() -> None:
+    """Where every method's defaults ended, and what one knob does: every cell from the runs beside the page."""
+    folder = DOCS / "results" / "defaults"
+    runs, turned = (json.loads((folder / f"{name}.json").read_text())["runs"] for name in ("every_method", "one_knob"))
+    methods, page = (DOCS / "methods.md").read_text(), (folder / "README.md").read_text()
+    loss = {(run["arm"], run["problem"], run["seed"]): run["train_loss"] for run in [*runs, *turned]}
+    problems = re.findall(r" `([\w-]+)`, \d+ steps ", methods)
+    assert len(problems) == 12 and {run["problem"] for run in runs} == set(problems)
+
+    def mean(arm: str, problem: str) -> float:
+        return sum(math.inf if (at := loss[arm, problem, seed]) is None else at for seed in (100, 101)) / 2
+
+    for arm in osc.registry.methods():
+        ends = [(mean(arm, problem), mean("sgdm", problem)) for problem in problems]
+        cells = [f"{'∞' if math.isinf(end) else f'{end:.3g}'}{' †' * (end > plain)}" for end, plain in ends]
+        behind = sum(end > plain for end, plain in ends)
+        assert f"| `{arm}` | {' | '.join(cells)} | {behind} |" in methods, arm
+    for arm in {run["arm"] for run in runs} - {"ngd-exact"}:
+        row = f"| `{arm}` |"
+        for knob in ("lr-low", "lr-high", "damping-low", "damping-high"):
+            pairs = [(loss.get((f"{arm}-{knob}", problem, 100)), loss[arm, problem, 100]) for problem in problems[:4]]
+            row += " " + " / ".join(f"{max(a, 0.01) / max(b, 0.01):.2f}" for a, b in pairs if a is not None) + " |"
+        assert row in page, arm
 
 
 def test_the_glossary_names_what_exists() -> None:
