@@ -24,14 +24,32 @@ def link(app: Any, doctree: nodes.document, docname: str) -> None:
             target = ("methods", text)
         elif text in PROBLEMS:
             target = ("problems", "")
-        elif (match := NAME.fullmatch(text)) and (entry := objects.get(f"osculate.{match[1]}")):
-            target = (entry.docname, entry.node_id)
-        if target is None or (target[0] == docname and target[0] in ("methods", "problems")):
+        elif match := NAME.fullmatch(text):
+            name = re.sub(r"^registry\.", "framework.methods.registry.", match[1])
+            entry = objects.get(f"osculate.{name}")
+            target = (entry.docname, entry.node_id) if entry else None
+        if target is None or (docname == target[0] and (not target[1] or _below(literal, target[1]))):
             continue
         uri = app.builder.get_relative_uri(docname, target[0]) + (f"#{target[1]}" if target[1] else "")
         reference = nodes.reference("", "", internal=True, refuri=uri, classes=["name"])
         literal.replace_self(reference)
         reference += literal
+
+
+def _below(node: nodes.Node, identifier: str) -> bool:
+    """Whether a node lies in the section or the entry of that name."""
+    while node is not None:
+        if identifier in getattr(node, "attributes", {}).get("ids", ()):
+            return True
+        if any(identifier in child.get("ids", ()) for child in getattr(node, "children", ()) if _is_signature(child)):
+            return True
+        node = node.parent
+    return False
+
+
+def _is_signature(node: nodes.Node) -> bool:
+    """Whether a node is the line that an entry of the reference begins with."""
+    return node.__class__.__name__ == "desc_signature"
 
 
 def _inside(node: nodes.Node, kinds: tuple[type[nodes.Node], ...]) -> bool:
