@@ -60,36 +60,3 @@ def test_blocks_are_found_and_marked_ones_left_out() -> None:
     assert [code for _, code in blocks(text)] == ["x = 1\n", "x = 3\n"]
     assert [line for line, _ in blocks(text)] == [4, 17]
     assert blocks("") == []
-
-
-@pytest.mark.parametrize("name", re.findall(r"\]\(((?!http)[^)#]+)\)", README.read_text() if README.exists() else ""))
-def test_links_into_the_repository_lead_somewhere(name: str) -> None:
-    assert (ROOT / name).exists()
-
-
-def test_the_commands_name_what_exists() -> None:
-    """Methods and problems in the README's command lines are registered."""
-    if not README.exists():
-        return
-    import osculate as osc
-    from osculate.experiments.problems import PROBLEMS
-    from osculate.framework.whole_model.method import whole_methods
-
-    text = README.read_text()
-    names = re.findall(r"--methods? ((?:[a-z0-9]+(?:-[a-z0-9]+)* ?)+)", text)
-    assert {name for group in names for name in group.split()} <= set(osc.registry.methods()) | set(whole_methods())
-    assert set(re.findall(r"--problem ([\w-]+)", text)) <= set(PROBLEMS)
-
-
-def test_the_table_of_parts_names_what_is_registered() -> None:
-    import osculate as osc
-
-    text = README.read_text() if README.exists() else ""
-    if "## Parts" not in text:
-        return
-    table = text.split("## Parts")[1].split("\n\n`osculate methods`")[0]
-    named = set(re.findall(r"`([A-Z]\w+)`", table))
-    assert named <= set(dir(osc)), named - set(dir(osc))
-    registered = [cls for kind in osc.registry.parts().values() for cls in kind.values()]
-    exported = {name for name in dir(osc) if any(getattr(osc, name) is cls for cls in registered)}
-    assert exported <= named, f"parts missing from the table: {sorted(exported - named)}"

@@ -150,7 +150,7 @@ def ngd_exact(
     """Natural gradient with each layer's whole Fisher matrix (Amari, Neural Computation 10:251): for small networks.
 
     Block-diagonal over layers, nothing else is approximated; the truth that K-FAC, EKFAC and mini-blocks are compared
-    with. Default lr and damping: stable on every shipped small problem; tune both.
+    with. Default lr and damping break down on autoencoders whose layers are larger than ``limit``; tune both.
 
     Args:
         statistics: ``sampled`` labels (needs a likelihood) or ``empirical`` (no extra pass).

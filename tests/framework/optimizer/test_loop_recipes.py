@@ -20,7 +20,7 @@ def require(package: str) -> None:
     """Skip where it is not installed, or cannot be imported, and say why.
 
     It is not imported here, since that changes global state. Lightning imports torchvision wherever it is installed:
-    one that does not fit torch (README, "Two commands") breaks it, and that is shown, not worked around.
+    one that does not fit torch (docs/install.md) breaks it, and that is shown, not worked around.
     """
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
