@@ -22,7 +22,7 @@ extensions = [
     "plain_docstrings",
     "linked_names",
 ]
-exclude_patterns = ["_build", "examples/own_parts/*.egg-info"]
+exclude_patterns = ["_build", "examples/README.md", "examples/own_parts/*.egg-info"]
 root_doc = "index"
 
 # Pages: GitHub's Markdown, with its anchors; an internal link that leads nowhere is an error of the build.

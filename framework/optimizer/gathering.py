@@ -88,6 +88,7 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
         steps,
         decays is not team.none,
         seen=None if seen is None else ranks.mean(seen),
+        parameters=[local(parameter) for block in moving for parameter in block.parameters],
         moving=[(block, session.decays_of(block)) for block in moving],
         samples=meeting.samples,
         shares=found,

@@ -324,6 +324,7 @@ class SecondOrder(Session):
             batch = MiniBatch(
                 loss, statistics, products, team, gradients, steps, decays is not team.none, seen=self.seen_loss()
             )
+            batch.parameters = team.parameters
         for reader in self.capture.readers:
             if not reader.told:
                 warn_of_loss(reader)

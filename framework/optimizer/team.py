@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...curvature.declarations import FormDeclarations, declared
-from ...curvature.layers.sharding import local
 from ...curvature.products import GraphKeepingBackward
 from ...curvature.quadratic_forms import QuadraticForm
 from ...curvature.records.statistics import LayerStatistics, Tensors
@@ -188,6 +187,7 @@ class MiniBatch:
         decays: whether some parameter has weight decay.
         waiting: blocks whose statistics are updated after the second evaluation, by crew.
         seen: what the output's gradient tells of the loss, where no closure returned it.
+        parameters: all that the step moves, as far as this process holds it.
         moving: in many processes, all blocks that take part, whoever owns them, with their weight decays.
         samples: in many processes, by layer the samples that each adds.
         shares: in many processes, what this one has recorded of its own share; ``statistics`` are of the joint
@@ -207,6 +207,7 @@ class MiniBatch:
     decays: bool = False
     waiting: list[tuple[Crew, list[BlockStep]]] = field(default_factory=list)
     seen: Tensor | None = None
+    parameters: list[Tensor] = field(default_factory=list)
     moving: Sequence[tuple[Block, tuple[float, ...]]] = ()
     samples: Mapping[str, Sequence[int]] = field(default_factory=dict)
     shares: Mapping[str, LayerStatistics] | None = None
@@ -214,13 +215,6 @@ class MiniBatch:
     sharded: bool = False
     whole: Mapping[int, Tensor] | None = None
     values: list[Tensor] | None = None
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """All that the step moves, as far as this process holds it."""
-        if self.shares is None:
-            return self.team.parameters
-        return [local(parameter) for block, _ in self.moving for parameter in block.parameters]
 
     def recorded(self, form: QuadraticForm) -> Mapping[str, LayerStatistics]:
         """What a quadratic form measures with."""
