@@ -83,16 +83,16 @@ class Watch:
         self._states, self._origin = None, {}
         if optimizer._step % self.every:
             return
-        self._states = remembered(optimizer.blocks) if self._wants("reads_updates") else {}
+        self._states = remembered(optimizer.own_blocks) if self._wants("reads_updates") else {}
         if self._wants("reads_moves"):
             self._origin = {
                 block.key: tuple(parameter.detach().clone() for parameter in block.parameters)
-                for block in optimizer.blocks
+                for block in optimizer.own_blocks
             }
 
     def after_step(self, optimizer: SecondOrder, trace: StepTrace) -> None:
         """Ask every monitor."""
-        states, blocks = self._states, optimizer.blocks
+        states, blocks = self._states, optimizer.own_blocks
         if states is None:
             return
         self.steps += 1
