@@ -87,6 +87,7 @@ class Capture(Backend):
         "_leaves",
         "_standing",
         "_graph_leaves",
+        "arrived",
         "_edges",
         "_probes",
     )
