@@ -29,7 +29,7 @@ from ...curvature.layers.layer import Layer
 from ...errors import UnknownNameError
 from ...framework.methods.method import Method
 from ...framework.optimizer.blocks import Block, make_blocks
-from ...framework.optimizer.forecast import DIVISIONS, Laid, Rows, rows_of, traffic_of_step, traffic_of_wrapper
+from ...framework.optimizer.forecast import Laid, Rows, rows_of, traffic_of_step, traffic_of_wrapper
 from ...framework.optimizer.workload import work_of_layers
 from ...framework.processes.ownership import Work, owners_of
 from ...framework.processes.packing import packed_size
@@ -37,7 +37,7 @@ from ...preconditioners.structures.by_layer import with_last
 from ..networks.image_models import Standardise, residual_network
 from .launches import WIDTHS
 
-__all__ = ["NETWORKS", "Case", "Network", "Outlined", "forecast", "measure", "outlined"]
+__all__ = ["NETWORKS", "Case", "Network", "Outlined", "forecast", "measure", "network_named", "outline"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,11 @@ class Case:
     steps: int = 20
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What tells cases apart."""
+        return self.network, self.method, self.division, self.samples
+
 
 # -- from shapes alone -------------------------------------------------------------------------------------------------
 
@@ -136,26 +141,25 @@ class Outlined:
     rows: Mapping[str, Rows]
 
 
-def outlined(model: nn.Module, example: Tensor, method: str, **options: Any) -> Outlined:
+def outline(model: nn.Module, example: Tensor, method: Method) -> Outlined:
     """A model on the meta device, under a method.
 
     Args:
         model: on the meta device.
         example: inputs of at least one sample, there.
-        method: a registered name.
-        **options: of the method.
+        method: the composition.
     """
-    layers, composed = discover_layers(model), registry.method(method, **options)
+    layers = discover_layers(model)
     rows = rows_of(model.eval(), layers, example)
     blocks = make_blocks(
         layers,
-        with_last(composed.preconditioner, last_matrix(model, layers)),
-        composed.fallback,
+        with_last(method.preconditioner, last_matrix(model, layers)),
+        method.fallback,
         strict=False,
-        estimator=composed.curvature,
+        estimator=method.curvature,
         owner=lambda layer: (None, False),
     )
-    return Outlined(layers, blocks, composed, work_of_layers(blocks), rows)
+    return Outlined(layers, blocks, method, work_of_layers(blocks), rows)
 
 
 def forecast(case: Case, count: int) -> list[dict[str, Any]]:
@@ -165,10 +169,9 @@ def forecast(case: Case, count: int) -> list[dict[str, Any]]:
         case: the run.
         count: number of processes P >= 1.
     """
-    network = NETWORKS[case.network]
-    example = torch.empty(2, *network.shape, device="meta")
-    outline = outlined(network.make().to("meta"), example, case.method, **case.options)
-    layers, blocks, method, work = outline.layers, outline.blocks, outline.method, outline.work
+    network, method = NETWORKS[case.network], registry.method(case.method, **case.options)
+    known = outline(network.make().to("meta"), torch.empty(2, *network.shape, device="meta"), method)
+    layers, blocks, work = known.layers, known.blocks, known.work
     owners = None if case.division == "replicated" else owners_of(work, count)
     laid = Laid(case.division, count, owners, case.samples)
     parameters = [value for layer in layers for value in layer.parameters.values()]
@@ -176,7 +179,7 @@ def forecast(case: Case, count: int) -> list[dict[str, Any]]:
     for rank in range(count):
         total: Counter[str] = Counter()
         for step in range(case.steps):
-            total += traffic_of_step(blocks, layers, method, laid, rank, outline.rows, step, step < 10)
+            total += traffic_of_step(blocks, layers, method, laid, rank, known.rows, step, step < 10)
             passes = 1 + (case.division == "fsdp" and method.looks_back_at(step))
             for name, value in traffic_of_wrapper(parameters, laid).items():
                 total[name] += passes * value
@@ -188,17 +191,17 @@ def forecast(case: Case, count: int) -> list[dict[str, Any]]:
                 "inverses": sum(work[name].inverses for name in own),
                 "directions": sum(work[name].directions for name in own),
                 "inverses of all": sum(entry.inverses for entry in work.values()),
-                "allowed": case.steps * _allowed(outline, laid),
+                "allowed": case.steps * _allowed(known, laid),
             }
         )
     return found
 
 
-def _allowed(outline: Outlined, laid: Laid) -> int:
+def _allowed(known: Outlined, laid: Laid) -> int:
     """Bytes of a step in which DDP brings all gradients to all, and each moment and pair is added up once."""
-    numbers = sum(value.numel() for layer in outline.layers for value in layer.parameters.values())
+    numbers = sum(value.numel() for layer in known.layers for value in layer.parameters.values())
     moments = 0
-    for block in outline.blocks:
+    for block in known.blocks:
         takes = {} if block.alone is not None else block.structure.takes_moments
         rows, columns = block.seen.matrix_shape if takes or block.asked.pairs else (0, 0)
         moments += packed_size(columns) if "inputs" in takes and block.asked.inputs else 0

@@ -2,8 +2,9 @@
 
 A reduction to one process or a broadcast from one of n numbers costs each process n (P - 1) / P, one to all
 2 n (P - 1) / P, an exchange what goes to the others (:class:`.Ranks`). What is forecast is what :attr:`.Ranks.traffic`
-counts, and beside it what the wrapper exchanges by itself, which nobody counts: ``DistributedDataParallel`` all
-gradients, 2 D (P - 1) / P; FSDP2 the gradients scattered, D (P - 1) / P, and the parameters gathered once for each pass.
+counts, and beside it what the wrapper exchanges by itself, which nobody counts: ``DistributedDataParallel`` all D
+numbers of the gradients, 2 D (P - 1) / P; FSDP2 D (P - 1) / P for gradients that are scattered, and as much each time
+that parameters are gathered, ahead of a layer's forward and of its backward pass.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def rows_of(model: nn.Module, layers: Sequence[Layer], example: Tensor) -> dict[
             outputs = made.numel() // samples
             found[layer.name] = Rows(given[0].numel() // samples, outputs, outputs // layer.matrix_shape[0])
 
-        handles.append(layer.module.register_forward_hook(hook))  # type: ignore[arg-type]
+        handles.append(layer.module.register_forward_hook(hook))
     try:
         with torch.no_grad():
             model(example)
@@ -297,9 +298,8 @@ def _numbers(
         everywhere.append(3 * columns * laid.size)
     if laid.division == "fsdp" and Needs.NORMS in rule.needs:
         everywhere.append(laid.size * sum(len(layer.parameters) for layer in layers))
-    for form in _forms(method, step):
-        if declared(form, FormDeclarations).adds_up:
-            everywhere.append(laid.size * columns ** (1 if Needs.BATCH_SCORES in form.needs else 2))
+    adding = [form for form in _forms(method, step) if declared(form, FormDeclarations).adds_up]
+    everywhere += [laid.size * columns ** (1 if Needs.BATCH_SCORES in form.needs else 2) for form in adding]
     if laid.division in ("owners-only", "fsdp") and method.guard.attempts and Needs.SLOPES in method.guard.needs:
         everywhere.append(laid.size)
     changing = {block.layer.name for block in blocks if Needs.CHANGES in block.needs}
