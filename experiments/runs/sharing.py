@@ -198,7 +198,10 @@ def forecast(case: Case, count: int) -> list[dict[str, Any]]:
 
 
 def _allowed(known: Outlined, laid: Laid) -> int:
-    """Bytes of a step in which DDP brings all gradients to all, and each moment and pair is added up once."""
+    """Bytes of a step in which DDP brings all gradients to all, and each moment and pair is added up once.
+
+    A pair is two means before the step, two after it, and the mean input where it is multiplied by the inputs' matrix.
+    """
     numbers = sum(value.numel() for layer in known.layers for value in layer.parameters.values())
     moments = 0
     for block in known.blocks:
@@ -206,7 +209,7 @@ def _allowed(known: Outlined, laid: Laid) -> int:
         rows, columns = block.seen.matrix_shape if takes or block.asked.pairs else (0, 0)
         moments += packed_size(columns) if "inputs" in takes and block.asked.inputs else 0
         moments += packed_size(rows) if "outputs" in takes and block.asked.roots else 0
-        moments += 4 * rows if block.asked.pairs else 0
+        moments += 4 * rows + ("inputs" in takes) * (columns - block.seen.has_bias) if block.asked.pairs else 0
     return round(laid.one_way * (2 * numbers + moments) * laid.size)
 
 
