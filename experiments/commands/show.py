@@ -74,7 +74,8 @@ class Bench(DeviceFlag):
     """Time a training step of every method beside one of torch.optim.SGD, and count the bytes of its state.
 
     With --launches, count a step's operations instead, on a small autoencoder: what a GPU would be asked to do is
-    seen without one.
+    seen without one. With --processes, count what each of several processes sends and keeps that train together; with
+    --planned, work out from published rates what up to 512 of them would take for larger networks.
     """
 
     problem: str = "mnist-autoencoder"
@@ -94,11 +95,31 @@ class Bench(DeviceFlag):
     launches: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[METHOD ...]", help_behavior_hint="")] = None
     """Operations, synchronisations and host tensors of these methods' steps (torch-sgd and torch-adam are known, too),
     counted and not timed. Without names: of all methods. Of the other options, --device and --out are heeded."""
+    processes: int | None = None
+    """Start as many processes here, one thread each, and count bytes sent and kept, by what they carry, beside the
+    formula. Of the other options, --batch-size (of all processes together) and --out are heeded, and the next four."""
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD ...", help_behavior_hint="")] = ()
+    """Methods of --processes. Default: kfac, kbfgs, joint-kfac, mbf and shampoo."""
+    divisions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIVISION ...", help_behavior_hint="")] = ()
+    """Divisions of the work of --processes: replicated, owners, owners-only, fsdp. Default: all."""
+    network: str = "small-autoencoder"
+    """Network of --processes: small-autoencoder, mnist-autoencoder, small-resnet, resnet-32; data are random."""
+    steps: int = 20
+    """Steps of --processes, the first included."""
+    planned: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """K-FAC on 8 to 512 processes by formula: nothing is run. Of the other options, --out is heeded."""
 
     def run(self, console: Console) -> int:
         """Measure, print the table, and write it."""
+        modes = (self.launches is not None, self.processes is not None, self.planned)
+        if sum(modes) > 1:
+            raise ArgumentError("--launches, --processes and --planned are different tables; give one of them")
         if self.launches is not None:
             return self._count(console, self.launches)
+        if self.processes is not None:
+            return self._share(console, self.processes)
+        if self.planned:
+            return self._plan(console)
         from ..runs.batches import move_data
         from ..runs.bench import CONTESTANTS, benchmark, benchmark_table, random_data
 
@@ -139,4 +160,38 @@ class Bench(DeviceFlag):
         if self.out is not None:
             rows = [dataclasses.asdict(row) for row in found]
             write_json(self.out, {"environment": describe_environment(device), "launches": rows})
+        return 0
+
+    def _share(self, console: Console, count: int) -> int:
+        from ...framework.optimizer.forecast import DIVISIONS
+        from ..runs.process_bench import METHODS, benchmark_processes, processes_table
+        from ..runs.sharing import network_named
+
+        if self.out is not None:
+            require_file(self.out)
+        network_named(self.network)
+        methods, divisions, samples = self.methods or METHODS, self.divisions or DIVISIONS, self.batch_size // count
+        with console.status("starting") as status:
+            note = status.update if console.is_terminal else console.print
+            found = benchmark_processes(count, self.network, methods, divisions, samples, self.steps, note)
+        title = f"{self.network}, {count} processes, {samples} samples each, {self.steps} steps"
+        console.print(processes_table(found, title))
+        if self.out is not None:
+            settings = {"network": self.network, "processes": count, "samples": samples, "steps": self.steps}
+            environment = describe_environment(choose_device("cpu"))
+            rows = [dataclasses.asdict(row) | {"agrees": row.agrees} for row in found]
+            write_json(self.out, {"settings": settings, "environment": environment, "rows": rows})
+        return 0
+
+    def _plan(self, console: Console) -> int:
+        from ..runs.planned import RATES, crossings_table, plan_all, planned_table
+
+        if self.out is not None:
+            require_file(self.out)
+        found = plan_all()
+        for name, rows in found.steps.items():
+            console.print(planned_table(name, rows))
+        console.print(crossings_table(found))
+        if self.out is not None:
+            write_json(self.out, {"rates": dataclasses.asdict(RATES), **dataclasses.asdict(found)})
         return 0

@@ -160,7 +160,8 @@ class EarlyMoments:
         self._enabled = enabled
         for name, travel in self._travels.items():
             entry, most = found.get(name), max(samples.get(name, [0]))
-            if entry is not None and any(rows_are_less(entry, travel, side, most) for side in travel.moments):
+            told = most, self.ranks.count, self.owners is None
+            if entry is not None and any(rows_are_less(entry, travel, side, *told) for side in travel.moments):
                 self._sizes[name] = -1  # rows are fewer numbers: they go when everything is known
             elif entry is not None:
                 self._sizes[name] = most

@@ -5,13 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["packed_size", "symmetric_packed", "symmetric_unpacked"]
+__all__ = ["packed_size", "rows_are_fewer", "symmetric_packed", "symmetric_unpacked"]
 
 
 def packed_size(order: int) -> int:
     """Numbers that a symmetric matrix of this order travels as: d (d + 1) / 2, one row more where d is odd."""
     even = order + order % 2
     return even * (even + 1) // 2
+
+
+def rows_are_fewer(numbers: int, order: int, count: int, everyone: bool) -> bool:
+    """Whether rows cost fewer bytes on their way than their second moment.
+
+    To one owner either is sent once. To everybody rows go P - 1 times; a sum comes back to all for twice the cost.
+
+    Args:
+        numbers: of the rows of one process.
+        order: of the moment.
+        count: number of processes P.
+        everyone: whether all of them get it.
+    """
+    return numbers * (count / 2 if everyone else 1) <= packed_size(order)
 
 
 def symmetric_packed(matrix: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import Record
 from ...curvature.records.statistics import LayerStatistics, SampleGradients, Tensors
 from ...errors import ArgumentError
-from .packing import packed_size, symmetric_packed, symmetric_unpacked
+from .packing import rows_are_fewer, symmetric_packed, symmetric_unpacked
 from .ranks import Pending, Ranks
 
 __all__ = ["Moment", "Travel", "brought_together", "kind_of_rows", "require_same_layers", "rows_are_less"]
@@ -141,7 +141,7 @@ def brought_together(
         counts = samples[name]
         left = {side: moment for side, moment in travel.moments.items() if (name, side) not in settled}
         travel = replace(travel, moments=left)
-        taken = _fields(entry, travel, max(counts))
+        taken = _fields(entry, travel, max(counts), ranks.count, owners is None)
         rows += _rows(entry, travel, taken)
         weight = counts[ranks.rank] / sum(counts)
         sums += [(place, value * weight) for place, value in _means(entry, travel, taken)]
@@ -164,30 +164,34 @@ def _flags(record: Record) -> list[Record]:
     return [flag for flag in _ROWS if flag in record]
 
 
-def _fields(entry: LayerStatistics, travel: Travel, samples: int) -> Record:
+def _fields(entry: LayerStatistics, travel: Travel, samples: int, count: int, everyone: bool) -> Record:
     """The records whose rows travel: those that somebody takes, and those that are fewer than their moment."""
     taken = travel.rows
     for side in travel.moments:
-        if rows_are_less(entry, travel, side, samples):  # the same on every process: the largest share decides
+        if rows_are_less(
+            entry, travel, side, samples, count, everyone
+        ):  # the same on every process: the largest share decides
             taken |= travel.saved[side]
     return taken
 
 
-def rows_are_less(entry: LayerStatistics, travel: Travel, side: str, samples: int) -> bool:
-    """Whether a side's rows are fewer numbers than its moment.
+def rows_are_less(entry: LayerStatistics, travel: Travel, side: str, samples: int, count: int, everyone: bool) -> bool:
+    """Whether a side's rows cost fewer bytes than its moment.
 
     Args:
         entry: a record with these rows.
         travel: what is brought to the owner.
         side: with a moment.
         samples: of the largest share of the mini-batch.
+        count: number of processes.
+        everyone: whether all of them get it.
     """
     numbers = 0
     for flag in _flags(travel.saved[side]):
         for name in _ROWS[flag]:
             value = getattr(entry, name)
             numbers += 0 if value is None else value[0].numel() * samples
-    return numbers <= packed_size(travel.moments[side].order)
+    return rows_are_fewer(numbers, travel.moments[side].order, count, everyone)
 
 
 def _means(entry: LayerStatistics, travel: Travel, taken: Record) -> list[tuple[_Sum, Tensor]]:
