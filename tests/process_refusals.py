@@ -162,6 +162,28 @@ def refused() -> dict[str, Callable[[], Any]]:
         rule = osc.LayerwiseQuadratic(osc.SignedHessian())
         return osc.build(osc.Method(osc.Identity(), step_size=rule), laid.outer, **laid.options)
 
+    def trained(model: nn.Module, optimizer: Any) -> None:
+        x, y = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1] * 3)
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    def alone() -> None:
+        torch.manual_seed(distributed.get_rank())
+        model = two_layers()
+        trained(model, osc.build("kfac", model, likelihood=Fixed()))
+
+    def unfrozen() -> None:
+        model = two_layers()
+        model[0].requires_grad_(False)  # type: ignore[index]
+        outer = DistributedDataParallel(model)
+        optimizer = osc.build("adam", outer)
+        model[0].requires_grad_(True)  # type: ignore[index]
+        optimizer.add_param_group({"params": model[0].parameters()})  # type: ignore[index]
+
+    def scaled() -> Any:
+        laid = Laid(two_layers(), "owners-only")
+        return osc.build("adam", laid.outer, grad_scaler=torch.amp.GradScaler("cpu"), **laid.options)
+
     def unsaved() -> Any:
         laid = Laid(two_layers(), "owners")
         return osc.build("kfac", laid.outer, likelihood=Fixed(), **laid.options).state_dict()
@@ -176,6 +198,9 @@ def refused() -> dict[str, Callable[[], Any]]:
         "owners-only, not wrapped": lambda: osc.build("adam", two_layers(), division="owners-only"),
         "Hessian products": hessian,
         "a part of a state": unsaved,
+        "nobody averages": alone,
+        "unfrozen inside DistributedDataParallel": unfrozen,
+        "owners-only, scaled": scaled,
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,18 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "tied, kfac": {"net": "tied", "method": "kfac"},
     "frozen parts, kfac": {"net": "partly-frozen", "method": "kfac"},
     "shares of other sizes, kfac": {"method": "kfac", "cuts": {2: [10, 6], 4: [6, 4, 4, 2]}},
+    "shares of other sizes, kbfgs": {"method": "kbfgs", "cuts": {2: [15, 1], 4: [6, 4, 5, 1]}},
+    "shares of other sizes, empirical": {"method": kfac, "cuts": {2: [11, 5], 4: [6, 4, 4, 2]}},
+    "shares of other sizes, exact": {
+        "method": partial(kfac, curvature=osc.ExactGGN()),
+        "likelihood": "categorical",
+        "cuts": {2: [11, 5], 4: [6, 4, 4, 2]},
+    },
+    "weights of samples, exact": {
+        "method": partial(kfac, curvature=osc.ExactGGN()),
+        "likelihood": "categorical",
+        "classes": [1.0, 2.0, 0.5, 1.0, 3.0],
+    },
     "accumulated, kfac": {"method": "kfac", "pieces": 2},
     "a sum, kfac": {"method": "kfac", "options": {"loss_reduction": "sum", "lr": 1e-3}, "reduction": "sum"},
     "clipped, kbfgs": {"method": "kbfgs", "clip": 0.5},
@@ -259,9 +272,11 @@ def situation(name: str, way: str, steps: int = 6) -> dict[str, Any]:
     laid, data, cuts = Laid(model, way), batches(model, steps), given.get("cuts")
     method, pieces = given["method"], given.get("pieces", 1)
     method = method() if callable(method) else method
-    optimizer = osc.build(method, laid.outer, likelihood=Fixed(), **laid.options, **given.get("options", {}))
+    likelihood = given.get("likelihood", Fixed())
+    optimizer = osc.build(method, laid.outer, likelihood=likelihood, **laid.options, **given.get("options", {}))
     losses = []
     reduction = given.get("reduction", "mean")
+    weights = torch.tensor(given["classes"], dtype=torch.float64) if "classes" in given else None
     for inputs, labels in data:
         inputs = inputs.to(given["dtype"]) if "dtype" in given else inputs
         x, y = laid.own(inputs, cuts), laid.own(labels, cuts)
@@ -271,7 +286,13 @@ def situation(name: str, way: str, steps: int = 6) -> dict[str, Any]:
             total = torch.zeros(())
             for index, rows in enumerate(torch.arange(len(x)).chunk(pieces)):
                 with exchanged(laid, index == pieces - 1):
-                    loss = nn.functional.cross_entropy(laid.outer(x[rows]), y[rows], reduction=reduction) / pieces
+                    output = laid.outer(x[rows])
+                    if weights is None:
+                        loss = nn.functional.cross_entropy(output, y[rows], reduction=reduction) / pieces
+                    else:
+                        loss = (
+                            weights[y[rows]] * nn.functional.cross_entropy(output, y[rows], reduction="none")
+                        ).mean()
                     if cuts is not None:  # means are averaged: what each counts is the loop's affair
                         loss = loss * (len(x) * laid.shares / size)
                     elif reduction == "sum":  # and sums as well

@@ -26,7 +26,7 @@ from ...errors import ArgumentError
 from ..declarations import Measure
 from ..layers.attention import ProjectionWatch
 from ..layers.layer import Layer
-from ..layers.sharding import GraphLeaves, is_sharded, whole
+from ..layers.sharding import GraphLeaves, is_sharded, require_whole_output, whole
 from ..likelihoods import Likelihood
 from ..loss_curvature import differentiate
 from ..records import joining
@@ -325,6 +325,8 @@ class Capture(Backend):
         self._inside = False
         if inside_transform():
             return None
+        if self.sharded:
+            require_whole_output(output)
         if self.data is not None:
             self.keep_data(args, kwargs)
         ordered = self.samples_first(output)
@@ -594,7 +596,8 @@ class Capture(Backend):
         for use in uses:
             call, layer = self._new_call(use, output), use.layer
             looks_back = self._kind == "look back"
-            leaves = self._leaves.get(self._pass, []) if looks_back else self._leaves_of(layer)
+            artificial = looks_back and not self.sharded
+            leaves = self._leaves.get(self._pass, []) if artificial else self._leaves_of(layer)
             hook = GradientHook(layer, call, self._asked[layer.name], self._calls, self.pauses, leaves)
             hook.accumulating = not looks_back
             hook.certificate = self._certificates.get(layer.name)
@@ -623,8 +626,8 @@ class Capture(Backend):
 
         Parameters are frozen then: such a leaf lets a backward run at all, and tells which one fills leaves.
         """
-        if self._kind != "look back" or not torch.is_grad_enabled():
-            return None
+        if self._kind != "look back" or self.sharded or not torch.is_grad_enabled():
+            return None  # sharded parameters are not frozen
         leaves = [] if self.pauses.depth else self._leaves.setdefault(self._pass, [])
         if output.requires_grad and (leaves or self.pauses.depth):
             return None

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ...errors import ArgumentError
 
@@ -22,9 +23,11 @@ __all__ = [
     "holders",
     "is_managed",
     "is_sharded",
+    "laid_out",
     "local",
     "piece_of",
     "reopened",
+    "require_whole_output",
     "whole",
     "wholes",
 ]
@@ -135,14 +138,35 @@ def holders(parameter: Tensor) -> int:
     return math.prod(size for size, place in zip(sizes, given.placements, strict=True) if place.is_replicate())
 
 
-def held_gradient(parameter: Tensor) -> Tensor:
-    """The piece of a sharded parameter's gradient that belongs to this process's piece of it.
+def require_whole_output(output: Any) -> None:
+    """Check that a model has returned whole tensors.
 
-    Tensor parallelism may leave gradients laid out otherwise; then this is a collective.
+    Raises:
+        ArgumentError: if one lies on several processes.
     """
-    given, gradient = parameter, parameter.grad
-    assert gradient is not None
-    found: Any = gradient
-    if is_sharded(found) and found.placements != given.placements:  # type: ignore[attr-defined]
-        found = found.redistribute(placements=given.placements)  # type: ignore[attr-defined]
-    return local(found)
+    if any(map(is_sharded, tree_leaves(output))):
+        raise ArgumentError(
+            "the model has returned a DTensor, which lies on several processes, and what is recorded is whole; let the "
+            "last layer give its whole output (RowwiseParallel() or ColwiseParallel(output_layouts=Replicate()), with "
+            "use_local_output=True), and take no loss_parallel()"
+        )
+
+
+def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor laid out over processes as a sharded parameter is.
+
+    Tensor parallelism leaves some gradients laid out otherwise (sums that nobody has added up, copies of a piece); of
+    these it is a collective.
+    """
+    given: Any = parameter
+    found: Any = value
+    if is_sharded(found) and found.placements != given.placements:
+        found = found.detach().redistribute(placements=given.placements)
+    result: Tensor = found
+    return result
+
+
+def held_gradient(parameter: Tensor) -> Tensor:
+    """The piece of a parameter's gradient that belongs to this process's piece of it."""
+    assert parameter.grad is not None
+    return local(laid_out(parameter.grad, parameter))

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...curvature.layers.sharding import local
+from ...curvature.layers.sharding import held_gradient, local
 from ...curvature.records.needs import Needs, Record
 from ...curvature.records.statistics import LayerStatistics
 from ...errors import ArgumentError
@@ -43,7 +43,7 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
     found = session.collect()
     reached = [_reached(parameter) for block in session.blocks for parameter in block.parameters]
     present = tuple(any(map(_reached, block.parameters)) for block in session.blocks)
-    gradients = [full_precision(local(p.grad)) for p in _counted(session, together) if p.grad is not None]
+    gradients = [full_precision(held_gradient(p)) for p in _counted(session, together) if p.grad is not None]
     try:
         total = sum_of_everything(loss, gradients, found.values())
     except (RuntimeError, TypeError):
@@ -55,7 +55,12 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
     seen = session.seen_loss()
     if total is None:
         total = torch.zeros((), device=session.device)
-    meeting = together.meet(total, found, reached, session.capture.doubts if certifies else None, True)
+    norm = None
+    if certifies and gradients and not together.divides_gradients:
+        norm = torch.stack([torch.linalg.vector_norm(value).double() for value in gradients]).norm()
+    doubts = session.capture.doubts if certifies else None
+    meeting = together.meet(total, found, reached, doubts, moments=True, norm=norm)
+    found = together.weighed(found, meeting.samples, session.capture)
     if not any(present):
         raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")
     if meeting.unsound:

@@ -276,6 +276,7 @@ class LookBack:
                 meeting = together.meet(loss.new_zeros(()), found, session.all_reached, None)
         if together is not None:
             looking = {name: Travel() for name in session.plan.second_look.records}
+            found = together.weighed(found, meeting.samples, session.capture)
             found = together.statistics(found, looking, meeting)
         return session.ranks.mean(loss), points.into(found)
 

@@ -8,6 +8,7 @@ what each has found goes round before anything is written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...curvature.backends.backend import Backend
 from ...curvature.layers.layer import Layer
-from ...curvature.layers.sharding import is_sharded, local
+from ...curvature.layers.sharding import is_sharded, laid_out, local
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError, ProcessError
 from ..processes.pieces import Entry, Pieces, batch_shares
@@ -29,6 +31,11 @@ from .early import EarlyMoments
 __all__ = ["Meeting", "Spread", "Together"]
 
 _FINE, _UNSOUND, _RAISED = 0.0, 1.0, 2.0
+_HEAD = 4
+"""Numbers of a table's row before those of layers: verdict, norm of the gradients, two flags of early moments."""
+
+_SAME = 1e-3
+"""Averaged gradients are the same bit for bit on all processes; what nobody has averaged differs by far more."""
 
 
 @dataclass
@@ -181,7 +188,7 @@ class Together:
             if self.early is not None:
                 self.early.settle()
             if self._listening:
-                number = 3 + (2 + 3 * certifies) * len(self.layers) + sum(len(block.names) for block in blocks)
+                number = _HEAD + (2 + 3 * certifies) * len(self.layers) + sum(len(block.names) for block in blocks)
                 row = torch.zeros(number, dtype=torch.float64, device=blocks[0].parameters[0].device)
                 row[0] = _RAISED
                 self.ranks.table(row)
@@ -201,6 +208,7 @@ class Together:
         reached: Sequence[bool],
         doubts: Mapping[str, Tensor] | None,
         moments: bool = False,
+        norm: Tensor | None = None,
     ) -> Meeting:
         """Tell the others what this process has found. One collective and one synchronisation.
 
@@ -210,6 +218,7 @@ class Together:
             reached: of every parameter of every block, whether it has a gradient.
             doubts: of certified layers, see :class:`.Certificate`; ``None``: of this step nobody tells any.
             moments: whether this is the meeting of a step, in which moments may have set out early.
+            norm: 0-dimensional, of the gradients, where every process must have the same; ``None``: not compared.
 
         Raises:
             ProcessError: if another process has raised.
@@ -222,18 +231,23 @@ class Together:
         early = self.early if moments else None
         ready = [0.0, 0.0] if early is None else [float(early.valid(found)), float(early.plain(found))]
         plain = torch.tensor([*ready, *counts, *kinds, *map(float, reached)], dtype=torch.float64)
-        told = [flag, plain.to(flag.device, non_blocking=True)]
+        length = flag.new_zeros(1) if norm is None else norm.to(flag).reshape(1)
+        told = [flag, length, plain.to(flag.device, non_blocking=True)]
         if doubts is not None:
             told += [_told(doubts.get(layer.name), flag) for layer in self.layers]
         self._listening = False
         rows = self.ranks.table(torch.cat(told))
         self._require_nobody_raised(rows)
         number, parameters = len(self.layers), len(reached)
-        columns = [[int(row[3 + index]) for row in rows] for index in range(number)]
-        seen = [{int(row[3 + number + i]) for row, n in zip(rows, columns[i], strict=True) if n} for i in range(number)]
+        columns = [[int(row[_HEAD + index]) for row in rows] for index in range(number)]
+        seen = [
+            {int(row[_HEAD + number + i]) for row, n in zip(rows, columns[i], strict=True) if n} for i in range(number)
+        ]
         require_same_layers(self.layers, columns, seen)
-        start = 3 + 2 * number
+        start = _HEAD + 2 * number
         self._require_same_gradients([row[start : start + parameters] for row in rows])
+        if not any(row[0] for row in rows):
+            self._require_exchanged([row[1] for row in rows])
         samples = {
             layer.name: [n if speaks else 0 for n, speaks in zip(column, self._speakers, strict=True)]
             for layer, column in zip(self.layers, columns, strict=True)
@@ -243,7 +257,8 @@ class Together:
         doubted = {} if doubts is None else self._doubts([row[start + parameters :] for row in rows])
         meeting = Meeting(unsound, samples, doubted)
         if early is not None:
-            valid, goes_on = (all(row[index] for row in rows) for index in (1, 2))
+            valid, goes_on = (all(row[index] for row in rows) for index in (2, 3))
+            valid = valid and not any(map(_is_uneven, samples.values()))  # the rows of some count more
             meeting.settled = {(name, side) for name, side, _ in early.chosen()} if valid else set()
             meeting.moments = early.finish(valid, samples)
             early.learn(goes_on, found, samples)
@@ -268,6 +283,15 @@ class Together:
                     "train the same parameters in a step: let the loss depend on all of them (DistributedDataParallel "
                     "has find_unused_parameters=True), or freeze them everywhere"
                 )
+
+    @staticmethod
+    def _require_exchanged(norms: Sequence[float]) -> None:
+        if max(norms) - min(norms) > _SAME * max(norms):
+            raise ArgumentError(
+                f"the gradients of the processes differ (norms {', '.join(f'{norm:.6g}' for norm in norms)}), so nobody "
+                "averages them: wrap the model in DistributedDataParallel or shard it with fully_shard, average "
+                "them yourself before step(), or build with process_group=None for processes that are for themselves"
+            )
 
     def _doubts(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
         """Of every certified layer, from what all processes have told."""
@@ -298,6 +322,40 @@ class Together:
         """Records of the joint mini-batch, on every process."""
         return brought_together(self.ranks, own, travels, None, samples)
 
+    def weighed(
+        self, found: dict[str, LayerStatistics], samples: Mapping[str, Sequence[int]], capture: Backend
+    ) -> dict[str, LayerStatistics]:
+        """This process's records as parts of the joint loss, where processes have different numbers of samples.
+
+        The joint loss is the mean of the processes' own: each counts 1 / P, whatever its n. A sample's own gradient is
+        therefore N / P times the raw one, not n times, and a weight that was read off a gradient N / (P n) times as
+        large. The loop may have weighted the losses by n P / N, so that samples count the same; then these are 1.
+
+        Args:
+            found: by layer.
+            samples: by layer, of every process.
+            capture: that recorded them.
+        """
+        if capture.loss_reduction != "mean" or not any(map(_is_uneven, samples.values())):
+            return found
+        read = any(reader.found is not None or reader.reads_curvature for reader in capture.readers)
+        result = dict(found)
+        for name, entry in found.items():
+            counts = list(filter(None, samples[name]))
+            factor = sum(counts) / (len(counts) * entry.samples)
+            changes: dict[str, Any] = {"gradient_scale": entry.gradient_scale * factor}
+            if entry.mean_gradient is not None:
+                changes["mean_gradient"] = entry.mean_gradient * factor
+            for key in ("sampled_gradient", "curvature_roots") if read else ():
+                value = getattr(entry, key)
+                if value is not None:
+                    changes[key] = value * math.sqrt(factor)
+            if read and entry.sampled_parameter_gradients is not None:
+                scaled = tuple(value * math.sqrt(factor) for value in entry.sampled_parameter_gradients)
+                changes["sampled_parameter_gradients"] = scaled
+            result[name] = entry.with_fields(**changes)
+        return result
+
     def share_of(self, samples: Mapping[str, Sequence[int]], layer: str) -> float:
         """Which part of a layer's joint samples this process has recorded."""
         counts = samples[layer]
@@ -308,7 +366,7 @@ class Together:
 
         Args:
             parameters: with their owners, in the same order everywhere.
-            values: of each, this process's piece; the whole where it is not sharded.
+            values: of each, laid out over processes like it or otherwise; the whole where it is not sharded.
             what: they are.
 
         Returns:
@@ -318,7 +376,9 @@ class Together:
         found = list(values)
         if not sharded:
             return found
-        entries = [Entry(*parameters[index], full_precision(local(values[index]))) for index in sharded]
+        entries = [
+            Entry(*parameters[index], full_precision(_piece(parameters[index][0], values[index]))) for index in sharded
+        ]
         for index, value in zip(sharded, self.pieces.to_owners(entries, what), strict=True):
             if value is not None:
                 found[index] = value
@@ -411,6 +471,16 @@ class Together:
         """
         found = [self.pieces.share(p) * full_precision(local(value)).square().sum() for p, value in tensors]
         return self.ranks.total(torch.stack(found))
+
+
+def _piece(parameter: Tensor, value: Tensor) -> Tensor:
+    """What belongs to this process's piece of a parameter; a collective where the value is laid out otherwise."""
+    return local(laid_out(value, parameter))
+
+
+def _is_uneven(samples: Sequence[int]) -> bool:
+    """Whether processes add different numbers of samples."""
+    return len(set(filter(None, samples))) > 1
 
 
 def _told(doubt: Tensor | None, like: Tensor) -> Tensor:
