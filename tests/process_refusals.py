@@ -179,10 +179,27 @@ def refused() -> dict[str, Callable[[], Any]]:
         optimizer = osc.build("adam", outer)
         model[0].requires_grad_(True)  # type: ignore[index]
         optimizer.add_param_group({"params": model[0].parameters()})  # type: ignore[index]
+        torch.manual_seed(distributed.get_rank())
+        trained(outer, optimizer)
+
+    def ignored_by_ddp() -> Any:
+        model = two_layers()
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["0.weight"])
+        return osc.build("adam", DistributedDataParallel(model))
 
     def scaled() -> Any:
         laid = Laid(two_layers(), "owners-only")
         return osc.build("adam", laid.outer, grad_scaler=torch.amp.GradScaler("cpu"), **laid.options)
+
+    def shorter() -> None:
+        laid = Laid(two_layers(), "owners")
+        optimizer = osc.build("kbfgs", laid.outer, likelihood=Fixed(), **laid.options)
+        given = batches(laid.model, 2 - distributed.get_rank())
+        optimizer.warm_start([lambda x=x: laid.outer(x) for x, _ in given])
+
+    def nowhere() -> None:
+        laid = Laid(two_layers(), "owners")
+        osc.build("kfac", laid.outer, likelihood=Fixed(), **laid.options).consolidate_state_dict(to=2)
 
     def unsaved() -> Any:
         laid = Laid(two_layers(), "owners")
@@ -198,8 +215,11 @@ def refused() -> dict[str, Callable[[], Any]]:
         "owners-only, not wrapped": lambda: osc.build("adam", two_layers(), division="owners-only"),
         "Hessian products": hessian,
         "a part of a state": unsaved,
+        "a warm start that ends early": shorter,
+        "a state for nobody": nowhere,
         "nobody averages": alone,
         "unfrozen inside DistributedDataParallel": unfrozen,
+        "ignored by DistributedDataParallel": ignored_by_ddp,
         "owners-only, scaled": scaled,
     }
 

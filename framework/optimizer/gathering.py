@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...curvature.layers.sharding import held_gradient, local
+from ...curvature.layers.sharding import whole as whole_of
 from ...curvature.records.needs import Needs, Record
 from ...curvature.records.statistics import LayerStatistics
 from ...errors import ArgumentError
@@ -40,26 +41,27 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
         ProcessError: if another process has raised, or is missing.
     """
     due, ranks, certifies = session.due, together.ranks, session.looks_closely
+    loss = None if loss is None else whole_of(loss)
     found = session.collect()
     reached = [_reached(parameter) for block in session.blocks for parameter in block.parameters]
     present = tuple(any(map(_reached, block.parameters)) for block in session.blocks)
     gradients = [full_precision(held_gradient(p)) for p in _counted(session, together) if p.grad is not None]
+    squares = None
     try:
-        total = sum_of_everything(loss, gradients, found.values())
+        if not together.divides_gradients:
+            squares = sum_of_everything(None, gradients, ())
+        rest = sum_of_everything(loss, gradients if squares is None else (), found.values())
     except (RuntimeError, TypeError):
         require_dense_gradients(session.blocks, found)
         raise
+    known = [value.double() for value in (squares, rest, loss) if value is not None]
+    total = torch.stack(known).sum() if known else torch.zeros((), device=session.device)
     if due.measures_scores:
         names = {block.layer.name for block, there in zip(session.blocks, present, strict=True) if there}
         require_sampled(found, names)
     seen = session.seen_loss()
-    if total is None:
-        total = torch.zeros((), device=session.device)
-    norm = None
-    if certifies and gradients and not together.divides_gradients:
-        norm = torch.stack([torch.linalg.vector_norm(value).double() for value in gradients]).norm()
     doubts = session.capture.doubts if certifies else None
-    meeting = together.meet(total, found, reached, doubts, moments=True, norm=norm)
+    meeting = together.meet(total, found, reached, doubts, moments=True, squares=squares, step=session._step)
     found = together.weighed(found, meeting.samples, session.capture)
     if not any(present):
         raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")

@@ -175,6 +175,8 @@ def warm_up(session: Session, estimator: Estimator, closures: Iterable[Closure])
                     "is not; no statistic was changed. Look at the data of that mini-batch"
                 )
             warm |= _average_in(session.own_blocks, estimator, statistics) or recorded
+    if session.together is not None:
+        session.together.end(blocks)
     if not warm and any(block.asked.anything for block in session.own_blocks):
         found = "is empty (a generator that was used before?)" if not count else f"ran {count} times without effect"
         raise ArgumentError(

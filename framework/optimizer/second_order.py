@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checking import require_kind
 from ...curvature.backends.loss_seen import SeenLoss
 from ...curvature.backends.outputs import Choice, resolve_heads
 from ...curvature.backends.residual_backend import ResidualBackend
@@ -286,6 +287,8 @@ class SecondOrder(Session):
         except NumericalError as error:  # residuals say which of them it is
             return self._refuse(str(error), None)
         if loss is None and closure is not None:
+            if self.together is not None:
+                self.together.skip(self.blocks, self.looks_closely)
             return self._skip("the closure returned None, and no gradient: this mini-batch is skipped", None)
         if self._unowned:
             require_nobody_left_out(self._unowned)
@@ -566,9 +569,15 @@ class SecondOrder(Session):
             to: the process that gets it, by its number in the group.
 
         Memory: the whole state, in the memory of that process's host, until the next step.
+
+        Raises:
+            ArgumentError: if there is no such process.
         """
         if self.together is None or self.together.owners is None:
             return
+        require_kind("to", to, int, f"take the number of a process, 0 to {self.ranks.count - 1}")
+        if not 0 <= to < self.ranks.count:
+            raise ArgumentError(f"to must be the number of a process, 0 to {self.ranks.count - 1}, got {to}")
         own = saved_state(self, numbered_groups(self.param_groups))
         self._consolidated = self._step, consolidated(self, own, to)
 

@@ -30,9 +30,16 @@ from .early import EarlyMoments
 
 __all__ = ["Meeting", "Spread", "Together"]
 
-_FINE, _UNSOUND, _RAISED = 0.0, 1.0, 2.0
-_HEAD = 4
-"""Numbers of a table's row before those of layers: verdict, norm of the gradients, two flags of early moments."""
+_FINE, _UNSOUND, _RAISED, _SKIPPED, _ENDED = 0.0, 1.0, 2.0, 3.0, 4.0
+_HEAD = 5
+"""Numbers of a table's row before those of layers: verdict, number of the step, norm of the gradients, two flags."""
+
+_APART = {
+    _SKIPPED: "have skipped this mini-batch (their closures returned None), and others have not; skip it on all, or "
+    "give every process a part of it",
+    _ENDED: "have come to the end of what warm_start was given, and others have not; give every process as many "
+    "mini-batches",
+}
 
 _SAME = 1e-3
 """Averaged gradients are the same bit for bit on all processes; what nobody has averaged differs by far more."""
@@ -188,11 +195,34 @@ class Together:
             if self.early is not None:
                 self.early.settle()
             if self._listening:
-                number = _HEAD + (2 + 3 * certifies) * len(self.layers) + sum(len(block.names) for block in blocks)
-                row = torch.zeros(number, dtype=torch.float64, device=blocks[0].parameters[0].device)
-                row[0] = _RAISED
-                self.ranks.table(row)
+                self._say(_RAISED, blocks, certifies)
             raise
+
+    def _say(self, verdict: float, blocks: Sequence[Block], certifies: bool) -> list[list[float]]:
+        """Tell the others a verdict in the place of what was found; returns what all have told."""
+        number = _HEAD + (2 + 3 * certifies) * len(self.layers) + sum(len(block.names) for block in blocks)
+        row = torch.zeros(number, dtype=torch.float64, device=self.device)
+        row[0] = verdict
+        self._listening = False
+        return self.ranks.table(row)
+
+    def skip(self, blocks: Sequence[Block], certifies: bool) -> None:
+        """This process has no mini-batch for this step.
+
+        Raises:
+            ArgumentError: if others have.
+        """
+        if self.early is not None:
+            self.early.settle()
+        self._require_nobody_apart(self._say(_SKIPPED, blocks, certifies))
+
+    def end(self, blocks: Sequence[Block]) -> None:
+        """This process has no further mini-batch for the warm start.
+
+        Raises:
+            ArgumentError: if others have.
+        """
+        self._require_nobody_apart(self._say(_ENDED, blocks, False))
 
     def evaluated(self, closure: Callable[[], Any]) -> Any:
         """Run the user's closure, in which DDP and FSDP2 exchange gradients."""
@@ -208,7 +238,8 @@ class Together:
         reached: Sequence[bool],
         doubts: Mapping[str, Tensor] | None,
         moments: bool = False,
-        norm: Tensor | None = None,
+        squares: Tensor | None = None,
+        step: int = 0,
     ) -> Meeting:
         """Tell the others what this process has found. One collective and one synchronisation.
 
@@ -218,7 +249,8 @@ class Together:
             reached: of every parameter of every block, whether it has a gradient.
             doubts: of certified layers, see :class:`.Certificate`; ``None``: of this step nobody tells any.
             moments: whether this is the meeting of a step, in which moments may have set out early.
-            norm: 0-dimensional, of the gradients, where every process must have the same; ``None``: not compared.
+            squares: 0-dimensional, sum of squared gradients, where every process must have the same; ``None``: not so.
+            step: its number.
 
         Raises:
             ProcessError: if another process has raised.
@@ -231,13 +263,15 @@ class Together:
         early = self.early if moments else None
         ready = [0.0, 0.0] if early is None else [float(early.valid(found)), float(early.plain(found))]
         plain = torch.tensor([*ready, *counts, *kinds, *map(float, reached)], dtype=torch.float64)
-        length = flag.new_zeros(1) if norm is None else norm.to(flag).reshape(1)
-        told = [flag, length, plain.to(flag.device, non_blocking=True)]
+        length = flag.new_zeros(1) if squares is None else squares.to(flag).sqrt().reshape(1)
+        told = [flag, flag.new_full((1,), float(step)), length, plain.to(flag.device, non_blocking=True)]
         if doubts is not None:
             told += [_told(doubts.get(layer.name), flag) for layer in self.layers]
         self._listening = False
         rows = self.ranks.table(torch.cat(told))
         self._require_nobody_raised(rows)
+        self._require_nobody_apart(rows)
+        self._require_same_step(rows)
         number, parameters = len(self.layers), len(reached)
         columns = [[int(row[_HEAD + index]) for row in rows] for index in range(number)]
         seen = [
@@ -247,7 +281,7 @@ class Together:
         start = _HEAD + 2 * number
         self._require_same_gradients([row[start : start + parameters] for row in rows])
         if not any(row[0] for row in rows):
-            self._require_exchanged([row[1] for row in rows])
+            self._require_exchanged([row[2] for row in rows])
         samples = {
             layer.name: [n if speaks else 0 for n, speaks in zip(column, self._speakers, strict=True)]
             for layer, column in zip(self.layers, columns, strict=True)
@@ -257,12 +291,28 @@ class Together:
         doubted = {} if doubts is None else self._doubts([row[start + parameters :] for row in rows])
         meeting = Meeting(unsound, samples, doubted)
         if early is not None:
-            valid, goes_on = (all(row[index] for row in rows) for index in (2, 3))
+            valid, goes_on = (all(row[index] for row in rows) for index in (3, 4))
             valid = valid and not any(map(_is_uneven, samples.values()))  # the rows of some count more
             meeting.settled = {(name, side) for name, side, _ in early.chosen()} if valid else set()
             meeting.moments = early.finish(valid, samples)
             early.learn(goes_on, found, samples)
         return meeting
+
+    @staticmethod
+    def _require_nobody_apart(rows: Sequence[Sequence[float]]) -> None:
+        for verdict, words in _APART.items():
+            found = [rank for rank, row in enumerate(rows) if row[0] == verdict]
+            if found and len(found) < len(rows):
+                raise ArgumentError(f"processes {found} {words}; no parameter and no state has changed")
+
+    @staticmethod
+    def _require_same_step(rows: Sequence[Sequence[float]]) -> None:
+        steps = [int(row[1]) for row in rows]
+        if len(set(steps)) > 1:
+            raise ArgumentError(
+                f"the processes are at steps {steps}: one of them has missed some (an error in its closure that was "
+                "caught?), and their states differ; start again from the last checkpoint"
+            )
 
     @staticmethod
     def _require_nobody_raised(rows: Sequence[Sequence[float]]) -> None:
@@ -288,8 +338,8 @@ class Together:
     def _require_exchanged(norms: Sequence[float]) -> None:
         if max(norms) - min(norms) > _SAME * max(norms):
             raise ArgumentError(
-                f"the gradients of the processes differ (norms {', '.join(f'{norm:.6g}' for norm in norms)}), so nobody "
-                "averages them: wrap the model in DistributedDataParallel or shard it with fully_shard, average "
+                f"the gradients of the processes differ (norms {', '.join(f'{norm:.6g}' for norm in norms)}), so "
+                "nobody averages them: wrap the model in DistributedDataParallel or shard it with fully_shard, average "
                 "them yourself before step(), or build with process_group=None for processes that are for themselves"
             )
 

@@ -63,8 +63,11 @@ SAID = {
     "owners-only, hook taken": "the communication hook of DistributedDataParallel, which is taken",
     "owners-only, not wrapped": "the model is not wrapped",
     "Hessian products": "products with the Hessian of the joint mini-batch",
+    "a warm start that ends early": "processes [1] have come to the end of what warm_start was given",
+    "a state for nobody": "to must be the number of a process, 0 to 1, got 2",
     "nobody averages": "so nobody averages them: wrap the model in DistributedDataParallel",
-    "unfrozen inside DistributedDataParallel": "does not exchange the gradient of parameter '0.weight'",
+    "unfrozen inside DistributedDataParallel": "the gradients of the processes differ",
+    "ignored by DistributedDataParallel": "does not exchange the gradient of parameter '0.weight'",
     "owners-only, scaled": "a GradScaler would take every step for an overflow",
     "a part of a state": "owns 1 of 2 blocks and has no other's state; call optimizer.consolidate_state_dict",
 }
