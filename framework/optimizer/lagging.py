@@ -43,16 +43,16 @@ def requests_of(
 
 
 def require_may_lag(blocks: Iterable[Block]) -> None:
-    """Check that no structure with a lag would throw away what it has learnt since its inverses were begun.
+    """Check that no structure with a lag may throw away what it has learnt since its inverses were begun.
 
     Raises:
-        CompatibilityError: naming the first that would.
+        CompatibilityError: naming the first that may.
     """
     for block in blocks:
         if block.part.schedule.lag and block.asked.looks_back:
             raise CompatibilityError(
                 f"{type(block.part).__name__} on {block.layer.name!r} learns from every step, and its schedule has "
-                f"lag={block.part.schedule.lag}: an inverse that was begun earlier would overwrite that; take lag=0"
+                f"lag={block.part.schedule.lag}: an inverse that was begun earlier may overwrite that; take lag=0"
             )
 
 
@@ -86,7 +86,8 @@ class _Task:
             for device, event in events:
                 torch.cuda.current_stream(device).wait_event(event)
             for value in _tensors(self._found) if events else ():
-                value.record_stream(torch.cuda.current_stream(value.device))
+                if value.is_cuda:
+                    value.record_stream(torch.cuda.current_stream(value.device))
         self._requests, self._future = (), None
         return self._found
 
