@@ -5,6 +5,11 @@ it is due. The matrices are copied at that step (statistics go on writing into t
 optimizer's own; on CUDA also to a stream of its own, which waits for the copies, and for which the step that installs
 waits. Which inverse a step uses follows from the schedule alone, never from how long anything took. Other devices have
 no streams that torch lets threads choose alike: there inverses are computed at once, and used as late.
+
+What it takes is a processor that has nothing else to do. `kfac` with inverses every 20 steps on the MNIST autoencoder
+(16 matrices of orders 30 to 1001, mini-batches of 64, float32, two threads, two cores that others used too, four cycles
+each in turn): the step at which inverses are due, lag 0 and 5, took 380 and 213 ms of wall time (median), a quiet one 195 and
+187, all of a cycle 225 and 193 on average; of processor time the same, 136 and 138.
 """
 
 from __future__ import annotations
