@@ -289,6 +289,8 @@ class SecondOrder(Session):
         self._inverse_scale = None if scaling is None else scaling.inverse(due.records_gradients)
         if self.together is not None:
             with self._in_step(self.together):
+                if self.lagging.pending:
+                    self.lagging.landing(self._step, False)  # what a thread has raised is told the others
                 batch = gather(self, self.together, loss)
             if isinstance(batch, str):
                 return self._refuse(batch, loss)
