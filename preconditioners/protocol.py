@@ -59,12 +59,16 @@ class Schedule:
             one exact inverse).
         eager: inverses are also due at every k <= eager where statistics are due (K-FAC's and MBF's first steps).
         first: first step at which statistics that were warm-started are updated (K-BFGS: 1, the warm start is fresh).
+        lag: >= 0, < T2; inverses that are due at step k are computed beside the next ``lag`` steps, from the statistics
+            and with the damping of step k, and first used at step k + lag. 0: at once, as at k = 0, at k <= eager,
+            and where T2 is ``None``.
     """
 
     statistics: int = 1
     inverses: int | None = 1
     eager: int = 0
     first: int = 0
+    lag: int = 0
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -73,6 +77,11 @@ class Schedule:
             require_positive_integer("inverses interval", self.inverses)
         if self.eager < 0 or self.first < 0:
             raise ArgumentError(f"eager and first must be >= 0, got {self.eager} and {self.first}")
+        if self.lag < 0 or (self.inverses is not None and self.lag >= self.inverses):
+            raise ArgumentError(
+                f"lag must be >= 0 and less than the inverses interval, got {self.lag} of {self.inverses}: inverses "
+                "would be replaced before they are used"
+            )
 
     def statistics_due(self, step: int, warm: bool) -> bool:
         """Whether step ``step`` updates the statistics."""
@@ -84,6 +93,10 @@ class Schedule:
             return True
         regular = self.inverses is not None and step % self.inverses == 0
         return regular or (step <= self.eager and step % self.statistics == 0)
+
+    def lags(self, step: int) -> bool:
+        """Whether inverses that are due at step ``step`` are used ``lag`` steps later."""
+        return self.lag > 0 and step > self.eager and self.inverses is not None and step % self.inverses == 0
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,11 @@ class State:
                 value = getattr(self, name)
                 yield from value.written() if isinstance(value, State) else _tensors(value)
 
+    @property
+    def has_gathered(self) -> bool:
+        """Whether there is anything to compute inverses of; if not, the fresh ones stay."""
+        return True
+
     def bytes(self) -> int:
         """Size of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def disagreeing(rank: int, world: int, way: str, method: str, what: str) -> dict
     """Three good steps, then one in which the last process does ``what``, then a good one."""
     laid = Laid(two_layers(), way)
     how = "skip" if what.startswith("skipped") else "raise"
-    optimizer = osc.build(method, laid.outer, likelihood=Fixed(), on_nonfinite=how, **laid.options)
+    late = {"inverses_every": 2, "eager": 0, "lag": 1} if what == RAISES else {}  # due at step 2, installed at 3
+    optimizer = osc.build(method, laid.outer, likelihood=Fixed(), on_nonfinite=how, **laid.options, **late)
     last, said, same = rank == world - 1, "stepped", True
     for index, (inputs, labels) in enumerate(batches(laid.model, 5)):
         x, y, odd = laid.own(inputs), laid.own(labels), index == 3
@@ -118,6 +120,10 @@ def disagreeing(rank: int, world: int, way: str, method: str, what: str) -> dict
                 return {"loss": loss}  # type: ignore[return-value]
             return loss.detach()
 
+        if odd and last and what == RAISES:
+            for entry in optimizer.lagging.pending.values():
+                entry.task._future = Future()
+                entry.task._future.set_exception(MemoryError("no room for this matrix"))
         before = everything(laid, optimizer)
         try:
             optimizer.step(closure)
@@ -130,6 +136,7 @@ def disagreeing(rank: int, world: int, way: str, method: str, what: str) -> dict
     return {"said": said, "same": same, "moved": moved, "skipped": optimizer.skipped_steps}
 
 
+RAISES = "the thread of inverses raises"
 DISAGREEMENTS = ("input is infinite", "skipped: input is infinite", "a gradient vanishes", "another loss")
 
 
@@ -244,6 +251,7 @@ def main(rank: int, world: int, init: str, out: str) -> None:
         for method in ("kfac", "kbfgs", "adam"):
             for what in DISAGREEMENTS:
                 found[f"{way}, {method}: {what}"] = disagreeing(rank, world, way, method, what)
+        found[f"{way}, kfac: {RAISES}"] = disagreeing(rank, world, way, "kfac", RAISES)
     for name, action in refused().items():
         found[f"refused: {name}"] = what_is_said(action)
     torch.save(found, out)

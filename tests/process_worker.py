@@ -213,6 +213,8 @@ def composed() -> dict[str, Callable[[], osc.Method]]:
         "pairs of parameters": lambda: osc.Method(osc.SecantBlocks(), **secant),
         "rows of all": lambda: kfac(step_size=osc.JointLayerwise(RowsOfAll()), **scores),
         "mean scores": lambda: kfac(step_size=osc.LayerwiseQuadratic(osc.SampledBatchScores()), **scores),
+        "late inverses": lambda: osc.Method(osc.Kronecker(*(osc.Covariance(),) * 2, osc.Schedule(1, 2, lag=1)), **rows),
+        "late bases": lambda: osc.Method(osc.Eigenbasis(schedule=osc.Schedule(1, 2, lag=1)), **rows),
         "dense": lambda: osc.Method(osc.Dense(), **rows),
         "blocks of rows": lambda: osc.Method(osc.MiniBlock(), **rows),
     }

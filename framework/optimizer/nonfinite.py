@@ -22,6 +22,7 @@ from torch._utils import _flatten_dense_tensors
 from ...curvature.records.statistics import LayerStatistics
 from ...errors import ArgumentError, NumericalError
 from .blocks import Block
+from .lagging import Lagging
 from .stepping import StepRule
 from .team import Team
 
@@ -163,6 +164,7 @@ class Undo:
         step: number of the step.
         warm: whether statistics were warm-started.
         waits: of every block, whether its state is written only when all that can fail is over; none: of no block.
+        lagging: inverses that are begun or installed in this step.
 
     Memory: as much as the copied states, until the step is over.
     """
@@ -175,18 +177,21 @@ class Undo:
         step: int,
         warm: bool,
         waits: Sequence[bool] = (),
+        lagging: Lagging | None = None,
     ):
         # Numbers are values in these dictionaries, tensors are the originals: the copies stand beside them, but for
         # tensors that are only ever replaced, of which it is enough to hold the old one.
         # Last steps, the rest of what a rule keeps, change when all is over.
         self._rule, self._rule_state = rule, {} if rule.state is None else dict(rule.state.to_dict())
         self._parameters = list(parameters)
+        self._lagging, self._pending = lagging, lagging.pending.copy() if lagging and lagging.pending else {}
+        landing = {key for key, entry in self._pending.items() if entry.lands <= step} if self._pending else ()
         self._blocks: list[tuple[Block, dict[str, Any]]] = []
         originals = list(parameters)
         for block, waiting in zip(blocks, waits or (False,) * len(blocks), strict=True):
-            written = not waiting and (
-                block.statistics_due(step, warm) or block.inverses_due(step) or block.asked.looks_back
-            )
+            written = (
+                not waiting and (block.statistics_due(step, warm) or block.inverses_due(step) or block.asked.looks_back)
+            ) or block.key in landing
             self._blocks.append((block, block.to_dict(state=written)))
             originals += block.storage
             if written:
@@ -209,6 +214,8 @@ class Undo:
         for block, values in self._blocks:
             block.load_dict(_with_copies(values, copies))
         self._rule.load_own_state(_with_copies(self._rule_state, copies))
+        if self._lagging is not None:
+            self._lagging.pending = self._pending
 
 
 def _gather(values: Iterable[Any], found: list[Tensor]) -> None:

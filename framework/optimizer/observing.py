@@ -13,19 +13,20 @@ from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError, NumericalError
 from ...preconditioners.averages import PlainAverage
 from ...preconditioners.damping.split import SideDamping
-from ...preconditioners.operations import Request, compute_many
+from ...preconditioners.operations import compute_many
 from ...preconditioners.protocol import Observation
 from ..methods.momentum import WeightDecay
 from .arguments import require_callable
 from .blocks import Block, zeros_of
 from .closure import Closure, preserved
+from .lagging import Pending, requests_of
 from .nonfinite import find_trouble, sum_of_everything
 from .recording import fill, records_for_forward, require_filled, require_pairs
 from .session import Session
 from .team import BlockStep, Crew, MiniBatch
 from .travelling import travels_of_warm_start
 
-__all__ = ["observe", "observe_waiting", "refine", "refresh", "warm_up"]
+__all__ = ["observe", "observe_waiting", "refine", "refresh", "renew", "warm_up"]
 
 
 def observe(session: Session, batch: MiniBatch) -> None:
@@ -128,20 +129,30 @@ def refine(batch: MiniBatch) -> None:
 
 def refresh(blocks: Sequence[Block], sides: Callable[[Block], SideDamping]) -> tuple[int, int]:
     """Compute the inverses of these blocks, all in one batched request. Returns (matrices, rescues)."""
-    requests: list[tuple[Block, int]] = []
-    flat: list[Request] = []
-    for block in blocks:
-        asked = block.part.matrices(block.state, sides(block))
-        requests.append((block, len(asked)))
-        flat.extend(asked)
+    asked, flat = requests_of(blocks, sides)
     if not flat:
         return 0, 0
     results = compute_many(flat)
-    position = 0
-    for block, count in requests:
-        block.part.install(block.state, results[position : position + count])
-        position += count
+    for block, place in asked:
+        block.part.install(block.state, results[place])
     return len(flat), sum(result.rescues for result in results)
+
+
+def renew(session: Session, late: Sequence[Pending]) -> tuple[int, int]:
+    """Install the inverses that this step was to wait for, compute those that are due, and begin those that lag.
+
+    Returns:
+        (matrices, rescues) of what was installed.
+    """
+    due, lagging = session.due, session.lagging
+    refreshes, rescues = lagging.install(late) if late else (0, 0)
+    if due.inverses:
+        lagging.forget(due.inverses)
+        more = refresh(due.inverses, session.sides_of(due.inverses))
+        refreshes, rescues = refreshes + more[0], rescues + more[1]
+    if due.lagging:
+        lagging.begin(due.lagging, session.sides_of(due.lagging), session._step)
+    return refreshes, rescues
 
 
 def warm_up(session: Session, estimator: Estimator, closures: Iterable[Closure]) -> bool:

@@ -35,7 +35,8 @@ class StepPlan:
     Attributes:
         records: by layer, what the backend records.
         due: of every own block, whether its statistics are updated.
-        inverses: own blocks whose inverses are recomputed.
+        inverses: own blocks whose inverses are recomputed at once.
+        lagging: own blocks whose inverses are begun, to be used some steps later.
         samples_labels: whether some layer needs a backward for sampled labels.
         measures_scores: whether the step-size or damping rule measures curvature with sampled labels.
         records_gradients: whether some record holds gradients of the user's loss.
@@ -49,6 +50,7 @@ class StepPlan:
     records: Mapping[str, Record]
     due: tuple[bool, ...]
     inverses: tuple[Block, ...]
+    lagging: tuple[Block, ...]
     samples_labels: bool
     measures_scores: bool
     records_gradients: bool
@@ -122,7 +124,8 @@ class Plan:
         times = []
         for schedule, born in self._clocks:
             age = step - born
-            times.append((schedule.statistics_due(age, warm and not born), schedule.inverses_due(age)))
+            late = schedule.lag > 0 and schedule.lags(age)
+            times.append((schedule.statistics_due(age, warm and not born), schedule.inverses_due(age), late))
         varies = (self.method.measures_at(step), self.method.looks_back_at(step)) if self._varies else None
         key = (tuple(times), varies)
         found = self._known.get(key)
@@ -131,25 +134,26 @@ class Plan:
         self._last = ((step, warm), found)
         return found
 
-    def _worked_out(self, step: int, warm: bool, times: Sequence[tuple[bool, bool]]) -> StepPlan:
+    def _worked_out(self, step: int, warm: bool, times: Sequence[tuple[bool, bool, bool]]) -> StepPlan:
         method, measures = self.method, self.method.measures_at(step)
-        due = tuple(statistics for statistics, _ in times)
+        due = tuple(statistics for statistics, _, _ in times)
+        inverting = [(block, late) for block, (_, now, late) in zip(self.blocks, times, strict=True) if now]
+        inverting = [(block, late) for block, late in inverting if _inverts(block)]
         records = records_for_step(self.all_blocks, self.layers, method, step, warm)
         matrices = any(block.asked.matrix and block.statistics_due(step, warm) for block in self.all_blocks)
         looks_back = method.looks_back_at(step)
         return StepPlan(
             records,
             due,
-            tuple(
-                block for block, (_, inverses) in zip(self.blocks, times, strict=True) if inverses and _inverts(block)
-            ),
+            tuple(block for block, late in inverting if not late),
+            tuple(block for block, late in inverting if late),
             any(record & (Record.SAMPLED | Record.SAMPLED_PARAMETERS) for record in records.values()),
             bool(measures & (Needs.SCORES | Needs.BATCH_SCORES)),
             any(record & (Record.GRADIENTS | Record.MEANS) for record in records.values()),
             Needs.PRODUCTS in measures or (Needs.PRODUCTS in method.asks and matrices),
             tuple(
                 looks_back and block.structure.waits and not inverses and not method.balances_eigenvalues
-                for block, (_, inverses) in zip(self.blocks, times, strict=True)
+                for block, (_, inverses, _) in zip(self.blocks, times, strict=True)
             ),
             looks_back,
             (looks_back and method.guard.attempts == 0) or not isinstance(method.step_size, ConstantStep),

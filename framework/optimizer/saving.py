@@ -10,14 +10,18 @@ from torch import Tensor, nn
 from ...errors import ArgumentError
 from ..methods.parts import label
 from .groups import numbers_of
+from .lagging import Lagging, restored
 from .session import Session
 from .stepping import LAST
 
-__all__ = ["consolidated", "require_same_layout", "restore_state", "saved_state"]
+__all__ = ["consolidated", "require_same_layout", "restore_state", "saved_state", "with_pending"]
 
 _WAY_OUT = "load into an optimizer built for the same model and method"
 _FORMAT = 2
 """Layout of saved states; 1 was that of osculate 0.1, which said neither its number nor its method."""
+
+_PENDING = "pending"
+"""Of a block, only while there is something: older versions read states without, and this one theirs."""
 
 
 def saved_state(optimizer: Session, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -45,6 +49,25 @@ def saved_state(optimizer: Session, groups: Sequence[Mapping[str, Any]]) -> dict
     }
 
 
+def with_pending(saved: dict[str, Any], lagging: Lagging) -> dict[str, Any]:
+    """A saved state with the inverses that are to be used at a later step, each in its block's; waits for them."""
+    if not lagging.pending:
+        return saved
+    found = lagging.to_dict()
+    return {**saved, "state": {k: v | {_PENDING: found[k]} if k in found else v for k, v in saved["state"].items()}}
+
+
+def _without_pending(saved: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The inverse of :func:`with_pending`: (the rest, by block what is pending)."""
+    found = {k: v[_PENDING] for k, v in saved["state"].items() if isinstance(v, Mapping) and _PENDING in v}
+    if not found:
+        return saved, found
+    states = dict(saved["state"])
+    for key in found:
+        states[key] = {name: value for name, value in states[key].items() if name != _PENDING}
+    return {**saved, "state": states}, found
+
+
 def restore_state(optimizer: Session, saved: Mapping[str, Any]) -> None:
     """Copy a saved state into an optimizer; ``saved`` is not modified.
 
@@ -58,13 +81,15 @@ def restore_state(optimizer: Session, saved: Mapping[str, Any]) -> None:
         optimizer.method.check_values(**numbers_of(group, index))
     _add_missing_groups(optimizer, saved)
     own = saved_state(optimizer, optimizer.param_groups)
-    saved = of_own_layers(optimizer, saved)
+    saved, pending = _without_pending(of_own_layers(optimizer, saved))
     nested = ("state", "step_size", "guard", "progress")
     require_same_layout({key: own[key] for key in nested}, {key: saved[key] for key in nested})
     if own["group_of"] != saved["group_of"]:
         raise ArgumentError(f"saved parameter groups differ from this optimizer's; {_WAY_OUT} and groups")
+    found = restored({block.key: block for block in optimizer.own_blocks}, pending)
     for block in optimizer.own_blocks:
         block.load_dict(saved["state"][block.key])
+    optimizer.lagging.pending = found
     optimizer._rule.load_dict(saved["step_size"])
     if optimizer.guard_state is not None:
         optimizer.guard_state.load_dict(dict(saved["guard"]))

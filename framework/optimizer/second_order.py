@@ -44,16 +44,17 @@ from .earlier import EarlierGradients, require_whole_batch
 from .gathering import gather
 from .groups import require_nobody_left_out, split_into_groups, unowned_parameters
 from .kinds_of_numbers import require_dense_gradients, require_real_and_dense
+from .lagging import Lagging, require_may_lag
 from .layer_table import LayerTable
 from .lookback import LookBack
 from .loss_reading import warn_of_loss
 from .nonfinite import Undo, describe_trouble, find_trouble, require_finite_loss, spoiled_parameters
 from .observers import Observer, StepTrace
-from .observing import observe, refine, refresh, warm_up
+from .observing import observe, refine, renew, warm_up
 from .precision import Scaling, require_plain_loss
 from .recording import all_records, own_measures, require_sampled, with_hessians
 from .report import StepReport
-from .saving import consolidated, restore_state, saved_state
+from .saving import consolidated, restore_state, saved_state, with_pending
 from .session import Session
 from .stepping import Proposal, StepRule
 from .team import MiniBatch, Team
@@ -164,6 +165,7 @@ class SecondOrder(Session):
             estimator=method.curvature,
             owner=None if self.together is None else self.owner_of,
         )
+        require_may_lag(self.blocks)
         self.certify_records = certify_records
         if not warn_of_declined(self.blocks):  # one warning tells of what the fallback serves
             warn_of_fallback(self.blocks, self.structures)
@@ -192,7 +194,7 @@ class SecondOrder(Session):
         if isinstance(resolved, Categorical) and declared(method.step_size, StepSizeDeclarations).uses_loss:
             self.capture.seen = SeenLoss([parameter for layer in layers for parameter in layer.parameters.values()])
         self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping, self.together)
-        self.guard_state = method.guard.init()
+        self.guard_state, self.lagging = method.guard.init(), Lagging()
         self._look_back = LookBack(self)
         self._unowned = unowned_parameters(model, layers)
         if self.together is not None and any(travel.moments for travel in self.plan.at(0, False).travels.values()):
@@ -227,6 +229,7 @@ class SecondOrder(Session):
     def close(self) -> None:
         """Remove the hooks from the model; the optimizer cannot step afterwards."""
         self.capture.close()
+        self.lagging.close()
         self._closed = True
 
     def paused(self) -> AbstractContextManager[None]:
@@ -299,6 +302,8 @@ class SecondOrder(Session):
         self._inverse_scale = None if scaling is None else scaling.inverse(due.records_gradients)
         if self.together is not None:
             with self._in_step(self.together):
+                if self.lagging.pending:
+                    self.lagging.landing(self._step, False)  # what a thread has raised is told the others
                 batch = gather(self, self.together, loss)
             if isinstance(batch, str):
                 return self._refuse(batch, loss)
@@ -381,10 +386,12 @@ class SecondOrder(Session):
         """
         for observer in self.observers:
             observer.before_step(self)
-        looks_back = self.due.looks_back and closure is not None
+        due = self.due
+        looks_back = due.looks_back and closure is not None
+        # Waits before anything is written; what an undone step installs must be there again.
+        late = self.lagging.landing(self._step, due.risky or due.looks_back) if self.lagging.pending else ()
         observe(self, batch)
-        due = self.due.inverses
-        refreshes, rescues = refresh(due, self.sides_of(due)) if due else (0, 0)
+        refreshes, rescues = renew(self, late) if late or due.inverses or due.lagging else (0, 0)
         if batch.team.refines:
             refine(batch)
         proposal = self._propose(batch)
@@ -425,7 +432,7 @@ class SecondOrder(Session):
     def _undo(self, batch: MiniBatch) -> Undo:
         unguarded = self.due.looks_back and self.method.guard.attempts == 0
         moved, waits = batch.parameters if self.due.looks_back else [], () if unguarded else self.due.waits
-        return Undo(self.own_blocks, self._rule, moved, self._step, self._warm, waits)
+        return Undo(self.own_blocks, self._rule, moved, self._step, self._warm, waits, self.lagging)
 
     def _evaluate(self, closure: Closure | None) -> tuple[Tensor | None, GraphKeepingBackward | None]:
         """Loss and, where they are asked for, Hessian products; no loss without a closure, or if it skips the batch."""
@@ -535,15 +542,19 @@ class SecondOrder(Session):
         :meth:`consolidate_state_dict` brings the whole to one of them, whose ``state_dict()`` it then is.
 
         Raises:
-            ArgumentError: if other processes have a part of it, and it was not consolidated since the last step.
+            ArgumentError: if other processes have a part of it, and it was not consolidated since the last step; or if
+                a checkpoint would lose inverses that lag.
             ProcessError: if an exchange between processes failed in the middle of a step.
         """
         self._require_same_model()
         self.ranks.require_whole()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        saved = saved_state(self, numbered_groups(self.param_groups))
-        if asked_for_checkpoint():
+        by_checkpoint = asked_for_checkpoint()
+        if by_checkpoint:
+            self.lagging.require_nothing_pending()
+        saved = with_pending(saved_state(self, numbered_groups(self.param_groups)), self.lagging)
+        if by_checkpoint:
             saved = by_parameter(saved, self)
         elif self.together is not None and self.together.owners is not None:
             step, whole = self._consolidated
@@ -578,7 +589,7 @@ class SecondOrder(Session):
         require_kind("to", to, int, f"take the number of a process, 0 to {self.ranks.count - 1}")
         if not 0 <= to < self.ranks.count:
             raise ArgumentError(f"to must be the number of a process, 0 to {self.ranks.count - 1}, got {to}")
-        own = saved_state(self, numbered_groups(self.param_groups))
+        own = with_pending(saved_state(self, numbered_groups(self.param_groups)), self.lagging)
         self._consolidated = self._step, consolidated(self, own, to)
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from .arguments import as_number
 from .blocks import Block, full_precision, make_blocks
 from .groups import GroupValues, chosen_parameters, late_layers, numbers_of, unowned_parameters
 from .kinds_of_numbers import require_real_and_dense
+from .lagging import Lagging, require_may_lag
 from .loss_reading import require_right_loss
 from .plan import Plan, StepPlan
 from .precision import widened
@@ -58,6 +59,7 @@ class Session(torch.optim.Optimizer):
     together: Together | None
     structures: Preconditioner | ByLayer
     capture: Backend
+    lagging: Lagging
     ranks: Ranks
     plan: Plan
     grad_scaler: torch.amp.GradScaler | None
@@ -216,6 +218,7 @@ class Session(torch.optim.Optimizer):
             estimator=self.method.curvature,
             owner=self.owner_of,
         )
+        require_may_lag(blocks)
         super().add_param_group({**param_group, "params": chosen})
         for block in blocks:
             block.born = self._step

@@ -44,6 +44,11 @@ class EigenbasisState(State):
     renewals: int
     damping: float
 
+    @property
+    def has_gathered(self) -> bool:
+        """Bases of nothing are not installed."""
+        return self.weight != 0.0
+
 
 @dataclass(frozen=True)
 class Eigenbasis(Stateless):
@@ -150,9 +155,11 @@ class Eigenbasis(Stateless):
     def matrices(self, state: EigenbasisState, damping: SideDamping) -> Sequence[Request]:
         """Inputs first; none of a side that is not turned."""
         operation = self.moments.renewal if state.renewals else self.moments.first
-        state.damping = damping.whole
         sides = (state.inputs, state.inputs_basis), (state.outputs, state.outputs_basis)
-        return [Request(matrix, damping.whole, operation, basis) for matrix, basis in sides if matrix.numel()]
+        asked = [Request(matrix, damping.whole, operation, basis) for matrix, basis in sides if matrix.numel()]
+        if not asked:
+            state.damping = damping.whole  # else when the bases of this damping are installed
+        return asked
 
     def install(self, state: EigenbasisState, results: Sequence[Computed]) -> None:
         """Both bases or, if one failed or nothing was gathered yet, neither."""

@@ -20,6 +20,7 @@ from ...curvature.declarations import StructureDeclarations, declared, derived
 from ...curvature.layers.layer import Layer
 from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...curvature.records.statistics import LayerStatistics, Tensors
+from ...errors import CompatibilityError
 from ..averages import Average
 from ..damping.split import MeanEigenvalues, SideDamping, TwoSided
 from ..linalg import Computed
@@ -85,11 +86,21 @@ class DenseReference(StructureDeclarations, forwards="part"):
     Args:
         part: the structure; linear in the momentum, with ``to_dense``.
 
+    Raises:
+        CompatibilityError: if the structure's inverses lag.
+
     Memory: that of ``part`` twice, and d^2 numbers of double precision per layer while it solves. For small layers.
     """
 
     part: Preconditioner
     numbers = bounds = reference = partition = None
+
+    def __post_init__(self) -> None:
+        if self.part.schedule.lag:
+            raise CompatibilityError(
+                f"the dense reference of {type(self.part).__name__} solves with what it sees now, and its schedule has "
+                f"lag={self.part.schedule.lag}; take the reference of the structure with lag=0"
+            )
 
     @property
     def needs(self) -> Needs:

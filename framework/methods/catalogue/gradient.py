@@ -22,7 +22,9 @@ from .names import chosen
 __all__ = ["muon", "shampoo", "soap", "tnt"]
 
 
-def shampoo(*, momentum: float = 0.9, statistics_every: int = 1, inverses_every: int = 20, eager: int = 20) -> Method:
+def shampoo(
+    *, momentum: float = 0.9, statistics_every: int = 1, inverses_every: int = 20, eager: int = 20, lag: int = 0
+) -> Method:
     """Shampoo (arXiv:1802.09568v2, Algorithm 1): L^{-1/4} G R^{-1/4}, sums of gradient products from damping I.
 
     Kernels are flattened to matrices, and what is no matrix gets the diagonal of the same (AdaGrad). The paper takes
@@ -34,9 +36,10 @@ def shampoo(*, momentum: float = 0.9, statistics_every: int = 1, inverses_every:
         statistics_every: T1 >= 1.
         inverses_every: T2 >= 1, steps between roots.
         eager: roots at each of the steps 0 ... eager as well.
+        lag: >= 0, < T2; later roots are computed in a thread beside as many steps, and first used then.
     """
     return Method(
-        Kronecker(Root(4.0), Root(4.0), Schedule(statistics_every, inverses_every, eager)),
+        Kronecker(Root(4.0), Root(4.0), Schedule(statistics_every, inverses_every, eager, lag=lag)),
         BatchMean(),
         damping=ConstantDamping(),
         momentum=EMA(momentum),
@@ -52,6 +55,7 @@ def tnt(
     statistics_every: int = 1,
     inverses_every: int = 20,
     eager: int = 20,
+    lag: int = 0,
 ) -> Method:
     """Tensor Normal Training (arXiv:2106.02925v3, Algorithm 2): covariances of a matrix-normal sampled gradient.
 
@@ -66,10 +70,11 @@ def tnt(
         statistics_every: T1 >= 1.
         inverses_every: T2 >= 1.
         eager: inverses at each of the steps 0 ... eager as well.
+        lag: >= 0, < T2; later inverses are computed in a thread beside as many steps, and first used then.
     """
     factor = GradientCovariance(MovingAverage(statistics_decay))
     return Method(
-        Kronecker(factor, factor, Schedule(statistics_every, inverses_every, eager)),
+        Kronecker(factor, factor, Schedule(statistics_every, inverses_every, eager, lag=lag)),
         SampledBatchMean(),
         damping=ConstantDamping(),
         momentum=HeavyBall(momentum),
@@ -80,7 +85,9 @@ def tnt(
     )
 
 
-def soap(*, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10, largest: int = 4096) -> Method:
+def soap(
+    *, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10, largest: int = 4096, lag: int = 0
+) -> Method:
     """SOAP (arXiv:2409.11321v2, Algorithm 3): Adam in the slowly renewed eigenbasis of Shampoo's matrices.
 
     The damping is Adam's epsilon. lr, betas, decay and the renewal every 10 steps are the paper's; see
@@ -92,6 +99,8 @@ def soap(*, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10, lar
         basis_every: steps between renewals by one power iteration and QR, >= 1.
         largest: a longer side (a vocabulary) keeps its coordinates, as in the authors' code beyond 10000; >= 1. Here
             a basis of that order takes 128 MiB in float32, and on a CPU a renewal takes seconds.
+        lag: >= 0, < ``basis_every``; renewals after step 1 are computed in a thread beside as many steps, and first
+            used then.
     """
     average = MovingAverage(beta2)
     return Method(
@@ -100,7 +109,7 @@ def soap(*, beta1: float = 0.95, beta2: float = 0.95, basis_every: int = 10, lar
             power=0.5,
             average=average,
             sides=average,
-            schedule=Schedule(inverses=basis_every, eager=1),
+            schedule=Schedule(inverses=basis_every, eager=1, lag=lag),
             limit=2**31,
             turned=largest,
         ),

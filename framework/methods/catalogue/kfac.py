@@ -21,10 +21,12 @@ from .names import bounded_step, fisher_estimator
 __all__ = ["ekfac", "kfac", "kfac_conv", "kronecker_fisher", "ngd_exact"]
 
 
-def kronecker_fisher(statistics_decay: float, statistics_every: int, inverses_every: int, eager: int) -> Kronecker:
+def kronecker_fisher(
+    statistics_decay: float, statistics_every: int, inverses_every: int, eager: int, lag: int
+) -> Kronecker:
     """K-FAC's structure."""
     factor = Covariance(MovingAverage(statistics_decay))
-    schedule = Schedule(statistics=statistics_every, inverses=inverses_every, eager=eager)
+    schedule = Schedule(statistics=statistics_every, inverses=inverses_every, eager=eager, lag=lag)
     return Kronecker(factor, factor, schedule)
 
 
@@ -55,6 +57,7 @@ def kfac(
     statistics_every: int = 1,
     inverses_every: int = 20,
     eager: int = 20,
+    lag: int = 0,
 ) -> Method:
     """K-FAC (arXiv:1503.05671v7) as the baseline of the K-BFGS code runs it (PAPERS 1.7): sqrt(damping) per side.
 
@@ -69,8 +72,9 @@ def kfac(
         statistics_every: T1 >= 1.
         inverses_every: T2 >= 1.
         eager: inverses at each of the steps 0 ... eager as well.
+        lag: >= 0, < T2; later inverses are computed in a thread beside as many steps, and first used then.
     """
-    structure = kronecker_fisher(statistics_decay, statistics_every, inverses_every, eager)
+    structure = kronecker_fisher(statistics_decay, statistics_every, inverses_every, eager, lag)
     method = _on_fisher(structure, statistics, Split(), momentum, {"lr": 0.3, "damping": 0.01})
     return replace(method, step_size=bounded_step(limit))
 
@@ -83,6 +87,7 @@ def kfac_conv(
     statistics_every: int = 10,
     inverses_every: int = 100,
     eager: int = 100,
+    lag: int = 0,
 ) -> Method:
     """K-FAC as the CNN experiments beside arXiv:2102.06737 and MBF run it (PAPERS 1.6, 4.2).
 
@@ -98,6 +103,7 @@ def kfac_conv(
         statistics_every: T1 >= 1.
         inverses_every: T2 >= 1.
         eager: inverses at each of the steps 0 ... eager as well, where statistics are due.
+        lag: >= 0, < T2; later inverses are computed in a thread beside as many steps, and first used then.
     """
     base = kfac(
         statistics=statistics,
@@ -106,6 +112,7 @@ def kfac_conv(
         statistics_every=statistics_every,
         inverses_every=inverses_every,
         eager=eager,
+        lag=lag,
     )
     defaults = {"lr": 1e-2, "damping": 0.3}
     return replace(base, momentum=HeavyBall(momentum), weight_decay=Decoupled(), defaults=defaults)
@@ -119,6 +126,7 @@ def ekfac(
     statistics_every: int = 1,
     basis_every: int = 20,
     eager: int = 20,
+    lag: int = 0,
 ) -> Method:
     """EKFAC (arXiv:1806.03884v2, Algorithm 1): K-FAC's eigenbasis, second moments of per-sample gradients in it.
 
@@ -132,8 +140,9 @@ def ekfac(
         statistics_every: T1 >= 1.
         basis_every: T2 >= 1, steps between eigendecompositions.
         eager: eigendecompositions at each of the steps 0 ... eager as well.
+        lag: >= 0, < T2; later ones are computed in a thread beside as many steps, and first used then.
     """
-    average, schedule = MovingAverage(statistics_decay), Schedule(statistics_every, basis_every, eager)
+    average, schedule = MovingAverage(statistics_decay), Schedule(statistics_every, basis_every, eager, lag=lag)
     structure = Eigenbasis(LayerMoments(), average=average, sides=average, schedule=schedule)
     return _on_fisher(structure, statistics, ConstantDamping(), momentum, {"lr": 0.1, "damping": 0.3})
 
@@ -145,6 +154,7 @@ def ngd_exact(
     statistics_decay: float = 0.9,
     statistics_every: int = 1,
     inverses_every: int = 5,
+    lag: int = 0,
     limit: int = 4096,
 ) -> Method:
     """Natural gradient with each layer's whole Fisher matrix (Amari, Neural Computation 10:251): for small networks.
@@ -158,8 +168,9 @@ def ngd_exact(
         statistics_decay: of the matrices, in [0, 1).
         statistics_every: T1 >= 1.
         inverses_every: T2 >= 1.
+        lag: >= 0, < T2; inverses after the first are computed in a thread beside as many steps, and first used then.
         limit: layers with more parameters than this get plain momentum, visibly in the layer table; >= 1.
     """
-    average, schedule = MovingAverage(statistics_decay), Schedule(statistics_every, inverses_every)
+    average, schedule = MovingAverage(statistics_decay), Schedule(statistics_every, inverses_every, lag=lag)
     structure = Dense(average=average, schedule=schedule, limit=limit)
     return _on_fisher(structure, statistics, ConstantDamping(), momentum, {"lr": 0.1, "damping": 0.3})

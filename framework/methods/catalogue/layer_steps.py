@@ -93,6 +93,7 @@ def joint_kfac(
     statistics_every: int = 1,
     inverses_every: int = 10,
     eager: int = 20,
+    lag: int = 0,
     curvature_every: int = 1,
 ) -> Method:
     """K-FAC directions with joint layer steps: no learning rate (ours).
@@ -103,10 +104,11 @@ def joint_kfac(
         statistics_every: T1 >= 1.
         inverses_every: T2 >= 1.
         eager: inverses at each of the steps 0 ... eager as well.
+        lag: >= 0, < T2; later inverses are computed in a thread beside as many steps, and first used then.
         curvature_every: steps between two measurements along the directions, >= 1.
     """
     return Method(
-        kronecker_fisher(statistics_decay, statistics_every, inverses_every, eager),
+        kronecker_fisher(statistics_decay, statistics_every, inverses_every, eager, lag),
         SampledFisher(),
         damping=Split(),
         momentum=EMA(momentum),
@@ -122,6 +124,7 @@ def joint_kfac_momentum(
     statistics_every: int = 1,
     inverses_every: int = 10,
     eager: int = 20,
+    lag: int = 0,
     curvature_every: int = 1,
 ) -> Method:
     """K-FAC directions with joint layer steps along them and the layers' last steps: no learning rate (ours).
@@ -132,6 +135,7 @@ def joint_kfac_momentum(
         statistics_every: T1 >= 1.
         inverses_every: T2 >= 1.
         eager: inverses at each of the steps 0 ... eager as well.
+        lag: >= 0, < T2; later inverses are computed in a thread beside as many steps, and first used then.
         curvature_every: steps between two measurements along the directions, >= 1.
     """
     base = joint_kfac(
@@ -140,6 +144,7 @@ def joint_kfac_momentum(
         statistics_every=statistics_every,
         inverses_every=inverses_every,
         eager=eager,
+        lag=lag,
     )
     return replace(base, step_size=RelativeBound(JointWithLastStep(every=curvature_every), limit=0.25, decrease=0.5))
 
@@ -151,6 +156,7 @@ def joint_kfac_noise_aware(
     statistics_every: int = 1,
     inverses_every: int = 10,
     eager: int = 20,
+    lag: int = 0,
     curvature_every: int = 1,
 ) -> Method:
     """K-FAC directions, joint layer steps that shrink by what new mini-batches see: no learning rate (ours).
@@ -164,6 +170,7 @@ def joint_kfac_noise_aware(
         statistics_every: T1 >= 1.
         inverses_every: T2 >= 1.
         eager: inverses at each of the steps 0 ... eager as well.
+        lag: >= 0, < T2; later inverses are computed in a thread beside as many steps, and first used then.
         curvature_every: steps between two measurements along the directions and towards the average, >= 1.
     """
     base = joint_kfac(
@@ -172,6 +179,7 @@ def joint_kfac_noise_aware(
         statistics_every=statistics_every,
         inverses_every=inverses_every,
         eager=eager,
+        lag=lag,
     )
     rule = RelativeBound(TrailScaled(JointLayerwise(every=curvature_every)), limit=0.25, decrease=0.5)
     return replace(base, damping=CurvatureUnits(), step_size=rule, defaults={"lr": 1.0, "damping": 0.01})

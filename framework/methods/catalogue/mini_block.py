@@ -52,6 +52,7 @@ def mbf(
     limit: float = 0.05,
     statistics_every: int = 2,
     inverses_every: int = 25,
+    lag: int = 0,
 ) -> Method:
     """Mini-Block Fisher (arXiv:2202.04124v3) with the paper's blocks: per output neuron, per kernel.
 
@@ -66,18 +67,20 @@ def mbf(
         limit: > 0, the largest step of a layer in units of its norm; ``inf``: lr alone decides (the paper).
         statistics_every: T1 >= 1; the paper uses 2 for autoencoders, 10 for CNNs.
         inverses_every: T2 >= 1; 25 and 100.
+        lag: >= 0, < T2; inverses after step T2 are computed in a thread beside as many steps, and first used then.
     """
-    schedule = Schedule(statistics=statistics_every, inverses=inverses_every, eager=inverses_every)
+    schedule = Schedule(statistics=statistics_every, inverses=inverses_every, eager=inverses_every, lag=lag)
     method = _mini_block(partition(blocks), schedule, chosen("units", units, UNITS), bounded_step(limit))
     return method if units == "curvature" else replace(method, defaults={"lr": 1e-3, "damping": 0.3})
 
 
-def mbf_released(*, statistics_every: int = 2, inverses_every: int = 25) -> Method:
+def mbf_released(*, statistics_every: int = 2, inverses_every: int = 25, lag: int = 0) -> Method:
     """MBF with the dense blocks that the authors' released driver runs (flat chunks), and their autoencoder setting.
 
     Args:
         statistics_every: T1 >= 1.
         inverses_every: T2 >= 1.
+        lag: >= 0, < T2; inverses after step T2 are computed in a thread beside as many steps, and first used then.
     """
     base = mbf(
         blocks="flat-chunk",
@@ -85,6 +88,7 @@ def mbf_released(*, statistics_every: int = 2, inverses_every: int = 25) -> Meth
         limit=float("inf"),
         statistics_every=statistics_every,
         inverses_every=inverses_every,
+        lag=lag,
     )
     return replace(base, defaults={"lr": 1e-5, "damping": 3e-4})
 

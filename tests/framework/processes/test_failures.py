@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from process_failures import STEP, TIMEOUT
-from process_refusals import CERTIFIED, DISAGREEMENTS, WAYS, refused
+from process_refusals import CERTIFIED, DISAGREEMENTS, RAISES, WAYS, refused
 from process_runs import started
 
 
@@ -52,6 +52,15 @@ def test_what_one_process_finds_stops_all(refusals: list[dict[str, Any]], way: s
     else:
         assert good["said"].startswith("ProcessError: process 1 has refused this step")
         assert bad["said"].startswith("ArgumentError: the closure must return the scalar loss, got a dictionary")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_inverses_that_fail_in_a_thread_stop_all(refusals: list[dict[str, Any]], way: str) -> None:
+    """Where they are waited for, before anything is written; the step after it computes them anew."""
+    good, bad = (found[f"{way}, kfac: {RAISES}"] for found in refusals)
+    assert good["same"] and good["moved"] and bad["same"] and bad["moved"]
+    assert good["said"].startswith("ProcessError: process 1 has refused this step")
+    assert bad["said"] == "MemoryError: no room for this matrix"
 
 
 SAID = {
