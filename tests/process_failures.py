@@ -54,8 +54,8 @@ def main(rank: int, world: int, init: str, out: str, how: str, way: str, where: 
             loss.backward()
             return loss.detach()
 
-        def met(*arguments: Any, lost: bool = lost) -> Any:
-            result = meet(*arguments)
+        def met(*arguments: Any, lost: bool = lost, **more: Any) -> Any:
+            result = meet(*arguments, **more)
             if lost and where == "exchange":
                 lose(how)
             return result

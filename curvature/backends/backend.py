@@ -43,6 +43,7 @@ class Backend(ABC):
         pauses: while they last nothing is recorded.
         certifies: whether the records of the next mini-batch are compared with the gradients they must explain.
         exchanged: whether ``.grad`` holds what other processes added too, as soon as a backward is over.
+        processes: how many share the mini-batch.
         doubts: by layer how far the last :meth:`collect` was from that, 0-dimensional; above 1: its records are wrong.
         samples: the axis of the model's output that counts the samples, or a function that brings the output into the
             form (N, ...).
@@ -66,6 +67,7 @@ class Backend(ABC):
     cannot: ClassVar[Mapping[Record, str]] = {}
     samples: int | Callable[[Any], Tensor] = 0
     exchanged = False
+    processes = 1
 
     def __init__(
         self, model: nn.Module, layers: Sequence[Layer], likelihood: Likelihood | None, loss_reduction: str, seed: int
@@ -188,6 +190,7 @@ class Backend(ABC):
         result = type(self)(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
         result.step, result.pauses, result.samples = self.step, self.pauses, self.samples
         result.output, result.readers = self.output, self.readers
+        result.processes = self.processes
         return result
 
     def close(self) -> None:

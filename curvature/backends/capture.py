@@ -152,7 +152,7 @@ class Capture(Backend):
                 continue
             device = next(iter(layer.parameters.values())).device
             generator = seeded_generator(self.seed * 1_000_003 + self.step, device)
-            found = self._certificates[layer.name] = Certificate(layer, generator, self.exchanged)
+            found = self._certificates[layer.name] = Certificate(layer, generator, self.exchanged, self.processes)
             self._certified += found.attach()
 
     def _drop_certificates(self) -> None:

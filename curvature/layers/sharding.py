@@ -132,7 +132,7 @@ def piece_of(parameter: Tensor) -> tuple[slice, ...]:
 
 
 def holders(parameter: Tensor) -> int:
-    """How many processes hold the piece that this one holds."""
+    """How many processes of the parameter's own mesh hold the piece that this one holds."""
     given: Any = parameter
     sizes = given.device_mesh.shape
     return math.prod(size for size, place in zip(sizes, given.placements, strict=True) if place.is_replicate())

@@ -37,15 +37,20 @@ class Certificate:
         generator: of the direction, on the parameters' device.
         exchanged: whether ``.grad`` holds what other processes added too, once a backward is over: then what this
             backward brings is taken before it is added.
+        processes: how many share the mini-batch.
     """
 
-    def __init__(self, layer: Layer, generator: torch.Generator, exchanged: bool = False):
-        self.layer, self._generator, self._exchanged = layer, generator, exchanged
+    def __init__(self, layer: Layer, generator: torch.Generator, exchanged: bool = False, processes: int = 1):
+        self.layer, self._generator, self._exchanged, self._processes = layer, generator, exchanged, processes
         self._sharded = any(map(is_sharded, layer.parameters.values()))
         self.names = [name for name, parameter in layer.parameters.items() if parameter.requires_grad]
         self.directions: dict[str, Tensor] = {}
         self._actual: dict[str, Tensor] = {}
         self._coming: dict[str, Tensor] = {}  # sums, this backward's part included, if it fills .grad
+
+    def _meshes(self, parameter: Any) -> float:
+        """How many copies of the parameter's mesh there are among the processes."""
+        return max(1, self._processes) / float(parameter.device_mesh.size())
 
     def attach(self) -> list[Any]:
         """Look at every gradient the moment it is complete: a user may clip it later. Returns handles."""
@@ -81,7 +86,7 @@ class Certificate:
                 self._actual[name] = self._coming.pop(name)
         elif parameter.grad is not None and direction is not None and self._sharded:
             found = held_gradient(parameter).to(direction.dtype) * direction[piece_of(parameter)]
-            self._actual[name] = found.sum() / holders(parameter)
+            self._actual[name] = found.sum() / (holders(parameter) * self._meshes(parameter))
         elif parameter.grad is not None and direction is not None:
             self._actual[name] = torch.sum(parameter.grad.detach().to(direction.dtype) * direction)
 

@@ -24,6 +24,7 @@ from ...errors import ArgumentError, CompatibilityError
 from ...preconditioners.protocol import Preconditioner
 from ...preconditioners.structures.by_layer import ByLayer
 from ..methods.method import Method
+from ..methods.parts import label
 from ..processes.ranks import Ranks
 from .together import Together
 from .workload import owners_of_layers
@@ -74,11 +75,27 @@ def divided(
             f"processes as gradients are, and {ranks.count} share a mini-batch here; use sampled curvature "
             "(SampledScores(), ExactGGN()), or build with process_group=None for a process of its own"
         )
+    _require_same(ranks, {"division": division, "method": label(method), "layers": [layer.name for layer in layers]})
     owners = None if division == "replicated" else owners_of_layers(layers, structures, method, ranks.count)
     together = Together(ranks, model, layers, owners, division == "owners-only")
     if together.reduces_gradients:
         _reduce_to_owners(together)
     return together
+
+
+def _require_same(ranks: Ranks, own: dict[str, object]) -> None:
+    """Check that all processes build the same optimizer.
+
+    Raises:
+        ArgumentError: naming what differs.
+    """
+    told = ranks.objects(own)
+    for name, value in own.items():
+        found = [entry.get(name) for entry in told]
+        if any(other != value for other in found):
+            raise ArgumentError(
+                f"the processes build different optimizers: their {name} are {found}; give all the same"
+            )
 
 
 def _require_right(
@@ -106,6 +123,12 @@ def _require_right(
                     f"parameter {key!r} is outside of fully_shard (ignored_params?), so nobody averages its gradient "
                     "over the processes; shard it too, or freeze it"
                 )
+    for key, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and is_managed(module) and method.needs | method.measures_at(None):
+            raise CompatibilityError(
+                f"fully_shard on {key or '(root)'!r}, a MultiheadAttention itself, hands it its input as three "
+                "tensors, so that its projections are no longer one map; shard the block around it"
+            )
     known = {id(parameter) for parameter in model.parameters()}
     for layer in layers:
         for key, parameter in layer.parameters.items():

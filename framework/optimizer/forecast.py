@@ -285,7 +285,7 @@ def _numbers(
     """What all tell each other about a step, losses, and what a step-size rule measures."""
     rule, count = method.step_size, laid.count
     parameters = sum(len(block.names) for block in blocks)
-    told = 8 * (5 + 2 * len(layers) + parameters)
+    told = 8 * (6 + 2 * len(layers) + parameters)
     meetings = [told + 8 * 3 * len(layers) * closely] + [told] * method.looks_back_at(step)
     everywhere: list[int] = [laid.size] * (closure * len(meetings))  # losses
     stated = declared(rule, StepSizeDeclarations)

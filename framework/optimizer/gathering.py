@@ -42,6 +42,11 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
     """
     due, ranks, certifies = session.due, together.ranks, session.looks_closely
     loss = None if loss is None else whole_of(loss)
+    if getattr(getattr(ranks.wrapper, "_join_config", None), "enable", False):
+        raise ArgumentError(
+            "inside DistributedDataParallel.join() a process that has run out of batches takes part in no exchange of "
+            "statistics; give all processes as many batches (DistributedSampler does, drop_last=True)"
+        )
     found = session.collect()
     reached = [_reached(parameter) for block in session.blocks for parameter in block.parameters]
     present = tuple(any(map(_reached, block.parameters)) for block in session.blocks)
@@ -61,7 +66,10 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
         require_sampled(found, names)
     seen = session.seen_loss()
     doubts = session.capture.doubts if certifies else None
-    meeting = together.meet(total, found, reached, doubts, moments=True, squares=squares, step=session._step)
+    numbers = [value for group in session._numbers for value in group.values()]
+    meeting = together.meet(
+        total, found, reached, doubts, moments=True, squares=squares, step=session._step, numbers=numbers
+    )
     found = together.weighed(found, meeting.samples, session.capture)
     if not any(present):
         raise ArgumentError("no parameter has a gradient; call loss.backward() before step()")

@@ -6,10 +6,11 @@ optimizer's own; on CUDA also to a stream of its own, which waits for the copies
 waits. Which inverse a step uses follows from the schedule alone, never from how long anything took. Other devices have
 no streams that torch lets threads choose alike: there inverses are computed at once, and used as late.
 
-What it takes is a processor that has nothing else to do. Measured: `kfac` with inverses every 20 steps on the MNIST
-autoencoder (16 matrices of orders 30 to 1001, mini-batches of 64, float32, two threads on two cores that others used
-too, four cycles each in turn), lag 0 and 5: the step at which inverses are due took 380 and 213 ms (medians of wall
-time), a quiet one 195 and 187, all of a cycle 225 and 193 on average; of processor time 136 and 138.
+What it takes is a processor that has nothing else to do; beside other work on both cores a run was slower with a lag.
+Measured: `kfac` with inverses every 20 steps on a network of the MNIST autoencoder's shape, random inputs (16 matrices
+of orders 30 to 1001, mini-batches of 64, float32, two threads on two cores that others used too, four cycles each in
+turn), lag 0 and 5: the step at which inverses are due took 380 and 213 ms (medians of wall time), a quiet one 195 and
+187, all of a cycle 225 and 193 on average; of processor time 136 and 138.
 """
 
 from __future__ import annotations

@@ -309,7 +309,8 @@ class LookBack:
                 self._before.restore()
                 with session.ranks.silent():
                     again = partial(_run_without_gradients, closure, session.device)
-                    loss = again() if session.together is None else session.together.evaluated(again)
+                    together = session.together  # which exchanges nothing here, unless parameters are sharded
+                    loss = together.evaluated(again) if together is not None and together.pieces else again()
             finally:
                 for parameter in frozen:
                     parameter.requires_grad_(True)

@@ -177,6 +177,7 @@ class SecondOrder(Session):
         self._check_values()
         self.capture = make_backend(backend, model, layers, resolved, loss_reduction, seed, samples)
         self.capture.output, self.capture.exchanged = output, wrapper is not None
+        self.capture.processes = self.ranks.count
         self.capture.measures = own_measures(self.blocks)
         wanted = all_records(self.blocks, layers, method)
         require_supported(self.capture, wanted)
@@ -272,7 +273,8 @@ class SecondOrder(Session):
             NumericalError: if a loss, gradient, statistic or step size is not finite (``on_nonfinite="raise"``); no
                 parameter and no state has changed.
         """
-        self._require_ready(closure)
+        with nullcontext() if self.together is None or closure is not None else self._in_step(self.together):
+            self._require_ready(closure)
         closure = None if closure is None else self.capture.closure(closure)
         due = self.due
         evaluations, scaling = self.gradient_evaluations, None

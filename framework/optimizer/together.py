@@ -31,8 +31,9 @@ from .early import EarlyMoments
 __all__ = ["Meeting", "Spread", "Together"]
 
 _FINE, _UNSOUND, _RAISED, _SKIPPED, _ENDED = 0.0, 1.0, 2.0, 3.0, 4.0
-_HEAD = 5
-"""Numbers of a table's row before those of layers: verdict, number of the step, norm of the gradients, two flags."""
+_HEAD = 6
+"""Numbers of a table's row before those of layers: verdict, number of the step, a sum over lr, damping
+and decay, norm of the gradients, two flags."""
 
 _APART = {
     _SKIPPED: "have skipped this mini-batch (their closures returned None), and others have not; skip it on all, or "
@@ -240,6 +241,7 @@ class Together:
         moments: bool = False,
         squares: Tensor | None = None,
         step: int = 0,
+        numbers: Sequence[float] = (),
     ) -> Meeting:
         """Tell the others what this process has found. One collective and one synchronisation.
 
@@ -251,6 +253,7 @@ class Together:
             moments: whether this is the meeting of a step, in which moments may have set out early.
             squares: 0-dimensional, sum of squared gradients, where every process must have the same; ``None``: not so.
             step: its number.
+            numbers: of the parameter groups, which every process must have the same.
 
         Raises:
             ProcessError: if another process has raised.
@@ -264,7 +267,8 @@ class Together:
         ready = [0.0, 0.0] if early is None else [float(early.valid(found)), float(early.plain(found))]
         plain = torch.tensor([*ready, *counts, *kinds, *map(float, reached)], dtype=torch.float64)
         length = flag.new_zeros(1) if squares is None else squares.to(flag).sqrt().reshape(1)
-        told = [flag, flag.new_full((1,), float(step)), length, plain.to(flag.device, non_blocking=True)]
+        settings = sum(value / (2.0 + index) for index, value in enumerate(numbers))
+        told = [flag, flag.new_tensor([float(step), settings]), length, plain.to(flag.device, non_blocking=True)]
         if doubts is not None:
             told += [_told(doubts.get(layer.name), flag) for layer in self.layers]
         self._listening = False
@@ -281,7 +285,7 @@ class Together:
         start = _HEAD + 2 * number
         self._require_same_gradients([row[start : start + parameters] for row in rows])
         if not any(row[0] for row in rows):
-            self._require_exchanged([row[2] for row in rows])
+            self._require_exchanged([row[3] for row in rows])
         samples = {
             layer.name: [n if speaks else 0 for n, speaks in zip(column, self._speakers, strict=True)]
             for layer, column in zip(self.layers, columns, strict=True)
@@ -291,7 +295,7 @@ class Together:
         doubted = {} if doubts is None else self._doubts([row[start + parameters :] for row in rows])
         meeting = Meeting(unsound, samples, doubted)
         if early is not None:
-            valid, goes_on = (all(row[index] for row in rows) for index in (3, 4))
+            valid, goes_on = (all(row[index] for row in rows) for index in (4, 5))
             valid = valid and not any(map(_is_uneven, samples.values()))  # the rows of some count more
             meeting.settled = {(name, side) for name, side, _ in early.chosen()} if valid else set()
             meeting.moments = early.finish(valid, samples)
@@ -312,6 +316,11 @@ class Together:
             raise ArgumentError(
                 f"the processes are at steps {steps}: one of them has missed some (an error in its closure that was "
                 "caught?), and their states differ; start again from the last checkpoint"
+            )
+        if len({row[2] for row in rows}) > 1:
+            raise ArgumentError(
+                "lr, damping or weight_decay in the parameter groups differ between processes; set the same on all (a "
+                "scheduler that looks at a loss must look at the loss of all)"
             )
 
     @staticmethod

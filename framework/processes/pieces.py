@@ -55,10 +55,10 @@ class Pieces:
         for name, parameter in parameters.items():
             if is_sharded(parameter):
                 size = parameter.device_mesh.size()  # type: ignore[attr-defined]
-                if size != ranks.count:
+                if ranks.count % size:
                     raise ArgumentError(
                         f"parameter {name!r} lies on a mesh of {size} processes, and {ranks.count} share the "
-                        "mini-batch; use one mesh over all of them (replicated along its other dimensions)"
+                        "mini-batch; use meshes over equal parts of them"
                     )
                 own[name] = piece_of(parameter)
         everywhere = ranks.objects({name: [(s.start, s.stop) for s in piece] for name, piece in own.items()})

@@ -34,6 +34,11 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
             return model, wrapper
 
 
+def _portable(group: Any) -> Any:
+    """A process group in a copy: the world's by its word, since groups do not pickle."""
+    return "auto" if distributed.is_initialized() and group is distributed.group.WORLD else group
+
+
 class Pending:
     """Collectives that have begun.
 
@@ -61,8 +66,8 @@ class Ranks:
     """The processes that share a mini-batch.
 
     Args:
-        group: ``"auto"``: the world group while ``torch.distributed`` is initialised; ``None``: every process for
-            itself; or a process group.
+        group: ``"auto"``: that of the wrapper, or the world group while ``torch.distributed`` is initialised; ``None``:
+            every process for itself; or a process group.
         wrapper: the ``DistributedDataParallel`` around the model, whose gradient exchange a look back must suspend.
 
     Attributes:
@@ -75,6 +80,8 @@ class Ranks:
     def __init__(self, group: Any, wrapper: DistributedDataParallel | None):
         if isinstance(group, str | int | float) and group != "auto":
             raise ArgumentError(f"process_group must be 'auto', None or a process group, got {group!r}")
+        if wrapper is not None and isinstance(group, str):
+            group = wrapper.process_group  # those who exchange gradients
         self.group, self.wrapper = group, wrapper
         self.traffic: Counter[str] = Counter()
         self.broken: str | None = None
@@ -82,7 +89,8 @@ class Ranks:
 
     def __getstate__(self) -> dict[str, Any]:
         """The model of a copy is not wrapped."""
-        return {"group": self.group, "wrapper": None, "traffic": Counter(), "broken": self.broken, "_side": None}
+        group = self.group if self.group is None or isinstance(self.group, str) else _portable(self.group)
+        return {"group": group, "wrapper": None, "traffic": Counter(), "broken": self.broken, "_side": None}
 
     @property
     def known(self) -> bool:

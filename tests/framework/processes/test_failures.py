@@ -64,7 +64,7 @@ def test_inverses_that_fail_in_a_thread_stop_all(refusals: list[dict[str, Any]],
 
 
 SAID = {
-    "fsdp, packed attention": "done",
+    "fsdp, packed attention": "'(root)', a MultiheadAttention itself",
     "fsdp, ignored parameters": "'0.weight' is outside of fully_shard",
     "fsdp, replicated": "does not go with sharded parameters",
     "fsdp, func": "backend='func' runs the layers itself",
