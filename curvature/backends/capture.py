@@ -26,7 +26,7 @@ from ...errors import ArgumentError
 from ..declarations import Measure
 from ..layers.attention import ProjectionWatch
 from ..layers.layer import Layer
-from ..layers.sharding import GraphLeaves, is_sharded, require_whole_output, whole
+from ..layers.sharding import GraphLeaves, is_sharded, require_readable, require_whole_output, whole
 from ..likelihoods import Likelihood
 from ..loss_curvature import differentiate
 from ..records import joining
@@ -650,6 +650,7 @@ class Capture(Backend):
         if adapter.reads_calls:
             adapter = call.adapter = adapter.of_call(layer.module, use.value, output)
         if asked.means:
+            require_readable(layer.name, output)
             call.output_sum = column_sum(adapter.expand_output(layer.module, call.arranged(whole(output.detach()))))
         if (asked.sampled or asked.roots) and output.requires_grad:
             call.edge = get_gradient_edge(output)

@@ -27,6 +27,7 @@ __all__ = [
     "local",
     "piece_of",
     "reopened",
+    "require_readable",
     "require_whole_output",
     "whole",
     "wholes",
@@ -136,6 +137,21 @@ def holders(parameter: Tensor) -> int:
     given: Any = parameter
     sizes = given.device_mesh.shape
     return math.prod(size for size, place in zip(sizes, given.placements, strict=True) if place.is_replicate())
+
+
+def require_readable(name: str, output: Tensor) -> None:
+    """Check that a layer's output can be gathered before the layer's own style of parallelism does.
+
+    Raises:
+        ArgumentError: if only that knows how: of an embedding whose rows are cut.
+    """
+    given: Any = output
+    if is_sharded(given) and any("Mask" in type(place).__name__ for place in given.placements):
+        raise ArgumentError(
+            f"layer {name!r} is an embedding whose rows lie on several processes, and its outputs cannot be averaged "
+            "before they are put together; cut its columns (ColwiseParallel), or serve it by a part without secant "
+            f"pairs, ByLayer({{{name!r}: Diagonal(), 'default': ...}})"
+        )
 
 
 def require_whole_output(output: Any) -> None:
