@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...curvature.backends.loss_seen import SeenLoss
+from ...curvature.backends.loss_seen import GuessedLoss, SeenLoss
 from ...curvature.backends.outputs import Choice, resolve_heads
 from ...curvature.backends.residual_backend import ResidualBackend
 from ...curvature.backends.table import make_backend, require_supported
@@ -170,8 +170,11 @@ class SecondOrder(Session):
         self.gradient_evaluations = self.skipped_steps = 0
         self._step, self._warm = 0, False
         self.observers: list[Observer] = []
-        if isinstance(resolved, Categorical) and declared(method.step_size, StepSizeDeclarations).uses_loss:
-            self.capture.seen = SeenLoss([parameter for layer in layers for parameter in layer.parameters.values()])
+        if declared(method.step_size, StepSizeDeclarations).uses_loss and (
+            resolved is None or isinstance(resolved, Categorical)
+        ):
+            reader = GuessedLoss if resolved is None else SeenLoss
+            self.capture.seen = reader([parameter for layer in layers for parameter in layer.parameters.values()])
         self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping)
         self.guard_state = method.guard.init()
         self._look_back = LookBack(self)
@@ -295,7 +298,7 @@ class SecondOrder(Session):
         decays = self.decays(team)
         steps = self._block_steps(team, gradients, decays)
         batch = MiniBatch(
-            loss, statistics, products, team, gradients, steps, decays is not team.none, seen=self._seen_loss()
+            loss, statistics, products, team, gradients, steps, decays is not team.none, seen=self._seen_loss(loss)
         )
         undo = self._undo(team) if due.risky or due.looks_back else None
         try:
@@ -430,11 +433,15 @@ class SecondOrder(Session):
         self.gradient_evaluations += 1 + due.samples_labels
         return self.ranks.mean(loss) if self.ranks.count > 1 else loss, products
 
-    def _seen_loss(self) -> Tensor | None:
-        """The loss that the output's gradient tells of; a rule that has no use for it reads none."""
+    def _seen_loss(self, loss: Tensor | None) -> Tensor | None:
+        """The loss that the output's gradient tells of, where no closure does; only for rules that use it."""
         found = None if self.capture.seen is None else self.capture.seen.take()
-        if found is None:
+        if loss is not None:
             return None
+        if found is None:
+            if self.ranks.count == 1 or not isinstance(self.capture.seen, GuessedLoss):
+                return None
+            found = torch.full((), torch.inf, device=self.device)  # another process may have read its own
         if self._inverse_scale is not None:
             found = found * self._inverse_scale
         return self.ranks.mean(found)
