@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ...errors import LossWarning
 from .passes import OWN, Pauses, accumulates
 
-__all__ = ["SeenLoss"]
+__all__ = ["GuessedLoss", "SeenLoss"]
+
+_UNKNOWN = (
+    "the steps of this method are bounded by the loss, which a plain loop does not tell: the gradient at the model's "
+    "output is not that of a cross entropy with hard labels, off which it could be read. Without it steps may stay "
+    "long while gradients become small; call optimizer.step(closure), whose loss is known whatever it is, or lower lr"
+)
+_CLOSE = 0.01
+"""Share of a gradient that may be otherwise than the loss would have it, by rounding in low precision."""
 
 
 class SeenLoss:
@@ -42,15 +52,78 @@ class SeenLoss:
 
         def read(gradient: Tensor) -> None:
             if not (OWN.running or pauses.depth) and accumulates(filled):
-                self._found.append(cross_entropy_seen(logits, gradient.detach()))
+                self._take_in(logits, gradient.detach())
 
         output.register_hook(read)
+
+    def _take_in(self, logits: Tensor, gradient: Tensor) -> None:
+        self._found.append(cross_entropy_seen(logits, gradient))
 
     def take(self) -> Tensor | None:
         """The loss of all backwards since the last time; ``None``: nothing was read."""
         found = self._found
         self._found = []
         return torch.stack(found).sum() if found else None
+
+
+class GuessedLoss(SeenLoss):
+    """The same where no likelihood was named: read only if the first gradient is that of such a loss, to every entry.
+
+    Cross entropies with one label per row are recognised, and binary ones whose entries all have the same weight. Any
+    other loss stays unknown, which is said once, and from then on nothing is computed.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        super().__init__(leaves)
+        self.idle_for_ever = False
+        self._read: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def _take_in(self, logits: Tensor, gradient: Tensor) -> None:
+        if self._read is None:
+            if not bool(gradient.any()):
+                return  # a mini-batch that says nothing, about its loss neither
+            self._read = next((read for read, fits in _KNOWN if fits(logits, gradient)), None)
+            self.idle_for_ever = self._read is None
+            if self.idle_for_ever:
+                warnings.warn(_UNKNOWN, LossWarning, stacklevel=2)
+        if self._read is not None:
+            self._found.append(self._read(logits, gradient))
+
+    def watch(self, output: Tensor, pauses: Pauses, standing: Mapping[int, Tensor] | None = None) -> None:
+        """Read the gradient of one pass's output when it comes, unless the loss is none that can be read."""
+        if not self.idle_for_ever:
+            super().watch(output, pauses, standing)
+
+
+def _is_cross_entropy(logits: Tensor, gradient: Tensor) -> bool:
+    """Whether every row is w (p - e_y): w p everywhere but at the label, where it is less all others together."""
+    if logits.shape[-1] < 2:
+        return False
+    wide, labels = gradient.double(), gradient.argmin(-1, keepdim=True)
+    others = torch.softmax(logits.double(), -1).scatter(-1, labels, 0.0)
+    weights = -wide.gather(-1, labels) / others.sum(-1, keepdim=True).clamp(min=1e-300)
+    expected = weights * others
+    expected.scatter_(-1, labels, -expected.sum(-1, keepdim=True))
+    return bool((wide - expected).abs().sum() <= _CLOSE * wide.abs().sum())
+
+
+def _is_binary_cross_entropy(logits: Tensor, gradient: Tensor) -> bool:
+    """Whether every entry is w (p - y) with y of 0 or 1 and one w."""
+    wide, off = gradient.double().abs(), _off(logits.double(), gradient)
+    return bool((wide - wide.sum() / off.sum() * off).abs().sum() <= _CLOSE * wide.sum())
+
+
+def _off(logits: Tensor, gradient: Tensor) -> Tensor:
+    """|p - y|, the probability of the other label; 0 where that has rounded to nothing, so that no label is seen."""
+    return torch.sigmoid(torch.where(gradient < 0, -logits, logits)).masked_fill(gradient == 0, 0.0)
+
+
+def binary_cross_entropy_seen(logits: Tensor, gradient: Tensor) -> Tensor:
+    """Sum of w (-log p_y) over entries, from logits and the gradients w (p - y) there, all with one w."""
+    wide = logits.float()
+    weight = gradient.float().abs().sum() / _off(wide, gradient).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    losses = torch.nn.functional.softplus(torch.where(gradient < 0, -wide, wide))
+    return weight * losses.masked_fill(gradient == 0, 0.0).sum()
 
 
 def cross_entropy_seen(logits: Tensor, gradient: Tensor) -> Tensor:
@@ -61,3 +134,9 @@ def cross_entropy_seen(logits: Tensor, gradient: Tensor) -> Tensor:
     # w (1 - p_y) = -least, so w nll = -least nll / (1 - exp(-nll)), where the quotient is at least 1.
     quotients = (entropies / -torch.expm1(-entropies)).nan_to_num_(1.0).clamp_(min=1.0)
     return torch.sum(quotients * -least.clamp(max=0.0))
+
+
+_KNOWN = (
+    (cross_entropy_seen, _is_cross_entropy),
+    (binary_cross_entropy_seen, _is_binary_cross_entropy),
+)

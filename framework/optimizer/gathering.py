@@ -64,7 +64,7 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
     if due.measures_scores:
         names = {block.layer.name for block, there in zip(session.blocks, present, strict=True) if there}
         require_sampled(found, names)
-    seen = session.seen_loss()
+    seen = session.seen_loss(loss)
     doubts = session.capture.doubts if certifies else None
     numbers = [value for group in session._numbers for value in group.values()]
     meeting = together.meet(

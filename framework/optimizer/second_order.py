@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checking import require_kind
-from ...curvature.backends.loss_seen import SeenLoss
+from ...curvature.backends.loss_seen import GuessedLoss, SeenLoss
 from ...curvature.backends.outputs import Choice, resolve_heads
 from ...curvature.backends.residual_backend import ResidualBackend
 from ...curvature.backends.table import make_backend, require_supported
@@ -192,8 +192,11 @@ class SecondOrder(Session):
         self.gradient_evaluations = self.skipped_steps = 0
         self._step, self._warm = 0, False
         self.observers: list[Observer] = []
-        if isinstance(resolved, Categorical) and declared(method.step_size, StepSizeDeclarations).uses_loss:
-            self.capture.seen = SeenLoss([parameter for layer in layers for parameter in layer.parameters.values()])
+        if declared(method.step_size, StepSizeDeclarations).uses_loss and (
+            resolved is None or isinstance(resolved, Categorical)
+        ):
+            reader = GuessedLoss if resolved is None else SeenLoss
+            self.capture.seen = reader([parameter for layer in layers for parameter in layer.parameters.values()])
         self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping, self.together)
         self.guard_state, self.lagging = method.guard.init(), Lagging()
         self._look_back = LookBack(self)
@@ -332,7 +335,7 @@ class SecondOrder(Session):
             decays = self.decays(team)
             steps = self.block_steps(team, gradients, decays)
             batch = MiniBatch(
-                loss, statistics, products, team, gradients, steps, decays is not team.none, seen=self.seen_loss()
+                loss, statistics, products, team, gradients, steps, decays is not team.none, seen=self.seen_loss(loss)
             )
             batch.parameters = team.parameters
         for reader in self.capture.readers:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.backends.backend import Backend
+from ...curvature.backends.loss_seen import GuessedLoss
 from ...curvature.layers.layer import Layer
 from ...curvature.layers.sharding import local
 from ...curvature.records.statistics import LayerStatistics
@@ -292,11 +293,21 @@ class Session(torch.optim.Optimizer):
             position = end
         return steps
 
-    def seen_loss(self) -> Tensor | None:
-        """The loss that the output's gradient tells of; a rule that has no use for it reads none."""
+    def seen_loss(self, loss: Tensor | None) -> Tensor | None:
+        """The loss that the output's gradient tells of, where no closure does; only for rules that use it.
+
+        Infinite where one of many processes has not recognised it: another may have.
+
+        Args:
+            loss: of the closure, if there was one.
+        """
         found = None if self.capture.seen is None else self.capture.seen.take()
-        if found is None:
+        if loss is not None:
             return None
+        if found is None:
+            if self.together is None or not isinstance(self.capture.seen, GuessedLoss):
+                return None
+            found = torch.full((), torch.inf, device=self.device)
         return found if self._inverse_scale is None else found * self._inverse_scale
 
     def decays_of(self, block: Block) -> tuple[float, ...]:
