@@ -584,7 +584,8 @@ class Capture(Backend):
         if self._kind == "forward":
             for use in uses:
                 self._calls.keep(self._new_call(use, output))
-                self._leaves_of(use.layer)
+                if self.sharded:
+                    self._leaves_of(use.layer)
             return None
         replaced = self._with_leaf(output) if self._kind == "look back" else None
         output = output if replaced is None else replaced
@@ -596,10 +597,12 @@ class Capture(Backend):
         for use in uses:
             call, layer = self._new_call(use, output), use.layer
             looks_back = self._kind == "look back"
-            artificial = looks_back and not self.sharded
-            leaves = self._leaves.get(self._pass, []) if artificial else self._leaves_of(layer)
+            if self.sharded:
+                leaves = self._leaves_of(layer)
+            else:
+                leaves = self._leaves.get(self._pass, []) if looks_back else list(layer.parameters.values())
             hook = GradientHook(layer, call, self._asked[layer.name], self._calls, self.pauses, leaves)
-            hook.accumulating = not looks_back
+            hook.accumulating, hook.sharded = not looks_back, self.sharded
             hook.certificate = self._certificates.get(layer.name)
             if layer.name in self.measures and not looks_back:
                 hook.measures = self.measures[layer.name], whole(use.value.detach()), whole(output.detach())
@@ -613,10 +616,8 @@ class Capture(Backend):
         return all(parameter.grad is None for parameter in (*own, *standing))  # FSDP2 may keep it for a later exchange
 
     def _leaves_of(self, layer: Layer) -> list[Tensor]:
-        """What stands for a layer's parameters in the graph of the call that runs now."""
+        """What stands for a layer's sharded parameters in the graph of the call that runs now."""
         own: list[Tensor] = list(layer.parameters.values())
-        if not self.sharded:
-            return own
         found = [self._graph_leaves.of(parameter) for parameter in own]
         self._standing.setdefault(self._pass, {}).update(zip(map(id, own), found, strict=True))
         return found
@@ -642,7 +643,9 @@ class Capture(Backend):
         if adapter is None:
             return call
         if asked.inputs:
-            value = whole(use.value.detach())
+            value = use.value.detach()
+            if self.sharded:
+                value = whole(value)
             if use.value.grad_fn is None and is_borrowed(value):
                 value = value.clone()
             call.input = adapter.recorded_input(layer.module, value)
@@ -650,8 +653,11 @@ class Capture(Backend):
         if adapter.reads_calls:
             adapter = call.adapter = adapter.of_call(layer.module, use.value, output)
         if asked.means:
-            require_readable(layer.name, output)
-            call.output_sum = column_sum(adapter.expand_output(layer.module, call.arranged(whole(output.detach()))))
+            seen = output.detach()
+            if self.sharded:
+                require_readable(layer.name, output)
+                seen = whole(seen)
+            call.output_sum = column_sum(adapter.expand_output(layer.module, call.arranged(seen)))
         if (asked.sampled or asked.roots) and output.requires_grad:
             call.edge = get_gradient_edge(output)
         if self._inside:
@@ -800,7 +806,7 @@ class GradientHook:
     def __init__(self, layer: Layer, call: Call, asked: _Asked, calls: Calls, pauses: Pauses, leaves: Sequence[Tensor]):
         self._layer, self._call, self._asked, self._calls = layer, call, asked, calls
         self._pauses, self._leaves = pauses, leaves
-        self.accumulating = False
+        self.accumulating = self.sharded = False
         self.certificate: Certificate | None = None
         self.measures: tuple[Mapping[str, Measure], Tensor, Tensor] | None = None  # with the input and output
 
@@ -808,7 +814,9 @@ class GradientHook:
         """Take it in, if it belongs to a backward that fills the leaves' ``.grad``."""
         if OWN.running or self._pauses.depth or not accumulates(self._leaves):
             return
-        call, adapter, gradient = self._call, self._layer.adapter, whole(gradient)
+        call, adapter = self._call, self._layer.adapter
+        if self.sharded:
+            gradient = whole(gradient)
         task = torch._C._current_graph_task_id()
         if self._calls.begin_task(task) and self.accumulating:
             for leaf in (*self._layer.parameters.values(), *self._leaves):

@@ -56,6 +56,8 @@ def whole(value: Tensor) -> Tensor:
 
 def wholes(values: Sequence[Tensor | None]) -> list[Tensor | None]:
     """:func:`whole` of those that are there."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return list(values)
     return [None if value is None else whole(value) for value in values]
 
 
