@@ -50,7 +50,7 @@ def test_a_variant_of_your_own(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
     run_page(DOCS / "guides" / "new_variant.md", command)
     text = "\n".join(printed)
-    assert "damping-range" in printed[2] and "violated" in printed[2]
+    assert "damping-positive" in printed[2] and "violated" in printed[2]
     assert "tilted-kbfgs" in text and "my thesis" in text
     assert Path("runs/first/comparison.png").exists() and Path("runs/tilt/report/report.html").exists()
 

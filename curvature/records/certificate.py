@@ -117,7 +117,8 @@ class Certificate:
             return
         value = value.reshape(moved.shape)
         tolerance = 3e-2 if half else _TOLERANCE.get(moved.dtype, 1e-4)
-        size = torch.linalg.vector_norm(value) * torch.linalg.vector_norm(moved)
+        norm = partial(torch.linalg.vector_norm, dtype=torch.float64)  # squares of tiny gradients vanish in single
+        size = norm(value) * norm(moved)
         explained, allowed = call.explained or (0.0, 0.0)
         call.explained = explained + torch.sum(moved * value), allowed + tolerance * size
 
@@ -139,7 +140,7 @@ class Certificate:
         if self._sharded:
             numbers = torch.stack([torch.as_tensor(value).double() for value in (explained, allowed, actual)])
             return torch.where(self._unchanged(calls), numbers, torch.inf)
-        found: Tensor = torch.as_tensor(explained - actual).abs() / (allowed + torch.finfo(torch.float32).tiny)
+        found: Tensor = torch.as_tensor(explained - actual).abs() / (allowed + torch.finfo(torch.float64).tiny)
         return torch.where(self._unchanged(calls), found, torch.inf).double()
 
     @staticmethod

@@ -133,7 +133,8 @@ def build(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself, not its parameters"
+            f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself, not its parameters, "
+            "after the method: osculate.build(method, model)"
         )
     if isinstance(method, WholeMethod) or (isinstance(method, str) and method in whole_methods()):
         given = {

@@ -103,8 +103,9 @@ def require_explained(doubts: Mapping[str, float]) -> None:
 
 _UNEXPLAINED = (
     "what was recorded of layers {layers} does not explain their gradients, so their curvature would be wrong. Likely "
-    "causes: the gradient was set to zero without optimizer.zero_grad(), the weight is also used outside the module's "
-    "own call (a penalty on it in the loss: use weight_decay=, or a backward of its own inside optimizer.paused()), "
+    "causes: .grad still holds the gradient of the last step (call optimizer.zero_grad() before each backward), the "
+    "gradient was set to zero without optimizer.zero_grad(), the weight is also used outside the module's own call (a "
+    "penalty on it in the loss: use weight_decay=, or a backward of its own inside optimizer.paused()), "
     "the module's forward is not that of its class (or a hook changes what goes in or out, or the gradient), the input "
     "was changed in place after the model had seen it, or the loss contains derivatives of the model (then return its "
     "residuals instead: osculate.build(..., backend='residuals'), docs/residuals.md). Serve these "

@@ -80,8 +80,9 @@ class Ranks:
     def __init__(self, group: Any, wrapper: DistributedDataParallel | None):
         if isinstance(group, str | int | float) and group != "auto":
             raise ArgumentError(f"process_group must be 'auto', None or a process group, got {group!r}")
-        if wrapper is not None and isinstance(group, str):
-            group = wrapper.process_group  # those who exchange gradients
+        own = None if wrapper is None else wrapper.process_group
+        if isinstance(group, str) and own is not None and own is not distributed.group.WORLD:
+            group = own  # those who exchange gradients
         self.group, self.wrapper = group, wrapper
         self.traffic: Counter[str] = Counter()
         self.broken: str | None = None
@@ -202,7 +203,8 @@ class Ranks:
         main: Any = self._group if self._group is not None else distributed.group.WORLD
         limit = getattr(main._get_backend(device).options, "_timeout", None)
         members = distributed.get_process_group_ranks(main)
-        self._side = distributed.new_group(members, timeout=limit, use_local_synchronization=True)
+        # By its name: a group that somebody holds when the process ends is torn down too late.
+        self._side = distributed.new_group(members, timeout=limit, use_local_synchronization=True).group_name
 
     def begin_totals(self, values: Sequence[Tensor | None], what: str, everyone: bool, early: bool = False) -> Pending:
         """Begin to add up flat tensors, each at its owner: entry r at process r, or each at every process.
@@ -214,7 +216,10 @@ class Ranks:
             early: whether this is in the side group, see :meth:`open_side`.
         """
         handles: list[Any] = []
-        group = self._side if early else self._group
+        group: Any = self._group
+        if early:
+            known: Any = distributed.distributed_c10d
+            group = known._resolve_process_group(self._side)
 
         def begin() -> None:
             for owner, value in enumerate(values):

@@ -42,8 +42,8 @@ def test_it_prints_one_aligned_line_per_row_under_headings_and_the_total_below(t
 def test_every_field_that_says_something_is_a_column(table: LayerTable) -> None:
     names = [field.name for field in dataclasses.fields(osc.LayerRow)]
     heads = str(table).splitlines()[0].split()
-    assert heads == [name for name in names if name != "note"]
-    noted = LayerTable([*table, dataclasses.replace(table[0], note="why not")])
+    assert heads == [name for name in names if name not in ("note", "owner")]
+    noted = LayerTable([*table, dataclasses.replace(table[0], note="why not", owner=1)])
     assert str(noted).splitlines()[0].split() == names and "why not" in str(noted)
 
 

@@ -864,3 +864,21 @@ def test_sides_of_the_size_of_a_vocabulary_are_named_or_harmless(
     assert not told or re.search("bytes|MB|GB|MiB|GiB|limit|serves", str(told[0].message))
     steps(optimizer, net, 2, lambda found: functional.cross_entropy(found(given()), LABELS))
     assert sum(row.bytes for row in optimizer.layer_table()) < 64 * 2**20
+
+
+@pytest.mark.parametrize("name", ["kfac", "kbfgs", "ekfac"])
+def test_records_explain_gradients_of_any_size(name: str) -> None:
+    """At the end of a training run single precision has no squares of them any more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    optimizer = osc.build(name, model, likelihood="categorical", certify_records="always")
+    x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    for size in (1.0, 1e-15, 1e-22, 1e-30):
+
+        def closure(size: float = size) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = size * nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
