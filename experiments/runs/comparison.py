@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from ...errors import ArgumentError, NumericalError
+from ...errors import ArgumentError, OsculateError
 from ..problems import Data, Problem, get_problem
 from .batches import data_checksum, move_data
 from .config import Budget, RunConfig
@@ -225,7 +225,7 @@ def _run(
         for metrics in measure(run, budget, schedule, display.step, interrupted):
             curve.points.append(metrics.as_dict())
             display.measured(metrics)
-    except NumericalError as error:
+    except OsculateError as error:  # one that cannot go on is no reason to lose the others
         display.failed(str(error))
         return dataclasses.replace(curve, failure=str(error))
     return curve

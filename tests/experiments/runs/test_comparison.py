@@ -22,6 +22,8 @@ from osculate.experiments.runs.comparison import (
 from osculate.experiments.runs.config import Budget, RunConfig
 from osculate.experiments.runs.progress import Display
 from osculate.experiments.runs.runs import Resume
+from osculate.framework.optimizer.second_order import SecondOrder
+from osculate.preconditioners.structures.diagonal import Diagonal
 from rich.console import Console
 
 TWO_EPOCHS = Budget(2)
@@ -56,6 +58,22 @@ class TestCompare:
         last = {one.method: one.points[-1] for one in comparison.curves}
         assert last["sgdm"]["seconds"] == last["sgdm"]["iterations"] == 21
         assert last["kbfgs"]["seconds"] in (21, 22) and last["kbfgs"]["iterations"] > 0
+
+    def test_a_contestant_that_is_refused_on_the_way_is_no_reason_to_lose_the_others(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        step = SecondOrder.step
+
+        def refuse(self: SecondOrder, closure: Any = None) -> Any:
+            if self._step == 3 and isinstance(self.structures, Diagonal):
+                raise ArgumentError("what was recorded does not explain it; take another")
+            return step(self, closure)
+
+        monkeypatch.setattr(SecondOrder, "step", refuse)
+        comparison = race(tmp_path / "c.json", ["adam", "sgdm"])
+        table = comparison_table(comparison).set_index("method")
+        assert table.loc["adam", "note"] == "broke down: what was recorded does not explain it"
+        assert len(load_comparison(tmp_path / "c.json").curves) == 2 and table.loc["sgdm", "train loss"] > 0
 
     def test_what_is_written_reads_back(self, tmp_path: Path) -> None:
         comparison = race(tmp_path / "c.json", ["sgdm", "adam"])
