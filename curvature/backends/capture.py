@@ -334,7 +334,7 @@ class Capture(Backend):
             self._require_samples(ordered)
         if self._axes:
             self._settle(args, kwargs, ordered)
-        if self.seen is not None and isinstance(ordered, Tensor):
+        if self.seen is not None and self._kind == "gradient" and isinstance(ordered, Tensor):
             self.seen.watch(ordered, self.pauses, self._standing.get(self._pass))
         found = self._own_backwards(output, ordered)
         if (

@@ -118,3 +118,21 @@ def test_a_loss_that_cannot_be_read_is_told_once_and_only_where_it_matters() -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trained(None, squares, 3, closure=True)
+
+
+def test_a_closure_tells_its_loss_in_both_evaluations() -> None:
+    """A method that looks back evaluates the closure twice; neither time is anything guessed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    optimizer, x, y = osc.build("kbfgs", model), torch.randn(8, 4), torch.randn(8, 2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", osc.LossWarning)
+        for _ in range(3):
+            optimizer.step(closure)
