@@ -75,7 +75,7 @@ class GuessedLoss(SeenLoss):
 
     def __init__(self, leaves: Sequence[Tensor]) -> None:
         super().__init__(leaves)
-        self.idle_for_ever = False
+        self.idle_for_ever = self._untold = False
         self._read: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def _take_in(self, logits: Tensor, gradient: Tensor) -> None:
@@ -83,11 +83,19 @@ class GuessedLoss(SeenLoss):
             if not bool(gradient.any()):
                 return  # a mini-batch that says nothing, about its loss neither
             self._read = next((read for read, fits in _KNOWN if fits(logits, gradient)), None)
-            self.idle_for_ever = self._read is None
-            if self.idle_for_ever:
-                warnings.warn(_UNKNOWN, LossWarning, stacklevel=2)
+            self.idle_for_ever = self._untold = self._read is None
         if self._read is not None:
             self._found.append(self._read(logits, gradient))
+
+    def take(self) -> Tensor | None:
+        """The loss; in the step that would have used it, once, that it is unknown.
+
+        Not where the gradient is seen: the model may be run by somebody else, while this optimizer rests.
+        """
+        if self._untold:
+            self._untold = False
+            warnings.warn(_UNKNOWN, LossWarning, stacklevel=2)
+        return super().take()
 
     def watch(self, output: Tensor, pauses: Pauses, standing: Mapping[int, Tensor] | None = None) -> None:
         """Read the gradient of one pass's output when it comes, unless the loss is none that can be read."""

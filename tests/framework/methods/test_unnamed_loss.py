@@ -136,3 +136,15 @@ def test_a_closure_tells_its_loss_in_both_evaluations() -> None:
         warnings.simplefilter("error", osc.LossWarning)
         for _ in range(3):
             optimizer.step(closure)
+
+
+def test_an_optimizer_that_rests_says_nothing_of_another_ones_loss() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    resting, busy = osc.build("mbf", model), osc.build("sgdm", model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", osc.LossWarning)
+        functional.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 2)).backward()
+        busy.step()
+    with pytest.warns(osc.LossWarning, match="bounded by the loss"):
+        resting.step()
