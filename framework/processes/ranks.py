@@ -204,7 +204,8 @@ class Ranks:
         limit = getattr(main._get_backend(device).options, "_timeout", None)
         members = distributed.get_process_group_ranks(main)
         # By its name: a group that somebody holds when the process ends is torn down too late.
-        self._side = distributed.new_group(members, timeout=limit, use_local_synchronization=True).group_name
+        made: Any = distributed.new_group(members, timeout=limit, use_local_synchronization=True)
+        self._side = made.group_name
 
     def begin_totals(self, values: Sequence[Tensor | None], what: str, everyone: bool, early: bool = False) -> Pending:
         """Begin to add up flat tensors, each at its owner: entry r at process r, or each at every process.
