@@ -68,14 +68,14 @@ class Pieces:
     def rekey(self, parameters: Mapping[str, Tensor]) -> None:
         """Of a copy: the same of its own parameters, by name."""
         self._places = {id(parameters[name]): places for name, places in self._named.items()}
+        self._first = {key: _first_holders(places) for key, places in self._places.items()}
 
     def __bool__(self) -> bool:
         return bool(self._places)
 
     def _speaks(self, parameter: Tensor, rank: int) -> bool:
         """Whether a process is the first that holds its piece; copies of it are not sent."""
-        places = self._places[id(parameter)]
-        return places.index(places[rank]) == rank
+        return self._first[id(parameter)][rank]
 
     def share(self, parameter: Tensor) -> float:
         """1 / the number of processes that hold the piece of this one: what its entries count in a sum over all."""
@@ -147,6 +147,17 @@ class Pieces:
     ) -> list[Tensor]:
         nothing = torch.empty(0, dtype=dtype, device=self._device)
         return self.ranks.exchange([torch.cat([nothing, *some]) for some in pieces], sizes, what)
+
+
+def _first_holders(places: Sequence[tuple[slice, ...]]) -> list[bool]:
+    """Of every process, whether no earlier one holds the same piece."""
+    seen: set[tuple[tuple[int, int], ...]] = set()
+    found: list[bool] = []
+    for place in places:
+        key = tuple((entry.start, entry.stop) for entry in place)
+        found.append(key not in seen)
+        seen.add(key)
+    return found
 
 
 def _by_dtype(entries: Sequence[Entry]) -> dict[torch.dtype, list[int]]:
