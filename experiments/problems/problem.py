@@ -39,7 +39,10 @@ GENERATED_HERE = "generated here, none needed"
 PUBLISHED: Mapping[str, Mapping[str, float | str]] = MappingProxyType(
     {
         "mbf": MappingProxyType({"units": "absolute", "limit": math.inf}),
-        **{name: MappingProxyType({"limit": math.inf}) for name in ("kfac", "kbfgs", "kbfgs-l")},
+        **dict.fromkeys(
+            ("ekfac", "kbfgs", "kbfgs-conv", "kbfgs-l", "kfac", "kfac-conv", "ngd-exact", "shampoo", "tnt"),
+            MappingProxyType({"limit": math.inf}),
+        ),
     }
 )
 """Options of methods in the form of their papers, for which a problem's settings may have been chosen; a run that was

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ....curvature.estimators import BatchMean, SampledBatchMean
 from ....curvature.layers.adapters import KINDS
 from ....preconditioners.averages import MovingAverage, RunningSum
@@ -17,21 +19,28 @@ from ....preconditioners.structures.moments import GradientMoments
 from ....preconditioners.structures.spectral import AspectRatio, MatchAdam, Spectral, UpdateScale
 from ..method import Method
 from ..momentum import EMA, CorrectedEMA, Decoupled, HeavyBall, Nesterov
-from .names import chosen
+from .names import bounded_step, chosen
 
 __all__ = ["muon", "shampoo", "soap", "tnt"]
 
 
 def shampoo(
-    *, momentum: float = 0.9, statistics_every: int = 1, inverses_every: int = 20, eager: int = 20, lag: int = 0
+    *,
+    limit: float = 0.05,
+    momentum: float = 0.9,
+    statistics_every: int = 1,
+    inverses_every: int = 20,
+    eager: int = 20,
+    lag: int = 0,
 ) -> Method:
     """Shampoo (arXiv:1802.09568v2, Algorithm 1): L^{-1/4} G R^{-1/4}, sums of gradient products from damping I.
 
     Kernels are flattened to matrices, and what is no matrix gets the diagonal of the same (AdaGrad). The paper takes
-    roots at every step; the default here spares them after the first 20. Default damping: the paper's epsilon; default
-    lr: classifiers take ten times as much, autoencoders of MNIST's size break down after some 40 steps with old roots.
+    roots at every step; the default here spares them after the first 20. Default damping: the paper's epsilon. The
+    bound and the default lr are ours: without it, old roots break autoencoders of MNIST's size at a tenth of this lr.
 
     Args:
+        limit: > 0, the largest step of a layer in units of its norm; ``inf``: lr alone decides (the paper).
         momentum: decay in [0, 1) of the gradients' average, before preconditioning.
         statistics_every: T1 >= 1.
         inverses_every: T2 >= 1, steps between roots.
@@ -43,13 +52,15 @@ def shampoo(
         BatchMean(),
         damping=ConstantDamping(),
         momentum=EMA(momentum),
+        step_size=bounded_step(limit, decrease=math.inf),  # sums only grow: steps need not know the loss
         fallback=Diagonal(average=RunningSum()),
-        defaults={"lr": 0.03, "damping": 1e-4},
+        defaults={"lr": 0.3, "damping": 1e-4},
     )
 
 
 def tnt(
     *,
+    limit: float = 0.05,
     momentum: float = 0.9,
     statistics_decay: float = 0.9,
     statistics_every: int = 1,
@@ -61,10 +72,11 @@ def tnt(
 
     Labels are sampled from the model (needs a likelihood); the statistics start from one pass over the data. The
     published settings are (T1, T2) = (1, 20) for autoencoders and (10, 100) for CNNs, lr 1e-4 and damping 0.1 on the
-    MNIST autoencoder (PAPERS 4.2), the default here. What is no matrix gets the diagonal of what the paper does with
-    parameters of order one, with the damping 0.1.
+    MNIST autoencoder (PAPERS 4.2), and no bound. The bound and the default lr and damping are ours. What is no matrix
+    gets the diagonal of what the paper does with parameters of order one, with the damping 0.1.
 
     Args:
+        limit: > 0, the largest step of a layer in units of its norm; ``inf``: lr alone decides (the paper).
         momentum: decay in [0, 1), heavy ball.
         statistics_decay: of the covariances, in [0, 1).
         statistics_every: T1 >= 1.
@@ -79,9 +91,10 @@ def tnt(
         damping=ConstantDamping(),
         momentum=HeavyBall(momentum),
         weight_decay=Decoupled(),
+        step_size=bounded_step(limit),
         fallback=Diagonal(power=1.0, average=MovingAverage(statistics_decay), epsilon=0.1),
         warm_start=SampledBatchMean(),
-        defaults={"lr": 1e-4, "damping": 0.1},
+        defaults={"lr": 1e-3, "damping": 0.01},
     )
 
 
@@ -90,7 +103,8 @@ def soap(
 ) -> Method:
     """SOAP (arXiv:2409.11321v2, Algorithm 3): Adam in the slowly renewed eigenbasis of Shampoo's matrices.
 
-    The damping is Adam's epsilon. lr, betas, decay and the renewal every 10 steps are the paper's; see
+    The damping is Adam's epsilon. Betas, decay and the renewal every 10 steps are the paper's;
+    its lr of 3e-3 is that of long runs of language models, the default here three times as large. See
     :class:`Eigenbasis` for the first step. What is no matrix gets Adam, as in the paper.
 
     Args:
@@ -118,7 +132,7 @@ def soap(
         momentum=CorrectedEMA(beta1),
         weight_decay=Decoupled(),
         fallback=Diagonal(average=average),
-        defaults={"lr": 3e-3, "damping": 1e-8, "weight_decay": 1e-2},
+        defaults={"lr": 1e-2, "damping": 1e-8, "weight_decay": 1e-2},
     )
 
 

@@ -136,9 +136,9 @@ def step_guard(growth: float, guard: str = "backtrack") -> Guard:
     return NoGuard() if growth == float("inf") else found
 
 
-def bounded_step(limit: float) -> StepSize:
+def bounded_step(limit: float, decrease: float = 0.5) -> StepSize:
     """lr, and no step moves a layer by more than ``limit`` times its norm; infinity means lr alone.
 
-    Nor does a step promise to take away more than half of the loss, see :class:`.RelativeBound`.
+    Nor does a step promise to take away more than ``decrease`` of the loss, see :class:`.RelativeBound`.
     """
-    return ConstantStep() if limit == float("inf") else RelativeBound(limit=limit, decrease=0.5)
+    return ConstantStep() if limit == float("inf") else RelativeBound(limit=limit, decrease=decrease)

@@ -123,11 +123,12 @@ def kbfgs_conv(
     statistics_decay: float = 0.9,
     pair_decay: float = 0.9,
     growth: float = 1.1,
+    limit: float = 0.05,
 ) -> Method:
     """K-BFGS for convolutions (arXiv:2102.06737v3): Powell damping with H, then Levenberg-Marquardt; decoupled decay.
 
     A sums over positions, the secant pair averages over them, damping is sqrt(damping S) and sqrt(damping / S)
-    (PAPERS 1.6). The guard is ours, as in ``kbfgs``, and so is the default lr.
+    (PAPERS 1.6). The guard and the bound are ours, as in ``kbfgs``, and so are the default lr and damping.
 
     Args:
         action: which A the Hessian action uses: ``averaged`` over steps, or of the current ``mini-batch`` (the paper's
@@ -136,17 +137,18 @@ def kbfgs_conv(
         statistics_decay: of A, in [0, 1); without effect on ``mini-batch``.
         pair_decay: of the averaged pair, in [0, 1).
         growth: the guard's factor, > 1; ``inf`` switches it off (the paper).
+        limit: > 0, the largest step of a layer in units of its norm; ``inf``: lr alone decides (the paper).
     """
     averages: dict[str, Callable[[], Average]] = {
         "averaged": lambda: MovingAverage(statistics_decay),
         "mini-batch": lambda: ZeroStartAverage(0.0),
     }
-    base = kbfgs(pairs="powell-then-lm", momentum=momentum, pair_decay=pair_decay, growth=growth, limit=float("inf"))
+    base = kbfgs(pairs="powell-then-lm", momentum=momentum, pair_decay=pair_decay, growth=growth, limit=limit)
     structure = base.preconditioner
     assert isinstance(structure, Kronecker)
     return replace(
         base,
         preconditioner=replace(structure, inputs=HessianActionBFGS(chosen("action", action, averages))),
         weight_decay=Decoupled(),
-        defaults={"lr": 0.1, "damping": 0.3, "weight_decay": 0.0},
+        defaults={"lr": 0.6, "damping": 0.1, "weight_decay": 0.0},
     )

@@ -32,7 +32,7 @@ def test_numbers_left_open_are_the_problems_own(tiny, tmp_path):
     config, _ = trained(asked, tmp_path / "asked")
     assert (config["lr"], config["weight_decay"], config["method_options"]["epsilon"]) == (0.01, 0.25, 1e-4)
     config, _ = trained(RunConfig("tiny", "adam"), tmp_path / "other")
-    assert config["lr"] == 1e-3
+    assert config["lr"] == 3e-3
 
 
 def test_a_run_with_the_problems_numbers_continues(tiny, tmp_path):

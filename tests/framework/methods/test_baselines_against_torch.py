@@ -50,7 +50,8 @@ def test_baseline_equals_torch(
     follow(name, torch_class, common, common | extra, net)
 
 
-def test_default_numbers_are_those_of_torch() -> None:
+def test_default_numbers_are_those_of_torch_but_for_lr() -> None:
+    """Three times the lr: at torch's, Adam ends behind default SGD-momentum on too many of the shipped problems."""
     methods = osc.registry.methods()
     for name, torch_class in (
         ("adam", torch.optim.Adam),
@@ -58,7 +59,7 @@ def test_default_numbers_are_those_of_torch() -> None:
         ("adagrad", torch.optim.Adagrad),
     ):
         defaults = torch_class([torch.zeros(1, requires_grad=True)]).defaults
-        assert methods[name].defaults["lr"] == defaults["lr"], name
+        assert methods[name].defaults["lr"] == pytest.approx(3 * defaults["lr"]), name
         assert methods[name].defaults["weight_decay"] == defaults["weight_decay"], name
 
 

@@ -10,6 +10,7 @@ import osculate as osc
 import pytest
 import torch
 from osculate.experiments.data.shipped import load_digits
+from osculate.experiments.problems.problem import PUBLISHED
 from osculate.stepsize import ConstantStep, RelativeBound
 from torch import Tensor, nn
 from torch.nn import functional
@@ -71,10 +72,12 @@ def test_the_papers_forms_are_options() -> None:
     assert plain.defaults["damping"] == 0.3 and plain.defaults["lr"] == 1e-3
     released = osc.registry.method("mbf-released")
     assert released.damping == osc.ConstantDamping() and released.step_size == ConstantStep()
-    assert osc.registry.method("kfac", limit=math.inf).step_size == ConstantStep()
-    assert osc.registry.method("kfac-conv").step_size == ConstantStep()
-    for name in ("mbf", "kfac"):
-        assert osc.registry.method(name).step_size == RelativeBound(limit=0.05, decrease=0.5)
+    for name in PUBLISHED:
+        decrease = math.inf if name == "shampoo" else 0.5
+        assert osc.registry.method(name).step_size == RelativeBound(limit=0.05, decrease=decrease), name
+        assert osc.registry.method(name, limit=math.inf).step_size == ConstantStep(), name
+    with pytest.raises(osc.ArgumentError, match="pass largest=4096"):
+        osc.registry.method("ngd-exact", limit=4096)
     with pytest.raises(osc.ArgumentError, match="units must be one of curvature, absolute, got 'mean'"):
         osc.registry.method("mbf", units="mean")
     with pytest.raises(osc.ArgumentError, match="limit"):

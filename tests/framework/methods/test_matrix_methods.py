@@ -104,16 +104,19 @@ def compare(name: str, arrays: Arrays, model: nn.Sequential, results: Arrays, dr
     assert not likelihood.labels
 
 
+INFINITE = float("inf")
+"""The papers' forms: no bound on a step."""
+
 CASES: dict[str, tuple[Any, dict[str, float], dict[str, Any]]] = {
     "shampoo": (
         matrix_methods.Shampoo,
         {"lr": 0.1, "damping": 0.01, "momentum": 0.8, "every": 3, "eager": 2},
-        {"momentum": 0.8, "inverses_every": 3, "eager": 2},
+        {"limit": INFINITE, "momentum": 0.8, "inverses_every": 3, "eager": 2},
     ),
     "tnt": (
         matrix_methods.TNT,
         {"lr": 0.01, "damping": 0.1, "momentum": 0.8, "decay": 0.7, "gamma": 0.3, "every": 3, "eager": 2},
-        {"momentum": 0.8, "statistics_decay": 0.7, "inverses_every": 3, "eager": 2},
+        {"limit": INFINITE, "momentum": 0.8, "statistics_decay": 0.7, "inverses_every": 3, "eager": 2},
     ),
     "soap": (
         matrix_methods.SOAP,
@@ -128,12 +131,12 @@ CASES: dict[str, tuple[Any, dict[str, float], dict[str, Any]]] = {
     "ekfac": (
         matrix_methods.EKFAC,
         {"lr": 0.1, "damping": 0.05, "momentum": 0.8, "decay": 0.7, "every": 3, "eager": 2},
-        {"momentum": 0.8, "statistics_decay": 0.7, "basis_every": 3, "eager": 2},
+        {"limit": INFINITE, "momentum": 0.8, "statistics_decay": 0.7, "basis_every": 3, "eager": 2},
     ),
     "ngd-exact": (
         matrix_methods.NaturalGradient,
         {"lr": 0.1, "damping": 0.05, "momentum": 0.8, "decay": 0.7, "every": 3, "eager": 0},
-        {"momentum": 0.8, "statistics_decay": 0.7, "inverses_every": 3},
+        {"limit": INFINITE, "momentum": 0.8, "statistics_decay": 0.7, "inverses_every": 3},
     ),
 }
 
@@ -185,7 +188,7 @@ def test_kfac_on_convolutions() -> None:
     results = kfac.run(meta, arrays, kfac.drawing(CATEGORICAL, 3))
     compare(
         "kfac-conv", arrays, model, results, [*results["warm_fisher_targets"], *results["fisher_targets"]],
-        lr=0.01, damping=0.2, statistics_decay=0.8, statistics_every=1, inverses_every=3, eager=2,
+        lr=0.01, damping=0.2, limit=INFINITE, statistics_decay=0.8, statistics_every=1, inverses_every=3, eager=2,
     )  # fmt: skip
 
 
@@ -202,7 +205,7 @@ def test_kbfgs_on_convolutions(action: str) -> None:
     assert results["margin_powell"] > 1e-7
     compare(
         "kbfgs-conv", arrays, model, results, [], lr=0.1, damping=0.3, action=action, momentum=0.8,
-        statistics_decay=0.7, pair_decay=0.6, growth=float("inf"),
+        statistics_decay=0.7, pair_decay=0.6, growth=INFINITE, limit=INFINITE,
     )  # fmt: skip
 
 
