@@ -157,7 +157,8 @@ def _ablation(measure: str, table: pd.DataFrame) -> Figure:
     axes.axvline(1.0, color="0.3", linewidth=0.9)
     axes.set_xscale("log")
     axes.set_xlim(1 / bound, bound)
-    axes.xaxis.set_major_locator(FixedLocator([1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.8, 1, 1.25, 2, 4, 8, 16]))
+    near = (0.8, 1.25) if bound < 4 else ()  # beside 1 on a longer axis they would be written over one another
+    axes.xaxis.set_major_locator(FixedLocator([*(2.0**power for power in range(-4, 5)), *near]))
     axes.xaxis.set_major_formatter(PLAIN)
     axes.xaxis.set_minor_formatter(NullFormatter())
     plain_axes(axes)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ...analysis.theorem import Curve, Plot
@@ -55,6 +56,8 @@ def plots_figure(plots: Sequence[Plot]) -> Figure:
         axes.set_xscale("log" if plot.x_log else "linear")
         axes.set_yscale("log" if plot.y_log else "linear")
         axes.set_xlabel(plot.x_label)
+        if plot.x_label == "step" and not plot.x_log:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(plot.y_label, fontsize=_fitting(plot.y_label, 72 * 1.75))
         axes.set_title(_one_line(plot.title), fontsize=size)
         if plot.grid is None:
