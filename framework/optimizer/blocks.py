@@ -26,6 +26,7 @@ from .report import LayerRow
 
 __all__ = [
     "Block",
+    "declined",
     "full_precision",
     "make_blocks",
     "present_gradients",
@@ -276,14 +277,14 @@ def make_blocks(
             key = layer.name if index == 0 else f"{layer.name}:{'+'.join(names)}"
             blocks.append(_block(key, layer, names, part, False, alone, holds))
         if rest:
-            reason = layer.note if pieces or layer.note else _declined(preconditioner, layer)
+            reason = layer.note if pieces or layer.note else declined(preconditioner, layer)
             key = layer.name if not pieces else f"{layer.name}:{'+'.join(rest)}"
             blocks.append(_block(key, layer, rest, fallback, True, None, holds))
             blocks[-1].note = reason
         unnamed = by_default(preconditioner, layer) - served
         listed = (*rest, *(name for name in layer.parameters if name in unnamed and layer.parameters[name].ndim > 1))
         if listed:
-            why = layer.note or (_declined(preconditioner, layer) if rest and not pieces else "")
+            why = layer.note or (declined(preconditioner, layer) if rest and not pieces else "")
             note = f" ({why})" if why else ""
             left.append(f"{layer.name} ({type(layer.module).__name__}): {', '.join(listed)}{note}")
     if strict and left:
@@ -297,7 +298,7 @@ def make_blocks(
     return blocks
 
 
-def _declined(preconditioner: Preconditioner | ByLayer, layer: Layer) -> str:
+def declined(preconditioner: Preconditioner | ByLayer, layer: Layer) -> str:
     """Why a limit of size of some structure keeps a layer out; empty if none does."""
     for part in leaves(preconditioner):
         declines = declared(part, StructureDeclarations).declines

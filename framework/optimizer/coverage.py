@@ -10,7 +10,7 @@ from ...curvature.layers.layer import Layer
 from ...errors import FallbackWarning
 from ...preconditioners.protocol import Preconditioner
 from ...preconditioners.structures.by_layer import ByLayer, by_default
-from .blocks import Block, describe
+from .blocks import Block, declined, describe
 
 __all__ = ["SHARE", "warn_of_fallback"]
 
@@ -37,7 +37,9 @@ def warn_of_fallback(blocks: Sequence[Block], preconditioner: Preconditioner | B
         size = _left_over(block, preconditioner)
         if size:
             odd = block.layer.adapter is None and bool(own_forward(block.layer.module))
-            entries.append((size, odd, f"{block.layer.name} ({_type(block)}, {size}): {_reason(block)}"))
+            entries.append(
+                (size, odd, f"{block.layer.name} ({_type(block)}, {size}): {_reason(block, preconditioner)}")
+            )
             parts.append(describe(block.part))
     share = sum(size for size, _, _ in entries) / total
     named = entries if share > SHARE else [entry for entry in entries if entry[1]]
@@ -68,7 +70,7 @@ def _type(block: Block) -> str:
     return type(block.layer.module).__name__
 
 
-def _reason(block: Block) -> str:
+def _reason(block: Block, preconditioner: Preconditioner | ByLayer) -> str:
     """Why the method's structure has not taken a block."""
     layer: Layer = block.layer
     if layer.note:
@@ -79,4 +81,5 @@ def _reason(block: Block) -> str:
         return "it is not read as a matrix" if "weight" in layer.parameters else "its weight is not trained"
     if "weight" not in block.names:
         return "a bias beside a structure for the weight"
-    return f"no structure of the method takes {layer.kind} of shape {layer.matrix_shape}"
+    default = f"no structure of the method takes {layer.kind} of shape {layer.matrix_shape}"
+    return declined(preconditioner, layer) or default
