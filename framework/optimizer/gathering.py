@@ -55,7 +55,7 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
     try:
         if not together.divides_gradients:
             squares = sum_of_everything(None, gradients, ())
-        rest = sum_of_everything(loss, gradients if squares is None else (), found.values())
+        rest = sum_of_everything(None, gradients if squares is None else (), found.values())
     except (RuntimeError, TypeError):
         require_dense_gradients(session.blocks, found)
         raise
