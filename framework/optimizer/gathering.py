@@ -42,11 +42,6 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
     """
     due, ranks, certifies = session.due, together.ranks, session.looks_closely
     loss = None if loss is None else whole_of(loss)
-    if getattr(getattr(ranks.wrapper, "_join_config", None), "enable", False):
-        raise ArgumentError(
-            "inside DistributedDataParallel.join() a process that has run out of batches takes part in no exchange of "
-            "statistics; give all processes as many batches (DistributedSampler does, drop_last=True)"
-        )
     found = session.collect()
     reached = [_reached(parameter) for block in session.blocks for parameter in block.parameters]
     present = tuple(any(map(_reached, block.parameters)) for block in session.blocks)

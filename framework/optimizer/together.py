@@ -9,7 +9,7 @@ what each has found goes round before anything is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from ...curvature.layers.layer import Layer
 from ...curvature.layers.sharding import is_sharded, laid_out, local
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError, ProcessError
+from ..processes.exchanges import Exchanges
 from ..processes.pieces import Entry, Pieces, batch_shares
 from ..processes.ranks import Ranks
 from ..processes.records import Travel, brought_together, kind_of_rows, require_same_layers
@@ -105,7 +106,8 @@ class Together:
     ):
         self.ranks, self.owners, self.reduces_gradients = ranks, owners, reduces_gradients
         self.place, self._speakers = batch_shares(model, ranks)
-        self._listening = False
+        self._listening = self._broken_off = False
+        self._exchanges = Exchanges(ranks.groups, model.parameters())
         self.early: EarlyMoments | None = None
         self.adopt(model, layers)
 
@@ -141,7 +143,7 @@ class Together:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy sends nothing early: that is between groups which the originals have made."""
-        return self.__dict__ | {"early": None, "_mine": {}}
+        return self.__dict__ | {"early": None, "_mine": {}, "_exchanges": Exchanges((), ())}
 
     def rekey(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         """Of a copy: the same of its own parameters; nothing is sent."""
@@ -183,29 +185,35 @@ class Together:
     def announcing(self, blocks: Sequence[Block], certifies: bool) -> Iterator[None]:
         """What this process raises inside, before it has met the others, is told them: none waits in vain.
 
-        Not what an evaluation raises itself: the others may wait in an exchange of gradients then.
+        Of what an evaluation raises itself only what comes after its exchanges: before these are over, the others wait
+        for this process there.
 
         Args:
             blocks: all.
             certifies: whether doubts are told at this meeting.
         """
-        self._listening = True
+        self._listening, self._broken_off = True, False
         try:
             yield
         except Exception:
             if self.early is not None:
                 self.early.settle()
-            if self._listening:
+            if self._listening and self._broken_off:
+                self.ranks.leave(self._row(_RAISED, blocks, certifies))
+            elif self._listening:
                 self._say(_RAISED, blocks, certifies)
             raise
 
     def _say(self, verdict: float, blocks: Sequence[Block], certifies: bool) -> list[list[float]]:
         """Tell the others a verdict in the place of what was found; returns what all have told."""
+        self._listening = False
+        return self.ranks.table(self._row(verdict, blocks, certifies))
+
+    def _row(self, verdict: float, blocks: Sequence[Block], certifies: bool) -> Tensor:
         number = _HEAD + (2 + 3 * certifies) * len(self.layers) + sum(len(block.names) for block in blocks)
         row = torch.zeros(number, dtype=torch.float64, device=self.device)
         row[0] = verdict
-        self._listening = False
-        return self.ranks.table(row)
+        return row
 
     def skip(self, blocks: Sequence[Block], certifies: bool) -> None:
         """This process has no mini-batch for this step.
@@ -225,10 +233,23 @@ class Together:
         """
         self._require_nobody_apart(self._say(_ENDED, blocks, False))
 
-    def evaluated(self, closure: Callable[[], Any]) -> Any:
-        """Run the user's closure, in which DDP and FSDP2 exchange gradients."""
+    def evaluated(self, closure: Callable[[], Any], kind: Hashable) -> Any:
+        """Run the user's closure, in which DDP and FSDP2 exchange gradients.
+
+        Args:
+            closure: the user's.
+            kind: evaluations of one kind exchange the same.
+        """
         before, self._listening = self._listening, False
-        found = self.ranks.evaluating(closure)
+        self._exchanges.begin()
+        try:
+            found = self.ranks.evaluating(closure)
+        except ProcessError:
+            raise
+        except Exception:
+            self._listening = self._broken_off = before and self._exchanges.complete(kind)
+            raise
+        self._exchanges.end(kind)
         self._listening = before
         return found
 
