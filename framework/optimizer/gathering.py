@@ -48,7 +48,7 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
     gradients = [full_precision(held_gradient(p)) for p in _counted(session, together) if p.grad is not None]
     squares = None
     try:
-        if not together.divides_gradients:
+        if not together.reduces_gradients:
             squares = sum_of_everything(None, gradients, ())
         rest = sum_of_everything(None, gradients if squares is None else (), found.values())
     except (RuntimeError, TypeError):

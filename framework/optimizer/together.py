@@ -106,7 +106,7 @@ class Together:
     ):
         self.ranks, self.owners, self.reduces_gradients = ranks, owners, reduces_gradients
         self.place, self._speakers = batch_shares(model, ranks)
-        self._listening = self._broken_off = False
+        self._listening = self._broken_off = self._awaited = False
         self._exchanges = Exchanges(ranks.groups, model.parameters())
         self.early: EarlyMoments | None = None
         self.adopt(model, layers)
@@ -192,10 +192,12 @@ class Together:
             blocks: all.
             certifies: whether doubts are told at this meeting.
         """
-        self._listening, self._broken_off = True, False
+        self._listening, self._broken_off, self._awaited = True, False, False
         try:
             yield
         except Exception:
+            if self._awaited:  # in the exchanges of the evaluation, where it may try again
+                raise
             if self.early is not None:
                 self.early.settle()
             if self._listening and self._broken_off:
@@ -244,10 +246,10 @@ class Together:
         self._exchanges.begin()
         try:
             found = self.ranks.evaluating(closure)
-        except ProcessError:
-            raise
-        except Exception:
-            self._listening = self._broken_off = before and self._exchanges.complete(kind)
+        except Exception as error:
+            complete = not isinstance(error, ProcessError) and self._exchanges.complete(kind)
+            self._listening = self._broken_off = before and complete
+            self._awaited = not complete
             raise
         self._exchanges.end(kind)
         self._listening = before
@@ -272,7 +274,8 @@ class Together:
             reached: of every parameter of every block, whether it has a gradient.
             doubts: of certified layers, see :class:`.Certificate`; ``None``: of this step nobody tells any.
             moments: whether this is the meeting of a step, in which moments may have set out early.
-            squares: 0-dimensional, sum of squared gradients, where every process must have the same; ``None``: not so.
+            squares: 0-dimensional, sum of squared gradients, which all processes with the same pieces must have the
+                same; ``None``: not so.
             step: its number.
             numbers: of the parameter groups, which every process must have the same.
 
@@ -306,7 +309,8 @@ class Together:
         start = _HEAD + 2 * number
         self._require_same_gradients([row[start : start + parameters] for row in rows])
         if not any(row[0] for row in rows):
-            self._require_exchanged([row[3] for row in rows])
+            for twins in self.pieces.twins:
+                self._require_exchanged([rows[rank][3] for rank in twins], twins, bool(self.pieces))
         samples = {
             layer.name: [n if speaks else 0 for n, speaks in zip(column, self._speakers, strict=True)]
             for layer, column in zip(self.layers, columns, strict=True)
@@ -365,13 +369,21 @@ class Together:
                 )
 
     @staticmethod
-    def _require_exchanged(norms: Sequence[float]) -> None:
-        if max(norms) - min(norms) > _SAME * max(norms):
+    def _require_exchanged(norms: Sequence[float], ranks: Sequence[int], sharded: bool) -> None:
+        if max(norms) - min(norms) <= _SAME * max(norms):
+            return
+        if sharded:
             raise ArgumentError(
-                f"the gradients of the processes differ (norms {', '.join(f'{norm:.6g}' for norm in norms)}), so "
-                "nobody averages them: wrap the model in DistributedDataParallel or shard it with fully_shard, average "
-                "them yourself before step(), or build with process_group=None for processes that are for themselves"
+                f"processes {list(ranks)} hold the same pieces of all parameters, and gradients that differ (norms "
+                f"{', '.join(f'{norm:.6g}' for norm in norms)}), so nobody averages them: let the device mesh of "
+                "fully_shard reach over all processes, (copies, pieces) for copies, or build with "
+                "process_group=mesh.get_group() for parts of the processes that are for themselves"
             )
+        raise ArgumentError(
+            f"the gradients of the processes differ (norms {', '.join(f'{norm:.6g}' for norm in norms)}), so "
+            "nobody averages them: wrap the model in DistributedDataParallel or shard it with fully_shard, average "
+            "them yourself before step(), or build with process_group=None for processes that are for themselves"
+        )
 
     def _doubts(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
         """Of every certified layer, from what all processes have told."""
