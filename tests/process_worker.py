@@ -34,7 +34,7 @@ WAYS = {2: ("replicated", "owners", "owners-only", "fsdp", "tp"), 4: ("replicate
 MESHES = ("hsdp", "tp", "fsdp+tp")
 """Ways of four processes that a few methods stand for."""
 PARTS = {2: ("own group", "own group, owners", "own group, owners-only")}
-PARTS[4] = (*PARTS[2], "halves", "each half")
+PARTS[4] = ("own group, owners", "halves", "each half")
 """Ways of processes that share a mini-batch two by two, for which still fewer stand."""
 FEWER = ("kbfgs", "kfac", "joint-kfac-momentum", "adamw")
 FEW = ("kbfgs", "kfac", "joint-kfac-momentum", "mbf", "ekfac", "adamw")
@@ -325,7 +325,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
             "groups": [{"params": ["*.bias"], "weight_decay": 0.0}, {"params": ["*.weight"], "weight_decay": 0.1}]
         },
     },
-    **{f"sequences, {name}": {"net": "sequences", "method": name, "ways": ("sequence", "fsdp")} for name in FEW},
+    **{f"sequences, {name}": {"net": "sequences", "method": name, "ways": ("sequence",)} for name in FEW},
     "single precision, joint-kfac": {"method": "joint-kfac", "dtype": torch.float32},
 }
 
