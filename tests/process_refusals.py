@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import osculate as osc
 import torch
 from osculate.framework.processes.ranks import Ranks
+from process_end import end
 from process_worker import Fixed, Laid, batches, sharded, two_layers, whole
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -354,9 +354,7 @@ def main(rank: int, world: int, init: str, out: str) -> None:
     for name, action in refused().items():
         found[f"refused: {name}"] = what_is_said(action)
     found["left alone"] = left_alone(rank)
-    torch.save(found, out)
-    distributed.barrier()
-    os._exit(0)  # threads of gloo may abort a process that ends while others still speak
+    end(found, out)
 
 
 if __name__ == "__main__":

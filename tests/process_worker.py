@@ -7,7 +7,6 @@ same runs in one process.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import osculate as osc
 import torch
+from process_end import end
 from small_nets import make
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -408,9 +408,7 @@ def main(rank: int, world: int, init: str, out: str) -> None:
     found: dict[str, Any] = {f"{name}: {way}": attempted(lambda n=name, w=way: run(n, w)) for name, way in cases(world)}
     for name, way in situations(world):
         found[f"{name}: {way}"] = attempted(lambda n=name, w=way: situation(n, w))
-    torch.save(found, out)
-    distributed.barrier()
-    os._exit(0)  # threads of gloo may abort a process that ends while others still speak
+    end(found, out)
 
 
 if __name__ == "__main__":
