@@ -217,6 +217,39 @@ def joined(rank: int, method: str, counts: tuple[int, int]) -> dict[str, Any]:
 JOINED = [(method, counts) for method in ("kfac", "kbfgs") for counts in ((3, 2), (2, 0), (2, 2))]
 
 
+def overflown(rank: int, way: str, everywhere: bool) -> dict[str, Any]:
+    """Three steps under a GradScaler, in the second of which a gradient is infinite, on the last process or on all."""
+    laid, scaler = Laid(two_layers(), way), torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = osc.build("kfac", laid.outer, likelihood=Fixed(), grad_scaler=scaler, **laid.options)
+    said, same = [], True
+    for index, (inputs, labels) in enumerate(batches(laid.model, 3)):
+        x, y = laid.own(inputs), laid.own(labels)
+
+        def closure(x: Tensor = x, y: Tensor = y, index: int = index) -> Tensor:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(laid.outer(x), y)
+            scaler.scale(loss).backward()
+            if index == 1 and (everywhere or rank == 1):
+                gradient: Any = next(laid.model.parameters()).grad
+                getattr(gradient, "_local_tensor", gradient)[0, 0] = torch.inf
+            return loss.detach()
+
+        before = everything(laid, optimizer)
+        try:
+            optimizer.step(closure)
+            said.append(optimizer.last_report.skipped or "stepped")
+        except osc.ArgumentError as error:
+            said.append(str(error))
+            break
+        finally:
+            if index == 1:
+                now = everything(laid, optimizer)
+                same = all(torch.equal(one, two) for one, two in zip(before, now, strict=True))
+        scaler.update()
+    optimizer.close()
+    return {"said": said, "same": same}
+
+
 def left_alone(rank: int) -> dict[str, Any]:
     """The last process takes part in a table to which nobody else comes, in a group with a short time-out."""
     group = distributed.new_group([0, 1], timeout=timedelta(seconds=1))
@@ -349,6 +382,9 @@ def main(rank: int, world: int, init: str, out: str) -> None:
         for method, when in INTERRUPTED:
             found[f"{way}, {method}: raises {when}"] = raising(rank, world, way, method, when)
         found[f"{way}, kfac: {RAISES}"] = disagreeing(rank, world, way, "kfac", RAISES)
+    for way in WAYS:
+        for everywhere in (True, False):
+            found[f"{way}: overflown everywhere: {everywhere}"] = overflown(rank, way, everywhere)
     for method, counts in JOINED:
         found[f"{method}: join of {counts}"] = joined(rank, method, counts)
     for name, action in refused().items():

@@ -307,6 +307,8 @@ class SecondOrder(Session):
         if scaling is not None:
             scaling.unscale_gradients()
             if scaling.found_inf is not None and bool(scaling.found_inf):
+                if self.together is not None:
+                    self.together.skip(self.blocks, self.looks_closely, overflown=True)
                 return self._skip("the GradScaler found a gradient that is not finite", loss)
         self._inverse_scale = None if scaling is None else scaling.inverse(due.records_gradients)
         if self.together is not None:

@@ -31,7 +31,7 @@ from .early import EarlyMoments
 
 __all__ = ["Meeting", "Spread", "Together"]
 
-_FINE, _UNSOUND, _RAISED, _SKIPPED, _ENDED = 0.0, 1.0, 2.0, 3.0, 4.0
+_FINE, _UNSOUND, _RAISED, _SKIPPED, _ENDED, _OVERFLOWN = 0.0, 1.0, 2.0, 3.0, 4.0, 5.0
 _HEAD = 6
 """Numbers of a table's row before those of layers: verdict, number of the step, a sum over lr, damping
 and decay, norm of the gradients, two flags."""
@@ -41,6 +41,8 @@ _APART = {
     "give every process a part of it",
     _ENDED: "have come to the end of what warm_start was given, and others have not; give every process as many "
     "mini-batches",
+    _OVERFLOWN: "have a GradScaler that found a gradient that is not finite, and others have not; change gradients "
+    "after backward() on all alike",
 }
 
 _SAME = 1e-3
@@ -217,15 +219,20 @@ class Together:
         row[0] = verdict
         return row
 
-    def skip(self, blocks: Sequence[Block], certifies: bool) -> None:
-        """This process has no mini-batch for this step.
+    def skip(self, blocks: Sequence[Block], certifies: bool, overflown: bool = False) -> None:
+        """This process takes no step with this mini-batch.
+
+        Args:
+            blocks: all.
+            certifies: whether doubts are told at this meeting.
+            overflown: whether that is because its GradScaler has found an infinite gradient; else it has no mini-batch.
 
         Raises:
-            ArgumentError: if others have.
+            ArgumentError: if others do.
         """
         if self.early is not None:
             self.early.settle()
-        self._require_nobody_apart(self._say(_SKIPPED, blocks, certifies))
+        self._require_nobody_apart(self._say(_OVERFLOWN if overflown else _SKIPPED, blocks, certifies))
 
     def end(self, blocks: Sequence[Block]) -> None:
         """This process has no further mini-batch for the warm start.

@@ -81,6 +81,20 @@ def test_what_a_closure_raises_after_its_exchanges_is_told(
         assert torch.equal(one, two) and one.isfinite().all()
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_an_overflow_skips_the_step_on_all_or_is_refused(
+    refusals: list[dict[str, Any]], way: str, everywhere: bool
+) -> None:
+    """A GradScaler looks at this process's own gradients; over pieces torch lets all know what one has found."""
+    for found in (rank[f"{way}: overflown everywhere: {everywhere}"] for rank in refusals):
+        assert found["same"]
+        if everywhere or way == "fsdp":
+            assert found["said"] == ["stepped", "the GradScaler found a gradient that is not finite", "stepped"]
+        else:
+            assert "processes [1] have a GradScaler that found a gradient that is not finite" in found["said"][1]
+
+
 def test_who_has_raised_waits_no_longer_than_for_a_roll_call(refusals: list[dict[str, Any]]) -> None:
     """Where the others do not come to the table after all, and it takes no further step."""
     other, one = (found["left alone"] for found in refusals)
