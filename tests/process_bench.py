@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from osculate.experiments.runs.sharing import Case, measure
 from osculate.framework.optimizer.forecast import DIVISIONS
+from process_end import end
 from torch import distributed
 
 torch.set_num_threads(1)
@@ -28,9 +31,7 @@ def cases() -> list[Case]:
 def main(rank: int, world: int, init: str, out: str) -> None:
     """Every case, one after the other."""
     distributed.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
-    torch.save([measure(case) for case in cases()], out)
-    distributed.barrier()
-    os._exit(0)  # threads of gloo may abort a process that ends while others still speak
+    end([measure(case) for case in cases()], out)
 
 
 if __name__ == "__main__":

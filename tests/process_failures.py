@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import osculate as osc
 import torch
+from process_end import end
 from process_refusals import everything
 from process_worker import Fixed, Laid, batches, two_layers
 from torch import distributed, nn
@@ -78,8 +79,7 @@ def main(rank: int, world: int, init: str, out: str, how: str, way: str, where: 
             except osc.ProcessError as again:
                 found["again"] = str(again)
             break
-    torch.save(found, out)
-    os._exit(0)  # nobody is left to say good-bye to
+    end(found, out, together=False)  # nobody is left to say good-bye to
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import osculate as osc
 import torch
-from process_worker import Fixed, Laid, batches, two_layers
+from osculate.framework.processes.ranks import Ranks
+from process_end import end
+from process_worker import Fixed, Laid, batches, sharded, two_layers, whole
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -137,6 +142,124 @@ def disagreeing(rank: int, world: int, way: str, method: str, what: str) -> dict
     return {"said": said, "same": same, "moved": moved, "skipped": optimizer.skipped_steps}
 
 
+class OwnError(Exception):
+    """Of a user's loop."""
+
+
+def raising(rank: int, world: int, way: str, method: str, when: str) -> dict[str, Any]:
+    """Nine steps; in the eighth the closure of the last process raises, and whoever was told an error tries again."""
+    laid = Laid(two_layers(), way)
+    optimizer = osc.build(method, laid.outer, likelihood=Fixed(), **laid.options)
+    said, same, calls = "stepped", True, 0
+    for index, (inputs, labels) in enumerate(batches(laid.model, 9)):
+        x, y, raises = laid.own(inputs), laid.own(labels), index == 7 and rank == world - 1
+        calls = 0
+
+        def closure(x: Tensor = x, y: Tensor = y, raises: bool = raises) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if raises and when == "before its backward" and calls == 1:
+                raise OwnError("no data")
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(laid.outer(x), y)
+            loss.backward()
+            if raises and calls == CALLS.get(when):
+                raise OwnError("no disk")
+            return loss.detach()
+
+        before = everything(laid, optimizer)
+        try:
+            optimizer.step(closure)
+        except (OwnError, osc.ProcessError) as error:
+            said = f"{type(error).__name__}: {error}"
+            same = all(torch.equal(one, two) for one, two in zip(before, everything(laid, optimizer), strict=True))
+            optimizer.step(closure)
+    parameters = [whole(value) for value in laid.model.parameters()]
+    optimizer.close()
+    return {"said": said, "same": same, "parameters": parameters}
+
+
+CALLS = {"after its backward": 1, "when evaluated again": 2}
+INTERRUPTED = [("kfac", "before its backward"), ("kbfgs", "before its backward")]
+INTERRUPTED += [(method, "after its backward") for method in ("kfac", "kbfgs", "adam")]
+INTERRUPTED += [("kbfgs", "when evaluated again")]
+
+
+def joined(rank: int, method: str, counts: tuple[int, int]) -> dict[str, Any]:
+    """Inside ``join()``, with so many mini-batches for each process; whoever is refused leaves."""
+    laid = Laid(two_layers(), "replicated")
+    optimizer = osc.build(method, laid.outer, likelihood=Fixed(), **laid.options)
+    before, said = everything(laid, optimizer), "never stepped"
+    with laid.outer.join():  # type: ignore[operator]
+        for x, y in batches(laid.model, counts[rank]):
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(laid.outer(x), y)
+                loss.backward()
+                return loss.detach()
+
+            said = "stepped"
+            try:
+                if optimizer.needs_closure:
+                    optimizer.step(closure)
+                else:
+                    closure()
+                    optimizer.step()
+            except osc.ArgumentError as error:
+                said = str(error)
+                break
+    same = all(torch.equal(one, two) for one, two in zip(before, everything(laid, optimizer), strict=True))
+    optimizer.close()
+    return {"said": said, "same": same}
+
+
+JOINED = [(method, counts) for method in ("kfac", "kbfgs") for counts in ((3, 2), (2, 0), (2, 2))]
+
+
+def overflown(rank: int, way: str, everywhere: bool) -> dict[str, Any]:
+    """Three steps under a GradScaler, in the second of which a gradient is infinite, on the last process or on all."""
+    laid, scaler = Laid(two_layers(), way), torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = osc.build("kfac", laid.outer, likelihood=Fixed(), grad_scaler=scaler, **laid.options)
+    said, same = [], True
+    for index, (inputs, labels) in enumerate(batches(laid.model, 3)):
+        x, y = laid.own(inputs), laid.own(labels)
+
+        def closure(x: Tensor = x, y: Tensor = y, index: int = index) -> Tensor:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(laid.outer(x), y)
+            scaler.scale(loss).backward()
+            if index == 1 and (everywhere or rank == 1):
+                gradient: Any = next(laid.model.parameters()).grad
+                getattr(gradient, "_local_tensor", gradient)[0, 0] = torch.inf
+            return loss.detach()
+
+        before = everything(laid, optimizer)
+        try:
+            optimizer.step(closure)
+            said.append(optimizer.last_report.skipped or "stepped")
+        except osc.ArgumentError as error:
+            said.append(str(error))
+            break
+        finally:
+            if index == 1:
+                now = everything(laid, optimizer)
+                same = all(torch.equal(one, two) for one, two in zip(before, now, strict=True))
+        scaler.update()
+    optimizer.close()
+    return {"said": said, "same": same}
+
+
+def left_alone(rank: int) -> dict[str, Any]:
+    """The last process takes part in a table to which nobody else comes, in a group with a short time-out."""
+    group = distributed.new_group([0, 1], timeout=timedelta(seconds=1))
+    ranks = Ranks(group, None)
+    began = time.monotonic()
+    if rank == 1:
+        ranks.leave(torch.zeros(3, dtype=torch.float64))
+    return {"seconds": time.monotonic() - began, "broken": ranks.broken}
+
+
 RAISES = "the thread of inverses raises"
 DISAGREEMENTS = ("input is infinite", "skipped: input is infinite", "a gradient vanishes", "another loss")
 
@@ -149,9 +272,6 @@ def refused() -> dict[str, Callable[[], Any]]:
         return osc.build("kfac", laid.outer, likelihood=Fixed())
 
     def ignored() -> Any:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
         model = two_layers()
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)), ignored_params={model[0].weight})  # type: ignore[index]
         return osc.build("kfac", model, likelihood=Fixed())
@@ -179,6 +299,12 @@ def refused() -> dict[str, Callable[[], Any]]:
         torch.manual_seed(distributed.get_rank())
         model = two_layers()
         trained(model, osc.build("kfac", model, likelihood=Fixed()))
+
+    def apart() -> None:
+        model = two_layers()
+        sharded(model, init_device_mesh("cpu", (2, 1), mesh_dim_names=("parts", "pieces"))["pieces"])
+        torch.manual_seed(distributed.get_rank())
+        trained(model, osc.build("adam", model))
 
     def unfrozen() -> None:
         model = two_layers()
@@ -226,6 +352,7 @@ def refused() -> dict[str, Callable[[], Any]]:
         "a warm start that ends early": shorter,
         "a state for nobody": nowhere,
         "nobody averages": alone,
+        "nobody averages over meshes": apart,
         "unfrozen inside DistributedDataParallel": unfrozen,
         "ignored by DistributedDataParallel": ignored_by_ddp,
         "owners-only, scaled": scaled,
@@ -252,12 +379,18 @@ def main(rank: int, world: int, init: str, out: str) -> None:
         for method in ("kfac", "kbfgs", "adam"):
             for what in DISAGREEMENTS:
                 found[f"{way}, {method}: {what}"] = disagreeing(rank, world, way, method, what)
+        for method, when in INTERRUPTED:
+            found[f"{way}, {method}: raises {when}"] = raising(rank, world, way, method, when)
         found[f"{way}, kfac: {RAISES}"] = disagreeing(rank, world, way, "kfac", RAISES)
+    for way in WAYS:
+        for everywhere in (True, False):
+            found[f"{way}: overflown everywhere: {everywhere}"] = overflown(rank, way, everywhere)
+    for method, counts in JOINED:
+        found[f"{method}: join of {counts}"] = joined(rank, method, counts)
     for name, action in refused().items():
         found[f"refused: {name}"] = what_is_said(action)
-    torch.save(found, out)
-    distributed.barrier()
-    os._exit(0)  # threads of gloo may abort a process that ends while others still speak
+    found["left alone"] = left_alone(rank)
+    end(found, out)
 
 
 if __name__ == "__main__":

@@ -67,12 +67,12 @@ def _run(script: Path, world: int, folder: Path, words: Sequence[str], lost: Seq
         )
         for rank in range(world)
     ]
+    alive = [(rank, process) for rank, process in enumerate(running) if rank not in lost]
     try:
-        alive = [process for rank, process in enumerate(running) if rank not in lost]
-        said = [process.communicate(timeout=seconds)[1] for process in alive]
+        said = [process.communicate(timeout=seconds)[1] for _, process in alive]
     finally:
         for process in running:
             process.kill()
             process.communicate()
-    for process, errors in zip(alive, said, strict=True):
-        assert process.returncode == 0, errors
+    for (rank, process), errors in zip(alive, said, strict=True):
+        assert (folder / str(rank)).exists(), f"process {rank} ended with {process.returncode}: {errors}"

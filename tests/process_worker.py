@@ -7,11 +7,10 @@ same runs in one process.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import osculate as osc
 import torch
+from process_end import end
 from small_nets import make
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 torch.set_num_threads(1)
@@ -32,6 +33,10 @@ WRAPPED = {"replicated", "owners", "owners-only"}
 WAYS = {2: ("replicated", "owners", "owners-only", "fsdp", "tp"), 4: ("replicated", "owners", "fsdp")}
 MESHES = ("hsdp", "tp", "fsdp+tp")
 """Ways of four processes that a few methods stand for."""
+PARTS = {2: ("own group", "own group, owners", "own group, owners-only")}
+PARTS[4] = ("own group, owners", "halves", "each half")
+"""Ways of processes that share a mini-batch two by two, for which still fewer stand."""
+FEWER = ("kbfgs", "kfac", "joint-kfac-momentum", "adamw")
 FEW = ("kbfgs", "kfac", "joint-kfac-momentum", "mbf", "ekfac", "adamw")
 STEPS = 20
 
@@ -64,6 +69,7 @@ def names() -> list[str]:
 def cases(world: int) -> list[tuple[str, str]]:
     """(method, way) of every run of as many processes."""
     found = [(name, way) for name in names() for way in WAYS[world]]
+    found += [(name, way) for name in FEWER for way in PARTS[world]]
     return found + ([(name, way) for name in FEW for way in MESHES] if world == 4 else [])
 
 
@@ -86,6 +92,35 @@ def batches(model: nn.Module, steps: int = STEPS, samples: int = 16) -> list[tup
             x = torch.randn(samples, *shape, generator=generator, dtype=torch.float64)
         found.append((x, torch.randint(0, classes, (samples,), generator=generator)))
     return found
+
+
+class Sequences(nn.Module):
+    """(N, 4, 3) inputs; norms between linears, as tensor parallelism lays them along the sequence."""
+
+    data = (4, 3), 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.up = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 12)
+        self.down, self.last, self.head = nn.Linear(12, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, value: Tensor) -> Tensor:
+        value = self.embed(value)
+        found: Tensor = self.head(self.last(value + self.down(torch.tanh(self.up(self.norm(value))))))
+        return found.mean(1)
+
+
+def sequences() -> nn.Module:
+    """Its weights, the same everywhere."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Sequences()
+
+
+@cache
+def pairs() -> list[Any]:
+    """Groups of two, none of which is the default group."""
+    return [distributed.new_group([first, first + 1]) for first in range(0, distributed.get_world_size(), 2)]
 
 
 class Laid:
@@ -114,6 +149,18 @@ class Laid:
             parallel(model, mesh["tensor"])
             sharded(model, mesh["data"])
             self.place, self.shares = self.place // 2, world // 2
+        elif way == "sequence":
+            along_the_sequence(model, init_device_mesh("cpu", (world,)))
+            self.place, self.shares = 0, 1
+        elif way.startswith("own group"):
+            self.outer = DistributedDataParallel(model, process_group=pairs()[self.place // 2])
+            self.options = {"division": way.removeprefix("own group").removeprefix(", ") or "replicated"}
+            self.place, self.shares = self.place % 2, 2
+        else:
+            mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("halves", "pieces"))["pieces"]
+            sharded(model, mesh)
+            self.options = {"process_group": mesh.get_group()} if way == "each half" else {}
+            self.place, self.shares = self.place % 2, 2
 
     def own(self, value: Tensor, cuts: Mapping[int, list[int]] | None = None) -> Tensor:
         """This process's part of a mini-batch."""
@@ -137,6 +184,19 @@ def sharded(model: nn.Module, mesh: Any) -> None:
 def parallel(model: nn.Module, mesh: Any) -> None:
     """Columns of the first layer, rows of the last."""
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def along_the_sequence(model: nn.Module, mesh: Any) -> None:
+    """Norms see a part of the positions of every sample, linears a part of the columns or rows of all."""
+    plan = {
+        "embed": ColwiseParallel(output_layouts=Shard(1)),
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1)),
+        "last": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, plan)
 
 
 def whole(value: Tensor) -> Tensor:
@@ -222,7 +282,9 @@ def composed() -> dict[str, Callable[[], osc.Method]]:
 
 
 def net(name: str) -> nn.Module:
-    """A network of :mod:`small_nets` with what its data look like."""
+    """A network of :mod:`small_nets` with what its data look like, or the one above."""
+    if name == "sequences":
+        return sequences()
     model = make(name)
     model.data = ("tokens" if name == "tokens" else (1, 6, 6) if name == "cnn" else (6,)), 3  # type: ignore[assignment]
     return model
@@ -263,6 +325,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
             "groups": [{"params": ["*.bias"], "weight_decay": 0.0}, {"params": ["*.weight"], "weight_decay": 0.1}]
         },
     },
+    **{f"sequences, {name}": {"net": "sequences", "method": name, "ways": ("sequence",)} for name in FEW},
     "single precision, joint-kfac": {"method": "joint-kfac", "dtype": torch.float32},
 }
 
@@ -325,7 +388,7 @@ def situations(world: int) -> list[tuple[str, str]]:
     """(situation, way) of every run; what a way cannot do is refused by name elsewhere."""
     found = []
     for name, given in SITUATIONS.items():
-        found += [(name, way) for way in ("replicated", "owners", "fsdp")]
+        found += [(name, way) for way in given.get("ways", ("replicated", "owners", "fsdp"))]
         if world == 2 and "net" not in given and "pieces" not in given:
             found.append((name, "owners-only" if "clip" not in given else "fsdp"))
     return list(dict.fromkeys(found))
@@ -345,9 +408,7 @@ def main(rank: int, world: int, init: str, out: str) -> None:
     found: dict[str, Any] = {f"{name}: {way}": attempted(lambda n=name, w=way: run(n, w)) for name, way in cases(world)}
     for name, way in situations(world):
         found[f"{name}: {way}"] = attempted(lambda n=name, w=way: situation(n, w))
-    torch.save(found, out)
-    distributed.barrier()
-    os._exit(0)  # threads of gloo may abort a process that ends while others still speak
+    end(found, out)
 
 
 if __name__ == "__main__":

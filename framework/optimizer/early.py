@@ -49,7 +49,7 @@ class EarlyMoments:
         ranks.open_side(device)
         self._travels: Mapping[str, Travel] = {}
         self._sizes: dict[str, int] = {}  # of every layer, the largest share of the last meeting
-        self._enabled = self._whole = False
+        self._enabled = self._whole = self._over = False
         self.used = 0
         self._arrivals = self._discards = 0
         self._begun: tuple[list[tuple[str, str, int]], Pending] | None = None
@@ -63,7 +63,7 @@ class EarlyMoments:
             travels: what is brought to the owners in this step.
             plain: whether the loss is scaled by nobody.
         """
-        self._travels, self._arrivals = travels, 0
+        self._travels, self._arrivals, self._over = travels, 0, False
         self._enabled = self._enabled and plain
         self._capture = weakref.ref(capture) if isinstance(capture, Capture) and plain else None
         if isinstance(capture, Capture):
@@ -71,7 +71,7 @@ class EarlyMoments:
 
     def settle(self) -> None:
         """The step is given up: what has set out, or would have, is waited for, so that the next begins in order."""
-        if self._begun is None and self.chosen():
+        if self._begun is None and not self._over and self.chosen():
             self._begin({})
         self.finish(False, {})
 
@@ -91,7 +91,10 @@ class EarlyMoments:
         capture = None if self._capture is None else self._capture()
         if self._arrivals == 1 and capture is not None:
             self._discards = capture.discards
-            self._begin(capture.records_at_output())
+            if self._begun is None:
+                self._begin(capture.records_at_output())
+            else:  # of an evaluation that was broken off: they are void, and the others wait for no further ones
+                self._whole = False
 
     def _begin(self, records: Mapping[str, LayerStatistics]) -> None:
         """Set out, with zeros where nothing is known."""
@@ -133,6 +136,7 @@ class EarlyMoments:
             valid: whether they are on every process.
             samples: by layer, of every process.
         """
+        self._over = True
         if self._begun is None:
             return {}
         (places, pending), self._begun = self._begun, None

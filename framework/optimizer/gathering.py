@@ -42,20 +42,15 @@ def gather(session: Session, together: Together, loss: Tensor | None) -> MiniBat
     """
     due, ranks, certifies = session.due, together.ranks, session.looks_closely
     loss = None if loss is None else whole_of(loss)
-    if getattr(getattr(ranks.wrapper, "_join_config", None), "enable", False):
-        raise ArgumentError(
-            "inside DistributedDataParallel.join() a process that has run out of batches takes part in no exchange of "
-            "statistics; give all processes as many batches (DistributedSampler does, drop_last=True)"
-        )
     found = session.collect()
     reached = [_reached(parameter) for block in session.blocks for parameter in block.parameters]
     present = tuple(any(map(_reached, block.parameters)) for block in session.blocks)
     gradients = [full_precision(held_gradient(p)) for p in _counted(session, together) if p.grad is not None]
     squares = None
     try:
-        if not together.divides_gradients:
+        if not together.reduces_gradients:
             squares = sum_of_everything(None, gradients, ())
-        rest = sum_of_everything(loss, gradients if squares is None else (), found.values())
+        rest = sum_of_everything(None, gradients if squares is None else (), found.values())
     except (RuntimeError, TypeError):
         require_dense_gradients(session.blocks, found)
         raise

@@ -26,6 +26,7 @@ from ..processes.records import Travel
 from .blocks import full_precision
 from .closure import Closure, Snapshot, preserved, run_closure
 from .observing import observe_waiting
+from .precision import UNSCALED_TWICE
 from .report import StepReport
 from .session import Session
 from .stepping import Proposal
@@ -310,7 +311,7 @@ class LookBack:
                 with session.ranks.silent():
                     again = partial(_run_without_gradients, closure, session.device)
                     together = session.together  # which exchanges nothing here, unless parameters are sharded
-                    loss = together.evaluated(again) if together is not None and together.pieces else again()
+                    loss = together.evaluated(again, "again") if together is not None and together.pieces else again()
             finally:
                 for parameter in frozen:
                     parameter.requires_grad_(True)
@@ -346,6 +347,10 @@ def _run_without_gradients(closure: Closure, device: torch.device) -> Tensor:
     """
     try:
         return run_closure(closure, device)
+    except RuntimeError as error:
+        if "unscale_() has already been called" not in str(error):
+            raise
+        raise ArgumentError(UNSCALED_TWICE) from error  # of a scaler that the optimizer was not told of
     except (AttributeError, TypeError) as error:
         if "NoneType" not in str(error):
             raise

@@ -55,8 +55,9 @@ def observe(session: Session, batch: MiniBatch) -> None:
         else:
             require_filled(block, record)
     coupled = _coupled(method.weight_decay, batch.steps) if batch.decays else None
+    recorded = batch.statistics if batch.shares is None else batch.shares  # also of layers of which nothing travels
     for step in batch.steps:
-        measured = batch.statistics.get(step.block.layer.name)
+        measured = recorded.get(step.block.layer.name)
         if measured is not None and not measured.unseen:
             step.block.positions = measured.positions
     flat = None if coupled is None else [value for values in coupled for value in values]

@@ -14,12 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 
 from ...curvature.records.statistics import NOTHING_MEASURED, LayerStatistics, SampleGradients
 from ...errors import ArgumentError
 
-__all__ = ["Scaling", "require_plain_loss", "widened"]
+__all__ = ["UNSCALED_TWICE", "Scaling", "require_plain_loss", "widened"]
 
+UNSCALED_TWICE = (
+    "the closure calls scaler.unscale_(optimizer), which a GradScaler allows once in a step, and this method evaluates "
+    "the closure again after the step; no parameter and no state has changed. Leave it out: built with "
+    "grad_scaler=scaler, the optimizer unscales the gradients itself. To clip, clip the scaled ones: "
+    "clip_grad_norm_(model.parameters(), max_norm * scaler.get_scale())"
+)
 _HALF = (torch.float16, torch.bfloat16)
 _SCALED = ("output_gradient", "mean_gradient")
 """Fields of a record that are derivatives of the user's (scaled) loss and not of the model's own likelihood."""
@@ -73,9 +80,12 @@ class Scaling:
         self.found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         self._pending: Tensor | None = getattr(optimizer, "grad_scale", None)
         self._called = self.found_inf is not None
+        self._states: Any = None
 
     def before_closure(self) -> None:
         """A closure cannot run inside ``GradScaler.step``: the scaler has looked for infinities before its backward.
+
+        Nor can it where the scaler believes that the gradients of the step are unscaled already.
 
         Raises:
             ArgumentError: if that is tried.
@@ -85,6 +95,37 @@ class Scaling:
                 "scaler.step(optimizer, closure) looks at gradients before the closure makes them; build with "
                 "grad_scaler=scaler and call optimizer.step(closure), then scaler.update()"
             )
+        if self._unscaled:
+            raise ArgumentError(
+                "the GradScaler has unscaled gradients of this optimizer since its last update(), and would leave "
+                "those of this closure scaled: call scaler.update() after every optimizer.step(closure)"
+            )
+        self._states = None if self._scaler is None else self._scaler._per_optimizer_states
+
+    def after_closure(self, again: bool) -> None:
+        """Check what a closure has asked of the scaler itself.
+
+        Args:
+            again: whether it will be evaluated again.
+
+        Raises:
+            ArgumentError: if it has called ``update``, or, where it is evaluated again, ``unscale_``, which a scaler
+                allows once.
+        """
+        if self._scaler is not None and self._scaler._per_optimizer_states is not self._states:
+            raise ArgumentError(
+                "the closure calls scaler.update(), after which nobody knows how its gradients were scaled; no "
+                "parameter and no state has changed. Call it after optimizer.step(closure)"
+            )
+        if again and self._unscaled:
+            raise ArgumentError(UNSCALED_TWICE)
+
+    @property
+    def _unscaled(self) -> bool:
+        """Whether the scaler has unscaled the optimizer's gradients, and was not updated since."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return False
+        return bool(self._scaler._per_optimizer_states[id(self._optimizer)]["stage"] != OptState.READY)
 
     def unscale_gradients(self) -> None:
         """Divide the gradients by the scale unless that has been done, and note whether one is not finite."""

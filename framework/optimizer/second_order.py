@@ -276,6 +276,8 @@ class SecondOrder(Session):
             NumericalError: if a loss, gradient, statistic or step size is not finite (``on_nonfinite="raise"``); no
                 parameter and no state has changed.
         """
+        if self.together is not None:
+            self.ranks.require_no_join()
         with nullcontext() if self.together is None or closure is not None else self._in_step(self.together):
             self._require_ready(closure)
         closure = None if closure is None else self.capture.closure(closure)
@@ -292,6 +294,8 @@ class SecondOrder(Session):
         try:
             with nullcontext() if self.together is None else self._in_step(self.together):
                 loss, products = self._evaluate(closure)
+                if closure is not None and scaling is not None:
+                    scaling.after_closure(due.looks_back)
         except NumericalError as error:  # residuals say which of them it is
             return self._refuse(str(error), None)
         if loss is None and closure is not None:
@@ -303,6 +307,8 @@ class SecondOrder(Session):
         if scaling is not None:
             scaling.unscale_gradients()
             if scaling.found_inf is not None and bool(scaling.found_inf):
+                if self.together is not None:
+                    self.together.skip(self.blocks, self.looks_closely, overflown=True)
                 return self._skip("the GradScaler found a gradient that is not finite", loss)
         self._inverse_scale = None if scaling is None else scaling.inverse(due.records_gradients)
         if self.together is not None:
@@ -458,7 +464,7 @@ class SecondOrder(Session):
         try:
             with torch.enable_grad(), capture.differentiating() if capture.reads_curvature else nullcontext():
                 if self.together is not None:
-                    loss = self.together.evaluated(closure)
+                    loss = self.together.evaluated(closure, (id(due), self.looks_closely))
                 elif not due.products:
                     loss = closure()
                 else:

@@ -74,11 +74,11 @@ class Move:
         """
         total = full_precision(local(self.parameters[0])).new_zeros(())
         for parameter, direction, last, decay in self._rows():
-            if not parameter.requires_grad or parameter.grad is None:
+            share = weigh(parameter)
+            if not parameter.requires_grad or parameter.grad is None or not share:  # where it is not counted it is NaN
                 continue
             value, gradient = full_precision(local(parameter)), full_precision(local(parameter.grad))
             gradient = torch.add(gradient, value, alpha=weight_decay.gradient_factor(decay))
-            share = weigh(parameter)
             total = total - share * self.step_size * torch.sum(gradient * direction)
             total = total - share * weight_decay.shrinkage(decay, self.step_size) * torch.sum(gradient * value)
             if last is not None:

@@ -9,7 +9,7 @@ what each has found goes round before anything is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from ...curvature.layers.layer import Layer
 from ...curvature.layers.sharding import is_sharded, laid_out, local
 from ...curvature.records.statistics import LayerStatistics, Tensors
 from ...errors import ArgumentError, ProcessError
+from ..processes.exchanges import Exchanges
 from ..processes.pieces import Entry, Pieces, batch_shares
 from ..processes.ranks import Ranks
 from ..processes.records import Travel, brought_together, kind_of_rows, require_same_layers
@@ -30,7 +31,7 @@ from .early import EarlyMoments
 
 __all__ = ["Meeting", "Spread", "Together"]
 
-_FINE, _UNSOUND, _RAISED, _SKIPPED, _ENDED = 0.0, 1.0, 2.0, 3.0, 4.0
+_FINE, _UNSOUND, _RAISED, _SKIPPED, _ENDED, _OVERFLOWN = 0.0, 1.0, 2.0, 3.0, 4.0, 5.0
 _HEAD = 6
 """Numbers of a table's row before those of layers: verdict, number of the step, a sum over lr, damping
 and decay, norm of the gradients, two flags."""
@@ -40,6 +41,8 @@ _APART = {
     "give every process a part of it",
     _ENDED: "have come to the end of what warm_start was given, and others have not; give every process as many "
     "mini-batches",
+    _OVERFLOWN: "have a GradScaler that found a gradient that is not finite, and others have not; change gradients "
+    "after backward() on all alike",
 }
 
 _SAME = 1e-3
@@ -105,7 +108,8 @@ class Together:
     ):
         self.ranks, self.owners, self.reduces_gradients = ranks, owners, reduces_gradients
         self.place, self._speakers = batch_shares(model, ranks)
-        self._listening = False
+        self._listening = self._broken_off = self._awaited = False
+        self._exchanges = Exchanges(ranks.groups, model.parameters())
         self.early: EarlyMoments | None = None
         self.adopt(model, layers)
 
@@ -141,7 +145,7 @@ class Together:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy sends nothing early: that is between groups which the originals have made."""
-        return self.__dict__ | {"early": None, "_mine": {}}
+        return self.__dict__ | {"early": None, "_mine": {}, "_exchanges": Exchanges((), ())}
 
     def rekey(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         """Of a copy: the same of its own parameters; nothing is sent."""
@@ -183,39 +187,52 @@ class Together:
     def announcing(self, blocks: Sequence[Block], certifies: bool) -> Iterator[None]:
         """What this process raises inside, before it has met the others, is told them: none waits in vain.
 
-        Not what an evaluation raises itself: the others may wait in an exchange of gradients then.
+        Of what an evaluation raises itself only what comes after its exchanges: before these are over, the others wait
+        for this process there.
 
         Args:
             blocks: all.
             certifies: whether doubts are told at this meeting.
         """
-        self._listening = True
+        self._listening, self._broken_off, self._awaited = True, False, False
         try:
             yield
         except Exception:
+            if self._awaited:  # in the exchanges of the evaluation, where it may try again
+                raise
             if self.early is not None:
                 self.early.settle()
-            if self._listening:
+            if self._listening and self._broken_off:
+                self.ranks.leave(self._row(_RAISED, blocks, certifies))
+            elif self._listening:
                 self._say(_RAISED, blocks, certifies)
             raise
 
     def _say(self, verdict: float, blocks: Sequence[Block], certifies: bool) -> list[list[float]]:
         """Tell the others a verdict in the place of what was found; returns what all have told."""
+        self._listening = False
+        return self.ranks.table(self._row(verdict, blocks, certifies))
+
+    def _row(self, verdict: float, blocks: Sequence[Block], certifies: bool) -> Tensor:
         number = _HEAD + (2 + 3 * certifies) * len(self.layers) + sum(len(block.names) for block in blocks)
         row = torch.zeros(number, dtype=torch.float64, device=self.device)
         row[0] = verdict
-        self._listening = False
-        return self.ranks.table(row)
+        return row
 
-    def skip(self, blocks: Sequence[Block], certifies: bool) -> None:
-        """This process has no mini-batch for this step.
+    def skip(self, blocks: Sequence[Block], certifies: bool, overflown: bool = False) -> None:
+        """This process takes no step with this mini-batch.
+
+        Args:
+            blocks: all.
+            certifies: whether doubts are told at this meeting.
+            overflown: whether that is because its GradScaler has found an infinite gradient; else it has no mini-batch.
 
         Raises:
-            ArgumentError: if others have.
+            ArgumentError: if others do.
         """
         if self.early is not None:
             self.early.settle()
-        self._require_nobody_apart(self._say(_SKIPPED, blocks, certifies))
+        self._require_nobody_apart(self._say(_OVERFLOWN if overflown else _SKIPPED, blocks, certifies))
 
     def end(self, blocks: Sequence[Block]) -> None:
         """This process has no further mini-batch for the warm start.
@@ -225,10 +242,23 @@ class Together:
         """
         self._require_nobody_apart(self._say(_ENDED, blocks, False))
 
-    def evaluated(self, closure: Callable[[], Any]) -> Any:
-        """Run the user's closure, in which DDP and FSDP2 exchange gradients."""
+    def evaluated(self, closure: Callable[[], Any], kind: Hashable) -> Any:
+        """Run the user's closure, in which DDP and FSDP2 exchange gradients.
+
+        Args:
+            closure: the user's.
+            kind: evaluations of one kind exchange the same.
+        """
         before, self._listening = self._listening, False
-        found = self.ranks.evaluating(closure)
+        self._exchanges.begin()
+        try:
+            found = self.ranks.evaluating(closure)
+        except Exception as error:
+            complete = not isinstance(error, ProcessError) and self._exchanges.complete(kind)
+            self._listening = self._broken_off = before and complete
+            self._awaited = not complete
+            raise
+        self._exchanges.end(kind)
         self._listening = before
         return found
 
@@ -251,7 +281,8 @@ class Together:
             reached: of every parameter of every block, whether it has a gradient.
             doubts: of certified layers, see :class:`.Certificate`; ``None``: of this step nobody tells any.
             moments: whether this is the meeting of a step, in which moments may have set out early.
-            squares: 0-dimensional, sum of squared gradients, where every process must have the same; ``None``: not so.
+            squares: 0-dimensional, sum of squared gradients, which all processes with the same pieces must have the
+                same; ``None``: not so.
             step: its number.
             numbers: of the parameter groups, which every process must have the same.
 
@@ -285,7 +316,8 @@ class Together:
         start = _HEAD + 2 * number
         self._require_same_gradients([row[start : start + parameters] for row in rows])
         if not any(row[0] for row in rows):
-            self._require_exchanged([row[3] for row in rows])
+            for twins in self.pieces.twins:
+                self._require_exchanged([rows[rank][3] for rank in twins], twins, bool(self.pieces))
         samples = {
             layer.name: [n if speaks else 0 for n, speaks in zip(column, self._speakers, strict=True)]
             for layer, column in zip(self.layers, columns, strict=True)
@@ -344,13 +376,21 @@ class Together:
                 )
 
     @staticmethod
-    def _require_exchanged(norms: Sequence[float]) -> None:
-        if max(norms) - min(norms) > _SAME * max(norms):
+    def _require_exchanged(norms: Sequence[float], ranks: Sequence[int], sharded: bool) -> None:
+        if max(norms) - min(norms) <= _SAME * max(norms):
+            return
+        if sharded:
             raise ArgumentError(
-                f"the gradients of the processes differ (norms {', '.join(f'{norm:.6g}' for norm in norms)}), so "
-                "nobody averages them: wrap the model in DistributedDataParallel or shard it with fully_shard, average "
-                "them yourself before step(), or build with process_group=None for processes that are for themselves"
+                f"processes {list(ranks)} hold the same pieces of all parameters, and gradients that differ (norms "
+                f"{', '.join(f'{norm:.6g}' for norm in norms)}), so nobody averages them: let the device mesh of "
+                "fully_shard reach over all processes, (copies, pieces) for copies, or build with "
+                "process_group=mesh.get_group() for parts of the processes that are for themselves"
             )
+        raise ArgumentError(
+            f"the gradients of the processes differ (norms {', '.join(f'{norm:.6g}' for norm in norms)}), so "
+            "nobody averages them: wrap the model in DistributedDataParallel or shard it with fully_shard, average "
+            "them yourself before step(), or build with process_group=None for processes that are for themselves"
+        )
 
     def _doubts(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
         """Of every certified layer, from what all processes have told."""

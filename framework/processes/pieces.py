@@ -44,6 +44,9 @@ class Pieces:
         ranks: the processes.
         parameters: by name, in an order that is the same everywhere.
 
+    Attributes:
+        twins: groups of processes that hold the same pieces of all parameters, by two or more; all where none is cut.
+
     Raises:
         ArgumentError: if a parameter lies on some of the processes only, or in pieces that cannot be told.
     """
@@ -63,6 +66,9 @@ class Pieces:
                 own[name] = piece_of(parameter)
         everywhere = ranks.objects({name: [(s.start, s.stop) for s in piece] for name, piece in own.items()})
         self._named = {name: [tuple(slice(*bounds) for bounds in told[name]) for told in everywhere] for name in own}
+        held = [[[(s.start, s.stop) for s in places[r]] for places in self._named.values()] for r in range(ranks.count)]
+        groups = [[rank for rank, other in enumerate(held) if other == own] for own in held]
+        self.twins = [group for rank, group in enumerate(groups) if group[0] == rank and len(group) > 1]
         self.rekey(parameters)
 
     def rekey(self, parameters: Mapping[str, Tensor]) -> None:

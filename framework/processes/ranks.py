@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ArgumentError, ProcessError
-from .failure import attempted, tells_of_processes
+from .failure import attempted, patience, tells_of_processes
 
 __all__ = ["Pending", "Ranks", "unwrapped"]
 
@@ -112,6 +113,12 @@ class Ranks:
     def _group(self) -> Any:
         return None if isinstance(self.group, str) else self.group
 
+    @property
+    def groups(self) -> list[Any]:
+        """In which gradients are exchanged: the processes' own, and that of the wrapper."""
+        own = [] if not self.known else [self._group if self._group is not None else distributed.group.WORLD]
+        return own if self.wrapper is None else [*own, self.wrapper.process_group]
+
     def silent(self) -> AbstractContextManager[None]:
         """Context of a pass whose gradients are not exchanged."""
         context: AbstractContextManager[None] = nullcontext() if self.wrapper is None else self.wrapper.no_sync()
@@ -127,6 +134,19 @@ class Ranks:
             raise ProcessError(
                 f"the exchange of {self.broken} between processes failed in an earlier step, and the state of this "
                 "optimizer may be half of that step; start again from the last checkpoint"
+            )
+
+    def require_no_join(self) -> None:
+        """Check that every process has a mini-batch for every step. Nobody is told: all find it at their first.
+
+        Raises:
+            ArgumentError: inside ``DistributedDataParallel.join()``, where some may have run out.
+        """
+        if getattr(getattr(self.wrapper, "_join_config", None), "enable", False):
+            raise ArgumentError(
+                "inside DistributedDataParallel.join() a process that has run out of batches takes part in no exchange "
+                "of statistics; give all processes as many batches (DistributedSampler does, drop_last=True) and leave "
+                "join() out"
             )
 
     def attempt(self, action: Callable[[], Any], what: str) -> Any:
@@ -179,6 +199,21 @@ class Ranks:
         self.attempt(lambda: distributed.all_gather(rows, row, group=self._group), "what each process has found")
         found: list[list[float]] = torch.stack(rows).tolist()
         return found
+
+    def leave(self, row: Tensor) -> None:
+        """Take part in a :meth:`table` without reading it, because something was raised here.
+
+        The others are waited for as in a roll call, but no longer: what was raised shall be seen.
+
+        Args:
+            row: of this one.
+        """
+        rows = [torch.empty_like(row) for _ in range(self.count)]
+        try:
+            handle = distributed.all_gather(rows, row, group=self._group, async_op=True)
+            handle.wait(timedelta(seconds=patience(self._group)))
+        except (RuntimeError, ConnectionError):
+            self.broken = "what each process has found"
 
     def objects(self, value: Any) -> list[Any]:
         """What every process says, for a moment in which nothing is fast: while an optimizer is built or saved."""

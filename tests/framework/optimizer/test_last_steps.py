@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import osculate as osc
 import pytest
+import recalling
 import torch
 from osculate.framework.optimizer.last_steps import name_of_last
-from osculate.stepsize.guard import Trial
+from recalling import Verdicts, built, steps_kept
 from small_nets import batches, closure_of, data, differences, everything, flat, make, train
 from torch import Tensor, nn
 
-
-def sampled(**parts: Any) -> osc.Method:
-    """Momentum directions, sampled scores."""
-    standard = {"momentum": osc.EMA(0.5), "step_size": osc.RelativeBound(osc.JointWithLastStep())}
-    return osc.Method(**(standard | parts), defaults={"lr": 1.0})
-
-
-def built(method: osc.Method, net: str = "mlp", **options: Any) -> tuple[osc.SecondOrder, nn.Module]:
-    model = make(net)
-    return osc.build(method, model, likelihood="categorical", **options), model
-
-
-def last_of(optimizer: osc.SecondOrder) -> dict[str, Tensor]:
-    """Last steps by the parameter's name in the model."""
-    saved = optimizer.state_dict()["step_size"]["last_steps"]
-    return {f"{layer}.{name}": value for layer, values in saved.items() for name, value in values.items()}
+sampled = partial(recalling.sampled, step_size=osc.RelativeBound(osc.JointWithLastStep()))
 
 
 def test_the_last_step_is_what_the_parameters_moved_by() -> None:
     optimizer, model = built(sampled())
-    assert all(not value.any() for value in last_of(optimizer).values())
+    assert all(not value.any() for value in steps_kept(optimizer).values())
     for batch in batches(count=4):
         before = everything(model)
         train(optimizer, model, [batch])
         report = optimizer.last_report
         assert set(report.step_sizes) == {"0", "2", "4"}
         for name, value in everything(model).items():
-            assert torch.allclose(before[name] - value, last_of(optimizer)[name], rtol=1e-9, atol=1e-12)
+            assert torch.allclose(before[name] - value, steps_kept(optimizer)[name], rtol=1e-9, atol=1e-12)
 
 
 def test_decoupled_weight_decay_is_no_part_of_it() -> None:
@@ -52,7 +39,7 @@ def test_decoupled_weight_decay_is_no_part_of_it() -> None:
     alpha = optimizer.last_report.step_sizes
     for name, value in everything(model).items():
         shrunk = before[name] * (1.0 - 0.1 * float(alpha[name.split(".")[0]]))
-        assert torch.allclose(shrunk - value, last_of(optimizer)[name], rtol=1e-9, atol=1e-12)
+        assert torch.allclose(shrunk - value, steps_kept(optimizer)[name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("net", ["mlp", "tokens", "called-twice", "attention", "tied", "signals"])
@@ -107,14 +94,14 @@ def test_saved_and_loaded_it_continues_bit_for_bit(every: int) -> None:
 def test_what_cannot_move_does_not_move_and_keeps_its_last_step() -> None:
     optimizer, model = built(sampled())
     train(optimizer, model, batches(count=3))
-    kept, before = {name: value.clone() for name, value in last_of(optimizer).items()}, everything(model)
+    kept, before = {name: value.clone() for name, value in steps_kept(optimizer).items()}, everything(model)
     model[2].bias.requires_grad_(False)  # type: ignore[index]
     model[4].requires_grad_(False)  # type: ignore[index]
     train(optimizer, model, batches(count=4)[3:])
     for name, value in everything(model).items():
         rests = name in ("2.bias", "4.weight", "4.bias")
         assert torch.equal(value, before[name]) == rests
-        assert torch.equal(last_of(optimizer)[name], kept[name]) == rests
+        assert torch.equal(steps_kept(optimizer)[name], kept[name]) == rests
 
 
 class Branches(nn.Module):
@@ -132,12 +119,12 @@ def test_a_layer_without_a_gradient_sits_out_and_goes_on_later() -> None:
     model = Branches().double()
     optimizer = osc.build(sampled(), model, likelihood="categorical")
     train(optimizer, model, batches(count=2))
-    kept, before = {name: value.clone() for name, value in last_of(optimizer).items()}, everything(model)
+    kept, before = {name: value.clone() for name, value in steps_kept(optimizer).items()}, everything(model)
     model.on = False
     train(optimizer, model, batches(count=4)[2:])
     for name, value in everything(model).items():
         rests = name.startswith("extra")
-        assert torch.equal(value, before[name]) == torch.equal(last_of(optimizer)[name], kept[name]) == rests
+        assert torch.equal(value, before[name]) == torch.equal(steps_kept(optimizer)[name], kept[name]) == rests
     model.on = True
     train(optimizer, model, batches(count=6)[4:])
     assert not torch.equal(everything(model)["extra.weight"], before["extra.weight"]) and flat(model).isfinite().all()
@@ -149,33 +136,16 @@ def test_layers_that_join_find_room_between_directions_and_last_steps() -> None:
     optimizer = osc.build(sampled(), model, likelihood="categorical")
     train(optimizer, model, batches(count=3))
     saved = {name: value.clone() for name, value in optimizer.state_dict()["step_size"].items() if name != "last_steps"}
-    kept = {name: value.clone() for name, value in last_of(optimizer).items()}
+    kept = {name: value.clone() for name, value in steps_kept(optimizer).items()}
     model[0].requires_grad_(True)  # type: ignore[index]
     optimizer.add_param_group({"params": ["0.*"]})
     grown, places = optimizer.state_dict()["step_size"], torch.tensor([0, 1, 3, 4])
     assert torch.equal(grown["forms"][places][:, places], saved["forms"])
     assert not grown["forms"][[2, 5]].any() and grown["forms"].shape == (6, 6)
-    assert all(torch.equal(last_of(optimizer)[name], value) for name, value in kept.items())
-    assert not last_of(optimizer)["0.weight"].any()
+    assert all(torch.equal(steps_kept(optimizer)[name], value) for name, value in kept.items())
+    assert not steps_kept(optimizer)["0.weight"].any()
     train(optimizer, model, batches(count=5)[3:])
-    assert last_of(optimizer)["0.weight"].any() and flat(model).isfinite().all()
-
-
-@dataclass(frozen=True)
-class Verdicts(osc.Backtrack):
-    """Refuses as often as it is told, step by step."""
-
-    refusals: Any = (0,)
-    attempts: int = 3
-    seen: list[int] = field(default_factory=lambda: [0, 0])
-
-    def accepts(self, state: None, trial: Trial) -> bool:
-        step, count = self.seen
-        self.seen[1] += 1
-        accepted = count >= self.refusals[step]
-        if accepted or self.seen[1] == self.attempts:
-            self.seen[:] = [step + 1, 0]
-        return bool(accepted)
+    assert steps_kept(optimizer)["0.weight"].any() and flat(model).isfinite().all()
 
 
 def test_guards_shorten_both_steps_and_a_refused_step_is_no_last_step() -> None:
@@ -185,11 +155,11 @@ def test_guards_shorten_both_steps_and_a_refused_step_is_no_last_step() -> None:
     train(optimizer, model, batches(count=2)[1:])
     assert optimizer.last_report.shortened == 1
     for name, value in everything(model).items():
-        assert torch.allclose(before[name] - value, 0.5 * last_of(optimizer)[name], rtol=1e-9, atol=1e-12)
-    kept, before = {name: value.clone() for name, value in last_of(optimizer).items()}, everything(model)
+        assert torch.allclose(before[name] - value, 0.5 * steps_kept(optimizer)[name], rtol=1e-9, atol=1e-12)
+    kept, before = {name: value.clone() for name, value in steps_kept(optimizer).items()}, everything(model)
     train(optimizer, model, batches(count=3)[2:])
     assert optimizer.last_report.shortened == 3
-    assert differences((everything(model), last_of(optimizer)), (before, kept)) == []
+    assert differences((everything(model), steps_kept(optimizer)), (before, kept)) == []
 
 
 def test_a_sufficient_decrease_counts_the_slope_along_the_last_step() -> None:
@@ -224,11 +194,11 @@ def test_a_step_that_breaks_down_leaves_the_last_steps_alone() -> None:
     optimizer, model = built(sampled(step_size=Breaks()), on_nonfinite="skip")
     for batch in batches(count=5):
         calls.append(1)
-        before = everything(model), {name: value.clone() for name, value in last_of(optimizer).items()}
+        before = everything(model), {name: value.clone() for name, value in steps_kept(optimizer).items()}
         train(optimizer, model, [batch])
         if len(calls) == 3:
             assert "not finite for layers" in optimizer.last_report.skipped  # type: ignore[operator]
-            assert differences((everything(model), last_of(optimizer)), before) == []
+            assert differences((everything(model), steps_kept(optimizer)), before) == []
     assert optimizer.skipped_steps == 1
 
 
@@ -260,4 +230,4 @@ def test_half_precision_keeps_last_steps_in_single(dtype: torch.dtype) -> None:
     optimizer = osc.build(sampled(), model, likelihood="categorical")
     losses = train(optimizer, model, [data(samples=64, dtype=dtype)] * 6)
     assert losses[-1] < losses[0]
-    assert {value.dtype for value in last_of(optimizer).values()} == {torch.float32}
+    assert {value.dtype for value in steps_kept(optimizer).values()} == {torch.float32}

@@ -233,3 +233,76 @@ def test_half_precision_parameters_have_float32_states(name: str, net: str) -> N
     assert all(
         v.dtype == FLOAT for v in state_of(optimizer).values() if isinstance(v, Tensor) and v.is_floating_point()
     )
+
+
+LOOKING_BACK = [name for name in METHODS if osc.registry.method(name).looks_back_at(0)]
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("name", LOOKING_BACK)
+def test_a_closure_that_unscales_and_is_evaluated_again_is_refused(name: str, told: bool) -> None:
+    """With nothing changed; clipping the scaled gradients, as the message says, is clipping without a scaler."""
+    x, y = data()
+    model, scaler = make(), scaler_of(8.0)
+    optimizer = build(name, model, grad_scaler=scaler if told else None)
+    before = (everything(model), state_of(optimizer))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+        return loss
+
+    with pytest.raises(osc.ArgumentError, match=r"allows once(.|\n)*max_norm \* scaler.get_scale"):
+        optimizer.step(closure)
+    assert differences(before, (everything(model), state_of(optimizer))) == []
+
+
+@pytest.mark.parametrize("name", LOOKING_BACK)
+def test_clipping_scaled_gradients_in_a_closure_is_clipping_without_a_scaler(name: str) -> None:
+    """But for torch's 1e-6 in the denominator, beside another norm."""
+    results = []
+    for scaled in (False, True):
+        model, scaler = make(), scaler_of(8.0)
+        optimizer = build(name, model, grad_scaler=scaler if scaled else None)
+        for x, y in batches(count=3):
+
+            def closure(x=x, y=y, model=model, optimizer=optimizer, scaler=scaler, scaled=scaled):  # type: ignore[no-untyped-def]
+                optimizer.zero_grad()
+                loss = cross_entropy(model(x), y)
+                (scaler.scale(loss) if scaled else loss).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-2 * (scaler.get_scale() if scaled else 1.0))
+                return loss
+
+            optimizer.step(closure)
+            if scaled:
+                scaler.update()
+        results.append(flat(model))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgdm", "kfac", "kbfgs"])
+@pytest.mark.parametrize("where", ["nowhere", "inside"])
+def test_an_update_that_is_not_between_the_steps_is_refused(name: str, where: str) -> None:
+    """Forgotten, it would leave the next gradients scaled; inside the closure, they would be unscaled twice."""
+    x, y = data()
+    model, scaler = make(), scaler_of(8.0)
+    optimizer = build(name, model, grad_scaler=scaler)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        if where == "inside":
+            scaler.unscale_(optimizer)
+            scaler.update()
+        return loss
+
+    if where == "nowhere":
+        optimizer.step(closure)
+    before = (everything(model), state_of(optimizer))
+    with pytest.raises(osc.ArgumentError, match=r"scaler.update\(\)(.|\n)*step\(closure\)"):
+        optimizer.step(closure)
+    assert differences(before, (everything(model), state_of(optimizer))) == []

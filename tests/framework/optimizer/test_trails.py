@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import osculate as osc
 import pytest
+import recalling
 import torch
-from osculate.stepsize.guard import Trial
+from recalling import Verdicts, built, steps_kept
 from small_nets import batches, data, differences, everything, flat, make, train
 from torch import Tensor, nn
 
 RULE = osc.RelativeBound(osc.TrailScaled())
 
 
-def sampled(**parts: Any) -> osc.Method:
-    """Momentum directions, sampled scores."""
-    return osc.Method(**({"momentum": osc.EMA(0.5), "step_size": RULE} | parts), defaults={"lr": 1.0})
-
-
-def built(method: Any, net: str = "mlp", **options: Any) -> tuple[osc.SecondOrder, nn.Module]:
-    model = make(net)
-    return osc.build(method, model, likelihood="categorical", **options), model
-
-
-def trails(optimizer: osc.SecondOrder) -> dict[str, Tensor]:
-    """Ways back by the parameter's name in the model."""
-    saved = optimizer.state_dict()["step_size"]["last_steps"]
-    return {f"{layer}.{name}": value for layer, values in saved.items() for name, value in values.items()}
+sampled = partial(recalling.sampled, step_size=RULE)
 
 
 def averaged(average: dict[str, Tensor], model: nn.Module, step: int) -> dict[str, Tensor]:
@@ -45,7 +34,7 @@ def test_the_trail_leads_from_the_weights_to_their_average(groups: Any) -> None:
         train(optimizer, model, [batch])
         average = averaged(average, model, step)
         for name, value in everything(model).items():
-            assert torch.allclose(average[name] - value, trails(optimizer)[name], rtol=1e-9, atol=1e-12)
+            assert torch.allclose(average[name] - value, steps_kept(optimizer)[name], rtol=1e-9, atol=1e-12)
 
 
 def test_decoupled_weight_decay_is_no_part_of_it() -> None:
@@ -55,7 +44,7 @@ def test_decoupled_weight_decay_is_no_part_of_it() -> None:
     alpha = optimizer.last_report.step_sizes
     for name, value in everything(model).items():
         moved = before[name] * (1.0 - 0.1 * float(alpha[name.split(".")[0]])) - value
-        assert torch.allclose(0.25 * moved, trails(optimizer)[name], rtol=1e-9, atol=1e-12)
+        assert torch.allclose(0.25 * moved, steps_kept(optimizer)[name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("net", ["mlp", "tokens", "called-twice", "attention", "tied", "signals"])
@@ -91,43 +80,26 @@ def test_other_constants_are_another_rule_to_a_saved_state() -> None:
         other.load_state_dict(optimizer.state_dict())
 
 
-@dataclass(frozen=True)
-class Verdicts(osc.Backtrack):
-    """Refuses as often as it is told, step by step."""
-
-    refusals: Any = (0,)
-    attempts: int = 2
-    seen: list[int] = field(default_factory=lambda: [0, 0])
-
-    def accepts(self, state: None, trial: Trial) -> bool:
-        step, count = self.seen
-        self.seen[1] += 1
-        accepted = count >= self.refusals[step]
-        if accepted or self.seen[1] == self.attempts:
-            self.seen[:] = [step + 1, 0]
-        return bool(accepted)
-
-
 def test_guards_shorten_the_trail_too() -> None:
     """A step at half its length, and one that is dropped, after which the average comes nearer all the same."""
-    optimizer, model = built(sampled(guard=Verdicts(refusals=(0, 1, 2, 0))))
+    optimizer, model = built(sampled(guard=Verdicts(refusals=(0, 1, 2, 0), attempts=2)))
     average, shortened = everything(model), []
     for step, batch in enumerate(batches(count=4)):
         train(optimizer, model, [batch])
         shortened.append(optimizer.last_report.shortened)
         average = averaged(average, model, step)
         for name, value in everything(model).items():
-            assert torch.allclose(average[name] - value, trails(optimizer)[name], rtol=1e-9, atol=1e-12)
+            assert torch.allclose(average[name] - value, steps_kept(optimizer)[name], rtol=1e-9, atol=1e-12)
     assert shortened == [0, 1, 2, 0]
 
 
 def test_layers_that_join_and_rest() -> None:
     optimizer, model = built(sampled())
     train(optimizer, model, batches(count=2))
-    kept = {name: value.clone() for name, value in trails(optimizer).items()}
+    kept = {name: value.clone() for name, value in steps_kept(optimizer).items()}
     model[4].requires_grad_(False)  # type: ignore[index]
     train(optimizer, model, batches(count=3)[2:])
-    for name, value in trails(optimizer).items():
+    for name, value in steps_kept(optimizer).items():
         assert torch.equal(value, kept[name]) == name.startswith("4.")
     model = make()
     model[0].requires_grad_(False)  # type: ignore[index]
@@ -138,7 +110,7 @@ def test_layers_that_join_and_rest() -> None:
     optimizer.add_param_group({"params": ["0.*"]})
     assert torch.equal(optimizer.state_dict()["step_size"]["trail_log_factor"], factor)
     train(optimizer, model, batches(count=5)[3:])
-    assert trails(optimizer)["0.weight"].any() and flat(model).isfinite().all()
+    assert steps_kept(optimizer)["0.weight"].any() and flat(model).isfinite().all()
 
 
 def test_noise_shrinks_the_steps_and_its_absence_does_not() -> None:

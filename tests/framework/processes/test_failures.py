@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from process_failures import STEP, TIMEOUT
-from process_refusals import CERTIFIED, DISAGREEMENTS, RAISES, WAYS, refused
+from process_refusals import CERTIFIED, DISAGREEMENTS, INTERRUPTED, JOINED, RAISES, WAYS, refused
 from process_runs import started
 
 
@@ -63,6 +64,53 @@ def test_inverses_that_fail_in_a_thread_stop_all(refusals: list[dict[str, Any]],
     assert bad["said"] == "MemoryError: no room for this matrix"
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("method", "when"), INTERRUPTED)
+def test_what_a_closure_raises_after_its_exchanges_is_told(
+    refusals: list[dict[str, Any]], way: str, method: str, when: str
+) -> None:
+    """Before, nobody is told: the others wait for its gradients, and get them if it tries again. All go on then."""
+    good, bad = (found[f"{way}, {method}: raises {when}"] for found in refusals)
+    if when == "before its backward":
+        assert good["said"] == "stepped" and bad["said"] == "OwnError: no data"
+    else:
+        assert good["said"].startswith("ProcessError: process 1 has refused this step: see what it has raised")
+        assert bad["said"] == "OwnError: no disk"
+    assert good["same"] and bad["same"]
+    for one, two in zip(good["parameters"], bad["parameters"], strict=True):
+        assert torch.equal(one, two) and one.isfinite().all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_an_overflow_skips_the_step_on_all_or_is_refused(
+    refusals: list[dict[str, Any]], way: str, everywhere: bool
+) -> None:
+    """A GradScaler looks at this process's own gradients; over pieces torch lets all know what one has found."""
+    for found in (rank[f"{way}: overflown everywhere: {everywhere}"] for rank in refusals):
+        assert found["same"]
+        if everywhere or way == "fsdp":
+            assert found["said"] == ["stepped", "the GradScaler found a gradient that is not finite", "stepped"]
+        else:
+            assert "processes [1] have a GradScaler that found a gradient that is not finite" in found["said"][1]
+
+
+def test_who_has_raised_waits_no_longer_than_for_a_roll_call(refusals: list[dict[str, Any]]) -> None:
+    """Where the others do not come to the table after all, and it takes no further step."""
+    other, one = (found["left alone"] for found in refusals)
+    assert one["broken"] == "what each process has found" and other["broken"] is None
+    assert 0.9 < one["seconds"] < 30
+
+
+@pytest.mark.parametrize(("method", "counts"), JOINED)
+def test_join_is_refused_and_nobody_hangs(refusals: list[dict[str, Any]], method: str, counts: tuple[int, int]) -> None:
+    """On every process at its first step; one that has no mini-batch leaves when the others do."""
+    for found, count in zip(refusals, counts, strict=True):
+        told = found[f"{method}: join of {counts}"]
+        assert told["same"]
+        assert told["said"] == "never stepped" if not count else "give all processes as many batches" in told["said"]
+
+
 SAID = {
     "fsdp, packed attention": "'(root)', a MultiheadAttention itself",
     "fsdp, ignored parameters": "'0.weight' is outside of fully_shard",
@@ -75,6 +123,7 @@ SAID = {
     "a warm start that ends early": "processes [1] have come to the end of what warm_start was given",
     "a state for nobody": "to must be the number of a process, 0 to 1, got 2",
     "nobody averages": "so nobody averages them: wrap the model in DistributedDataParallel",
+    "nobody averages over meshes": "processes [0, 1] hold the same pieces of all parameters, and gradients that differ",
     "unfrozen inside DistributedDataParallel": "the gradients of the processes differ",
     "ignored by DistributedDataParallel": "does not exchange the gradient of parameter '0.weight'",
     "owners-only, scaled": "a GradScaler would take every step for an overflow",
@@ -102,6 +151,6 @@ def test_a_process_that_is_lost_is_named(
     for rank in (0, 2):
         assert found[rank], "nobody noticed"
         assert found[rank]["step"] == STEP and found[rank]["same"]
-        assert "process 1 has died or hangs" in found[rank]["said"], found[rank]["said"]
+        assert "process 1 did not answer within 5 s" in found[rank]["said"], found[rank]["said"]
         assert found[rank]["seconds"] < 3 * TIMEOUT + 20
         assert "process" in found[rank]["again"]

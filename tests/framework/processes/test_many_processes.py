@@ -87,8 +87,7 @@ def test_four_processes_are_one(four: list[dict[str, Any]], name: str, way: str)
     compare(four, name, way)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize(("name", "way"), situations(4))
+@pytest.mark.parametrize(("world", "name", "way"), [(world, *entry) for world in (2, 4) for entry in situations(world)])
 def test_odd_models_and_loops(request: pytest.FixtureRequest, world: int, name: str, way: str) -> None:
     """Other compositions, networks, losses and loops."""
     ranks = request.getfixturevalue({2: "two", 4: "four"}[world])
