@@ -29,7 +29,9 @@ Names = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="
 class Methods:
     """List the methods, or show one in full: options with their defaults, paper, what it needs.
 
-    With --parts, the same for the parts that methods are composed of. With --compose, which parts fit together.
+    With --parts, the same for the parts that methods are composed of. With --compose, which parts fit together. For
+    example: 'osculate methods kfac', 'osculate methods --parts damping', 'osculate methods --parts Kronecker',
+    'osculate methods --compose MiniBlock'. 'osculate show --help' says what other commands show.
     """
 
     names: Names = ()
@@ -58,7 +60,10 @@ class Methods:
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """List the problems, or show one in full: data, licence, citation, batch, target, options, recommended numbers."""
+    """List the problems, or show one in full: data, licence, citation, batch, target, options, recommended numbers.
+
+    For example: 'osculate problems digits-classifier', or 'osculate problems digits' for all with that in their name.
+    """
 
     names: Names = ()
     """Names to show in full, or pieces of names to list. Default: all."""
