@@ -41,14 +41,16 @@ class UnknownNameError(ArgumentError):
         kind: of thing.
         name: that is not known.
         known: all names.
-        see_also: where all are explained, a sentence; left out where the message lists them.
+        see_also: where all are explained, without a full stop.
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str], see_also: str = ""):
         names = sorted(known)
         near = near_misses(str(name), names)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names)}"
-        super().__init__(f"unknown {kind} {name!r}; {hint}{f' {see_also}' if see_also and near else ''}")
+        if see_also:
+            hint += f"{'' if near else '.'} {see_also}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
 
 
 def near_misses(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
