@@ -36,7 +36,7 @@ _SHOWN = {
 """Measures on the terminal, and their headings."""
 
 _LEFT_OUT = ("gradient evaluations to target", "test_loss", "ms per step")
-"""Columns of the overview that a page of LaTeX has no room for; the CSV has all."""
+"""Columns of the overview that are left out in LaTeX; the CSV has all."""
 
 _CAPTIONS = {
     "overview": "Median over seeds with quartiles; a miss counts as infinite.",
@@ -156,7 +156,10 @@ def _write_latex(record: StudyRecord, tables: Mapping[str, pd.DataFrame], out: P
     from ..report.report_latex import document, latex_table
 
     overview = tables["overview"]
-    narrow = [name for name in overview.columns if name not in _LEFT_OUT and " at equal " not in name]
+    empty = [
+        name for name in ("broke down", "unfinished", "not begun") if name in overview and not overview[name].any()
+    ]
+    narrow = [name for name in overview.columns if name not in (*_LEFT_OUT, *empty) and " at equal " not in name]
     chosen = dict(tables) | {"overview": overview[narrow]}
     written = {
         name: latex_table(chosen[name], caption, f"tab:{name}")
