@@ -13,7 +13,7 @@ from rich.table import Table
 from ...errors import ArgumentError
 from ..data.datafiles import data_folder
 from ..problems import get_problem
-from ..report.tables import cell, screen_table
+from ..report.tables import screen_table
 from ..runs.config import Budget, RunConfig, WarmStart, parse_options
 from ..runs.environment import prepare_process
 from ..runs.records import RunFolder
@@ -188,6 +188,5 @@ class Replay:
 
 
 def _shown(frame: pd.DataFrame, title: str) -> Table:
-    """The columns in which anything is known."""
-    columns = {name: name for name in SHOWN if name in frame and any(map(cell, frame[name]))}
+    columns = {name: name for name in SHOWN if name in frame}
     return screen_table(title, frame.to_dict("records"), columns, digits=5)
