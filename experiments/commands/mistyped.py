@@ -77,12 +77,15 @@ def refuse_mistyped(words: Sequence[str], commands: Mapping[str, type[Any]]) -> 
         raise ArgumentError("a command is missing; 'osculate --help' lists them, 'osculate compare' is a good start")
     if words[0] not in commands:
         raise ArgumentError(_unknown_command(words[0], commands))
-    for word in words[1:]:
+    for place, word in enumerate(words[1:], 1):
         if word == "--":
             return
         name = word.partition("=")[0][2:].replace("_", "-")
         if word.startswith("--") and name not in _options(commands[words[0]]) and name != "help":
             raise ArgumentError(_unknown_option(name, words[0], commands))
+        followed = "=" in word or (place + 1 < len(words) and not words[place + 1].startswith("--"))
+        if name in _lists(commands[words[0]]) and not followed:
+            raise ArgumentError(f"--{name} needs at least one value; 'osculate {words[0]} --help' says what it takes")
 
 
 def refuse_surplus(command: str, words: Sequence[str], names: Mapping[str, Iterable[str]]) -> None:
@@ -116,6 +119,11 @@ def _options(kind: type[Any]) -> frozenset[str]:
     """Names of options, with the negation that switches have."""
     names = {entry.name.replace("_", "-") for entry in dataclasses.fields(kind)} - _without_names(kind)
     return frozenset({*names, *(f"no-{name}" for name in names)})
+
+
+def _lists(kind: type[Any]) -> set[str]:
+    """Options of any number of values, of which none would be as if they were left out."""
+    return {entry.name.replace("_", "-") for entry in dataclasses.fields(kind) if entry.default == ()}
 
 
 def _without_names(kind: type[Any]) -> frozenset[str]:

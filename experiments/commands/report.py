@@ -64,7 +64,7 @@ class Report(StyleFlag):
     """Folder of the study, or any folder with run folders below it."""
     compare: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="STUDY ...", help_behavior_hint="")] = ()
     """Further studies to put beside it; each arm gets its study's name in front."""
-    reference: str | None = None
+    reference: Annotated[str | None, tyro.conf.arg(metavar="ARM", help_behavior_hint="")] = None
     """Arm that all others are compared with on the same seeds. Default: the study's base, else the best arm, which the
     data have chosen."""
     out: Place = None

@@ -133,3 +133,50 @@ def test_show_says_what_can_be_shown_and_its_examples_run(capsys: pytest.Capture
         if not re.search("[A-Z]{2}|compose", example):  # not those of folders and of the table that takes long
             assert execute(shlex.split(example)[1:]) == 0
     capsys.readouterr()
+
+
+def said(capsys: pytest.CaptureFixture[str], line: str) -> str:
+    """What a command itself refuses, on one line."""
+    assert execute(shlex.split(line)) == 2
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+
+
+@pytest.mark.parametrize(
+    "line", ["study smoke --seeds", "study smoke --arms --dry-run", "bench --only", "train --option"]
+)
+def test_an_option_of_any_number_of_values_takes_one_at_least(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    assert "needs at least one value" in refused(capsys, line)
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("compare --methods kbfgs adam --option kbfg.lr=0.1", "did you mean 'kbfgs'?"),
+        ("bench --launches sgd", "did you mean 'sgdm'"),
+        ("certify osculate:kbfgs --contracts method-purty", "did you mean 'method-purity'"),
+        ("certify osculate:kbfgs --contracts zzz", "about this: method-trains"),
+        ("train --option kbfgs.lr=3", "write --option lr=..."),
+        ("bounded-training --methods adam", "methods that have: kbfgs"),
+        ("bench --processes 0", "it takes 2 processes"),
+        ("methods --compose kroneker", "did you mean 'Kronecker'?"),
+        ("methods --parts zzz", "known: average, coupling, curvature, damping"),
+    ],
+)
+def test_what_commands_refuse_says_the_way_out_in_few_lines(
+    capsys: pytest.CaptureFixture[str], line: str, meant: str
+) -> None:
+    text = said(capsys, line)
+    assert meant in text and len(text) < 600
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_help_says_that_the_default_is_none(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        execute([command, "--help"])
+    assert "default: None" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_line_in_python_names_the_likelihood_where_one_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["methods", "kfac", "sgdm"]) == 0
+    text = capsys.readouterr().out
+    assert "lr=0.3, likelihood='categorical', ...)" in text and text.count("likelihood='categorical'") == 1
