@@ -1,7 +1,7 @@
 r"""Tables in LaTeX, with booktabs: one file that compiles by itself, one per table to include in a paper.
 
 No line of a table is wider than :data:`WIDTH` points in ``\scriptsize``, by the widths of letters: that fits a paper of
-one column, and one of two columns across both. Rows of one problem stand below its name. What is too wide has its
+one column (``longtable`` knows no other). Rows of one problem stand below its name. What is too wide has its
 quartiles below the medians, then words that are the same in all rows in the caption, then words that go on below
 themselves; what is still too wide goes on in another table with the same first columns.
 
