@@ -19,6 +19,7 @@ __all__ = [
     "OsculateError",
     "ProcessError",
     "UnknownNameError",
+    "near_misses",
     "require_finite_nonnegative",
     "require_interval",
     "require_positive_integer",
@@ -34,14 +35,34 @@ class ArgumentError(OsculateError, ValueError):
 
 
 class UnknownNameError(ArgumentError):
-    """A name is not in a table; the message lists the near misses."""
+    """A name is not in a table; the message lists the near misses, or else all names.
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]):
+    Args:
+        kind: of thing.
+        name: that is not known.
+        known: all names.
+        see_also: where all are explained, without a full stop.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], see_also: str = ""):
         names = sorted(known)
-        lower = {entry.lower(): entry for entry in names}
-        near = [lower[entry] for entry in difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.5)]
+        near = near_misses(str(name), names)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names)}"
+        if see_also:
+            hint += f"{'' if near else '.'} {see_also}"
         super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+
+def near_misses(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
+    """Up to three known names that are spelled much like ``name``, the nearest first.
+
+    Args:
+        name: as somebody typed it.
+        known: what it may have been meant for.
+        cutoff: in (0, 1]; 1 takes equal names only.
+    """
+    lower = {entry.lower(): entry for entry in known}
+    return [lower[entry] for entry in difflib.get_close_matches(name.lower(), sorted(lower), n=3, cutoff=cutoff)]
 
 
 class CompatibilityError(ArgumentError):

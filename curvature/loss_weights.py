@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .final_activation import final_activation
 from .likelihoods import NO_LOSS, Bernoulli, Categorical, FromLoss, Gaussian, Likelihood, score_of
 from .loss_curvature import LossCurvature, LossShape, Quadratic, joined
 
@@ -68,6 +69,7 @@ class Reading:
         summed: every sample that counts has weight 1 in the loss itself: it is a sum and no mean.
         looks_like: name of another likelihood whose gradient this is, or empty.
         least: the least weight that soft targets allow.
+        ends_in: what the output has passed instead of being logits, such as ``LogSoftmax``, where nothing is read.
     """
 
     mode: Mode
@@ -75,6 +77,7 @@ class Reading:
     summed: bool = False
     looks_like: str = ""
     least: float = 0.0
+    ends_in: str = ""
 
 
 class LossReader:
@@ -198,9 +201,13 @@ class LossReader:
         if now.mode == "plain":  # until here: soft targets with a weight of at least now.least
             now = self._of_soft(now, output, tolerance)
         if before is None or _LOOSER[now.mode] > _LOOSER[before.mode] or now.looks_like:
-            self.found = now
+            self.found = replace(now, ends_in=final_activation(output, tolerance)) if self._lost(now) else now
         if before is not None and before.summed != now.summed and self.found is not None:
             self.found = replace(self.found, summed=False)
+
+    def _lost(self, now: Reading) -> bool:
+        """Whether logits were expected and the gradient is that of no such loss."""
+        return now.mode == "assumed" and not now.looks_like and self.kind in ("categorical", "bernoulli")
 
     def _of_soft(self, now: Reading, output: Tensor, tolerance: float) -> Reading:
         """Whether the least weight of soft targets fits a plain loss, or a mean over outputs."""

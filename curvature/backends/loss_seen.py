@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import LossWarning
+from ..final_activation import final_activation, sent_by_likelihood, way_out_of_activation
 from .passes import OWN, Pauses, accumulates
 
 __all__ = ["GuessedLoss", "SeenLoss"]
@@ -17,6 +18,10 @@ _UNKNOWN = (
     "the steps of this method are bounded by the loss, which a plain loop does not tell: the gradient at the model's "
     "output is not that of a cross entropy with hard labels, off which it could be read. Without it steps may stay "
     "long while gradients become small; call optimizer.step(closure), whose loss is known whatever it is, or lower lr"
+)
+_MISREAD = (
+    "the steps of this method are bounded by the loss, which is read off the gradient at the model's output as if that "
+    "were logits, and is wrong otherwise; "
 )
 _CLOSE = 0.01
 """Share of a gradient that may be otherwise than the loss would have it, by rounding in low precision."""
@@ -29,13 +34,18 @@ class SeenLoss:
     is that of the label, -w (1 - p_y), so label, weight and loss follow, whatever the user averages, masks or weights.
     With soft labels it is an estimate that vanishes where the gradient does.
 
+    The first gradient tells whether the output is logits at all.
+
     Attributes:
         idle: whether nothing is read: a closure returns the loss.
+        model: whose last module is named where its output is no logits; ``None``: somebody else tells of that.
     """
 
-    def __init__(self, leaves: Sequence[Tensor]) -> None:
+    def __init__(self, leaves: Sequence[Tensor], model: nn.Module | None = None) -> None:
         self.idle = False
+        self.model = model
         self._leaves, self._found = leaves, list[Tensor]()
+        self._looked, self._said = model is None, ""
 
     def watch(self, output: Tensor, pauses: Pauses, standing: Mapping[int, Tensor] | None = None) -> None:
         """Read the gradient of one pass's output when it comes.
@@ -57,10 +67,21 @@ class SeenLoss:
         output.register_hook(read)
 
     def _take_in(self, logits: Tensor, gradient: Tensor) -> None:
+        if not self._looked and bool(gradient.any()):
+            self._looked = True
+            passed = "" if _is_cross_entropy(logits, gradient) else final_activation(logits, _rounding(logits))
+            self._said = _MISREAD + way_out_of_activation(passed, self.model) if passed else ""
         self._found.append(cross_entropy_seen(logits, gradient))
 
     def take(self) -> Tensor | None:
-        """The loss of all backwards since the last time; ``None``: nothing was read."""
+        """The loss of all backwards since the last time; ``None``: nothing was read.
+
+        What is to be said of the output is said here, once. Not where its gradient is seen: the model may be run by
+        somebody else, while this optimizer rests.
+        """
+        if self._said:
+            warnings.warn(self._said, LossWarning, stacklevel=2)
+            self._said = ""
         found = self._found
         self._found = []
         return torch.stack(found).sum() if found else None
@@ -73,9 +94,9 @@ class GuessedLoss(SeenLoss):
     other loss stays unknown, which is said once, and from then on nothing is computed.
     """
 
-    def __init__(self, leaves: Sequence[Tensor]) -> None:
-        super().__init__(leaves)
-        self.idle_for_ever = self._untold = False
+    def __init__(self, leaves: Sequence[Tensor], model: nn.Module | None = None) -> None:
+        super().__init__(leaves, model)
+        self.idle_for_ever = False
         self._read: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def _take_in(self, logits: Tensor, gradient: Tensor) -> None:
@@ -83,24 +104,22 @@ class GuessedLoss(SeenLoss):
             if not bool(gradient.any()):
                 return  # a mini-batch that says nothing, about its loss neither
             self._read = next((read for read, fits in _KNOWN if fits(logits, gradient)), None)
-            self.idle_for_ever = self._untold = self._read is None
+            if self._read is None:
+                self.idle_for_ever, self._said = True, _UNKNOWN
+                passed = final_activation(logits, _rounding(logits))
+                if passed and sent_by_likelihood(passed, logits, gradient, _CLOSE):
+                    self._said += f". That is because {way_out_of_activation(passed, self.model)}"
         if self._read is not None:
             self._found.append(self._read(logits, gradient))
-
-    def take(self) -> Tensor | None:
-        """The loss; in the step that would have used it, once, that it is unknown.
-
-        Not where the gradient is seen: the model may be run by somebody else, while this optimizer rests.
-        """
-        if self._untold:
-            self._untold = False
-            warnings.warn(_UNKNOWN, LossWarning, stacklevel=2)
-        return super().take()
 
     def watch(self, output: Tensor, pauses: Pauses, standing: Mapping[int, Tensor] | None = None) -> None:
         """Read the gradient of one pass's output when it comes, unless the loss is none that can be read."""
         if not self.idle_for_ever:
             super().watch(output, pauses, standing)
+
+
+def _rounding(output: Tensor) -> float:
+    return _CLOSE if output.element_size() < 4 else 0.0
 
 
 def _is_cross_entropy(logits: Tensor, gradient: Tensor) -> bool:

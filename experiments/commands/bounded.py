@@ -8,10 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ... import registry
 from ...analysis.monitors.monitor_plots import BoundedRun, bounded_plots, bounded_run
 from ...errors import ArgumentError, require_positive_integer
 from ..problems import Data, get_problem
 from ..report.tables import print_table
+from ..rivals.catalogue import runnable
 from ..runs.config import parse_options
 from ..runs.environment import prepare_process
 from ..runs.records import write_json
@@ -55,6 +57,10 @@ class BoundedTraining(ProblemFlags, StyleFlag):
         prepare_process()
         require_positive_integer("train_steps", self.train_steps)
         require_folder(self.out, *_FILES)
+        taking = [name for name, entry in registry.methods().items() if "pairs" in entry.options]
+        for method in self.methods:
+            if method in runnable() and method not in taking:
+                raise ArgumentError(f"{method} has no damping of pairs to vary; methods that have: {', '.join(taking)}")
         options = parse_options(self.problem_option)
         data = get_problem(self.problem, **options).load(self.data_dir)
         found: dict[str, dict[str, BoundedRun]] = {}

@@ -6,24 +6,30 @@ import contextlib
 import functools
 import io
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, TextIO, Union
 
+import torch
 import tyro
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
+from ... import __version__
 from ...errors import OsculateError
+from ..problems import PROBLEMS
+from ..rivals.catalogue import runnable
 from ..runs.on_screen import print_text
 from .bounded import BoundedTraining
 from .certify import Certify
 from .compare_structures import CompareStructures
 from .convergence_map import ConvergenceMap
 from .diagnose import Diagnose, Microscope
-from .flags import StyleFlag
+from .flags import NUMBERS, StyleFlag
+from .mistyped import refuse_mistyped, refuse_surplus, show_what_can_be_shown
 from .report import Report
 from .screen import names_with_texts, say
 from .show import Bench, Methods, Problems
@@ -38,7 +44,7 @@ _DESCRIPTION = """Second-order optimizers for deep networks, composed from small
 
 Start with 'osculate compare': it races the methods on an embedded problem and draws the figure.
 """
-_FOOTER = """'osculate COMMAND --help' explains a command.
+_FOOTER = """'osculate COMMAND --help' explains a command, 'osculate show --help' says what can be shown.
 'osculate train --method kbfgs' trains with one method."""
 
 GROUPS: dict[str, dict[str, tuple[type[Any], str]]] = {
@@ -72,6 +78,7 @@ GROUPS: dict[str, dict[str, tuple[type[Any], str]]] = {
 """Commands by what one wants to do, each with a short line; ``osculate COMMAND --help`` has the rest."""
 
 _HELP = ("-h", "--help")
+_VERSION = ("-V", "--version")
 
 
 class _Caught(io.StringIO):
@@ -91,20 +98,24 @@ class _Caught(io.StringIO):
 
 def _parse(words: Sequence[str]) -> Any:
     """The command that ``words`` name, with its options; help is printed between the words, not through them."""
-    kinds = [
-        Annotated[command, tyro.conf.subcommand(name)]
-        for group in GROUPS.values()
-        for name, (command, _) in group.items()
-    ]
+    commands = {name: command for group in GROUPS.values() for name, (command, _) in group.items()}
+    if words and words[0].startswith("--tyro-"):  # completion for a shell
+        kinds = [Annotated[command, tyro.conf.subcommand(name)] for name, command in commands.items()]
+        every: Any = Union[tuple(kinds)]  # noqa: UP007  # of types that are known only here
+        return tyro.cli(every, prog="osculate", args=words)
+    refuse_mistyped(words, commands)
     parse = functools.partial(
         tyro.cli,
-        Union[tuple(kinds)],  # noqa: UP007  # of types that are known only here
-        prog="osculate",
-        args=words,
+        commands[words[0]],
+        prog=f"osculate {words[0]}",
+        args=words[1:],
         config=(tyro.conf.EnumChoicesFromValues,),
     )
     if not any(word in _HELP for word in words):
-        return parse()
+        with NUMBERS:
+            command, surplus = parse(return_unknown_args=True)
+        refuse_surplus(words[0], surplus, {"method": runnable(), "problem": PROBLEMS})
+        return command
     caught = _Caught(sys.stdout)
     try:
         with contextlib.redirect_stdout(caught):
@@ -147,14 +158,28 @@ def execute(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] in _HELP:
         _show_help(Console())
         sys.exit(0)
-    command = _parse(words)
+    if words and words[0] in _VERSION:
+        say(Console(), f"osculate {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+        sys.exit(0)
+    if len(words) > 1 and words[0] == "show" and words[1] in _HELP:
+        show_what_can_be_shown(Console())
+        sys.exit(0)
+    try:
+        command = _parse(words)
+    except OsculateError as error:
+        _print_error(error)
+        sys.exit(2)
     try:
         with command.drawing() if isinstance(command, StyleFlag) else contextlib.nullcontext():
             return int(command.run(Console()))
     except OsculateError as error:
-        panel = Panel(escape(str(error)), title=type(error).__name__, title_align="left", border_style="red")
-        Console(stderr=True).print(panel)
+        _print_error(error)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         return 130
+
+
+def _print_error(error: OsculateError) -> None:
+    panel = Panel(escape(str(error)), title=type(error).__name__, title_align="left", border_style="red")
+    Console(stderr=True).print(panel)

@@ -47,7 +47,7 @@ def _chosen(entries: list[Composition], names: Sequence[str]) -> list[Compositio
     structures = {entry.labels["preconditioner"] for entry in entries}
     for name in names:
         if not any(name.lower() in structure.lower() for structure in structures):
-            raise UnknownNameError("structure", name, structures)
+            raise UnknownNameError("structure", name, {structure.partition("(")[0] for structure in structures})
     pieces = [name.lower() for name in names] or [""]
     return [entry for entry in entries if any(piece in entry.labels["preconditioner"].lower() for piece in pieces)]
 

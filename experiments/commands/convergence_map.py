@@ -26,7 +26,7 @@ from ..report.tables import screen_table, write_rows
 from ..runs.environment import choose_device, describe_environment, prepare_process
 from ..runs.interrupts import interruptible
 from ..runs.records import write_json
-from .flags import DeviceFlag, StyleFlag
+from .flags import Count, DeviceFlag, StyleFlag
 from .screen import bar, say
 
 __all__ = ["CellFile", "ConvergenceMap"]
@@ -71,7 +71,7 @@ class ConvergenceMap(DeviceFlag, StyleFlag):
     """Room for the tensors of one chunk of neurons, in GiB; more pays on a GPU."""
     out: Path = Path("runs") / "convergence-map"
     """Folder to write, and to continue."""
-    threads: int | None = None
+    threads: Count = None
     """Threads of one operation on the CPU. Default: torch's own choice."""
 
     def run(self, console: Console) -> int:

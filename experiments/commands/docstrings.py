@@ -1,8 +1,12 @@
-"""Reading the docstrings of methods and parts, so that the command line says what the code says."""
+"""Reading the docstrings of methods and parts, so that the command line says what the code says.
+
+Docstrings are written for the site, too; whatever of them reaches a screen goes through :func:`plain`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -11,11 +15,16 @@ from typing import Any
 
 from docstring_parser.google import parse
 
+from ... import registry
 from ...framework.methods.parts import label
 
-__all__ = ["Argument", "Description", "describe"]
+__all__ = ["Argument", "Description", "describe", "plain"]
 
 _SECTION = re.compile(r"(Args|Arguments|Attributes|Returns|Yields|Raises|Example|Examples|Note):\n")
+_ROLE = re.compile(r":(?:\w+:)?\w+:`([^`]*)`")
+_TITLED = re.compile(r"(.+?)\s*<[^<>]*>", re.DOTALL)
+_FENCE = re.compile(r"^```.*\n?", re.MULTILINE)
+_LINK = re.compile(r"`([^`<]+?)\s*<([^`<>]*)>`__?")
 
 
 @dataclass(frozen=True)
@@ -44,13 +53,39 @@ class Description:
     rest: str
 
 
+def plain(text: str) -> str:
+    """Text of a docstring as it is read on a screen: without Sphinx roles, links, fences and quotes of code.
+
+    A role leaves the name that the site would show; one of a registered method's function leaves the method's name.
+    """
+    text = _ROLE.sub(lambda found: _shown(found[1]), _FENCE.sub("", text))
+    return _LINK.sub(r"\1 (\2)", text).replace("`", "")
+
+
+def _shown(target: str) -> str:
+    """What a role with this text shows: its title, the last piece of ``~a.b.C``, else the name as it is."""
+    titled = _TITLED.fullmatch(target)
+    if titled:
+        return titled[1]
+    name = target.lstrip("!~.")
+    if target.startswith("~"):
+        name = name.rpartition(".")[2]
+    return _method_names().get(name, name)
+
+
+@functools.cache
+def _method_names() -> dict[str, str]:
+    """Registered names by those of the functions that make the methods."""
+    return {entry.factory.__name__: name for name, entry in registry.methods().items()}
+
+
 def describe(subject: Callable[..., Any]) -> Description:
     """Take apart the docstring of a function or class, in Google's style.
 
     Args:
         subject: its signature gives the names and defaults.
     """
-    text = (inspect.getdoc(subject) or "").replace("``", "")
+    text = plain(inspect.getdoc(subject) or "")
     pieces = re.split(r"\n(?=\S)", text)  # an unindented line starts each, such as the heading of a section
     start = next((place for place, piece in enumerate(pieces) if _SECTION.match(piece)), len(pieces))
     behind = [piece for piece in pieces[start:] if not _SECTION.match(piece)]

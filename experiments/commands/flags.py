@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
 from ..runs.config import RunConfig, parse_options
 
 __all__ = [
+    "NUMBERS",
     "Count",
     "DataFlag",
     "DeviceFlag",
@@ -33,6 +34,40 @@ Schedules = Annotated[
     Literal["cosine", "linear", "constant"] | None, tyro.conf.arg(help_behavior_hint="", metavar="NAME")
 ]
 Saved = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+
+NUMBERS = tyro.constructors.ConstructorRegistry()
+"""How numbers are read: what is none is refused in plain words, not in those of Python's types."""
+
+_NUMBERS: dict[Any, tuple[Any, str]] = {
+    int: (int, "a whole number, such as 3"),
+    float: (float, "a number, such as 0.1 or 1e-3"),
+}
+
+
+@NUMBERS.primitive_rule
+def _number(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    kinds = {kind for kind in get_args(info.type) or (info.type,) if kind is not type(None)}
+    if len(kinds) != 1 or (kind := kinds.pop()) not in _NUMBERS or info.type_origin is tuple:
+        return None
+    optional = info.type is not kind
+    read, phrase = _NUMBERS[kind]
+
+    def made(words: list[str]) -> int | float | None:
+        if optional and words == ["None"]:
+            return None
+        try:
+            number: int | float = read(words[0])
+        except ValueError:
+            raise ValueError(f"{words[0]!r} is not {phrase}") from None
+        return number
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=made,
+        is_instance=lambda value: (optional and value is None) or isinstance(value, int | float),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,13 +150,14 @@ def _method_page(entry: Runnable) -> RenderableType:
     described, method = describe(entry.factory), entry.factory()
     numbers = [Argument(name, f"{value:g}", _NUMBERS[name]) for name, value in entry.defaults.items()]
     options = described.arguments
+    told = ", likelihood='categorical'" if method.needs_likelihood else ""
     keyword = f" --option {options[0].name}={options[0].default}" if options else ""
     facts = {
         "paper": entry.paper or "none",
         "closure": "needed, step(closure)" if method.needs_closure else "not needed",
         "likelihood": _likelihood(method),
         "warm start": "optional pass over the data" if method.warm_start is not None else "none",
-        "in Python": f"osc.build({entry.name!r}, model, lr={entry.defaults['lr']:g}, ...)",
+        "in Python": f"osc.build({entry.name!r}, model, lr={entry.defaults['lr']:g}{told}, ...)",
         "in a shell": f"osculate train --method {entry.name} --lr {entry.defaults['lr']:g}{keyword}",
     }
     parts = {name.replace("_", " "): label(getattr(method, name)) for name in _QUESTIONS}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from .docstrings import plain
+
 __all__ = ["LINES", "one_line"]
 
 LINES = {
@@ -62,7 +64,7 @@ def one_line(name: str, summary: str, width: int = 54) -> str:
     """
     if name in LINES:
         return LINES[name]
-    plain = re.sub(r"(?<=\S) \([^()]*\)", "", summary.replace("``", "")).removesuffix(".")
-    pieces = re.split(r"([;:,] )", plain)
+    without = re.sub(r"(?<=\S) \([^()]*\)", "", plain(summary)).removesuffix(".")
+    pieces = re.split(r"([;:,] )", without)
     clauses = ["".join(pieces[:number]) for number in range(len(pieces), 0, -2)]
     return next((text for text in clauses if len(text) <= width), clauses[-1])

@@ -36,7 +36,7 @@ _SHOWN = {
 """Measures on the terminal, and their headings."""
 
 _LEFT_OUT = ("gradient evaluations to target", "test_loss", "ms per step")
-"""Columns of the overview that a page of LaTeX has no room for; the CSV has all."""
+"""Columns of the overview that are left out in LaTeX; the CSV has all."""
 
 _CAPTIONS = {
     "overview": "Median over seeds with quartiles; a miss counts as infinite.",
@@ -64,7 +64,7 @@ class Report(StyleFlag):
     """Folder of the study, or any folder with run folders below it."""
     compare: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="STUDY ...", help_behavior_hint="")] = ()
     """Further studies to put beside it; each arm gets its study's name in front."""
-    reference: str | None = None
+    reference: Annotated[str | None, tyro.conf.arg(metavar="ARM", help_behavior_hint="")] = None
     """Arm that all others are compared with on the same seeds. Default: the study's base, else the best arm, which the
     data have chosen."""
     out: Place = None
@@ -156,7 +156,10 @@ def _write_latex(record: StudyRecord, tables: Mapping[str, pd.DataFrame], out: P
     from ..report.report_latex import document, latex_table
 
     overview = tables["overview"]
-    narrow = [name for name in overview.columns if name not in _LEFT_OUT and " at equal " not in name]
+    empty = [
+        name for name in ("broke down", "unfinished", "not begun") if name in overview and not overview[name].any()
+    ]
+    narrow = [name for name in overview.columns if name not in (*_LEFT_OUT, *empty) and " at equal " not in name]
     chosen = dict(tables) | {"overview": overview[narrow]}
     written = {
         name: latex_table(chosen[name], caption, f"tab:{name}")

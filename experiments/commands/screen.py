@@ -21,12 +21,15 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ...errors import UnknownNameError
+from ...errors import UnknownNameError, near_misses
 from ..runs.on_screen import FittedTable, say
 
 __all__ = ["bar", "names_with_texts", "say", "show_named"]
 
 Entry = TypeVar("Entry")
+
+_MANY = 60
+"""Names that are too many for a message; kinds are listed instead."""
 
 
 class _Description(ProgressColumn):
@@ -104,6 +107,9 @@ def show_named(
     for word in words:
         found = set(matching(word) if matching else (name for name in entries if word.lower() in name.lower()))
         if not found:
-            raise UnknownNameError(kind, word, [*entries, *kinds])
+            known = [*entries, *kinds]
+            if len(known) > _MANY and not near_misses(word, known):
+                known = [*kinds]
+            raise UnknownNameError(kind, word, known)
         chosen |= found
     console.print(listed([entry for name, entry in entries.items() if name in chosen]))

@@ -16,7 +16,7 @@ from ..runs.environment import choose_device, describe_environment, prepare_proc
 from ..runs.records import write_json
 from ..runs.targets import require_file
 from .compose import show_compositions
-from .flags import DeviceFlag, Place
+from .flags import Count, DeviceFlag, Place
 from .listing import show_methods, show_parts
 from .problem_listing import show_problems
 
@@ -29,7 +29,9 @@ Names = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="
 class Methods:
     """List the methods, or show one in full: options with their defaults, paper, what it needs.
 
-    With --parts, the same for the parts that methods are composed of. With --compose, which parts fit together.
+    With --parts, the same for the parts that methods are composed of. With --compose, which parts fit together. For
+    example: 'osculate methods kfac', 'osculate methods --parts damping', 'osculate methods --parts Kronecker',
+    'osculate methods --compose MiniBlock'. 'osculate show --help' says what other commands show.
     """
 
     names: Names = ()
@@ -58,7 +60,10 @@ class Methods:
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """List the problems, or show one in full: data, licence, citation, batch, target, options, recommended numbers."""
+    """List the problems, or show one in full: data, licence, citation, batch, target, options, recommended numbers.
+
+    For example: 'osculate problems digits-classifier', or 'osculate problems digits' for all with that in their name.
+    """
 
     names: Names = ()
     """Names to show in full, or pieces of names to list. Default: all."""
@@ -95,7 +100,7 @@ class Bench(DeviceFlag):
     launches: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[METHOD ...]", help_behavior_hint="")] = None
     """Operations, synchronisations and host tensors of these methods' steps (torch-sgd and torch-adam are known, too),
     counted and not timed. Without names: of all methods. Of the other options, --device and --out are heeded."""
-    processes: int | None = None
+    processes: Count = None
     """Start as many processes here, one thread each, and count bytes sent and kept, by what they carry, beside the
     formula. Of the other options, --batch-size (of all processes together) and --out are heeded, and the next four."""
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD ...", help_behavior_hint="")] = ()
@@ -170,7 +175,11 @@ class Bench(DeviceFlag):
         if self.out is not None:
             require_file(self.out)
         network_named(self.network)
-        methods, divisions, samples = self.methods or METHODS, self.divisions or DIVISIONS, self.batch_size // count
+        methods, divisions, samples = (
+            self.methods or METHODS,
+            self.divisions or DIVISIONS,
+            self.batch_size // max(1, count),
+        )
         with console.status("starting") as status:
             note = status.update if console.is_terminal else console.print
             found = benchmark_processes(count, self.network, methods, divisions, samples, self.steps, note)

@@ -19,6 +19,7 @@ from ..runs.targets import require_folder
 from ..study import reading
 from ..study.definition import Arm, Study
 from ..study.reading import find_study, read_study, shipped_studies
+from .docstrings import plain
 from .flags import Count, DataFlag, Place
 from .screen import say
 
@@ -204,7 +205,7 @@ def _numbers(arm: Arm) -> dict[str, Any]:
 
 def show_format(console: Console) -> None:
     """Print the format of study files: the module docstring of ``reading``."""
-    say(console, (reading.__doc__ or "").strip())
+    say(console, plain(reading.__doc__ or "").strip())
 
 
 def list_studies(console: Console) -> None:

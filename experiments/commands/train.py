@@ -13,7 +13,8 @@ from rich.table import Table
 from ...errors import ArgumentError
 from ..data.datafiles import data_folder
 from ..problems import get_problem
-from ..report.tables import cell, screen_table
+from ..report.tables import screen_table
+from ..rivals.catalogue import runnable
 from ..runs.config import Budget, RunConfig, WarmStart, parse_options
 from ..runs.environment import prepare_process
 from ..runs.records import RunFolder
@@ -107,7 +108,15 @@ class Train(Common):
         """Train, show where the run lies, and return the exit status."""
         extras = Extras(self.watch_every if self.watch else None, self.keep_checkpoints, tensorboard=self.tensorboard)
         self.prepare()
-        config = self.configured(self.method, parse_options(self.option))
+        options = parse_options(self.option)
+        for name in options:
+            owner, dot, own = name.partition(".")
+            if dot and owner.replace("_", "-") in runnable():
+                raise ArgumentError(
+                    f"--option {name}=... names a method, as 'osculate compare' takes it; there is one here: write "
+                    f"--option {own}=..., or 'osculate train --help' for flags such as --lr"
+                )
+        config = self.configured(self.method, options)
         epochs = self.epochs
         if epochs is None and self.seconds is None:
             epochs = get_problem(config.problem, **config.problem_options).epochs
@@ -188,6 +197,5 @@ class Replay:
 
 
 def _shown(frame: pd.DataFrame, title: str) -> Table:
-    """The columns in which anything is known."""
-    columns = {name: name for name in SHOWN if name in frame and any(map(cell, frame[name]))}
+    columns = {name: name for name in SHOWN if name in frame}
     return screen_table(title, frame.to_dict("records"), columns, digits=5)

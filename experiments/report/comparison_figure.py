@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, SymmetricalLogLocator
 from numpy.typing import NDArray
 
 from ..runs.comparison import Comparison, Curve
-from .figures import MARKERS, PLAIN, Styles, grid_figure, plain_axes, scale_losses, title
+from .figures import MARKERS, PLAIN, Styles, grid_figure, note, plain_axes, scale_losses, title
 from .style import in_style
 
 __all__ = ["comparison_figure"]
@@ -57,10 +57,11 @@ def comparison_figure(comparison: Comparison) -> Figure:
             axes.text(0.99, loss, name, transform=across, ha="right", va="bottom", color="0.35", fontsize="x-small")
     _widen_first_epochs(grid[0], [curve.points[-1]["epoch"] for curve in comparison.curves if curve.points])
     grid[0].set(ylabel="training loss")
+    told_of_axis = ""
     losses = [[point["train_loss"] for point in curve.points] for curve in comparison.curves]
     known = [value for values in losses for value in values if value is not None]
     if comparison.floor is None or min(known, default=0.0) <= comparison.floor:
-        scale_losses(grid[0], np.array(known), [values[0] or 0.0 for values in losses if values])
+        told_of_axis = scale_losses(grid[0], np.array(known), [values[0] or 0.0 for values in losses if values])
     else:
         _scale_distances(grid[0], np.array(known), comparison.floor, [values[0] or 0.0 for values in losses if values])
     ranked = comparison.ranked()
@@ -73,6 +74,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     where = comparison.environment.get("device_name")
     told = _title(comparison)
     title(figure, f"{told}, {where}", told, comparison.problem)
+    note(figure, told_of_axis)
     return figure
 
 

@@ -24,7 +24,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
@@ -36,6 +36,7 @@ __all__ = [
     "PLAIN",
     "Styles",
     "column_width",
+    "decades_between",
     "grid_figure",
     "label_lines",
     "lines_of",
@@ -46,6 +47,7 @@ __all__ = [
     "plain_axes",
     "save_figure",
     "scale_losses",
+    "scale_to_zero",
     "text_points",
     "text_width",
     "title",
@@ -67,6 +69,8 @@ _DASHES: tuple[tuple[float, ...], ...] = (
 _MARKED = 6
 """Markers along a line."""
 _LOG_FROM_RATIO = 2.0
+_ROUNDING = 1e-6
+"""Share of the largest value by which rounding may make a loss negative."""
 _GAP_POINTS = 1.3
 """Distance of two names, in units of the size of their letters."""
 _LEADER_POINTS = 16.0
@@ -255,20 +259,31 @@ def lines_of(text: str, size: str | float, points: float) -> list[str]:
     return textwrap.wrap(text, letters) or [""]
 
 
-def scale_losses(axes: Axes, values: NDArray[np.float64], starts: Sequence[float]) -> None:
+def scale_losses(axes: Axes, values: NDArray[np.float64], starts: Sequence[float]) -> str:
     """Logarithmic where losses spread over a factor of two; what diverges leaves at the top and flattens nothing.
+
+    A loss of exactly 0 (or below it by rounding) stays in sight; see :func:`scale_to_zero`. Losses that are truly
+    negative have a linear scale.
 
     Args:
         axes: to change; a logarithmic one gets plain numbers where the values lie within few decades.
         values: what is drawn, finite.
         starts: where the lines begin; the view ends at 1.5 times the largest of them.
+
+    Returns:
+        What is to be said of the axis in a :func:`note`; mostly empty.
     """
     ceiling = 1.5 * max(starts, default=0.0)
     shown = values[values <= ceiling] if ceiling > 0 else values
+    positive = shown[shown > 0]
     if not len(shown):
-        return
+        return ""
     low, high = float(shown.min()), float(shown.max())
-    logarithmic = low > 0 and high >= _LOG_FROM_RATIO * low
+    left_out = len(shown) < len(values)
+    smallest = float(positive.min()) if len(positive) else math.inf
+    logarithmic = low >= -_ROUNDING * high and high >= _LOG_FROM_RATIO * smallest
+    if logarithmic and low <= 0:
+        return scale_to_zero(axes, smallest, ceiling if left_out else high)
     if logarithmic:
         axes.set_yscale("log")
         decades = math.log10(high / low)
@@ -276,8 +291,42 @@ def scale_losses(axes: Axes, values: NDArray[np.float64], starts: Sequence[float
         axes.yaxis.set_major_locator(LogLocator(subs=between))
         axes.yaxis.set_major_formatter(PLAIN)
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if len(shown) < len(values):
+    if left_out:
         axes.set_ylim(low / 1.1 if logarithmic else low - 0.05 * (high - low), ceiling)
+    return ""
+
+
+def scale_to_zero(axes: Axes, smallest: float, largest: float) -> str:
+    """A vertical axis that is logarithmic down to the smallest positive value, and linear in a grey strip down to 0.
+
+    Args:
+        axes: to change.
+        smallest: of the positive values; what is below the largest by more than double precision counts as 0.
+        largest: of the values.
+
+    Returns:
+        What is to be said of it in a :func:`note`.
+    """
+    threshold = 10.0 ** math.floor(math.log10(max(smallest, largest * np.finfo(float).eps)))
+    decades = math.log10(largest / threshold)
+    strip = max(0.3, 0.1 * decades)
+    axes.set_yscale("symlog", linthresh=threshold, linscale=strip)
+    apart = threshold * 10 ** (0.12 * decades)  # else its number would touch that of the threshold
+    ticks = [tick for tick in decades_between(threshold, largest) if tick >= apart]
+    axes.yaxis.set_major_locator(FixedLocator([0.0, threshold, *ticks]))
+    axes.yaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(-0.3 * threshold, largest * 10 ** (0.05 * decades))
+    for panel in axes.get_shared_y_axes().get_siblings(axes):
+        panel.axhspan(-0.3 * threshold, threshold, color="0.5", alpha=0.12, linewidth=0, zorder=0)
+    return f"grey: linear from {threshold:g} to 0"
+
+
+def decades_between(low: float, high: float) -> list[float]:
+    """Zero, and powers of ten between two positive numbers: few enough to be read, none beside the zero."""
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    first += last - first > 6
+    return [0.0, *(10.0**power for power in range(first, last + 1, 1 + (last - first) // 7))]
 
 
 def name_lines(

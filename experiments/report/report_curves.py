@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
-from .figures import Styles, grid_figure, name_lines, note, one_panel, plain_axes, scale_losses, title
+from .figures import Styles, decades_between, grid_figure, name_lines, note, one_panel, plain_axes, scale_losses, title
 from .scoring import higher_is_better, quantile
 from .study_records import StudyRecord
 from .style import in_style
@@ -95,22 +95,23 @@ def _figure(
     if not drawn:
         return None
     figure, grid = grid_figure(len(drawn))
+    remarks: list[str] = []
     for axes, ((_, metric, x_label, y_label), found) in zip(grid, drawn, strict=False):
         _draw_bands(axes, found, styles, target)
         if not higher_is_better(metric):
             medians = [median[np.isfinite(median)] for _, (_, median, _) in found.values()]
             drawn_values = np.concatenate([*medians, [] if target is None else [target]])
-            scale_losses(axes, drawn_values, [float(median[0]) for median in medians if len(median)])
+            remarks.append(scale_losses(axes, drawn_values, [float(median[0]) for median in medians if len(median)]))
         axes.set(xlabel=x_label, ylabel=y_label)
     title(figure, f"{problem}: {what}, median over seeds and quartiles", f"{problem}: {what}", problem)
     shown = [arm for arm in record.arms if any(arm in found for _, found in drawn)]
     handles = [styles.handle(arm) for arm in shown]
     last, beside = grid[len(drawn) - 1], grid[-1] if len(grid) > len(drawn) else None
     ends, gone = _line_ends(last, drawn[-1][1], styles)
-    remarks = [f"no line within the view: {', '.join(gone)}"] if gone else []
+    remarks += [f"no line within the view: {', '.join(gone)}"] if gone else []
     if any(_stops(band) for _, found in drawn for band in found.values()):
         remarks.append("a cross: half of the runs broke down")
-    name_lines(last, ends, handles, beside, "; ".join(remarks))
+    name_lines(last, ends, handles, beside, "; ".join(dict.fromkeys(filter(None, remarks))))
     return figure
 
 
@@ -179,7 +180,7 @@ def _layer_figure(problem: str, arm: str, group: pd.DataFrame) -> Figure:
     positive = medians.to_numpy()[medians.to_numpy() > 0]
     if len(positive) and positive.max() >= 10 * positive.min():
         axes.set_yscale("symlog", linthresh=float(positive.min()))
-        axes.yaxis.set_major_locator(FixedLocator(_decades(float(positive.min()), float(positive.max()))))
+        axes.yaxis.set_major_locator(FixedLocator(decades_between(float(positive.min()), float(positive.max()))))
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
     axes.set(xlabel="epochs", ylabel="step size")
@@ -195,10 +196,3 @@ def _layer_figure(problem: str, arm: str, group: pd.DataFrame) -> Figure:
     else:
         note(figure, f"violet to green: the {len(layers)} layers in order, from {layers[0]} to {layers[-1]}")
     return figure
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """Zero, and powers of ten between two positive numbers: few enough to be read, none beside the zero."""
-    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-    first += last - first > 6
-    return [0.0, *(10.0**power for power in range(first, last + 1, 1 + (last - first) // 7))]

@@ -23,6 +23,7 @@ from .figures import (
     note,
     one_panel,
     plain_axes,
+    scale_losses,
     title,
 )
 from .report_curves import course_figure, generalisation_figure, layer_step_figures
@@ -80,18 +81,21 @@ def budget_figure(table: pd.DataFrame, problem: str, styles: Styles) -> Figure |
             ends.append((arm, float(curve.trials.iloc[-1]), float(known.iloc[-1]), styles.colour(arm)))
         else:
             without.append(arm)
-    drawn = [end[2] for end in ends]
-    if drawn and min(drawn) > 0:
+    drawn = np.array([end[2] for end in ends])
+    remarks = [f"only misses: {', '.join(without)}"] if without else []
+    if len(drawn) and drawn.min() > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(PLAIN)
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axes.tick_params(axis="y", which="minor", labelsize="x-small")
+    elif len(drawn) and drawn.min() == 0:
+        values = mine[["median", "q75"]].to_numpy(dtype=float)
+        remarks.append(scale_losses(axes, values[np.isfinite(values)], []))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="trials", ylabel=f"best {mine.metric.iloc[0].replace('_', ' ')} so far")
     title(figure, f"{problem}: what tuning buys, median and quartiles", f"{problem}: what tuning buys", problem)
     plain_axes(axes)
-    missing = f"only misses: {', '.join(without)}" if without else ""
-    name_lines(axes, ends, [styles.handle(arm) for arm in arms], remark=missing)
+    name_lines(axes, ends, [styles.handle(arm) for arm in arms], remark="; ".join(filter(None, remarks)))
     return figure
 
 

@@ -72,7 +72,7 @@ def screen_table(
     fold: bool = True,
     **look: Any,
 ) -> Table:
-    """A table of chosen columns for the screen.
+    """A table of chosen columns for the screen, without those in which no row has anything.
 
     Args:
         title: above it, not markup.
@@ -83,6 +83,8 @@ def screen_table(
         **look: further keywords of :class:`rich.table.Table`.
     """
     table = FittedTable(title=escape(title), **look)
+    known = [name for name in columns if not rows or any(cell(row.get(name), digits) for row in rows)]
+    columns = {name: columns[name] for name in known}
     for name, heading in columns.items():
         text = any(isinstance(row.get(name), str) for row in rows)
         justify: Literal["left", "right"] = "left" if text else "right"

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ...analysis.theorem import Curve, Plot
-from .figures import COLOURS, grid_figure, plain_axes, text_points
+from .figures import COLOURS, grid_figure, plain_axes, scale_to_zero, text_points
 from .style import in_style
 
 __all__ = ["equation_pieces", "equation_svg", "plots_figure"]
@@ -96,6 +96,12 @@ def _draw_curves(axes: Axes, plot: Plot) -> float:
     if shown and (largest := max(map(abs, shown))) > 0.0 and max(shown) - min(shown) < _ROUNDING * largest:
         axes.set_yscale("linear")
         axes.set_ylim(min(shown) - 0.01 * largest, max(shown) + 0.01 * largest)
+    elif plot.y_log and 0.0 in shown:
+        positive = [value for value in shown if value > 0.0]
+        if positive:
+            scale_to_zero(axes, min(positive), max(positive))
+        else:
+            axes.set_yscale("linear")
     plain_axes(axes)
     return _explain(axes, plot) if 1 < len(plot.curves) <= _LEGEND_LIMIT else 0.0
 
@@ -131,7 +137,7 @@ def _drawable(plot: Plot, curve: Curve) -> tuple[Floats, Floats]:
     """Points that the axes can show; a gap where they cannot."""
     x, y = np.array(curve.x, dtype=float), np.array(curve.y, dtype=float)
     kept = np.isfinite(x) & ((x > 0) | (not plot.x_log))
-    return x[kept], np.where(np.isfinite(y) & ((y > 0) | (not plot.y_log)), y, np.nan)[kept]
+    return x[kept], np.where(np.isfinite(y) & ((y >= 0) | (not plot.y_log)), y, np.nan)[kept]
 
 
 def _draw_map(figure: Figure, axes: Axes, plot: Plot, cells: Floats) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ... import build, registry
-from ...errors import ArgumentError
+from ...errors import ArgumentError, near_misses
 from ..problems import Data, Problem
 from .batches import BatchOrder
 from .objectives import closure_of
@@ -257,8 +257,10 @@ def optimizer_of(method: str, model: nn.Module, likelihood: str, **options: Any)
     if method in TORCH_OPTIMIZERS:
         return TORCH_OPTIMIZERS[method](model.parameters())
     if method not in registry.methods():
+        near = near_misses(method, [*registry.methods(), *TORCH_OPTIMIZERS])
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ArgumentError(
-            f"no method {method!r}; 'osculate methods' lists them, and torch-sgd and torch-adam count too"
+            f"no method {method!r}; {hint}'osculate methods' lists them, and torch-sgd and torch-adam count too"
         )
     return build(method, model, likelihood=likelihood, seed=0, **options)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from ...errors import ArgumentError, OsculateError
+from ...errors import ArgumentError, OsculateError, near_misses
 from ..problems import Data, Problem, get_problem
 from .batches import data_checksum, move_data
 from .config import Budget, RunConfig
@@ -101,7 +101,9 @@ def method_configs(common: RunConfig, methods: Sequence[str], options: Mapping[s
     split = {key: key.replace("_", "-").partition(".") for key in options if "." in key}
     strangers = sorted({owner for owner, _, _ in split.values()} - set(methods))
     if strangers:
-        raise ArgumentError(f"option for {', '.join(strangers)}, but only {', '.join(methods)} run")
+        near = [entry for stranger in strangers for entry in near_misses(stranger, methods)]
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ArgumentError(f"option for {', '.join(strangers)}, but only {', '.join(methods)} run{hint}")
     shared = {key: value for key, value in options.items() if "." not in key}
     configs = []
     for method in methods:

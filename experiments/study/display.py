@@ -84,7 +84,7 @@ class Board:
             self._console.print(breakdown_screen(rows))
 
     def table(self, entries: Mapping[Slot, Entry]) -> Table:
-        """One row per arm and problem."""
+        """One row per arm and problem; a column comes when there is something in it."""
         done = sum(entry.state == "done" for entry in entries.values())
         title = f"{self._study.title or self._study.name}: {done} of {len(entries)} runs"
         rows = [
@@ -105,7 +105,7 @@ class Board:
 def _row(own: list[Entry]) -> dict[str, Any]:
     def count(phase: str) -> str:
         phased = [entry for entry in own if entry.slot.phase == phase]
-        return f"{sum(entry.state == 'done' for entry in phased)}/{len(phased)}" if phased else "-"
+        return f"{sum(entry.state == 'done' for entry in phased)}/{len(phased)}" if phased else ""
 
     over = [entry for entry in own if entry.state == "done"]
     values = [entry.value for entry in over if entry.value is not None]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, near_misses
 from . import (
     dampings,
     estimators,
@@ -191,8 +191,10 @@ def _chosen(names: Iterable[str] | None, kinds: set[str]) -> tuple[Contract, ...
     wanted = set(names)
     unknown = wanted - {contract.name for contract in CONTRACTS}
     if unknown:
-        known = sorted({contract.name for contract in CONTRACTS})
-        raise ArgumentError(f"unknown contracts {sorted(unknown)}; known: {', '.join(known)}")
+        near = [entry for name in sorted(unknown) for entry in near_misses(name, [one.name for one in CONTRACTS])]
+        applying = dict.fromkeys(entry.name for kind in sorted(kinds) for entry in contracts_for(kind))
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"about this: {', '.join(applying)}"
+        raise ArgumentError(f"unknown contracts {sorted(unknown)}; {hint}")
     chosen = tuple(contract for contract in CONTRACTS if contract.name in wanted)
     for contract in chosen:
         if not kinds.intersection(contract.kinds):

@@ -265,9 +265,12 @@ class Method:
         )
         if not missing and not single:
             found = ", ".join(sorted({type(part).__name__ for part in leaves(self.preconditioner)}))
+            measured = "balances the two factors of Kronecker structures by their traces"
+            if self.measures_matrices:
+                measured = "measures lambda by the mean eigenvalue of a layer's matrix, or of the two factors of it"
             raise CompatibilityError(
-                f"{name} balances the two factors of Kronecker structures by their traces, and {found} has none; use "
-                "ConstantDamping()"
+                f"{name} {measured}, and {found} has none; use ConstantDamping(), whose lambda is absolute, or a "
+                f"structure that has: {_measurable(self.measures_matrices)}"
             )
         for structure, factors in missing.items():
             if factors:
@@ -292,6 +295,16 @@ class Method:
                     f"{type(estimator).__name__} may have negative eigenvalues; take {_suppliers(part.needs)}, or a "
                     "structure that declares takes_indefinite (Dense with a rule for its spectrum)"
                 )
+
+
+def _measurable(whole: bool) -> str:
+    """Registered structures with two factors that have traces, and with one matrix that says its mean eigenvalue."""
+    single = [
+        cls.__name__
+        for cls in parts()["structure"].values()
+        if any(declared(part, StructureDeclarations).mean_eigenvalue is not None for part in instances(cls))
+    ]
+    return " or ".join(["Kronecker(Covariance(), Covariance())", *(f"{name}(...)" for name in single if whole)])
 
 
 def _suppliers(needs: Needs) -> str:

@@ -117,7 +117,8 @@ def method(name: str, **options: Any) -> Method:
     entry = table[name]
     for option in options:
         if option not in entry.options:
-            raise UnknownNameError(f"option of {name}", option, entry.options)
+            where = f"'osculate methods {name}' in a shell explains all"
+            raise UnknownNameError(f"option of {name}", option, entry.options, where)
     result = entry.factory(**options)
     require_kind(f"what the factory of {name!r} returns", result, Method, "end it with `return osculate.Method(...)`")
     return result

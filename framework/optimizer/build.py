@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from ...curvature.backends.outputs import Choice
 from ...curvature.likelihoods import Likelihood
-from ...errors import ArgumentError
+from ...errors import ArgumentError, UnknownNameError, near_misses
 from ..methods import registry
 from ..methods.method import Method
-from ..whole_model.method import WholeMethod, whole_method, whole_methods
+from ..methods.registry import MethodEntry
+from ..whole_model.method import WholeEntry, WholeMethod, whole_method, whole_methods
 from ..whole_model.optimizer import WholeModel
 from .second_order import SecondOrder
 
@@ -136,6 +138,8 @@ def build(
             f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself, not its parameters, "
             "after the method: osculate.build(method, model)"
         )
+    if isinstance(method, str):
+        _require_options(method, options)
     if isinstance(method, WholeMethod) or (isinstance(method, str) and method in whole_methods()):
         given = {
             "lr": (lr, None),
@@ -181,6 +185,33 @@ def build(
         certify_records=certify_records,
         division=division,
     )
+
+
+def _require_options(name: str, options: Mapping[str, Any]) -> None:
+    """A keyword is an option of the method; what ``build`` itself takes may be meant, too.
+
+    Raises:
+        UnknownNameError: with the near misses among both, and where to see all.
+    """
+    entries: Mapping[str, MethodEntry | WholeEntry] = {**registry.methods(), **whole_methods()}
+    if name not in entries:
+        return
+    known = entries[name].options
+    for option in options:
+        if option in known:
+            continue
+        taken = inspect.signature(build).parameters.values()
+        own = [entry.name for entry in taken if entry.kind is entry.KEYWORD_ONLY]
+        if isinstance(entries[name], WholeEntry):
+            own = ["damping", "on_nonfinite"]
+        near = near_misses(option, [*known, *own])
+        raise UnknownNameError(
+            f"option of {name}",
+            option,
+            [*known, *own] if near else known,
+            f"'osculate methods {name}' in a shell explains all options, help(osculate.build) the arguments that are "
+            f"not the method's own: {', '.join(own[:3])} ...",
+        )
 
 
 def _build_whole(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...curvature.final_activation import way_out_of_activation
 from ...curvature.loss_weights import LossReader
 from ...errors import ArgumentError, LossWarning
 
@@ -43,8 +44,13 @@ def require_right_loss(reader: LossReader, inverse_scale: Tensor | None) -> None
         )
 
 
-def warn_of_loss(reader: LossReader) -> None:
-    """Say once what could not be read of the loss, and what is assumed."""
+def warn_of_loss(reader: LossReader, model: nn.Module | None = None) -> None:
+    """Say once what could not be read of the loss, and what is assumed.
+
+    Args:
+        reader: of the backend.
+        model: whose last module is named where its output is no logits.
+    """
     if reader.told:
         return
     said = ""
@@ -63,6 +69,11 @@ def warn_of_loss(reader: LossReader) -> None:
         said = (
             f"{reader.unread}, so the gradient that the loss sends there is not seen, and the weights of the samples "
             f"cannot be read off it. {_ASSUMED}"
+        )
+    elif reader.found is not None and reader.found.ends_in:
+        said = (
+            f"{way_out_of_activation(reader.found.ends_in, model)}. The weights of the samples cannot be read off the "
+            f"gradient that the loss sends there. {_ASSUMED}"
         )
     elif reader.found is not None and reader.found.mode == "assumed":
         said = (

@@ -196,7 +196,8 @@ class SecondOrder(Session):
             resolved is None or isinstance(resolved, Categorical)
         ):
             reader = GuessedLoss if resolved is None else SeenLoss
-            self.capture.seen = reader([parameter for layer in layers for parameter in layer.parameters.values()])
+            leaves = [parameter for layer in layers for parameter in layer.parameters.values()]
+            self.capture.seen = reader(leaves, None if resolved is not None and method.needs_likelihood else model)
         self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping, self.together)
         self.guard_state, self.lagging = method.guard.init(), Lagging()
         self._look_back = LookBack(self)
@@ -346,7 +347,7 @@ class SecondOrder(Session):
             batch.parameters = team.parameters
         for reader in self.capture.readers:
             if not reader.told:
-                warn_of_loss(reader)
+                warn_of_loss(reader, self.model)
         undo = self._undo(batch) if due.risky or due.looks_back else None
         try:
             self.last_report = self._advance(closure, batch, [] if undo is None else undo.copies)

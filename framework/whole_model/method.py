@@ -160,7 +160,8 @@ def whole_method(name: str, **options: Any) -> WholeMethod:
     entry = _METHODS[name]
     for option in options:
         if option not in entry.options:
-            raise UnknownNameError(f"option of {name}", option, entry.options)
+            where = f"'osculate methods {name}' in a shell explains all"
+            raise UnknownNameError(f"option of {name}", option, entry.options, where)
     return entry.factory(**options)
 
 

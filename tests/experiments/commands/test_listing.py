@@ -8,7 +8,7 @@ from io import StringIO
 import osculate as osc
 import pytest
 from osculate.errors import UnknownNameError
-from osculate.experiments.commands.docstrings import describe
+from osculate.experiments.commands.docstrings import describe, plain
 from osculate.experiments.commands.listing import exported_name, show_methods, show_parts
 from osculate.experiments.commands.one_liners import LINES, one_line
 from osculate.experiments.commands.problem_listing import show_problems
@@ -32,6 +32,42 @@ def words(text: str) -> str:
 def squeezed(text: str) -> str:
     """Letters alone, so that a text wrapped in a column can be found."""
     return re.sub(r"[\s│┃]+", "", text)
+
+
+class TestPlainText:
+    """Docstrings are written for the site; nothing of its markup reaches a screen."""
+
+    @pytest.mark.parametrize(
+        ("written", "shown"),
+        [
+            ("as for :class:`Reduce`; see", "as for Reduce; see"),
+            (":class:`.Factored`, :class:`!Other`", "Factored, Other"),
+            (":meth:`~osculate.curvature.Layer.gradient`", "gradient"),
+            (":py:class:`Kronecker`", "Kronecker"),
+            (":func:`the rule <osculate.rules.rule>`", "the rule"),
+            ("(:data:`LAST`) stands", "(LAST) stands"),
+            (":math:`x_{t-1}`", "x_{t-1}"),
+            ("``lr`` and `damping`", "lr and damping"),
+            ("`the site <https://a.org>`_, `two <b>`__", "the site (https://a.org), two (b)"),
+            ("as for :func:`layerwise_sgdm`.", "as for lw-sgdm."),
+            (":class:`of two\nlines <x.y>`", "of two\nlines"),
+            ("before\n```toml\na = 1\n```\nbehind", "before\na = 1\nbehind"),
+            ("a : b: c, 3:1, x_{t-1}, <none>", "a : b: c, 3:1, x_{t-1}, <none>"),
+        ],
+    )
+    def test_markup_leaves_what_is_read(self, written: str, shown: str) -> None:
+        assert plain(written) == shown
+
+    def test_no_list_and_no_page_has_any(self) -> None:
+        parts = [exported_name(part) for kind in osc.registry.parts().values() for part in kind.values()]
+        texts = [
+            shown(show_parts, width=200),
+            shown(show_parts, *parts, width=200),
+            shown(partial(show_methods, details=True), width=200),
+            shown(show_methods, *runnable(), width=200),
+            shown(show_problems, *PROBLEMS, width=200),
+        ]
+        assert [line for text in texts for line in text.splitlines() if re.search(r":\w+:`|`", line)] == []
 
 
 class TestMethods:

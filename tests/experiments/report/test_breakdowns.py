@@ -13,6 +13,7 @@ from osculate.experiments.commands.cli import execute
 from osculate.experiments.commands.report import report_tables
 from osculate.experiments.report.breakdowns import Breakdown, breakdown_rows, breakdown_screen, in_short
 from osculate.experiments.report.study_records import read_study
+from osculate.experiments.report.tables import screen_table
 from osculate.experiments.study.definition import Study
 from osculate.experiments.study.display import Board
 from osculate.experiments.study.ledger import Entry, Slot
@@ -100,3 +101,29 @@ def small(tmp_path: Path) -> Study:
         '[arms.a]\nmethod = "sgdm"\n'
     )
     return read_file(path)
+
+
+def headings(board: Board, entries: dict[Slot, Entry]) -> list[str]:
+    return [str(column.header) for column in board.table(entries).columns]
+
+
+def test_the_board_shows_columns_that_have_something(small: Study) -> None:
+    slots = [Slot("p", "a", "final", 1), Slot("p", "a", "final", 2)]
+    waiting = {slot: Entry(slot, place, "waiting") for place, slot in enumerate(slots)}
+    board = Board(Console(file=io.StringIO(), width=80), small)
+    assert headings(board, waiting) == ["problem", "arm", "final"]  # nothing is tuned, nothing runs yet
+    running = waiting | {slots[0]: Entry(slots[0], 0, "running", started=1.0)}
+    assert headings(board, running) == ["problem", "arm", "final", "running"]
+    one = running | {slots[0]: Entry(slots[0], 0, "done", 0.5)}
+    assert headings(board, one) == ["problem", "arm", "final", "best"]
+    missed = one | {slots[1]: Entry(slots[1], 1, "done", status="broken down")}
+    assert headings(board, missed) == ["problem", "arm", "final", "misses", "best"]
+    trial = Slot("p", "a", "tune", 0)
+    assert "tuned" in headings(board, {trial: Entry(trial, 0, "waiting"), **waiting})
+
+
+def test_no_table_on_the_screen_has_a_column_without_anything() -> None:
+    rows = [{"a": "x", "b": None, "c": math.nan, "d": "", "e": 0}, {"a": "y", "b": None, "c": 1.5, "d": "", "e": 0}]
+    columns = {name: name.upper() for name in ("a", "b", "c", "d", "e", "f")}
+    assert [column.header for column in screen_table("t", rows, columns).columns] == ["A", "C", "E"]
+    assert len(screen_table("t", [], columns).columns) == 6

@@ -22,8 +22,9 @@ from osculate.experiments.commands.report import report_tables, write_report
 from osculate.experiments.report.figures import Styles, label_lines, new_figure
 from osculate.experiments.report.report_curves import course_band
 from osculate.experiments.report.report_figures import report_figures
-from osculate.experiments.report.report_latex import document, escape, latex_table
+from osculate.experiments.report.report_latex import GAP, WIDTH, document, escape, latex_table, printed_width
 from osculate.experiments.report.study_records import StudyRecord, read_study, side_by_side
+from osculate.experiments.report.tables import Spread
 from osculate.experiments.runs.records import RunFolder
 from osculate.experiments.study.folders import write_trial
 from osculate.experiments.study.ledger import FINAL, Slot
@@ -338,6 +339,70 @@ def test_latex_is_escaped_and_balanced(out: Path) -> None:
     assert text.count(r"\bottomrule") == text.count(r"\begin{longtable}") == 7
     assert r"joint\_kfac \& co" in text and r"T2 100\%" in text and r"$\infty$" in text
     assert not re.search(r"[^\\][&_%#]\w", re.sub(r" & |\\label\{[^}]*\}|%\n", "  ", text.split("midrule", 1)[1]))
+
+
+def widths(text: str) -> list[float]:
+    """Of the tables in a text of LaTeX: their columns' longest cells, in letters of the given widths, with the gaps."""
+    found = []
+    for table in re.findall(r"\\begin\{longtable\}(.*?)\\end\{longtable\}", text, re.DOTALL):
+        rows = [re.sub(r" \\\\\*?$", "", line) for line in table.splitlines() if " & " in line]
+        cells = [row.split(" & ") for row in rows]
+        assert len({len(row) for row in cells}) == 1
+        columns = [max(printed_width(cell) for cell in column) for column in zip(*cells, strict=True)]
+        found.append(sum(columns) + GAP * (len(columns) - 1))
+    return found
+
+
+def test_no_line_of_a_table_is_wider_than_a_column_of_text(out: Path) -> None:
+    found = widths((out / "tables.tex").read_text())
+    assert len(found) == 7 and max(found) <= WIDTH == 397.0
+    overview = (out / "tables" / "overview.tex").read_text()
+    assert r"\multicolumn{8}{l}{\textit{autoencoder\_1}} \\*" in overview  # once, instead of in every row
+    assert overview.count("autoencoder") == 1 and overview.count(r"joint\_kfac") == 2
+    assert "unfinished" not in overview and "not begun" not in overview  # nothing is
+
+
+@pytest.mark.parametrize("letters", [8, 40])
+@pytest.mark.parametrize("measures", [3, 8, 15])
+def test_many_measures_and_long_names_go_on_below_or_in_another_table(measures: int, letters: int) -> None:
+    arms = [f"{'joint-kfac-noise-aware-of-many-words-in-a-row'[:letters]}{number}" for number in range(20)]
+    rows = [
+        {"problem": problem, "arm": arm, "reference": "kfac", "finished": 10}
+        | {
+            f"measure_{place} to target": Spread(*(1.2344e-7 if measures > 3 else 1.2344,) * 5)
+            for place in range(measures)
+        }
+        for problem in ("mnist-autoencoder", "curves_autoencoder")
+        for arm in arms
+    ]
+    text = latex_table(pd.DataFrame(rows), "Many.", "tab:many")
+    tables = text.count(r"\begin{longtable}")
+    assert balanced(text) and max(widths(text)) <= WIDTH
+    assert (tables == 1) is (measures == 3) and text.count(r"\label{tab:many") == tables
+    assert text.count("mnist-autoencoder") == tables  # once in each, instead of in every row
+    lines = [line.split(" & ") for line in text.splitlines() if " & " in line]
+    if letters == 8:
+        names = [line[0] for line in lines if line[0] in arms]
+        assert names == arms * (2 * tables)
+    numbers = sum(cell.startswith("$1.234") for line in lines for cell in line)
+    assert numbers == 2 * len(arms) * measures  # the medians
+    assert ("Everywhere: reference kfac." in text) is (measures > 3)
+
+
+def test_words_go_on_behind_joints_and_none_is_lost() -> None:
+    value = "Kronecker(inputs=HessianActionBFGS(), outputs=LBFGS(memory=20, pairs=DoubleDamping()))"
+    numbers = {f"n{number}": [1.234, 5.678] for number in range(8)}
+    text = latex_table(pd.DataFrame({"part": ["structure", "damping"], "value": [value, "Split"]} | numbers), "c", "l")
+    assert max(widths(text)) <= WIDTH and text.count(r"\begin{longtable}") == 1
+    cells = [line.split(" & ")[1] for line in text.splitlines() if " & " in line]
+    assert value.replace(" ", "") in "".join(cells).replace(" ", "") and len(cells) > 5
+
+
+def test_letters_of_cells_are_measured() -> None:
+    assert printed_width("") == 0.0 and printed_width("12") == 8.0 and printed_width(r"a\_b") == 11.0
+    assert printed_width(r"$1.5 \cdot 10^{-5}$") > printed_width("$1.5$") + printed_width("10-5")
+    assert printed_width(r"$-\infty$") > printed_width(r"$\infty$") > printed_width("m")
+    assert printed_width(r"\textbackslash{}") == printed_width("m")
 
 
 def test_every_special_character_is_escaped() -> None:
