@@ -158,17 +158,24 @@ def test_the_tables_of_defaults_are_what_was_measured() -> None:
     runs, turned = (json.loads((folder / f"{name}.json").read_text())["runs"] for name in ("every_method", "one_knob"))
     methods, page = (DOCS / "methods.md").read_text(), (folder / "README.md").read_text()
     loss = {(run["arm"], run["problem"], run["seed"]): run["train_loss"] for run in [*runs, *turned]}
-    problems = re.findall(r" `([\w-]+)`, \d+ steps ", methods)
-    assert len(problems) == 12 and {run["problem"] for run in runs} == set(problems)
+    heads = [line for line in methods.splitlines() if line.startswith("| method | `")]
+    tables = [re.findall(r" `([\w-]+)`, \d+ steps ", head) for head in heads]
+    problems = sum(tables, [])
+    assert len(tables) == 2 and len(problems) == 23 and {run["problem"] for run in runs} == set(problems)
 
     def mean(arm: str, problem: str) -> float:
         return sum(math.inf if (at := loss[arm, problem, seed]) is None else at for seed in (100, 101)) / 2
 
     for arm in osc.registry.methods():
-        ends = [(mean(arm, problem), mean("sgdm", problem)) for problem in problems]
-        cells = [f"{'∞' if math.isinf(end) else f'{end:.3g}'}{' †' * (end > plain)}" for end, plain in ends]
-        behind = sum(end > plain for end, plain in ends)
-        assert f"| `{arm}` | {' | '.join(cells)} | {behind} |" in methods, arm
+        total = 0
+        for table in tables:
+            ends = [(mean(arm, problem), mean("sgdm", problem)) for problem in table]
+            cells = [f"{'∞' if math.isinf(end) else f'{end:.3g}'}{' †' * (end > plain)}" for end, plain in ends]
+            behind = sum(end > plain for end, plain in ends)
+            assert f"| `{arm}` | {' | '.join(cells)} | {behind} |" in methods, arm
+            assert 3 * behind <= 12 or table is tables[1], arm
+            total += behind
+        assert 3 * total <= len(problems), f"the defaults of {arm} end behind those of sgdm on {total} problems"
     for arm in {run["arm"] for run in runs} - {"ngd-exact"}:
         row = f"| `{arm}` |"
         for knob in ("lr-low", "lr-high", "damping-low", "damping-high"):

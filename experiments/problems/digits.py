@@ -60,7 +60,7 @@ _SETTINGS: Mapping[str, Mapping[str, float | str]] = MappingProxyType(
         "ekfac": MappingProxyType({"lr": 0.1, "damping": 0.1, **PUBLISHED["ekfac"]}),
         "kbfgs-conv": MappingProxyType({"lr": 0.6, "damping": 0.1, **PUBLISHED["kbfgs-conv"]}),
         "kfac-conv": MappingProxyType({"lr": 0.03, "damping": 0.3, **PUBLISHED["kfac-conv"]}),
-        "mbf-released": MappingProxyType({"lr": 1e-4, "damping": 3e-3}),
+        "mbf-released": MappingProxyType({"lr": 1e-4, "damping": 3e-3, **PUBLISHED["mbf-released"]}),
         "mini-block-lbfgs": MappingProxyType({"lr": 0.3, "damping": 0.1}),
         "ngd-exact": MappingProxyType({"lr": 0.3, "damping": 0.1, **PUBLISHED["ngd-exact"]}),
         "rmsprop": MappingProxyType({"lr": 3e-3}),

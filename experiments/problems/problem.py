@@ -40,7 +40,18 @@ PUBLISHED: Mapping[str, Mapping[str, float | str]] = MappingProxyType(
     {
         "mbf": MappingProxyType({"units": "absolute", "limit": math.inf}),
         **dict.fromkeys(
-            ("ekfac", "kbfgs", "kbfgs-conv", "kbfgs-l", "kfac", "kfac-conv", "ngd-exact", "shampoo", "tnt"),
+            (
+                "ekfac",
+                "kbfgs",
+                "kbfgs-conv",
+                "kbfgs-l",
+                "kfac",
+                "kfac-conv",
+                "mbf-released",
+                "ngd-exact",
+                "shampoo",
+                "tnt",
+            ),
             MappingProxyType({"limit": math.inf}),
         ),
     }

@@ -100,7 +100,7 @@ class Scaling:
                 "the GradScaler has unscaled gradients of this optimizer since its last update(), and would leave "
                 "those of this closure scaled: call scaler.update() after every optimizer.step(closure)"
             )
-        self._states = None if self._scaler is None else self._scaler._per_optimizer_states
+        self._states = self._states_now
 
     def after_closure(self, again: bool) -> None:
         """Check what a closure has asked of the scaler itself.
@@ -112,7 +112,7 @@ class Scaling:
             ArgumentError: if it has called ``update``, or, where it is evaluated again, ``unscale_``, which a scaler
                 allows once.
         """
-        if self._scaler is not None and self._scaler._per_optimizer_states is not self._states:
+        if self._states_now is not self._states:
             raise ArgumentError(
                 "the closure calls scaler.update(), after which nobody knows how its gradients were scaled; no "
                 "parameter and no state has changed. Call it after optimizer.step(closure)"
@@ -123,9 +123,13 @@ class Scaling:
     @property
     def _unscaled(self) -> bool:
         """Whether the scaler has unscaled the optimizer's gradients, and was not updated since."""
-        if self._scaler is None or not self._scaler.is_enabled():
-            return False
-        return bool(self._scaler._per_optimizer_states[id(self._optimizer)]["stage"] != OptState.READY)
+        states = self._states_now
+        return states is not None and bool(states[id(self._optimizer)]["stage"] != OptState.READY)
+
+    @property
+    def _states_now(self) -> Any:
+        """The scaler's own notes since its last update; ``None`` where there is no scaler, or one switched off."""
+        return None if self._scaler is None or not self._scaler.is_enabled() else self._scaler._per_optimizer_states
 
     def unscale_gradients(self) -> None:
         """Divide the gradients by the scale unless that has been done, and note whether one is not finite."""
