@@ -67,14 +67,17 @@ class Reading:
         mode: see the module.
         axis: of the classes, for categorical outputs: 1 or -1.
         summed: every sample that counts has weight 1 in the loss itself: it is a sum and no mean.
+        meant: everything that counts has weight 1 / N of its number of samples or of positions: it is a mean, no sum.
         looks_like: name of another likelihood whose gradient this is, or empty.
         least: the least weight that soft targets allow.
-        ends_in: what the output has passed instead of being logits, such as ``LogSoftmax``, where nothing is read.
+        ends_in: what the output has passed instead of being logits, such as ``LogSoftmax``, where nothing is read; or
+            ``Softmax`` where the loss takes it for logits, and the weights are read.
     """
 
     mode: Mode
     axis: int = -1
     summed: bool = False
+    meant: bool = False
     looks_like: str = ""
     least: float = 0.0
     ends_in: str = ""
@@ -201,9 +204,10 @@ class LossReader:
         if now.mode == "plain":  # until here: soft targets with a weight of at least now.least
             now = self._of_soft(now, output, tolerance)
         if before is None or _LOOSER[now.mode] > _LOOSER[before.mode] or now.looks_like:
-            self.found = replace(now, ends_in=final_activation(output, tolerance)) if self._lost(now) else now
-        if before is not None and before.summed != now.summed and self.found is not None:
-            self.found = replace(self.found, summed=False)
+            passed = final_activation(output, tolerance) if before is None or self._lost(now) else before.ends_in
+            self.found = replace(now, ends_in=passed if self._lost(now) or passed == "Softmax" else "")
+        if before is not None and self.found is not None:
+            self.found = replace(self.found, summed=before.summed and now.summed, meant=before.meant and now.meant)
 
     def _lost(self, now: Reading) -> bool:
         """Whether logits were expected and the gradient is that of no such loss."""
@@ -376,8 +380,12 @@ def _reading(kind: str, output: Tensor, gradient: Tensor, tolerance: float, know
         other = _foreign(kind, output, gradient, tolerance)
         return Reading(mode, axis, looks_like=other, least=float(weights.max()) if len(weights) else 0.0)
     counted = weights[weights > 0]
-    summed = len(output) > 1 and len(counted) > 0 and bool(((counted - 1).abs() < tolerance).all())
-    return Reading(mode, axis, summed)
+    if len(output) < 2 or not len(counted):
+        return Reading(mode, axis)
+    summed = bool(((counted - 1).abs() < tolerance).all())
+    rows = output.numel() // (output.shape[axis] if kind == "categorical" else 1)
+    meant = any(bool(((number * counted - 1).abs() < tolerance).all()) for number in {len(output), rows})
+    return Reading(mode, axis, summed, meant)
 
 
 def _picked(output: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,15 @@ _MISREAD = (
     "the steps of this method are bounded by the loss, which is read off the gradient at the model's output as if that "
     "were logits, and is wrong otherwise; "
 )
+_TWICE = (
+    "the loss takes the model's output for logits and applies a softmax, which it has passed already. That is trained "
+    "as it stands, but is seldom what is meant: "
+)
+_SUMMED = (
+    "the loss is a sum over samples (each has weight 1), and this method's matrices are made of the mini-batch's "
+    "gradients: its steps become the shorter, the longer these are, and its lr is meant for the mean over samples. "
+    "Divide the loss by their number, or multiply lr by it"
+)
 _CLOSE = 0.01
 """Share of a gradient that may be otherwise than the loss would have it, by rounding in low precision."""
 
@@ -69,8 +78,11 @@ class SeenLoss:
     def _take_in(self, logits: Tensor, gradient: Tensor) -> None:
         if not self._looked and bool(gradient.any()):
             self._looked = True
-            passed = "" if _is_cross_entropy(logits, gradient) else final_activation(logits, _rounding(logits))
-            self._said = _MISREAD + way_out_of_activation(passed, self.model) if passed else ""
+            passed, fits = final_activation(logits, _rounding(logits)), _is_cross_entropy(logits, gradient)
+            if passed and not (fits and passed != "Softmax"):
+                self._said = (_TWICE if fits else _MISREAD) + way_out_of_activation(passed, self.model)
+            elif fits and _every_weight_is_1(logits, gradient, cross_entropy_seen):
+                self._said = _SUMMED
         self._found.append(cross_entropy_seen(logits, gradient))
 
     def take(self) -> Tensor | None:
@@ -104,6 +116,10 @@ class GuessedLoss(SeenLoss):
             if not bool(gradient.any()):
                 return  # a mini-batch that says nothing, about its loss neither
             self._read = next((read for read, fits in _KNOWN if fits(logits, gradient)), None)
+            if self._read is cross_entropy_seen and final_activation(logits, _rounding(logits)) == "Softmax":
+                self._said = _TWICE + way_out_of_activation("Softmax", self.model)
+            elif self._read is not None and _every_weight_is_1(logits, gradient, self._read):
+                self._said = _SUMMED
             if self._read is None:
                 self.idle_for_ever, self._said = True, _UNKNOWN
                 passed = final_activation(logits, _rounding(logits))
@@ -138,6 +154,18 @@ def _is_binary_cross_entropy(logits: Tensor, gradient: Tensor) -> bool:
     """Whether every entry is w (p - y) with y of 0 or 1 and one w."""
     wide, off = gradient.double().abs(), _off(logits.double(), gradient)
     return bool((wide - wide.sum() / off.sum() * off).abs().sum() <= _CLOSE * wide.sum())
+
+
+def _every_weight_is_1(logits: Tensor, gradient: Tensor, read: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether a cross entropy that was recognised is a sum over samples, where there are two and more."""
+    wide = gradient.double()
+    if read is binary_cross_entropy_seen:
+        weights = wide.abs().sum() / _off(logits.double(), gradient).sum()
+    else:
+        least, labels = wide.min(-1)
+        others = 1 - torch.softmax(logits.double(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        weights = (-least / others)[(least < 0) & (others > 0)]
+    return len(logits) > 1 and weights.numel() > 0 and bool(((weights - 1).abs() < _CLOSE).all())
 
 
 def _off(logits: Tensor, gradient: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ def build(
             ``{"policy": "categorical", "value": "gaussian"}``.
         output: which tensor of what the model returns the likelihood reads: a name (a key or an attribute), an index,
             or a function of what the model returns. ``None``: the only tensor, ``.logits`` or the key ``"logits"``.
-        loss_reduction: ``"mean"`` or ``"sum"`` over samples.
+        loss_reduction: ``"mean"`` or ``"sum"`` over samples. Curvature is counted per sample either way: with a sum a
+            method with an lr takes the steps of the mean at lr / N (``mbf``: lr N), one without an lr the same.
         seed: of the sampled labels.
         strict: refuse parameters that no part serves, and matrices that ``ByLayer`` serves by its ``otherwise``.
             Otherwise a :class:`~osculate.FallbackWarning` names them if they are more than a fifth of the model.

@@ -198,7 +198,7 @@ class SecondOrder(Session):
             reader = GuessedLoss if resolved is None else SeenLoss
             leaves = [parameter for layer in layers for parameter in layer.parameters.values()]
             self.capture.seen = reader(leaves, None if resolved is not None and method.needs_likelihood else model)
-        self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping, self.together)
+        self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping, self.together, loss_reduction)
         self.guard_state, self.lagging = method.guard.init(), Lagging()
         self._look_back = LookBack(self)
         self._unowned = unowned_parameters(model, layers)

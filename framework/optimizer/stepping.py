@@ -239,8 +239,10 @@ class StepRule:
         seed: int,
         judge: AdaptiveDamping | None = None,
         together: Together | None = None,
+        loss_reduction: str = "mean",
     ):
         self.rule, self.layers, self.seed, self.judge, self.together = rule, layers, seed, judge, together
+        self.loss_reduction = loss_reduction
         self.names = [layer.name for layer in layers]
         self.needs = rule.needs
         self.state = rule.init(len(layers), _example(layers))
@@ -468,7 +470,12 @@ class StepRule:
             counts = batch.samples.get(known, [1])
             share, total = self.together.share_of(batch.samples, known), self.together.ranks.total
             evidence = replace(evidence, share=share, samples=sum(counts), total=total)
-        return form.measure(evidence if self.last is None else with_last_steps(evidence))
+        found = form.measure(evidence if self.last is None else with_last_steps(evidence))
+        if self.loss_reduction == "sum" and declared(form, FormDeclarations).estimates == "fisher":
+            # Samples' scores are counted as a mean, whatever the loss is; slopes are those of the loss itself.
+            samples = [entry.samples for entry in evidence.statistics.values()]
+            found = found * (evidence.samples or max(samples, default=1))
+        return found
 
     def _norms(self) -> Tensor:
         """(L,) norms of the layers' parameters."""

@@ -46,8 +46,9 @@ def test_renamed_layers_give_the_same_trajectory(names: list[str], depth: int) -
 def test_permuted_samples_give_the_same_trajectory(name: str) -> None:
     order = torch.randperm(16, generator=torch.Generator().manual_seed(4))
     model, other = make(), make()
-    train(build(name, model), model, batches(count=5))
-    train(build(name, other), other, [(x[order], y[order]) for x, y in batches(count=5)])
+    options = {"lr": 1e-3} if name == "soap" else {}  # rounding decides eigenvectors of what has no gradient
+    train(build(name, model, **options), model, batches(count=5))
+    train(build(name, other, **options), other, [(x[order], y[order]) for x, y in batches(count=5)])
     torch.testing.assert_close(flat(other), flat(model), rtol=1e-9, atol=1e-11)
 
 
@@ -82,6 +83,21 @@ def test_sum_and_mean_give_the_same_trajectory(name: str, options: dict[str, Any
             optimizer.step(closure_of(optimizer, model, x, y, reduction))
         results.append(flat(model))
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "name", ["joint-kfac", "joint-kfac-momentum", "joint-kfac-noise-aware", "joint-kbfgs", "joint-sgdm", "lw-sgdm"]
+)
+def test_steps_that_a_method_chooses_are_those_of_the_mean(name: str) -> None:
+    """Slopes of the summed loss are N times as large, and so is the curvature of what the rule minimises."""
+    results = []
+    for reduction in ("mean", "sum"):
+        model = make()
+        optimizer = build(name, model, loss_reduction=reduction)
+        for x, y in batches(count=6):
+            optimizer.step(closure_of(optimizer, model, x, y, reduction))
+        results.append(flat(model))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(UNSAMPLED)))
