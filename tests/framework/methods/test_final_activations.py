@@ -103,11 +103,32 @@ def twice(output: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(output, y)
 
 
+@pytest.mark.parametrize("likelihood", [None, "categorical"])
+def test_a_softmax_before_a_cross_entropy_is_right_and_told(likelihood: str | None) -> None:
+    """The commonest mistake of all: the loss has a softmax of its own."""
+    for method in ("mbf",) if likelihood is None else ("mbf", "kfac", "joint-kfac"):
+        for model in (network(nn.Softmax(1)), InForward(nn.Softmax(1))):
+            (text,) = told(method, model, twice, **({} if likelihood is None else {"likelihood": likelihood}))
+            assert "as after a Softmax" in text and "return the logits" in text
+
+
+def summed(output: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(output, y, reduction="sum")
+
+
+def test_sums_and_means_that_are_announced_as_the_other_are_told() -> None:
+    for build in ({}, {"likelihood": "categorical", "loss_reduction": "sum"}):
+        (text,) = told("mbf", network(), summed, **build)
+        assert "a sum over samples" in text and "multiply lr" in text
+    (text,) = told("kfac", network(), twice, likelihood="categorical", loss_reduction="sum")
+    assert "weight 1 / N" in text and "loss_reduction='mean'" in text
+    assert told("kfac", network(), summed, likelihood="categorical", loss_reduction="sum") == []
+
+
 def test_what_is_right_as_it_is_stays_without_a_word() -> None:
     assert told("kfac", network(), twice, likelihood="categorical") == []
     assert told("kfac", network(nn.LogSoftmax(1)), twice, likelihood="categorical") == []  # twice is as good as once
     assert told("mbf", network(), twice, likelihood="categorical") == []
-    assert told("mbf", network(nn.Softmax(1)), twice) == []
     for head in (nn.Sigmoid(), nn.Softmax(1)):  # a squared error of probabilities expects no logits
         (text,) = told("mbf", network(head), squares)
         assert "the gradient at the model's output is not that of a cross entropy" in text and "logits are" not in text
