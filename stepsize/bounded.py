@@ -19,6 +19,9 @@ from .protocol import StepEvidence, StepSize
 
 __all__ = ["RelativeBound"]
 
+_SMALLEST = 0.1
+"""Of the usual norm, as which a layer counts that is smaller."""
+
 
 @dataclass(frozen=True)
 class RelativeBound(StepSizeDeclarations, forwards="rule"):
@@ -29,7 +32,8 @@ class RelativeBound(StepSizeDeclarations, forwards="rule"):
 
     Args:
         rule: the rule to bound.
-        limit: > 0, largest ratio |alpha_l d_l| / |theta_l|. A layer whose parameters are all zero is not bounded.
+        limit: > 0, largest ratio |alpha_l d_l| / |theta_l|, where a layer counts as no smaller than a tenth of what
+            ``nn.Linear`` initialises its shape with: a number can cross zero, and a layer that begins there can leave.
         decrease: > 0 (``inf``: no bound), in units of the mini-batch loss: all layers' steps are shortened by one
             factor until the decrease that the slopes promise, sum_l alpha_l <momentum_l, d_l>, is no more than this.
             A loss of a likelihood cannot fall below zero, so a step that promises more follows a curvature that is not
@@ -75,10 +79,9 @@ class RelativeBound(StepSizeDeclarations, forwards="rule"):
         assert evidence.squared_norms is not None and evidence.parameter_norms is not None
         proposed = self.rule.propose(state, evidence)
         if self.recalls:
-            return self._possible(self._both(proposed, evidence.squared_norms, evidence.parameter_norms), evidence)
-        cap = self.limit * evidence.parameter_norms / evidence.squared_norms.sqrt()
-        # A layer whose parameters are zero, or whose quotient is no number, has no bound.
-        cap.masked_fill_(evidence.parameter_norms <= 0, torch.inf).nan_to_num_(torch.inf, torch.inf)
+            return self._possible(self._both(proposed, evidence.squared_norms, _lengths(evidence)), evidence)
+        cap = self.limit * _lengths(evidence) / evidence.squared_norms.sqrt()
+        cap.nan_to_num_(torch.inf, torch.inf)  # where the quotient is no number there is no bound
         sizes = proposed.to(cap) if isinstance(proposed, Tensor) else torch.full_like(cap, proposed)
         return self._possible(torch.minimum(sizes, cap), evidence)
 
@@ -90,10 +93,18 @@ class RelativeBound(StepSizeDeclarations, forwards="rule"):
         share = self.decrease * evidence.loss.abs().to(promised) / promised
         return sizes * share.clamp_(max=1.0)
 
-    def _both(self, proposed: float | Tensor, squared_norms: Tensor, parameter_norms: Tensor) -> Tensor:
+    def _both(self, proposed: float | Tensor, squared_norms: Tensor, lengths: Tensor) -> Tensor:
         """(2L,) bounded alpha and beta."""
         proposed = torch.as_tensor(proposed)
         reach = (proposed.abs() * squared_norms.sqrt()).reshape(2, -1).sum(0)
-        factor = (self.limit * parameter_norms / reach).clamp_(max=1.0)
-        factor.masked_fill_(parameter_norms <= 0, 1.0).nan_to_num_(1.0, 1.0, 1.0)
+        factor = (self.limit * lengths / reach).clamp_(max=1.0).nan_to_num_(1.0, 1.0, 1.0)
         return proposed * factor.repeat(2)
+
+
+def _lengths(evidence: StepEvidence) -> Tensor:
+    """(L,) lengths that steps are compared with."""
+    norms, usual = evidence.parameter_norms, evidence.usual_norms
+    assert norms is not None
+    if usual is None:  # of somebody who does not tell: a layer of zeros has no bound
+        return norms.masked_fill(norms <= 0, torch.inf)
+    return torch.maximum(norms, _SMALLEST * usual)

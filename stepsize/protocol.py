@@ -39,6 +39,7 @@ class StepEvidence:
         forms: (K, K) matrix M with M_ll = d_l' C_l d_l, or None when curvature is not renewed at this step.
         loss: 0-dimensional, of the mini-batch: what the closure returned, or what the output and its gradient tell of
             it; None where neither is known.
+        usual_norms: (L,) norms of layers of these shapes as ``nn.Linear`` initialises them; with ``parameter_norms``.
     """
 
     names: Sequence[str]
@@ -49,6 +50,7 @@ class StepEvidence:
     parameter_norms: Tensor | None = None
     forms: Tensor | None = None
     loss: Tensor | None = None
+    usual_norms: Tensor | None = None
 
 
 class StepSize(Protocol):

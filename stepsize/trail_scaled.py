@@ -162,6 +162,7 @@ def _of_layers(evidence: StepEvidence, count: int) -> StepEvidence:
         gradient_slopes=None if evidence.gradient_slopes is None else evidence.gradient_slopes[:count],
         squared_norms=None if evidence.squared_norms is None else evidence.squared_norms[:count],
         parameter_norms=evidence.parameter_norms,
+        usual_norms=evidence.usual_norms,
         forms=forms,
         loss=evidence.loss,
     )

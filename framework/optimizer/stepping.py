@@ -245,6 +245,7 @@ class StepRule:
         self.loss_reduction = loss_reduction
         self.names = [layer.name for layer in layers]
         self.needs = rule.needs
+        self.usual_norms = _usual_norms(layers) if Needs.NORMS in rule.needs else None
         self.state = rule.init(len(layers), _example(layers))
         stated = declared(rule, StepSizeDeclarations)
         self.last, self.keeps = LastSteps(self._own_layers) if stated.recalls else None, stated.keeps
@@ -253,6 +254,7 @@ class StepRule:
         """Make room for layers that were added behind the present ones; what was gathered stays."""
         old, before, self.layers = self.own_state(), len(self.layers), layers
         self.names = [layer.name for layer in layers]
+        self.usual_norms = None if self.usual_norms is None else _usual_norms(layers)
         self.state = self.rule.init(len(layers), _example(layers))
         fresh = self.own_state()
         for name, value in old.items():
@@ -440,6 +442,7 @@ class StepRule:
             gradient_slopes=gradient_slopes,
             squared_norms=squares,
             parameter_norms=self._norms() if Needs.NORMS in self.needs else None,
+            usual_norms=self.usual_norms,
             forms=None if form is None else self._forms(form, step, pieces, batch, spreads),
             loss=batch.seen if batch.loss is None else batch.loss,
         )
@@ -488,6 +491,17 @@ class StepRule:
         norms = _by_layer(torch._foreach_norm(parameters), [len(layer.parameters) for layer in self.layers])
         of_layers: Tensor = torch.linalg.vector_norm(norms, dim=1)
         return of_layers
+
+
+def _usual_norms(layers: Sequence[Layer]) -> Tensor:
+    """(L,) norms that ``nn.Linear`` would give: entries of variance 1 / (3 fan_in), those of a vector alone 1 / 3."""
+    squares = []
+    for layer in layers:
+        shapes = [parameter.shape for parameter in layer.parameters.values()]
+        fan_in = max((shape.numel() // max(1, shape[0]) for shape in shapes if len(shape) > 1), default=1)
+        squares.append(sum(shape.numel() for shape in shapes) / (3.0 * max(1, fan_in)))
+    like = _example(layers)
+    return torch.tensor(squares, dtype=like.dtype, device=like.device).sqrt()
 
 
 def _on_device(sizes: Tensor | float, like: Tensor) -> Tensor:

@@ -82,3 +82,51 @@ def test_the_papers_forms_are_options() -> None:
         osc.registry.method("mbf", units="mean")
     with pytest.raises(osc.ArgumentError, match="limit"):
         osc.registry.method("kfac", limit=0.0)
+
+
+BOUNDED = sorted(set(PUBLISHED) - {"ngd-exact"})  # its loss below takes more steps
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_layer_of_one_number_can_change_its_sign(name: str) -> None:
+    """y = -2 x from w = 1: a bound that shrinks with the layer would end at 0."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(1, 1, bias=False).double(), torch.randn(64, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    optimizer = osc.build(name, model, likelihood=osc.Gaussian(weight=1.0))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = 0.5 * (model(x) + 2 * x).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(400):
+        optimizer.step(closure)
+    assert float(model.weight.detach()) < -0.5
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_layer_of_zeros_takes_bounded_steps_and_leaves(name: str) -> None:
+    """Of a last layer that begins at zero every step is within the limit of what ``nn.Linear`` would begin with."""
+    model, (x, y) = normalised(), images()
+    last = model[-1]
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    optimizer = osc.build(name, model, likelihood="categorical")
+    usual = math.sqrt((last.weight.numel() + last.bias.numel()) / (3 * 192))
+    before = after = math.inf
+    for step, (inputs, targets) in enumerate(zip(x.repeat(3, 1, 1, 1).split(25), y.repeat(3).split(25), strict=True)):
+
+        def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            return loss
+
+        after = float(optimizer.step(closure))
+        before = after if step == 0 else before
+        norm = math.hypot(float(last.weight.norm()), float(last.bias.norm()))
+        assert norm <= 0.1 * usual * 0.05 * (step + 1) * 1.001 or norm <= 0.1 * usual * 1.05 ** (step + 1)
+    assert after < 0.95 * before
