@@ -38,7 +38,9 @@ class RelativeBound(StepSizeDeclarations, forwards="rule"):
             factor until the decrease that the slopes promise, sum_l alpha_l <momentum_l, d_l>, is no more than this.
             A loss of a likelihood cannot fall below zero, so a step that promises more follows a curvature that is not
             there: where probabilities saturate, at 0 or 1, sampled labels see none. A loss that is not known bounds
-            nothing, a negative one bounds by its size; one that is exactly 0 lets nothing move.
+            nothing, a negative one bounds by its size; one that is exactly 0 lets nothing move. A loss that can pass
+            through 0 on its way down (a negative log-density, a constant subtracted) is therefore held there: take
+            ``inf`` for such a one.
     """
 
     rule: StepSize = field(default_factory=ConstantStep)
