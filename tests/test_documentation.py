@@ -160,7 +160,7 @@ def test_the_tables_of_defaults_are_what_was_measured() -> None:
     loss = {(run["arm"], run["problem"], run["seed"]): run["train_loss"] for run in [*runs, *turned]}
     heads = [line for line in methods.splitlines() if line.startswith("| method | `")]
     tables = [re.findall(r" `([\w-]+)`, \d+ steps ", head) for head in heads]
-    problems = sum(tables, [])
+    problems = [name for table in tables for name in table]
     assert len(tables) == 2 and len(problems) == 23 and {run["problem"] for run in runs} == set(problems)
 
     def mean(arm: str, problem: str) -> float:
