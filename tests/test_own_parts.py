@@ -73,7 +73,7 @@ def test_its_entry_point_registers_it(environment: dict[str, str], tmp_path: Pat
     assert result.returncode == 0, result.stderr
     assert "rows-lars" in result.stdout and "diagonal-kfac" in result.stdout
     result = osculate(environment, tmp_path, "methods", "--parts")
-    assert PARTS <= set(re.findall(r"\w+", result.stdout))
+    assert set(re.findall(r"\w+", result.stdout)) >= PARTS
 
 
 def test_it_is_certified(environment: dict[str, str], tmp_path: Path) -> None:
