@@ -62,7 +62,9 @@ def fits_protocol(value: Any, protocol: type) -> str | None:
         return "(an object, not a class)"
     lacking = [name for name in _members(protocol) if not hasattr(value, name)]
     if lacking:
-        return f"with {', '.join(map(repr, lacking))}" if len(lacking) < len(_members(protocol)) else ""
+        # A number or a name is no attempt at a part, of which the verbs are the news.
+        no_attempt = len(lacking) == len(_members(protocol)) and type(value).__module__ == "builtins"
+        return "" if no_attempt else f"with {', '.join(map(repr, lacking))}"
     for name, verb in _members(protocol).items():
         if verb is not None and not _takes(getattr(value, name), verb):
             own = ", ".join(list(inspect.signature(verb).parameters)[1:])

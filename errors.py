@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 
 __all__ = [
+    "OTHER_WORDS",
     "ArgumentError",
     "ClosureRequiredError",
     "CompatibilityError",
@@ -24,6 +25,17 @@ __all__ = [
     "require_interval",
     "require_positive_integer",
 ]
+
+
+OTHER_WORDS = {
+    **dict.fromkeys(("learning_rate", "step_size"), ("lr",)),
+    **dict.fromkeys(("wd", "l2"), ("weight_decay",)),
+    **dict.fromkeys(("tikhonov", "regularization", "regularisation"), ("damping",)),
+    **dict.fromkeys(("reduction",), ("loss_reduction",)),
+    **dict.fromkeys(("update_freq", "precondition_frequency", "inv_update_steps"), ("inverses_every",)),
+    **dict.fromkeys(("factor_update_steps", "cov_update_freq"), ("statistics_every",)),
+}
+"""What other libraries call a setting, and what it is called here, in both of them with underscores."""
 
 
 class OsculateError(Exception):
@@ -53,8 +65,12 @@ class UnknownNameError(ArgumentError):
         super().__init__(f"unknown {kind} {name!r}; {hint}")
 
 
+def _joined(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
 def near_misses(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
-    """Up to three known names that are spelled much like ``name``, the nearest first.
+    """What other libraries call ``name`` otherwise, or up to three known names spelled much like it, the nearest first.
 
     Args:
         name: as somebody typed it.
@@ -62,6 +78,9 @@ def near_misses(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[st
         cutoff: in (0, 1]; 1 takes equal names only.
     """
     lower = {entry.lower(): entry for entry in known}
+    meant = [entry for entry in lower.values() if entry.replace("-", "_") in OTHER_WORDS.get(_joined(name), ())]
+    if meant:
+        return meant
     return [lower[entry] for entry in difflib.get_close_matches(name.lower(), sorted(lower), n=3, cutoff=cutoff)]
 
 

@@ -181,7 +181,14 @@ class Preconditioner(Protocol):
         """Fresh state for one layer."""
 
     def update(self, state: Any, observation: Observation, average: Average | None = None) -> None:
-        """Take in new statistics; ``average`` overrides the part's own rule (warm start)."""
+        """Take in new statistics.
+
+        Args:
+            state: of the block, written in place.
+            observation: of this step.
+            average: how the new ones are put together with the old; ``None``, as at every step of training: by the
+                part's own rule. A warm start gives a plain average, which takes the place of that rule.
+        """
 
     def matrices(self, state: Any, damping: SideDamping) -> Sequence[Request]:
         """The matrices from which ``precondition`` needs something, and what: by default damped inverses."""

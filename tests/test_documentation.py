@@ -14,6 +14,7 @@ from pathlib import Path
 import osculate as osc
 import pytest
 from osculate import analysis, contracts, strategies
+from osculate.curvature import declarations
 from osculate.experiments import commands
 from osculate.experiments.commands.cli import execute
 from osculate.experiments.problems import PROBLEMS
@@ -85,7 +86,7 @@ def test_a_command_exists_with_its_options(name: str, words: list[str]) -> None:
 
 def test_commands_name_what_is_registered() -> None:
     """Methods and problems of the command lines; those that a page registers itself aside."""
-    known = {*osc.registry.methods(), *whole_methods(), *RIVALS, "rows-lars", "tilted-kbfgs", "METHOD"}
+    known = {*osc.registry.methods(), *whole_methods(), *RIVALS, "rows-lars", "diagonal-kfac", "tilted-kbfgs", "METHOD"}
     for name, words in COMMANDS:
         given: dict[str, list[str]] = {}
         flag = ""
@@ -119,6 +120,29 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_every_public_name_is_in_the_reference_once(prefix: str, names: list[str]) -> None:
     found = re.findall(rf"^\.\. (?:py:)?(?:auto)?\w+:: {re.escape(prefix)}\.(\w+)$", API, re.MULTILINE)
     assert sorted(found) == sorted(names)
+
+
+def test_what_is_data_in_the_reference_is_described_there() -> None:
+    """A tuple or a dictionary has no docstring but that of its class, which autodata would show."""
+    assert ":: autodata" not in API and ".. autodata" not in API
+    for description in re.findall(r"^\.\. py:data:: .+\n((?:   .*\n|\n)+)", API, re.MULTILINE):
+        assert len(re.sub(r"^ *:type:.*", "", description, flags=re.MULTILINE).split()) > 5, description
+
+
+def test_every_contract_is_in_the_reference_with_its_claim() -> None:
+    table = (DOCS / "api" / "contracts.md").read_text().split("| contract | of a | promise |\n| --- | --- | --- |\n")[1]
+    rows = [f"| `{entry.name}` | {', '.join(entry.kinds)} | {entry.claim} |" for entry in contracts.CONTRACTS]
+    assert table.partition("\n\n")[0].splitlines() == rows
+
+
+def test_every_declaration_of_a_part_is_in_the_reference() -> None:
+    """What docstrings name, by kind: its class, and the protocols of what parts are given."""
+    kinds = [name for name in declarations.__all__ if name.endswith("Declarations") and name != "Declarations"]
+    assert len(kinds) > 10
+    for name in kinds:
+        assert f"autoclass:: osculate.curvature.declarations.{name}\n   :members:\n" in API, name
+    for name in ("operations.Operation", "linalg.Computed"):
+        assert f"autoclass:: osculate.preconditioners.{name}\n" in API, name
 
 
 def test_every_registered_part_is_in_the_reference() -> None:

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "docs" / "examples" / "own_parts"
 PAGE = ROOT / "docs" / "gallery" / "write_your_own_part.md"
 SOURCE = (PACKAGE / "own_parts.py").read_text()
+KINDS = ["damping", "structure", "factor", "step size", "guard"]
+PARTS = {"RelativeDamping", "RowCurvature", "DiagonalCovariance", "TrustRatio", "Tolerant"}
 COMMAND = "import sys; from osculate.experiments.commands.cli import main; sys.exit(main())"
 
 
@@ -50,7 +52,7 @@ def statements(code: str) -> int:
     return len(lines)
 
 
-@pytest.mark.parametrize("name", ["damping", "structure", "step size"])
+@pytest.mark.parametrize("name", KINDS)
 def test_a_part_has_less_than_thirty_lines(name: str) -> None:
     # The structure's state is a dataclass of its own; the limit is for each class.
     for definition in ast.parse(piece(name)).body:
@@ -60,8 +62,8 @@ def test_a_part_has_less_than_thirty_lines(name: str) -> None:
 
 def test_the_page_shows_the_package() -> None:
     blocks = re.findall(r"```python\n(.*?)\n```", PAGE.read_text(), re.DOTALL)
-    assert blocks[:3] == [piece("damping"), piece("structure"), piece("step size")]
-    assert blocks[3] in SOURCE
+    assert blocks[:5] == [piece(name) for name in KINDS]
+    assert blocks[5] in SOURCE and "def register" in blocks[5]
     declared = re.findall(r"```toml\n(.*?)\n```", PAGE.read_text(), re.DOTALL)
     assert declared[0] in (PACKAGE / "pyproject.toml").read_text()
 
@@ -69,9 +71,9 @@ def test_the_page_shows_the_package() -> None:
 def test_its_entry_point_registers_it(environment: dict[str, str], tmp_path: Path) -> None:
     result = osculate(environment, tmp_path, "methods")
     assert result.returncode == 0, result.stderr
-    assert "rows-lars" in result.stdout
+    assert "rows-lars" in result.stdout and "diagonal-kfac" in result.stdout
     result = osculate(environment, tmp_path, "methods", "--parts")
-    assert {"RelativeDamping", "RowCurvature", "TrustRatio"} <= set(re.findall(r"\w+", result.stdout))
+    assert set(re.findall(r"\w+", result.stdout)) >= PARTS
 
 
 def test_it_is_certified(environment: dict[str, str], tmp_path: Path) -> None:
@@ -79,7 +81,7 @@ def test_it_is_certified(environment: dict[str, str], tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads((tmp_path / "certificate.json").read_text())["rows"]
     held = {row["subject"] for row in rows if row["status"] == "held"}
-    assert held == {"RelativeDamping", "RowCurvature", "TrustRatio", "rows_lars"}
+    assert held == {*PARTS, "rows_lars", "diagonal_kfac"}
 
 
 def test_a_broken_part_is_not_certified(environment: dict[str, str], tmp_path: Path) -> None:
@@ -91,9 +93,10 @@ def test_a_broken_part_is_not_certified(environment: dict[str, str], tmp_path: P
     assert "violated" in result.stdout
 
 
-def test_it_trains_from_the_command_line(environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["rows-lars", "diagonal-kfac"])
+def test_it_trains_from_the_command_line(environment: dict[str, str], tmp_path: Path, method: str) -> None:
     arguments = ("--problem", "curves-autoencoder", "--problem-option", "size=small", "--epochs", "2", "--out", "run")
-    result = osculate(environment, tmp_path, "train", "--method", "rows-lars", *arguments)
+    result = osculate(environment, tmp_path, "train", "--method", method, *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train_loss"] for row in rows]

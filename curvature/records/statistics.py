@@ -250,6 +250,9 @@ class LayerStatistics:
 
         A is the mean over samples of the sum over positions of a a', G the mean over samples and positions of g g'
         (arXiv:1602.01407v2, equation 31 ff., arXiv:1503.05671v7, section 3): A kron G approximates the curvature.
+
+        Both are computed at once, so a part that calls it declares ``Needs.INPUTS | Needs.ROOTS``, also where it uses A
+        alone: without ``ROOTS`` there are no curvature-bearing gradients in the record.
         """
         inputs = self.input_rows()
         if self.layer.has_bias:

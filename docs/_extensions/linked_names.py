@@ -26,7 +26,7 @@ def link(app: Any, doctree: nodes.document, docname: str) -> None:
             target = ("problems", "")
         elif match := NAME.fullmatch(text):
             name = re.sub(r"^registry\.", "framework.methods.registry.", match[1])
-            entry = objects.get(f"osculate.{name}")
+            entry = objects.get(f"osculate.{name}") or objects.get(f"osculate.curvature.declarations.{name}")
             target = (entry.docname, entry.node_id) if entry else None
         if target is None or (docname == target[0] and (not target[1] or _below(literal, target[1]))):
             continue

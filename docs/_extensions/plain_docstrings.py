@@ -25,6 +25,8 @@ def process(app: Any, what: str, name: str, value: Any, options: Any, lines: lis
     module = getattr(value, "__module__", None) or name
     if not str(module).startswith(osculate.__name__):
         return
+    if what in ("attribute", "data", "property") and any(":" in line for line in lines[:1]):
+        lines[:0] = ["..", ""]  # else napoleon takes what is before the colon for a type
     block: int | None = None
     for index, line in enumerate(lines):
         indent = len(line) - len(line.lstrip())

@@ -47,7 +47,7 @@ CONTRACTS: tuple[Contract, ...] = (
     *likelihoods.CONTRACTS,
     *methods.CONTRACTS,
 )
-"""All contracts."""
+"""Every contract that ships, kind by kind."""
 
 
 @dataclass(frozen=True)

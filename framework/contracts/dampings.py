@@ -27,6 +27,8 @@ def _known(rule: Any) -> tuple[MeanEigenvalues | None, ...]:
 
 def _sides(rule: Any, value: float, positions: int, known: MeanEigenvalues | None) -> tuple[float, float, float]:
     found = rule.sides(value, positions, known)
+    fits = all(hasattr(found, name) for name in ("whole", "inputs", "outputs"))
+    require(fits, f"sides({value!r}, {positions}) returns {found!r}, but must return an osculate.SideDamping")
     return float(found.whole), float(found.inputs), float(found.outputs)
 
 

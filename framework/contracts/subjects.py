@@ -46,7 +46,7 @@ _VERBS: dict[str, tuple[str, ...]] = {
 }
 
 KINDS: tuple[str, ...] = (*_VERBS, "method")
-"""Kinds that have contracts."""
+"""Kinds of part that have contracts, as in :func:`osculate.registry.parts`, and ``"method"``."""
 
 _SPECIAL = {"ByLayer": "structure"}
 _LIKELIHOODS = (Bernoulli(), Categorical(), Gaussian())

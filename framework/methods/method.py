@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, cast
 
-from ...checking import require_fields
+from ...checking import require_fields, require_kind
 from ...curvature.declarations import (
     DampingDeclarations,
     EstimatorDeclarations,
@@ -20,7 +20,7 @@ from ...curvature.records.needs import LOOKING_BACK, Needs
 from ...errors import ArgumentError, CompatibilityError, require_finite_nonnegative
 from ...preconditioners.damping.levenberg_marquardt import AdaptiveDamping
 from ...preconditioners.damping.scheduled import ScheduledDamping
-from ...preconditioners.damping.split import ConstantDamping, Damping, TwoSided
+from ...preconditioners.damping.split import ConstantDamping, Damping, SideDamping, TwoSided
 from ...preconditioners.pairs.damping import PairDamping
 from ...preconditioners.protocol import Preconditioner
 from ...preconditioners.structures.by_layer import ByLayer, leaves
@@ -38,6 +38,9 @@ __all__ = ["Method"]
 
 _MEASURED = (Needs.ROOTS, Needs.VECTORS, Needs.MATRIX, Needs.PAIRS, Needs.CHANGES)
 """What only an estimator can provide."""
+
+_NEEDS = (Needs, "take osculate.Needs.NOTHING, or what it is by name, joined by |")
+"""What parts declare to need or to provide, and the end of the message if they declare anything else."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Method:
         if unknown:
             raise ArgumentError(f"defaults has unknown keys {unknown}; known: damping, lr, weight_decay")
         object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
+        self._check_answers()
         self._check_needs("curvature estimator", self.curvature)
         if self.adaptive_damping is not None and not self.needs:
             found = ", ".join(sorted({type(part).__name__ for part in leaves(self.preconditioner)}))
@@ -211,6 +215,8 @@ class Method:
                     f"damping must be > 0 for {type(part).__name__}, whose averaged curvature is only semi-definite, "
                     f"got {damping!r}; a composed Method names its own with defaults={{'damping': 0.1}}"
                 )
+            if part.needs:
+                self._sides(damping)
             pairs: PairDamping | None = declared(part, StructureDeclarations).pairs
             if pairs is not None:
                 pairs.validate(self._pair_damping(part, damping))
@@ -218,8 +224,37 @@ class Method:
 
     def _pair_damping(self, part: Preconditioner, damping: float) -> float:
         """mu2 of a structure: that of its side in a Kronecker product, else the whole lambda."""
-        sides = self.damping.sides(damping, 1)
+        sides = self._sides(damping)
         return sides.outputs if isinstance(part, Kronecker) else sides.whole
+
+    def _sides(self, damping: float) -> SideDamping:
+        """What the damping rule makes of lambda, where a layer has one position and nothing else is known of it."""
+        sides = self.damping.sides(damping, 1)
+        if not all(hasattr(sides, entry.name) for entry in fields(SideDamping)):
+            raise ArgumentError(
+                f"sides({damping!r}, 1) of the damping {type(self.damping).__name__} must return a SideDamping, got "
+                f"{sides!r}; return osculate.SideDamping(whole=..., inputs=..., outputs=...), the damping of a whole "
+                "matrix and of the two factors of a Kronecker product"
+            )
+        return sides
+
+    def _check_answers(self) -> None:
+        """What the checks here ask of the parts is answered in kind."""
+        asked: list[tuple[str, object, str, Any, str]] = [
+            *(("structure", part, "needs", *_NEEDS) for part in leaves(self.preconditioner)),
+            ("fallback", self.fallback, "needs", *_NEEDS),
+            ("step size", self.step_size, "needs", *_NEEDS),
+            ("guard", self.guard, "needs", *_NEEDS),
+            ("guard", self.guard, "attempts", int, "how often a step may be shortened, 0 for never"),
+            ("curvature", self.curvature, "provides", *_NEEDS),
+        ]
+        if self.warm_start is not None:
+            asked.append(("warm start", self.warm_start, "provides", *_NEEDS))
+        if self.adaptive_damping is not None:
+            bounds = "lambda stays between minimum and maximum"
+            asked += [("damping", self.damping, name, float, bounds) for name in ("minimum", "maximum")]
+        for role, part, name, kind, way_out in asked:
+            require_kind(f"{name} of the {role} {type(part).__name__}", getattr(part, name), kind, way_out)
 
     def _check_bounds(self, part: Preconditioner, pairs: PairDamping) -> None:
         """A pair damping takes every lambda that an adaptive rule may reach."""

@@ -16,6 +16,7 @@ from ...errors import ArgumentError, UnknownNameError
 from .catalogue import first_order, gradient, kfac, layer_steps, mini_block, quasi_newton
 from .compositions import Composition, compositions
 from .method import Method
+from .options import composed
 from .parts import examples, instances, load_entry_points, parts, register_part
 
 __all__ = [
@@ -119,7 +120,7 @@ def method(name: str, **options: Any) -> Method:
         if option not in entry.options:
             where = f"'osculate methods {name}' in a shell explains all"
             raise UnknownNameError(f"option of {name}", option, entry.options, where)
-    result = entry.factory(**options)
+    result = composed(name, entry.factory, options)
     require_kind(f"what the factory of {name!r} returns", result, Method, "end it with `return osculate.Method(...)`")
     return result
 

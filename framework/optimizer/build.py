@@ -189,14 +189,14 @@ def build(
 
 
 def _require_options(name: str, options: Mapping[str, Any]) -> None:
-    """A keyword is an option of the method; what ``build`` itself takes may be meant, too.
+    """A method exists, and a keyword is an option of it; what ``build`` itself takes may be meant, too.
 
     Raises:
-        UnknownNameError: with the near misses among both, and where to see all.
+        UnknownNameError: with the near misses among the methods, or among both, and where to see all.
     """
     entries: Mapping[str, MethodEntry | WholeEntry] = {**registry.methods(), **whole_methods()}
     if name not in entries:
-        return
+        raise UnknownNameError("method", name, entries)
     known = entries[name].options
     for option in options:
         if option in known:

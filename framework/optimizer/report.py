@@ -19,7 +19,8 @@ class StepReport:
 
     Attributes:
         step: index of the step, from 0.
-        loss: mini-batch loss before the step, if the step was given a closure.
+        loss: mini-batch loss before the step, if the step was given a closure; ``None`` after a plain ``backward()``,
+            where the optimizer does not see it.
         loss_after: loss of the same mini-batch after it, for methods that look back.
         step_sizes: alpha per layer, as applied.
         damping: lambda; one number, or one per layer where parameter groups give them different values.
@@ -27,7 +28,7 @@ class StepReport:
         refreshes: how many matrices were inverted.
         rescues: how often a factorisation needed more damping; failed ones keep the last good inverse.
         shortened: how often the guard shortened this step.
-        skipped: why nothing was done (something was not finite), or ``None``.
+        skipped: why nothing was done (something was not finite), or ``None``; the same as ``skipped_because``.
     """
 
     step: int
@@ -41,13 +42,18 @@ class StepReport:
     shortened: int = 0
     skipped: str | None = None
 
+    @property
+    def skipped_because(self) -> str | None:
+        """``skipped`` under the name that it has in :meth:`as_dict`, where ``skipped`` counts: 0 or 1."""
+        return self.skipped
+
     def counts(self) -> dict[str, int]:
         """All counts as plain integers."""
         numbers = {name: int(value) for name, value in zip(self.events, _fetched(self.events.values()), strict=True)}
         return numbers | self._own_counts()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON."""
+        """Plain numbers, ready for JSON; ``skipped`` is 0 or 1 there, and ``skipped_because`` the reason."""
         losses = [value for value in (self.loss, self.loss_after) if value is not None]
         numbers = iter(_fetched([*losses, *self.step_sizes.values(), *self.events.values()]))
         plain = {
@@ -57,7 +63,7 @@ class StepReport:
             "step_sizes": {name: next(numbers) for name in self.step_sizes},
             "damping": dict(self.damping) if isinstance(self.damping, Mapping) else self.damping,
             "refreshes": self.refreshes,
-            "skipped_because": self.skipped,
+            "skipped_because": self.skipped_because,
         }
         return plain | {name: int(next(numbers)) for name in self.events} | self._own_counts()
 

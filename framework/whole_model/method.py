@@ -15,6 +15,7 @@ from ...preconditioners.whole.systems import System, SystemBySize
 from ...stepsize.search.levenberg_marquardt import Geodesic, LevenbergMarquardtSearch, Straight
 from ...stepsize.search.lines import GridSearch, HagerZhang, StrongWolfe
 from ...stepsize.search.protocol import Search
+from ..methods.options import composed
 
 __all__ = ["WholeEntry", "WholeMethod", "register_whole", "whole_method", "whole_methods"]
 
@@ -162,7 +163,7 @@ def whole_method(name: str, **options: Any) -> WholeMethod:
         if option not in entry.options:
             where = f"'osculate methods {name}' in a shell explains all"
             raise UnknownNameError(f"option of {name}", option, entry.options, where)
-    return entry.factory(**options)
+    return composed(name, entry.factory, options)
 
 
 def register_whole(name: str, factory: Callable[..., WholeMethod], *, paper: str = "") -> None:

@@ -62,7 +62,15 @@ class Factor(Protocol):
         """Fresh state of order ``size`` with the dtype and device of ``like``."""
 
     def update(self, state: Any, statistics: LayerStatistics, side: Side, average: Average | None) -> None:
-        """Take in new statistics."""
+        """Take in new statistics.
+
+        Args:
+            state: of the factor, written in place.
+            statistics: of the layer.
+            side: on which the factor stands.
+            average: how the new ones are put together with the old; ``None``, as at every step of training: by the
+                factor's own rule. A warm start gives a plain average, which takes the place of that rule.
+        """
 
     def matrices(self, state: Any) -> Sequence[Tensor]:
         """Matrices of which it wants ``operation`` (none or one)."""

@@ -1,7 +1,8 @@
-"""Three parts of one's own: a damping rule, a structure and a step size, and a method made of them."""
+"""Parts of one's own, one of each of five kinds, and methods made of them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import osculate as osc
@@ -76,6 +77,71 @@ class RowCurvature(osc.Stateless):
 
 
 # structure: end
+# factor: begin
+@dataclass
+class DiagonalState(osc.State):
+    """The diagonal of a second moment, undamped, and the inverse of the damped one: (d, 1, 1) each."""
+
+    moment: torch.Tensor
+    inverse: torch.Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class DiagonalCovariance:
+    """H = diag(E[a_i^2] + lambda)^-1 at the inputs, the same of the gradients at the outputs: K-FAC for long sides."""
+
+    average: osc.Average = field(default_factory=lambda: osc.MovingAverage(0.95))
+    sides, operation = frozenset(("inputs", "outputs")), osc.Inverse()
+
+    def needs(self, side):
+        """Layer inputs, or per-sample gradients at the outputs."""
+        return osc.Needs.INPUTS if side == "inputs" else osc.Needs.ROOTS
+
+    def init(self, size, like):
+        """Nothing measured."""
+        zeros = like.new_zeros(size, 1, 1)
+        return DiagonalState(zeros, torch.ones_like(zeros), 0.0)
+
+    def update(self, state, statistics, side, average):
+        """Average the mean squares of this side; the bias is an input that is always 1."""
+        keep, add, state.weight = (average or self.average).coefficients(state.weight)
+        rows, scale = getattr(osc.Expand(), side)(statistics)
+        squares = scale * rows.square().sum(0)
+        if len(squares) < len(state.moment):
+            squares = torch.cat([squares, squares.new_full((1,), scale * len(rows))])
+        state.moment.mul_(keep).add_(squares.view(-1, 1, 1), alpha=add)
+
+    def matrices(self, state):
+        """What the operation is wanted of: d matrices of order 1."""
+        return (state.moment,)
+
+    def install(self, state, results):
+        """Keep the last good inverse if one failed."""
+        state.inverse = state.inverse if results[0].value is None else results[0].value
+
+    def left(self, state, value):
+        """H value."""
+        return state.inverse.view(-1, 1) * value
+
+    def right(self, state, value):
+        """value H."""
+        return value * state.inverse.view(-1)
+
+    def observe_step(self, state, before, after, side, damping):
+        """It does not look back."""
+        return {}
+
+    def to_dense(self, state, damping):
+        """H itself, as left and right apply it."""
+        return torch.diag(state.inverse.flatten())
+
+    def mean_eigenvalue(self, state):
+        """Of the undamped matrix: a declaration, for dampings that ask."""
+        return state.moment.mean()
+
+
+# factor: end
 # step size: begin
 @dataclass(frozen=True)
 class TrustRatio:
@@ -99,6 +165,27 @@ class TrustRatio:
 
 
 # step size: end
+# guard: begin
+@dataclass(frozen=True)
+class Tolerant:
+    """A step stays while the loss of its mini-batch rises by less than a share of itself."""
+
+    share: float = 0.1
+    attempts, shrink, needs = 5, 0.5, osc.Needs.NOTHING
+
+    def init(self):
+        """No state."""
+        return
+
+    def accepts(self, state, trial):
+        """Whether loss after <= loss before + share |loss before|."""
+        return math.isfinite(trial.after) and trial.after <= trial.before + self.share * abs(trial.before)
+
+    def record(self, state, trial):
+        """Every step is judged for itself."""
+
+
+# guard: end
 def rows_lars(*, momentum: float = 0.9) -> osc.Method:
     """One curvature per output neuron, layers moving by equal fractions.
 
@@ -114,9 +201,27 @@ def rows_lars(*, momentum: float = 0.9) -> osc.Method:
     )
 
 
+def diagonal_kfac(*, share: float = 0.1) -> osc.Method:
+    """K-FAC with diagonal factors, whose steps are shortened where the loss rises.
+
+    Args:
+        share: of the loss by which it may rise, >= 0.
+    """
+    return osc.Method(
+        osc.Kronecker(DiagonalCovariance(), DiagonalCovariance()),
+        osc.SampledFisher(),
+        damping=RelativeDamping(),
+        guard=Tolerant(share),
+        defaults={"lr": 0.1, "damping": 0.1},
+    )
+
+
 def register():
     """What the entry point of this package calls."""
     osc.registry.register_part("damping", RelativeDamping)
     osc.registry.register_part("structure", RowCurvature)
+    osc.registry.register_part("factor", DiagonalCovariance)
     osc.registry.register_part("step size", TrustRatio)
+    osc.registry.register_part("guard", Tolerant)
     osc.registry.register("rows-lars", rows_lars, paper="this page")
+    osc.registry.register("diagonal-kfac", diagonal_kfac, paper="this page")

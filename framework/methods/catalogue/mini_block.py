@@ -71,7 +71,7 @@ def mbf(
     """
     schedule = Schedule(statistics=statistics_every, inverses=inverses_every, eager=inverses_every, lag=lag)
     method = _mini_block(partition(blocks), schedule, chosen("units", units, UNITS), bounded_step(limit))
-    return method if units == "curvature" else replace(method, defaults=method.defaults | {"damping": 0.3})
+    return method if units == "curvature" else replace(method, defaults={**method.defaults, "damping": 0.3})
 
 
 def mbf_released(*, limit: float = 0.05, statistics_every: int = 2, inverses_every: int = 25, lag: int = 0) -> Method:

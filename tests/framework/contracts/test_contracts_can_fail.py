@@ -65,6 +65,16 @@ def test_a_guard_without_all_its_verbs_is_told_which_are_missing() -> None:
     assert "it lacks needs, init, record; a guard has" in rows["guard-numbers"]
 
 
+def test_a_damping_that_returns_a_tuple_is_told_of_side_damping() -> None:
+    class AsATuple:
+        def sides(self, value: float, positions: int, eigenvalues: Any = None) -> Any:
+            return value, value, value
+
+    rows = {row.contract: row.detail for row in certify(AsATuple()).violations}
+    expected = "sides(0.0, 1) returns (0.0, 0.0, 0.0), but must return an osculate.SideDamping"
+    assert expected in rows["damping-positive"] and "SideDamping" in rows["damping-purity"]
+
+
 def test_the_undeclared_need_is_named() -> None:
     class Asks(Squares):
         def moment(self, statistics: Any) -> Any:

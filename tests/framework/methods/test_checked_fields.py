@@ -9,6 +9,7 @@ from typing import Any
 
 import osculate as osc
 import pytest
+from osculate.framework.methods.momentum import Momentum, WeightDecay
 from osculate.framework.methods.parts import KINDS
 from osculate.framework.methods.registry import instances
 from torch import nn
@@ -72,6 +73,100 @@ def test_the_class_of_a_right_part_is_not_taken_for_it(part: Any, name: str, cls
 def test_a_part_of_the_wrong_kind_is_told_what_it_lacks(make: Any, message: str) -> None:
     with pytest.raises(osc.ArgumentError, match=message):
         make()
+
+
+class NoVerbs:
+    """Of no kind."""
+
+
+class OneVerb:
+    """A structure, to whom one need was all."""
+
+    needs = osc.Needs.NOTHING
+
+
+def named(protocol: type) -> set[str]:
+    names = {*vars(protocol), *vars(protocol).get("__annotations__", ())}
+    return {name for name in names if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("field", "protocol"),
+    [
+        ("preconditioner", osc.Preconditioner),
+        ("curvature", osc.Estimator),
+        ("damping", osc.Damping),
+        ("momentum", Momentum),
+        ("weight_decay", WeightDecay),
+        ("step_size", osc.StepSize),
+        ("guard", osc.Guard),
+        ("fallback", osc.Preconditioner),
+        ("warm_start", osc.Estimator),
+    ],
+)
+def test_every_verb_that_is_missing_is_named(field: str, protocol: type) -> None:
+    with pytest.raises(osc.ArgumentError, match=rf"{field} of Method must be a part of the kind") as caught:
+        osc.Method(**{field: NoVerbs()})
+    assert all(repr(verb) in str(caught.value) for verb in named(protocol))
+    with pytest.raises(osc.ArgumentError) as caught:
+        osc.Method(**{field: 0.1})
+    assert "with '" not in str(caught.value)
+
+
+def test_verbs_of_factors_and_averages_are_named_too() -> None:
+    with pytest.raises(osc.ArgumentError, match=r"kind Factor with .*'observe_step'"):
+        osc.Kronecker(NoVerbs(), osc.Covariance())  # type: ignore[arg-type]
+    with pytest.raises(osc.ArgumentError, match="kind Average with 'coefficients'"):
+        osc.Covariance(NoVerbs())  # type: ignore[arg-type]
+    with pytest.raises(osc.ArgumentError, match="kind Preconditioner with 'schedule'"):
+        osc.Method(OneVerb())  # type: ignore[arg-type]
+
+
+class AsATuple:
+    def sides(self, value: float, positions: int, eigenvalues: Any = None) -> Any:
+        return value, value, value
+
+
+class AnsweringNothing:
+    attempts, shrink, needs = 3, 0.5, osc.Needs.NOTHING
+
+    def init(self) -> None:
+        return
+
+    def accepts(self, state: None, trial: osc.Trial) -> bool:
+        return True
+
+    def record(self, state: None, trial: osc.Trial) -> None:
+        return
+
+
+def answering(**changes: Any) -> Any:
+    part = AnsweringNothing()
+    vars(part).update(changes)
+    return part
+
+
+KRONECKER = osc.Kronecker(osc.Covariance(), osc.Covariance())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            lambda: {"preconditioner": KRONECKER, "curvature": osc.SampledFisher(), "damping": AsATuple()},
+            r"sides\(0.1, 1\) of the damping AsATuple must return a SideDamping, got \(0.1, 0.1, 0.1\); return",
+        ),
+        (
+            lambda: {"preconditioner": osc.SecantBlocks(), "curvature": osc.SecantPairs(), "damping": AsATuple()},
+            r"sides\(0.1, 1\) of the damping AsATuple must return a SideDamping",
+        ),
+        (lambda: {"guard": answering(attempts="five")}, "attempts of the guard AnsweringNothing must be an integer"),
+        (lambda: {"guard": answering(needs=None)}, "needs of the guard AnsweringNothing must be a Needs, got None"),
+    ],
+)
+def test_an_answer_of_the_wrong_kind_is_refused_with_what_it_must_be(given: Any, message: str) -> None:
+    with pytest.raises(osc.ArgumentError, match=message):
+        osc.Method(**given(), defaults={"damping": 0.1})
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ def attempt(optimizer: osc.SecondOrder, closure: Callable[[], Tensor], policy: s
         optimizer.step(closure)
     report = optimizer.last_report
     assert report.skipped is not None and optimizer.skipped_steps == count + 1
+    plain = report.as_dict()
+    assert plain["skipped_because"] == report.skipped_because == report.skipped and plain["skipped"] == 1
     assert report.as_dict()["skipped"] == 1 and report.damping == optimizer.param_groups[0]["damping"]
 
 
