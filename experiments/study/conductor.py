@@ -21,6 +21,7 @@ from .display import Board
 from .folders import give_up, settle, write_study
 from .ledger import Entry, Ledger, Slot
 from .presence import clear
+from .same_folder import require_same
 from .worker import Assignment, Place, work
 
 __all__ = ["WorkerError", "conduct"]
@@ -109,10 +110,11 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
         Whether all runs are done.
 
     Raises:
-        ArgumentError: the folder holds a study of other arms or problems under the same names.
+        ArgumentError: the folder holds another study, or other runs than this one asks for.
         WorkerError: workers die again and again.
     """
     ledger = place.ledger(study)
+    require_same(place.out, ledger, place.data_dir, source)
     ledger.publish()
     ledger.recover(ledger.entries(), blamed=False)  # as long as the files of the dead tell that they are dead
     settle(place.out, ledger)
