@@ -25,6 +25,9 @@ __all__ = [
     "require_positive_integer",
 ]
 
+_LETTERS_OF_A_BEGINNING = 3
+"""Fewer letters begin too many names."""
+
 
 class OsculateError(Exception):
     """Base class of all errors raised on purpose by osculate."""
@@ -54,7 +57,7 @@ class UnknownNameError(ArgumentError):
 
 
 def near_misses(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
-    """Up to three known names that are spelled much like ``name``, the nearest first.
+    """Up to three known names that are spelled much like ``name``, the nearest first, and those that begin with it.
 
     Args:
         name: as somebody typed it.
@@ -62,7 +65,10 @@ def near_misses(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[st
         cutoff: in (0, 1]; 1 takes equal names only.
     """
     lower = {entry.lower(): entry for entry in known}
-    return [lower[entry] for entry in difflib.get_close_matches(name.lower(), sorted(lower), n=3, cutoff=cutoff)]
+    near = difflib.get_close_matches(name.lower(), sorted(lower), n=3, cutoff=cutoff)
+    if cutoff < 1 and len(name) >= _LETTERS_OF_A_BEGINNING:
+        near += [entry for entry in sorted(lower) if entry.startswith(name.lower()) and entry not in near]
+    return [lower[entry] for entry in near]
 
 
 class CompatibilityError(ArgumentError):

@@ -20,7 +20,7 @@ from ..problems import Data, Problem, get_problem
 from ..runs.batches import data_checksum
 from ..runs.config import Budget, RunConfig, differences
 from ..runs.records import RunFolder, as_written
-from ..runs.runs import describe_run
+from ..runs.runs import describe_run, other_values
 from ..runs.training import prepare
 from .definition import Study, StudyProblem
 from .ledger import FINAL, TUNE, Ledger, Slot, open_storage
@@ -65,7 +65,7 @@ def misfit(config: RunConfig, budget: Budget, folder: RunFolder, material: tuple
     if not folder.config_file.exists():
         return ""
     described = describe_run(config, prepare(config, *material, budget), data_checksum(material[1]))
-    lines = differences(folder.read_config(), as_written(described))
+    lines = other_values(folder.read_config(), as_written(described))
     return "\n  ".join(lines) or _other_length(folder, budget, early)
 
 
