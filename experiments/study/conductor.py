@@ -18,7 +18,7 @@ from ...errors import OsculateError
 from ..runs.interrupts import interruptible
 from .definition import Study
 from .display import Board
-from .folders import give_up, settle, write_study
+from .folders import give_up, run_folder, settle, write_study
 from .ledger import Entry, Ledger, Slot
 from .presence import clear
 from .same_folder import require_same
@@ -121,8 +121,9 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
     clear(ledger.presence)
     write_study(place.out, study, ledger, source)
     crew = _Crew(study, place)
-    with interruptible() as stopped, Board(console, study) as board:
-        entries = ledger.entries()
+    entries = ledger.entries()
+    begun = [slot for slot, entry in entries.items() if entry.state != "done" and _has_begun(place.out, slot)]
+    with interruptible() as stopped, Board(console, study, begun) as board:
         board.show(entries)
         left = sum(entry.state != "done" for entry in entries.values())
         for _ in range(min(place.workers, left)):
@@ -136,6 +137,10 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
     clear(ledger.presence)
     board.end(entries)
     return all(entry.state == "done" for entry in entries.values())
+
+
+def _has_begun(out: Path, slot: Slot) -> bool:
+    return run_folder(out, slot).metrics_file.exists()
 
 
 def _watch(crew: _Crew, ledger: Ledger, board: Board, stopped: Callable[[], bool]) -> None:

@@ -207,8 +207,7 @@ class Ledger:
 
     def metric(self, problem: str) -> str:
         """By which the arms are tuned on a problem."""
-        metric = self.study.tuning.metric
-        return self.study.tuned_by.get(problem, "train_loss") if metric == "auto" else metric
+        return self.study.tuning_metric(problem)
 
     def claim(self, entry: Entry, owner: str) -> bool:
         """Take a waiting run; whether it was granted."""
