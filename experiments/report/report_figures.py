@@ -98,9 +98,8 @@ def budget_figure(table: pd.DataFrame, problem: str, styles: Styles) -> Figure |
         values = mine[["median", "q75"]].to_numpy(dtype=float)
         remarks.append(scale_losses(axes, values[np.isfinite(values)], []))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="trials", ylabel=f"best {mine.metric.iloc[0].replace('_', ' ')} so far")
+    axes.set(xlabel="trials (median and quartiles)", ylabel=f"best {mine.metric.iloc[0].replace('_', ' ')} so far")
     title(figure, f"{problem}: what tuning buys", problem)
-    remarks.insert(0, "median and quartiles over the choices of so many trials")
     plain_axes(axes)
     name_lines(axes, ends, [styles.handle(arm) for arm in arms], remark="; ".join(filter(None, remarks)))
     return figure

@@ -338,4 +338,4 @@ def test_only_a_short_axis_has_numbers_between_powers_of_ten(top: float, labelle
 def test_the_titles_of_budget_figures_say_the_same_however_long_the_name() -> None:
     for name in ("p", "digits-autoencoder", "a-problem-of-a-rather-long-name"):
         assert "median and quartiles" not in budget(1.0, name).get_suptitle()
-        assert "median and quartiles" in budget(1.0, name).get_supxlabel()
+        assert "median and quartiles" in budget(1.0, name).axes[0].get_xlabel()
