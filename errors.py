@@ -26,6 +26,9 @@ __all__ = [
     "require_positive_integer",
 ]
 
+_LETTERS_OF_A_BEGINNING = 3
+"""Fewer letters begin too many names."""
+
 
 OTHER_WORDS = {
     **dict.fromkeys(("learning_rate", "step_size"), ("lr",)),
@@ -70,7 +73,9 @@ def _joined(name: str) -> str:
 
 
 def near_misses(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
-    """What other libraries call ``name`` otherwise, or up to three known names spelled much like it, the nearest first.
+    """What other libraries call ``name`` otherwise, or known names like it.
+
+    Those are up to three that are spelled much like it, the nearest first, and those that begin with it.
 
     Args:
         name: as somebody typed it.
@@ -81,7 +86,10 @@ def near_misses(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[st
     meant = [entry for entry in lower.values() if entry.replace("-", "_") in OTHER_WORDS.get(_joined(name), ())]
     if meant:
         return meant
-    return [lower[entry] for entry in difflib.get_close_matches(name.lower(), sorted(lower), n=3, cutoff=cutoff)]
+    near = difflib.get_close_matches(name.lower(), sorted(lower), n=3, cutoff=cutoff)
+    if cutoff < 1 and len(name) >= _LETTERS_OF_A_BEGINNING:
+        near += [entry for entry in sorted(lower) if entry.startswith(name.lower()) and entry not in near]
+    return [lower[entry] for entry in near]
 
 
 class CompatibilityError(ArgumentError):

@@ -229,7 +229,7 @@ def _show(record: StudyRecord, tables: Mapping[str, pd.DataFrame], console: Cons
     columns = {name: name for name in ("problem", "arm", "finished")}
     columns |= {name: heading for name, heading in _SHOWN.items() if name in overview}
     caption = "medians; steps and seconds to target" if targeted else "medians"
-    console.print(screen_table(record.name, rows, columns, caption=caption))
+    console.print(screen_table(str(record.description.get("title") or record.name), rows, columns, caption=caption))
     if len(tables["breakdowns"]):
         console.print(breakdown_screen(tables["breakdowns"].to_dict("records")))
     for warning in seed_warnings(record):

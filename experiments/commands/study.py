@@ -159,10 +159,10 @@ def _selected(study: Study, arms: tuple[str, ...], problems: tuple[str, ...]) ->
 
 
 def _show(study: Study, workers: int, console: Console) -> None:
-    finals = sum(len(study.final_seeds(problem)) for problem in study.problems)
+    finals = _on_each([len(study.final_seeds(problem)) for problem in study.problems])
     rows = []
     for arm in study.arms:
-        trials = sum(study.trials(arm.at(problem.label)) for problem in study.problems)
+        trials = _on_each([study.trials(arm.at(problem.label)) for problem in study.problems])
         rows.append({"arm": arm.label, "method": arm.method} | _numbers(arm) | {"trials": trials, "final": finals})
         rows += [
             {"arm": f"  on {problem.label}"} | _numbers(arm.on[problem.label])
@@ -178,7 +178,11 @@ def _show(study: Study, workers: int, console: Console) -> None:
     if any(study.trials(arm.at(problem.label)) for arm in study.arms for problem in study.problems):
         how = study.tuning
         pruned = "no pruning" if how.pruner == "none" else f"pruner {how.pruner}, once 4 trials of an arm are done"
-        say(console, f"tuning by {how.metric}, {how.sampler}, seed {how.seed}, {pruned}")
+        auto = how.metric == "auto"
+        metric = (
+            "the validation loss where a problem holds samples back, else the training loss" if auto else how.metric
+        )
+        say(console, f"tuning by {metric}, {how.sampler}, seed {how.seed}, {pruned}")
     for note in study.notes:
         say(console, note)
     hours = None if study.seconds is None else study.seconds / workers / 3600
@@ -188,6 +192,13 @@ def _show(study: Study, workers: int, console: Console) -> None:
         else f", at most {hours:.2g} h of training with {workers} worker(s), evaluation not counted"
     )
     say(console, f"{study.runs} runs{cost}")
+
+
+def _on_each(counts: list[int]) -> int | str:
+    """How many runs there are on every problem, in words where there are several."""
+    if len(counts) == 1 or not any(counts):
+        return counts[0]
+    return f"{counts[0]} x {len(counts)} problems" if len(set(counts)) == 1 else " + ".join(map(str, counts))
 
 
 def _bounds(budget: Budget) -> str:

@@ -154,6 +154,7 @@ class Compare(Common, StyleFlag):
         from ..report.comparison_figure import comparison_figure
         from ..report.figures import save_figure
         from ..runs.comparison import compare, comparison_table, method_configs
+        from ..runs.effort import Effort
         from ..runs.progress import Display
 
         if not self.methods:
@@ -164,13 +165,14 @@ class Compare(Common, StyleFlag):
         out = self.out or Path("runs") / f"compare-{self.problem}-{self.seed}"
         require_folder(out, *FILES)
         file = out / "comparison.json"
-        comparison = compare(
-            configs, budget, file, self.data_dir, Display(console, budget, line_seconds=1.0), self.resume
-        )
+        effort, display = Effort(), Display(console, budget, line_seconds=1.0)
+        comparison = compare(configs, budget, file, self.data_dir, display, self.resume, effort)
         if not comparison.curves:
             return _STATUS["interrupted"]
         table = comparison_table(comparison)
         console.print(_shown(table, f"{comparison.problem}, best first"))
+        if self.device == "cpu" and (busy := effort.remark()):  # on other devices the processor waits
+            say(console, busy, "yellow")
         with writing(out):
             table.to_csv(out / "comparison.csv", index=False)
             save_figure(comparison_figure(comparison), out / "comparison")

@@ -246,10 +246,12 @@ def labelled(
         test: how many test images.
         convert: makes inputs of images.
     """
+    tested = images.test_labels[:test]
+    part = len(tested) < len(images.test_labels) and images.test_set != "test set"
     return Data(
         convert(images.train_images[:train]),
         torch.from_numpy(images.train_labels[:train].astype(np.int64)),
         convert(images.test_images[:test]),
-        torch.from_numpy(images.test_labels[:test].astype(np.int64)),
-        test_set=images.test_set,
+        torch.from_numpy(tested.astype(np.int64)),
+        test_set=f"first {len(tested)} of {images.test_set}" if part else images.test_set,
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, Formatter, FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from .figures import (
@@ -36,6 +36,11 @@ from .style import in_style
 __all__ = ["ablation_figures", "budget_figure", "profile_figure", "report_figures"]
 
 _EDGE = 16.0
+
+_DECADES_WITH_MINOR_LABELS = 1.2
+"""On a longer axis the numbers between powers of ten would be written over one another."""
+
+_DECADES_WITH_ALL_LABELS = 0.7
 
 
 @in_style
@@ -86,17 +91,26 @@ def budget_figure(table: pd.DataFrame, problem: str, styles: Styles) -> Figure |
     if len(drawn) and drawn.min() > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(PLAIN)
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        bottom, top = axes.get_ylim()
+        axes.yaxis.set_minor_formatter(_minor_labels(math.log10(top / bottom)))
         axes.tick_params(axis="y", which="minor", labelsize="x-small")
     elif len(drawn) and drawn.min() == 0:
         values = mine[["median", "q75"]].to_numpy(dtype=float)
         remarks.append(scale_losses(axes, values[np.isfinite(values)], []))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="trials", ylabel=f"best {mine.metric.iloc[0].replace('_', ' ')} so far")
-    title(figure, f"{problem}: what tuning buys, median and quartiles", f"{problem}: what tuning buys", problem)
+    axes.set(xlabel="trials (median and quartiles)", ylabel=f"best {mine.metric.iloc[0].replace('_', ' ')} so far")
+    title(figure, f"{problem}: what tuning buys", problem)
     plain_axes(axes)
     name_lines(axes, ends, [styles.handle(arm) for arm in arms], remark="; ".join(filter(None, remarks)))
     return figure
+
+
+def _minor_labels(decades: float) -> Formatter:
+    """Numbers between powers of ten, as many as have room on an axis of so many decades."""
+    if decades >= _DECADES_WITH_MINOR_LABELS:
+        return NullFormatter()
+    crowded = "689" if decades > _DECADES_WITH_ALL_LABELS else ""
+    return FuncFormatter(lambda value, _: "" if f"{value:e}"[0] in crowded else f"{value:.3g}")
 
 
 @in_style

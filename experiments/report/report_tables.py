@@ -39,6 +39,7 @@ CLOCKS = {"steps": "iterations", "gradient evaluations": "gradient_evaluations",
 """What time is counted in, and the column of the evaluations."""
 
 _METRICS = ("train_loss", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy", "relative_l2", "suboptimality")
+_ALWAYS = ("train_loss", "test_loss")
 _KEYS = ["problem", "arm", "seed", "run", "state"]
 ALL_PROBLEMS = "all problems"
 
@@ -54,11 +55,20 @@ def final_values(record: StudyRecord) -> pd.DataFrame:
         runs = pd.concat([record.runs.iloc[:0], *(record.finals(problem, arm) for arm in record.arms)])
         ends = [record.course(run).iloc[-1] for run in runs.loc[runs.state == "finished", "run"]]
         shared = {clock: min((float(end[clock]) for end in ends), default=math.nan) for clock in ("seconds", "epoch")}
-        rows += [_final_row(record, run, shared) for run in runs.to_dict("records")]
+        measured = _measured(record, problem)
+        rows += [_final_row(record, run, shared, measured) for run in runs.to_dict("records")]
     return pd.DataFrame(rows, columns=None if rows else _KEYS)
 
 
-def _final_row(record: StudyRecord, run: Mapping[Hashable, object], shared: dict[str, float]) -> dict[str, object]:
+def _measured(record: StudyRecord, problem: str) -> list[str]:
+    """Which metrics runs of a problem have: a miss is infinitely bad by these, and not by the accuracy of values."""
+    mine = record.courses[record.courses["run"].isin(record.runs.loc[record.runs.problem == problem, "run"])]
+    return [name for name in _METRICS if name in mine and (name in _ALWAYS or mine[name].notna().any())]
+
+
+def _final_row(
+    record: StudyRecord, run: Mapping[Hashable, object], shared: dict[str, float], measured: list[str]
+) -> dict[str, object]:
     """Measures of a run; ``shared``: what every finished run of the problem reached."""
     course, missed = record.course(str(run["run"])), run["state"] == "missed"
     row: dict[str, object] = {key: run[key] for key in _KEYS}
@@ -66,10 +76,9 @@ def _final_row(record: StudyRecord, run: Mapping[Hashable, object], shared: dict
     if target is not None:
         for clock, column in CLOCKS.items():
             row[f"{clock} to target"] = math.inf if missed else time_to_target(course, column, *target)
-    for metric in _METRICS:
-        if metric in course:
-            worst = -math.inf if higher_is_better(metric) else math.inf
-            row[metric] = worst if missed else float(course[metric].iloc[-1])
+    for metric in measured:
+        worst = -math.inf if higher_is_better(metric) else math.inf
+        row[metric] = worst if missed else float(course[metric].iloc[-1])
     for clock, name in (("seconds", "seconds"), ("epoch", "epochs")):
         found = value_within(course, clock, shared[clock], "train_loss")
         row[f"train_loss at equal {name}"] = math.inf if missed else found

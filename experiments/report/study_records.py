@@ -35,6 +35,8 @@ _SHARED = ("problem", "options", "batch_size", "target", "tuning")
 _OPEN = (None, "", "not finished")
 """Reasons in ``trial.json`` of a run that may still go on."""
 
+_SETTINGS = ("lr", "damping", "weight_decay", "batch_size")
+
 _NUMBERED = re.compile(r"(tune|final)-(\d+)$")
 
 
@@ -304,7 +306,10 @@ def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: li
     reason = str(trial.get("reason") or status.get("reason") or "")
     if state == "unfinished" and trial.get("value") is None and trial.get("reason") not in _OPEN:
         known, state = "broken down", "missed"  # the study gave it up: over its limit, or refused before it began
-    if state == "finished" and (len(gaps) > before or not lines):
+    if other := _other_settings(trial, config):
+        known, state = "another run", "unfinished"
+        gaps.append(f"{name} holds another run than its trial.json names: {other}")
+    elif state == "finished" and (len(gaps) > before or not lines):
         state = "unfinished"
         gaps.append(f"{name} says it finished, but its files do not hold a whole run")
     elif state == "unfinished":
@@ -324,6 +329,19 @@ def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: li
         trial.get("settings") or {key: config[key] for key in ("lr", "damping") if config.get(key) is not None},
         _broke_after(status, lines) if state == "missed" else math.nan,
     ]
+
+
+def _other_settings(trial: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Where the numbers that a study names are not those that the run was configured with."""
+    named = trial.get("settings") or {}
+    pairs = {name: (config[name], named[name]) for name in _SETTINGS if name in named and config.get(name) is not None}
+    return ", ".join(
+        f"{name} is {ran!r}, not {told!r}" for name, (ran, told) in pairs.items() if _is_number(told) and ran != told
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _broke_after(status: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> float:

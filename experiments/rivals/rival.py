@@ -115,7 +115,7 @@ class Rival:
                 raise ArgumentError(f"{self.name!r} needs {error.name}, which is not installed ({error})") from error
             raise ArgumentError(
                 f"{self.name!r} is the optimizer of the package {self.distribution}, which is not installed: {line} "
-                "(all rivals: python -m pip install 'osculate[rivals]')"
+                "(all rivals, where the repository of osculate lies: python -m pip install -e '.[rivals]')"
             ) from error
         except ImportError as error:
             raise ArgumentError(f"{self.distribution} cannot be imported ({error}); try {line}") from error

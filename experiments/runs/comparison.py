@@ -20,6 +20,7 @@ from ...errors import ArgumentError, OsculateError, near_misses
 from ..problems import Data, Problem, get_problem
 from .batches import data_checksum, move_data
 from .config import Budget, RunConfig
+from .effort import Effort
 from .environment import choose_device, describe_environment
 from .interrupts import interruptible
 from .progress import Display
@@ -102,8 +103,11 @@ def method_configs(common: RunConfig, methods: Sequence[str], options: Mapping[s
     strangers = sorted({owner for owner, _, _ in split.values()} - set(methods))
     if strangers:
         near = [entry for stranger in strangers for entry in near_misses(stranger, methods)]
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ArgumentError(f"option for {', '.join(strangers)}, but only {', '.join(methods)} run{hint}")
+        hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+        raise ArgumentError(
+            f"option for {', '.join(strangers)}, but only {', '.join(methods)} run{hint}; name it "
+            "with --methods too, or leave the option out"
+        )
     shared = {key: value for key, value in options.items() if "." not in key}
     configs = []
     for method in methods:
@@ -120,6 +124,7 @@ def compare(
     data_dir: Path | None,
     display: Display,
     resume: Resume = Resume.NEVER,
+    effort: Effort | None = None,
 ) -> Comparison:
     """Run the methods one after another, and write what is known to ``file`` after each.
 
@@ -130,6 +135,7 @@ def compare(
         data_dir: where the data sets lie; None downloads or generates them.
         display: shows the progress.
         resume: with AUTO and REQUIRE, curves that ``file`` holds of the same configuration are kept, not run again.
+        effort: times what the methods take together, on the wall and of the processor.
 
     Raises:
         ArgumentError: a value is out of range (all methods are built once before the first one trains), or ``file``
@@ -144,7 +150,7 @@ def compare(
         problem.name, budget, describe_environment(device), floor=problem.floor, landmarks=dict(problem.landmarks)
     )
     earlier = _earlier(file, comparison, resume)
-    with exclusive(file.parent), display, interruptible() as interrupted:
+    with exclusive(file.parent), display, effort or Effort(), interruptible() as interrupted:
         for config, description in zip(configs, descriptions, strict=True):
             kept = next((curve for curve in earlier if curve.config == description), None)
             curve = kept or _run(config, description, (problem, data), budget, display, interrupted)

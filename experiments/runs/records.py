@@ -31,13 +31,19 @@ import torch
 from ...errors import ArgumentError
 from .targets import require_folder, writing
 
-__all__ = ["RunFolder", "write_json"]
+__all__ = ["RunFolder", "as_written", "write_json"]
 
 
 def write_json(path: Path, content: object) -> None:
     """Write plain values as JSON by an atomic rename; not-a-number and infinities become null."""
     text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
     _replace(path, text.encode())
+
+
+def as_written(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain values as they are read again from the file that ``write_json`` writes."""
+    read: dict[str, Any] = json.loads(json.dumps(_finite(content), allow_nan=False))
+    return read
 
 
 class RunFolder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from ...analysis.monitors.readings import WatchCertificate
 from ...errors import ArgumentError, NumericalError
-from ..problems import get_problem
+from ..problems import Data, Problem, get_problem
 from ..rivals.catalogue import numbers_of, runnable
 from ..rivals.rival import Rival
 from .batches import data_checksum
@@ -28,7 +29,7 @@ from .training import measure, prepare
 from .training_run import TrainingRun
 from .watched import Extras, watched
 
-__all__ = ["Resume", "RunResult", "default_folder", "describe_run", "run_in_folder"]
+__all__ = ["Resume", "RunResult", "default_folder", "describe_run", "other_values", "run_in_folder"]
 
 _USUAL = Extras()
 
@@ -128,7 +129,7 @@ def run_in_folder(
         _ = run.composed  # nothing of a rival could be watched
     described = describe_run(config, run, data_checksum(data))
     if "test_set" in described:
-        say(console, f"test loss and accuracy are those of the {data.test_set}")
+        say(console, _tested_on(problem, data))
     with exclusive(folder.path):
         if resume is not Resume.NEVER and folder.checkpoint_file.exists():
             _restore(run, folder, described)
@@ -140,9 +141,27 @@ def run_in_folder(
         return _train(run, budget, folder, console, extras)
 
 
+def other_values(saved: Mapping[str, Any], described: Mapping[str, Any]) -> list[str]:
+    """Return one line for each entry in which a saved configuration is not the one described.
+
+    What the test set is called does not count: which it is, the checksum of the data tells.
+    """
+    kept, asked = ({name: value for name, value in c.items() if name != "test_set"} for c in (saved, described))
+    return differences(kept, asked)
+
+
+def _tested_on(problem: Problem, data: Data) -> str:
+    """Which measures there are of the test samples, and which samples those are."""
+    accuracy = ["accuracy"] if problem.classes is not None else []
+    error = ["relative L2 error"] if problem.relative_error else []
+    measures = ["test loss", *accuracy, *error]
+    verb = "is that" if len(measures) == 1 else "are those"
+    return f"{' and '.join(measures)} {verb} of the {data.test_set}"
+
+
 def _restore(run: TrainingRun, folder: RunFolder, described: dict[str, Any]) -> None:
     """Let a run stand where the folder's stood."""
-    lines = differences(folder.read_config(), described)
+    lines = other_values(folder.read_config(), described)
     if lines:
         listed = "\n  ".join(lines)
         raise ArgumentError(

@@ -18,9 +18,10 @@ from ...errors import OsculateError
 from ..runs.interrupts import interruptible
 from .definition import Study
 from .display import Board
-from .folders import give_up, settle, write_study
+from .folders import give_up, run_folder, settle, write_study
 from .ledger import Entry, Ledger, Slot
 from .presence import clear
+from .same_folder import require_same
 from .worker import Assignment, Place, work
 
 __all__ = ["WorkerError", "conduct"]
@@ -109,18 +110,20 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
         Whether all runs are done.
 
     Raises:
-        ArgumentError: the folder holds a study of other arms or problems under the same names.
+        ArgumentError: the folder holds another study, or other runs than this one asks for.
         WorkerError: workers die again and again.
     """
     ledger = place.ledger(study)
+    require_same(place.out, ledger, place.data_dir, source)
     ledger.publish()
     ledger.recover(ledger.entries(), blamed=False)  # as long as the files of the dead tell that they are dead
     settle(place.out, ledger)
     clear(ledger.presence)
     write_study(place.out, study, ledger, source)
     crew = _Crew(study, place)
-    with interruptible() as stopped, Board(console, study) as board:
-        entries = ledger.entries()
+    entries = ledger.entries()
+    begun = [slot for slot, entry in entries.items() if entry.state != "done" and _has_begun(place.out, slot)]
+    with interruptible() as stopped, Board(console, study, begun) as board:
         board.show(entries)
         left = sum(entry.state != "done" for entry in entries.values())
         for _ in range(min(place.workers, left)):
@@ -134,6 +137,10 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
     clear(ledger.presence)
     board.end(entries)
     return all(entry.state == "done" for entry in entries.values())
+
+
+def _has_begun(out: Path, slot: Slot) -> bool:
+    return run_folder(out, slot).metrics_file.exists()
 
 
 def _watch(crew: _Crew, ledger: Ledger, board: Board, stopped: Callable[[], bool]) -> None:

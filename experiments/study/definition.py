@@ -307,6 +307,11 @@ class Study:
         whole = self.problem_budget(problem)
         return Budget(_least(self.tuning.epochs, whole.epochs), _least(self.tuning.seconds, whole.seconds))
 
+    def tuning_metric(self, problem: str) -> str:
+        """Return by which metric the arms are tuned on the problem of that label."""
+        metric = self.tuning.metric
+        return self.tuned_by.get(problem, "train_loss") if metric == "auto" else metric
+
     def definition(self, problem: StudyProblem, arm: Arm) -> dict[str, Any]:
         """Return as plain values all that decides the runs of an arm on a problem, but how many there are."""
         budget, tuning = self.problem_budget(problem), self.tuning_budget(problem)
@@ -351,7 +356,6 @@ def _require_unique(kind: str, labels: list[Any]) -> None:
     folders = [str(label).casefold() for label in labels]  # some disks do not tell A from a
     twice = sorted({label for label, folder in zip(labels, folders, strict=True) if folders.count(folder) > 1})
     if twice:
-        raise ArgumentError(
-            f"{kind} must differ, but {', '.join(map(repr, twice))} comes twice "
-            "(capital or small letters alone are no difference)"
-        )
+        by_case = len({str(label).casefold() for label in twice}) < len(twice)
+        alike = " (capital or small letters alone are no difference)" if by_case else ""
+        raise ArgumentError(f"{kind} must differ, but {', '.join(map(repr, twice))} comes twice{alike}")

@@ -164,6 +164,20 @@ class Ledger:
 
         return {slot: found[slot] for slot in sorted(found, key=rank)}
 
+    def done(self) -> set[Slot]:
+        """Which runs the book has as done; enters nothing, so that it may be asked before ``publish``."""
+        found: set[Slot] = set()
+        for entry in self.storage.get_all_studies():
+            name, *labels = entry.study_name.split("/")
+            if name == self.study.name and len(labels) == 3:
+                problem, arm, phase = labels
+                found |= {
+                    Slot(problem, arm, phase, int(trial.user_attrs["slot"]))
+                    for trial in self._trials(entry._study_id)
+                    if trial.state == TrialState.COMPLETE and "slot" in trial.user_attrs
+                }
+        return found
+
     def point(self, slot: Slot, entries: Mapping[Slot, Entry]) -> dict[str, Any] | None:
         """The searched settings of a run: its own point, or for a final run the best of its arm.
 
@@ -193,8 +207,7 @@ class Ledger:
 
     def metric(self, problem: str) -> str:
         """By which the arms are tuned on a problem."""
-        metric = self.study.tuning.metric
-        return self.study.tuned_by.get(problem, "train_loss") if metric == "auto" else metric
+        return self.study.tuning_metric(problem)
 
     def claim(self, entry: Entry, owner: str) -> bool:
         """Take a waiting run; whether it was granted."""
@@ -321,8 +334,8 @@ class Ledger:
         if saved != definition:
             raise ArgumentError(
                 f"arm {arm.label!r} on {problem.label!r} is in the book of study {self.study.name!r} with another "
-                f"definition:\n  there: {saved}\n  asked for: {definition}\ngive the arm or the study another name, "
-                "or take another folder with --out"
+                f"definition:\n  there: {saved}\n  asked for: {definition}\ntake another folder with --out, and "
+                "another database where --storage names one"
             )
         self.storage.set_study_user_attr(number, "definition", definition)
         self._ids[problem.label, arm.label, phase] = number

@@ -15,13 +15,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from ...errors import OsculateError, require_positive_integer
+from ..problems import get_problem
+from ..runs.config import Budget, RunConfig
 from ..runs.environment import prepare_process
 from ..runs.evaluation import Metrics
 from ..runs.interrupts import interruptible
@@ -31,8 +33,9 @@ from ..runs.training import EveryEpoch
 from ..runs.watched import Extras
 from .definition import Study
 from .folders import NOT_FINISHED, breakdown, recorded_value, run_folder, told, write_trial
-from .ledger import FINAL, Entry, Ledger, Slot, open_storage
+from .ledger import FINAL, TUNE, Entry, Ledger, Slot, open_storage
 from .presence import BEAT_SECONDS
+from .same_folder import misfit
 
 __all__ = ["Assignment", "Place", "perform", "processors", "work"]
 
@@ -181,16 +184,17 @@ def perform(
         reason = "every tuning run of this arm was a miss"
         write_trial(folder, slot, seed, settings, None, reason)
         return reason, None
-    ended = recorded_value(folder, metric)
+    config = arm.config(problem, point, seed, study.device)
+    budget = study.problem_budget(problem) if slot.phase == FINAL else study.tuning_budget(problem)
+    another = folder.config_file.exists() and _is_another(assignment, slot, config, budget)
+    ended = None if another else recorded_value(folder, metric)
     reason = ""
     if ended is None:
         write_trial(folder, slot, seed, settings, None, NOT_FINISHED)
-        config = arm.config(problem, point, seed, study.device)
         extras = Extras(schedule=EveryEpoch(study.evaluations), tensorboard=place.tensorboard, enough=enough)
-        budget = study.problem_budget(problem) if slot.phase == FINAL else study.tuning_budget(problem)
-        silent = Console(file=io.StringIO())
+        silent, resume = Console(file=io.StringIO()), Resume.NEVER if another else Resume.AUTO
         try:
-            result = run_in_folder(config, budget, folder, place.data_dir, Resume.AUTO, silent, extras)
+            result = run_in_folder(config, budget, folder, place.data_dir, resume, silent, extras)
         except (OutputError, HeldError):
             raise
         except Exception as error:  # whatever a method does wrong is its own miss, not the end of the study
@@ -202,6 +206,19 @@ def perform(
             reason, ended = result.reason, recorded_value(folder, metric) or (result.status, None)
     write_trial(folder, slot, seed, settings, ended[1], reason)
     return ended
+
+
+def _is_another(assignment: Assignment, slot: Slot, config: RunConfig, budget: Budget) -> bool:
+    """Whether a folder holds a run with other settings, such as those of another best point of the tuning.
+
+    Where that cannot be told (the method is refused, a file is damaged), it is left to the run itself to say so.
+    """
+    problem = get_problem(config.problem, **config.problem_options)
+    early = slot.phase == TUNE and assignment.study.tuning.pruner != "none"
+    with suppress(OsculateError):
+        material = problem, problem.load(assignment.place.data_dir)
+        return bool(misfit(config, budget, run_folder(assignment.place.out, slot), material, early))
+    return False
 
 
 def _pruner(ledger: Ledger, entry: Entry, metric: str) -> Callable[[Metrics], bool]:

@@ -1,11 +1,13 @@
 """The table of problems: networks, losses, options, data."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from osculate import registry
 from osculate.errors import ArgumentError, UnknownNameError
+from osculate.experiments.commands.cli import execute
 from osculate.experiments.data.curves import generate_curves
 from osculate.experiments.data.datafiles import LabelledImages
 from osculate.experiments.problems import PROBLEMS, Target, get_problem, images
@@ -163,3 +165,45 @@ def test_unknown_names_list_the_near_misses():
         get_problem("mnist-cnn", size="tiny")
     with pytest.raises(ArgumentError, match="data_seed"):
         get_problem("curves-autoencoder", data_seed=-1)
+
+
+def test_every_problem_that_begins_so_is_a_near_miss() -> None:
+    for beginning in ("digit", "digits", "mnist"):
+        with pytest.raises(UnknownNameError) as refused:
+            get_problem(beginning)
+        assert all(repr(name) in str(refused.value) for name in PROBLEMS if name.startswith(beginning))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["digits-classifier"], "test loss and accuracy are those of the 297 held-out digits"),
+        (
+            ["digits-classifier", "size=small"],
+            "test loss and accuracy are those of the first 100 of 297 held-out digits",
+        ),
+        (["digits-autoencoder", "size=small"], "test loss is that of the first 100 of 297 held-out digits"),
+        (["poisson-2d", "size=small"], "test loss and relative L2 error are those of the"),
+        (["tabular-regression", "size=small"], "test loss is that of the"),
+    ],
+)
+def test_a_run_says_which_measures_come_from_which_samples(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *options = words
+    more = [word for option in options for word in ("--problem-option", option)]
+    command = ["train", "--problem", name, *more, "--method", "sgdm", "--epochs", "1", "--out", str(tmp_path / "out")]
+    assert execute(command) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(said)
+    count = len(get_problem(name, **dict(option.split("=") for option in options)).load(None).test_inputs)
+    assert str(count) in line.replace(",", "")
+
+
+def test_a_run_saved_under_another_name_of_its_test_set_goes_on(tmp_path: Path) -> None:
+    command = ["train", "--problem", "digits-classifier", "--problem-option", "size=small", "--method", "sgdm"]
+    command += ["--out", str(tmp_path / "out")]
+    assert execute([*command, "--epochs", "1"]) == 0
+    file = tmp_path / "out" / "config.json"
+    file.write_text(file.read_text().replace("first 100 of 297 held-out digits", "297 held-out digits"))
+    assert execute([*command, "--epochs", "2", "--resume", "require"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -115,9 +116,9 @@ def test_the_board_shows_columns_that_have_something(small: Study) -> None:
     running = waiting | {slots[0]: Entry(slots[0], 0, "running", started=1.0)}
     assert headings(board, running) == ["problem", "arm", "final", "running"]
     one = running | {slots[0]: Entry(slots[0], 0, "done", 0.5)}
-    assert headings(board, one) == ["problem", "arm", "final", "best"]
+    assert headings(board, one) == ["problem", "arm", "final", "median of finals"]
     missed = one | {slots[1]: Entry(slots[1], 1, "done", status="broken down")}
-    assert headings(board, missed) == ["problem", "arm", "final", "misses", "best"]
+    assert headings(board, missed) == ["problem", "arm", "final", "misses", "median of finals"]
     trial = Slot("p", "a", "tune", 0)
     assert "tuned" in headings(board, {trial: Entry(trial, 0, "waiting"), **waiting})
 
@@ -127,3 +128,47 @@ def test_no_table_on_the_screen_has_a_column_without_anything() -> None:
     columns = {name: name.upper() for name in ("a", "b", "c", "d", "e", "f")}
     assert [column.header for column in screen_table("t", rows, columns).columns] == ["A", "C", "E"]
     assert len(screen_table("t", [], columns).columns) == 6
+
+
+def cells(board: Board, entries: dict[Slot, Entry]) -> dict[str, str]:
+    columns = board.table(entries).columns
+    return {str(column.header): str(next(iter(column.cells))) for column in columns}
+
+
+@pytest.mark.parametrize(
+    ("finals", "median"), [([3.0, 1.0, 2.0], "2"), ([1.0, 2.0], "1.5"), ([1.0, None, 2.0], "2"), ([1.0, None], "inf")]
+)
+def test_the_board_has_the_median_of_the_final_runs_and_trials_apart(
+    small: Study, finals: list[float | None], median: str
+) -> None:
+    slots = [Slot("p", "a", "final", seed) for seed in range(len(finals))]
+    entries = {
+        slot: Entry(slot, place, "done", value) for place, (slot, value) in enumerate(zip(slots, finals, strict=True))
+    }
+    trials = [Slot("p", "a", "tune", number) for number in range(3)]
+    tuned = {slot: Entry(slot, 9, "done", value) for slot, value in zip(trials, (0.25, 0.5, None), strict=True)}
+    board = Board(Console(file=io.StringIO(), width=80), small)
+    assert cells(board, entries)["median of finals"] == median and "best trial" not in cells(board, entries)
+    assert cells(board, tuned | entries)["best trial"] == "0.25"
+    assert cells(board, tuned | entries)["median of finals"] == median
+    right = dataclasses.replace(small, tuning=dataclasses.replace(small.tuning, metric="test_accuracy"))
+    assert cells(Board(Console(file=io.StringIO(), width=80), right), tuned)["best trial"] == "0.5"
+
+
+def test_what_was_left_of_an_interrupted_run_says_nothing_about_the_others(
+    small: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("osculate.experiments.study.display.time.time", lambda: now[0])
+    slots = [Slot("p", "a", "final", seed) for seed in range(4)]
+    stream = io.StringIO()
+    with Board(Console(file=stream, width=80), small, begun=slots[:1]) as board:
+        entries = {slot: Entry(slot, place, "waiting") for place, slot in enumerate(slots)}
+        board.show(entries)
+        for place, passed in ((0, 0.2), (1, 60.0)):
+            now[0] += passed
+            entries[slots[place]] = Entry(slots[place], place, "done", 0.5)
+            board.show(entries)
+    first, second = stream.getvalue().splitlines()
+    assert "left" not in first
+    assert second.endswith("about 2.0 min left")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import pandas as pd
 import pytest
 from made_studies import MadeStudy, whole_study
 from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ from osculate.experiments.report.figures import (
     text_width,
     title,
 )
-from osculate.experiments.report.report_figures import report_figures
+from osculate.experiments.report.report_figures import budget_figure, report_figures
 from osculate.experiments.report.study_records import read_study
 from osculate.experiments.report.style import HOUSE, drawing, read_style
 from osculate.experiments.report.svg import DARK, contrast, dark_colours, figure_svg
@@ -305,3 +306,36 @@ class TestPages:
         write_report(record, tmp_path)
         text = (tmp_path / "report.html").read_text()
         assert "<td>3 finished</td>" in text and "<td>1 finished, 2 broke down</td>" in text
+
+
+def budget(top: float, problem: str = "digits") -> Figure:
+    """Best values that fall from ``top`` to 0.02."""
+    values = [0.02 * (top / 0.02) ** (1 - k / 5) for k in range(6)]
+    rows = [
+        {"problem": problem, "arm": "a", "metric": "train_loss", "trials": k + 1, "median": x, "q25": x, "q75": x}
+        for k, x in enumerate(values)
+    ]
+    figure = budget_figure(pd.DataFrame(rows), problem, Styles(["a"]))
+    assert figure is not None
+    figure.draw_without_rendering()
+    return figure
+
+
+@pytest.mark.parametrize(
+    ("top", "labelled"), [(0.05, True), (0.08, True), (0.1, True), (0.2, True), (2.0, False), (40.0, False)]
+)
+def test_only_a_short_axis_has_numbers_between_powers_of_ten(top: float, labelled: bool) -> None:
+    figure = budget(top)
+    axis = figure.axes[0].yaxis
+    assert any(label.get_text() for label in axis.get_ticklabels(minor=True)) == labelled
+    shown = [label for label in axis.get_ticklabels(which="both") if label.get_text()]
+    low, high = figure.axes[0].get_ylim()
+    inside = [label.get_window_extent() for label in shown if low <= label.get_position()[1] <= high]
+    assert len(inside) >= 2
+    assert not any(one.overlaps(other) for one, other in combinations(inside, 2))
+
+
+def test_the_titles_of_budget_figures_say_the_same_however_long_the_name() -> None:
+    for name in ("p", "digits-autoencoder", "a-problem-of-a-rather-long-name"):
+        assert "median and quartiles" not in budget(1.0, name).get_suptitle()
+        assert "median and quartiles" in budget(1.0, name).axes[0].get_xlabel()

@@ -504,3 +504,32 @@ def test_workers_take_no_more_threads_than_they_may(monkeypatch: pytest.MonkeyPa
     assert Place(tmp_path, workers=2).threads == 3 and Place(tmp_path, workers=4).threads == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     assert Place(tmp_path, workers=2).threads == 4
+
+
+@pytest.mark.parametrize("seeds", ["[1, 1]", "[1, 2, 1, 2]"])
+def test_seeds_that_come_twice_are_told_without_a_word_on_letters(tmp_path: Path, seeds: str) -> None:
+    file = tmp_path / "twice.toml"
+    file.write_text(HEAD.replace("seeds = [1, 2]", f"seeds = {seeds}") + '[arms.a]\nmethod = "sgdm"\n')
+    with pytest.raises(ArgumentError, match=r"seeds must differ, but 1.* comes twice") as refused:
+        read_study(file)
+    assert "letters" not in str(refused.value)
+
+
+def test_arms_that_differ_by_capital_letters_alone_are_told_why(tmp_path: Path) -> None:
+    file = tmp_path / "twice.toml"
+    file.write_text(HEAD + '[arms.a]\nmethod = "sgdm"\n[arms.A]\nmethod = "sgdm"\n')
+    with pytest.raises(ArgumentError, match=r"'A', 'a' comes twice .capital or small letters alone are no difference"):
+        read_study(file)
+
+
+def test_a_dry_run_counts_by_problem_and_says_by_what_arms_are_tuned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = '[[problems]]\nname = "curves-autoencoder"\nlabel = "other"\noptions = { size = "small" }\n'
+    file = tmp_path / "two.toml"
+    tuned = '[tuning]\ntrials = 3\n[arms.a]\nmethod = "sgdm"\nspace = { lr = { log = [0.01, 1.0] } }\n'
+    file.write_text(HEAD + second + tuned)
+    assert execute(["study", str(file), "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 x 2 problems" in said and "2 x 2 problems" in said and "10 runs" in said
+    assert "by the validation loss where a problem holds samples back, else the training loss" in said
