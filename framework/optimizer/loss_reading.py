@@ -6,7 +6,7 @@ import warnings
 
 from torch import Tensor, nn
 
-from ...curvature.final_activation import way_out_of_activation
+from ...curvature.final_activation import ends_in_sigmoid, way_out_of_activation
 from ...curvature.loss_weights import LossReader
 from ...errors import ArgumentError, LossWarning
 
@@ -53,6 +53,9 @@ def warn_of_loss(reader: LossReader, model: nn.Module | None = None) -> None:
     """
     if reader.told:
         return
+    found = reader.found
+    guessed = found is not None and found.by_range and not ends_in_sigmoid(model)
+    ends_in = "" if found is None or guessed else found.ends_in
     said = ""
     if reader.kind == "from-loss":
         if reader.shape.concave:
@@ -70,23 +73,23 @@ def warn_of_loss(reader: LossReader, model: nn.Module | None = None) -> None:
             f"{reader.unread}, so the gradient that the loss sends there is not seen, and the weights of the samples "
             f"cannot be read off it. {_ASSUMED}"
         )
-    elif reader.found is not None and reader.found.ends_in and reader.found.mode != "assumed":
+    elif found is not None and ends_in and found.mode != "assumed":
         said = (
-            f"{way_out_of_activation(reader.found.ends_in, model)}. The loss takes them for logits and applies a "
+            f"{way_out_of_activation(ends_in, model)}. The loss takes them for logits and applies a "
             "softmax once more. The curvature is right for that loss, but it is seldom the one that is meant"
         )
-    elif reader.found is not None and reader.found.ends_in:
+    elif ends_in:
         said = (
-            f"{way_out_of_activation(reader.found.ends_in, model)}. The weights of the samples cannot be read off the "
+            f"{way_out_of_activation(ends_in, model)}. The weights of the samples cannot be read off the "
             f"gradient that the loss sends there. {_ASSUMED}"
         )
-    elif reader.found is not None and reader.found.mode == "assumed":
+    elif found is not None and found.mode == "assumed":
         said = (
             "the gradient at the model's output is not that of a cross entropy with hard, mixed or evenly smoothed "
             "labels (soft targets with unequal weights, negative weights, or another loss), so the weights of the "
             f"samples cannot be read off it. {_ASSUMED}"
         )
-    elif reader.found is not None and reader.found.meant and reader.loss_reduction == "sum":
+    elif found is not None and found.meant and reader.loss_reduction == "sum":
         said = (
             "loss_reduction='sum', but every sample has weight 1 / N in the loss, which is therefore a mean over the N "
             "samples of a mini-batch; the curvature is taken for N times smaller than it is told to be: build with "

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.backends.backend import Backend
-from ...curvature.backends.loss_seen import GuessedLoss
 from ...curvature.layers.layer import Layer
 from ...curvature.layers.sharding import local
 from ...curvature.records.statistics import LayerStatistics
@@ -301,11 +300,13 @@ class Session(torch.optim.Optimizer):
         Args:
             loss: of the closure, if there was one.
         """
-        found = None if self.capture.seen is None else self.capture.seen.take()
-        if loss is not None:
+        seen = self.capture.seen
+        found = None if seen is None else seen.take(self._inverse_scale is not None)
+        if loss is not None or seen is None:
             return None
         if found is None:
-            if self.together is None or not isinstance(self.capture.seen, GuessedLoss):
+            seen.tell_unread()
+            if self.together is None or seen.unreadable:
                 return None
             found = torch.full((), torch.inf, device=self.device)
         return found if self._inverse_scale is None else found * self._inverse_scale
