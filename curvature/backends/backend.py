@@ -159,8 +159,10 @@ class Backend(ABC):
 
     @property
     def has_read_loss(self) -> bool:
-        """Whether anything was read off the gradient that the user's loss sends to the output, and carries its scale."""
-        weighed = any(reader.kind in ("categorical", "bernoulli") and reader.found is not None for reader in self.readers)
+        """Whether anything was read off the gradient that the loss sends to the output, and carries its scale."""
+        weighed = any(
+            reader.kind in ("categorical", "bernoulli") and reader.found is not None for reader in self.readers
+        )
         return weighed or (self.seen is not None and self.seen.has_read)
 
     @contextmanager
@@ -210,7 +212,7 @@ class Backend(ABC):
         """For copies: hooks belong to the original."""
         return {name: value for name, value in self.__dict__.items() if name not in self._original}
 
-    _original: ClassVar[tuple[str, ...]] = ("_handles", "pauses", "seen", "points", "data")
+    _original: ClassVar[tuple[str, ...]] = ("_handles", "pauses", "points", "data")
     """Attributes that a copy does not take along."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:

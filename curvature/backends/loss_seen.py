@@ -68,16 +68,22 @@ class SeenLoss:
         leaves: parameters; a backward that fills the ``.grad`` of none is not counted.
         model: see below.
         likelihoods: of the model's heads.
+        loss_reduction: ``"mean"`` or ``"sum"``, which a squared error of known weight cannot be read without.
 
     Attributes:
         idle: whether nothing is read: a closure returns the loss.
         model: whose last module is named where its output is no logits; ``None``: somebody else tells of that.
         leaves: as given.
         unreadable: why the loss cannot be read whatever its gradient is; empty if it may be.
+        unsaid: what the next step without a closure has to tell of a loss that is not known.
     """
 
     def __init__(
-        self, leaves: Sequence[Tensor], model: nn.Module | None = None, likelihoods: Sequence[Any] = (Categorical(),)
+        self,
+        leaves: Sequence[Tensor],
+        model: nn.Module | None = None,
+        likelihoods: Sequence[Any] = (Categorical(),),
+        loss_reduction: str = "mean",
     ) -> None:
         self.idle = False
         self.model, self.leaves = model, leaves
@@ -85,12 +91,14 @@ class SeenLoss:
         self._found = list[Tensor]()
         self._heads = [_Head(likelihood) for likelihood in likelihoods]
         self._told = self._heard = False
+        self.unsaid = ""
+        self._meant = loss_reduction == "mean"
         self._looked, self._said = model is None, ""
 
     @property
     def has_read(self) -> bool:
         """Whether a loss was read since the last time."""
-        return bool(self._found)
+        return bool(self._found) or any(head.has_squares for head in self._heads)
 
     def watch(self, heads: Sequence[Told], pauses: Pauses, standing: Mapping[int, Tensor] | None = None) -> None:
         """Read the gradient of one pass's output when it comes.
@@ -137,10 +145,13 @@ class SeenLoss:
             head.look(logits, gradient)
         if head.unread:
             if not self._told:
-                self._told, self._said = True, _UNKNOWN
-                passed = final_activation(logits, _rounding(logits))
+                self._told, self.unsaid = True, _UNKNOWN
+                passed = "" if self.model is None else final_activation(logits, _rounding(logits))
                 if passed and sent_by_likelihood(passed, logits, gradient, _CLOSE):
-                    self._said += f". That is because {way_out_of_activation(passed, self.model)}"
+                    self.unsaid += f". That is because {way_out_of_activation(passed, self.model)}"
+            return
+        if head.name == "gaussian":
+            head.add(logits, gradient)
             return
         logits, gradient = head.rows(logits), head.rows(gradient)
         if not self._looked and head.name == "categorical" and bool(gradient.any()):
@@ -167,16 +178,20 @@ class SeenLoss:
             if not (scaled and self._said == _SUMMED):
                 warnings.warn(self._said, LossWarning, stacklevel=2)
             self._said = ""
-        found = self._found
+        found = self._found + [value for head in self._heads for value in head.squares(self._meant)]
         self._found = []
         return torch.stack(found).sum() if found else None
 
-    def tell_unread(self) -> None:
-        """Say once, in a step without a closure for which nothing was read, that the loss is not known, and why."""
-        if self._told or self._heard:
-            return
-        self._told = True
-        warnings.warn(f"{_BOUNDED}{self.unreadable or _NOWHERE}{_WITHOUT}", LossWarning, stacklevel=3)
+    def note_unread(self) -> None:
+        """Note once, in a step without a closure for which nothing was read, that the loss is not known, and why."""
+        if not (self._told or self._heard):
+            self._told, self.unsaid = True, f"{_BOUNDED}{self.unreadable or _NOWHERE}{_WITHOUT}"
+
+    def tell(self) -> None:
+        """Say what is unsaid."""
+        if self.unsaid:
+            said, self.unsaid = self.unsaid, ""
+            warnings.warn(said, LossWarning, stacklevel=3)
 
 
 class _Head:
@@ -191,6 +206,24 @@ class _Head:
         self.unread = False
         self._likelihood, self._axis = likelihood, -1
         self._known = False
+        self._squares, self._samples = list[Tensor](), 0
+
+    @property
+    def has_squares(self) -> bool:
+        """Whether gradients of a squared error have come."""
+        return bool(self._squares)
+
+    def add(self, output: Tensor, gradient: Tensor) -> None:
+        """Take in the gradients w (f - y), divided by the number of samples where the loss is their mean."""
+        self._squares.append(gradient.float().square().sum())
+        self._samples += len(output)
+
+    def squares(self, meant: bool) -> list[Tensor]:
+        """The sum of w |f - y|^2 / 2 since the last time, its mean over samples if that is what is ``meant``."""
+        factor = 0.5 * (self._samples if meant else 1)
+        found = [value * (factor / self._likelihood.weight) for value in self._squares]
+        self._squares, self._samples = [], 0
+        return found
 
     def undecided(self, logits: Tensor) -> bool:
         """Whether a gradient must be looked at before any is read: where rows are on the last axis it need not."""
@@ -218,12 +251,14 @@ class _Head:
 
 def _why_unread(likelihood: Any) -> str:
     """Why the value of a loss of this likelihood cannot be read; empty if it can."""
-    if isinstance(likelihood, Categorical | Bernoulli):
+    if isinstance(likelihood, Categorical | Bernoulli) or (isinstance(likelihood, Gaussian) and likelihood.weight):
         return ""
     return _SQUARED if isinstance(likelihood, Gaussian) else _FOREIGN.format(getattr(likelihood, "name", likelihood))
 
 
-def loss_seen_by(likelihood: Any, leaves: Sequence[Tensor], model: nn.Module, told: bool) -> SeenLoss:
+def loss_seen_by(
+    likelihood: Any, leaves: Sequence[Tensor], model: nn.Module, told: bool, loss_reduction: str
+) -> SeenLoss:
     """What reads the loss in plain loops.
 
     Args:
@@ -231,11 +266,12 @@ def loss_seen_by(likelihood: Any, leaves: Sequence[Tensor], model: nn.Module, to
         leaves: parameters.
         model: the model.
         told: whether somebody else tells the user of outputs that are no logits.
+        loss_reduction: ``"mean"`` or ``"sum"``.
     """
     if likelihood is None:
         return GuessedLoss(leaves, model)
     parts = list(likelihood.parts.values()) if isinstance(likelihood, Heads) else [likelihood]
-    return SeenLoss(leaves, None if told else model, parts)
+    return SeenLoss(leaves, None if told else model, parts, loss_reduction)
 
 
 class GuessedLoss(SeenLoss):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-import weakref
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any

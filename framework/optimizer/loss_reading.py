@@ -6,6 +6,7 @@ import warnings
 
 from torch import Tensor, nn
 
+from ...curvature.backends.loss_seen import SeenLoss
 from ...curvature.final_activation import ends_in_sigmoid, way_out_of_activation
 from ...curvature.loss_weights import LossReader
 from ...errors import ArgumentError, LossWarning
@@ -15,6 +16,15 @@ __all__ = ["require_right_loss", "warn_of_loss"]
 _ASSUMED = (
     "The curvature is that of weight 1 for every sample (the loss a mean over samples, summed over everything else); "
     "likelihood='from-loss' measures any other in optimizer.step(closure)"
+)
+
+_FLAT = (
+    "the loss has no curvature in the model's output: its second derivative there is 0 throughout a mini-batch, as "
+    "that of a hinge loss, an absolute error or any other that is piecewise linear. Matrices and step sizes that are "
+    "measured from it are 0: damping alone shapes the steps, and methods that take their step sizes from the curvature "
+    "(joint-*, lw-*) do not move. Take a loss that is smooth (nn.SoftMarginLoss() or a squared hinge, nn.HuberLoss()), "
+    "a method that needs no likelihood (mbf, shampoo, kfac with statistics='empirical'), or for an absolute error "
+    "likelihood=osculate.Gaussian(weight=1.0), whose curvature is that of a squared one"
 )
 
 
@@ -44,12 +54,13 @@ def require_right_loss(reader: LossReader, inverse_scale: Tensor | None) -> None
         )
 
 
-def warn_of_loss(reader: LossReader, model: nn.Module | None = None) -> None:
+def warn_of_loss(reader: LossReader, model: nn.Module | None = None, unseen: SeenLoss | None = None) -> None:
     """Say once what could not be read of the loss, and what is assumed.
 
     Args:
         reader: of the backend.
         model: whose last module is named where its output is no logits.
+        unseen: what may have to tell that the loss is not known either, in the same warning.
     """
     if reader.told:
         return
@@ -58,10 +69,14 @@ def warn_of_loss(reader: LossReader, model: nn.Module | None = None) -> None:
     ends_in = "" if found is None or guessed else found.ends_in
     said = ""
     if reader.kind == "from-loss":
-        if reader.shape.concave:
+        if reader.shape.flat:
+            said = _FLAT
+        elif reader.shape.concave:
             said = "the loss is not convex in the model's output; what is concave in it is left out of the curvature"
     elif reader.kind == "gaussian":
-        if reader.assumed:
+        if reader.shape.flat:
+            said = _FLAT
+        elif reader.assumed:
             said = (
                 "the scale of a squared error cannot be read off its gradient. The curvature is that of half the "
                 "squared error, summed over outputs, a mean over samples. For nn.MSELoss() over D outputs per sample "
@@ -97,4 +112,6 @@ def warn_of_loss(reader: LossReader, model: nn.Module | None = None) -> None:
         )
     if said:
         reader.told = True
+        if unseen is not None and unseen.unsaid:
+            said, unseen.unsaid = f"{said}. Besides, {unseen.unsaid}", ""
         warnings.warn(f"likelihood={reader.kind!r}: {said}", LossWarning, stacklevel=4)

@@ -195,7 +195,7 @@ class SecondOrder(Session):
         self.observers: list[Observer] = []
         if declared(method.step_size, StepSizeDeclarations).uses_loss:
             leaves = [parameter for layer in layers for parameter in layer.parameters.values()]
-            self.capture.seen = loss_seen_by(resolved, leaves, model, method.needs_likelihood)
+            self.capture.seen = loss_seen_by(resolved, leaves, model, method.needs_likelihood, loss_reduction)
         self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping, self.together, loss_reduction)
         self.guard_state, self.lagging = method.guard.init(), Lagging()
         self._look_back = LookBack(self)
@@ -327,8 +327,8 @@ class SecondOrder(Session):
                 if self.together is not None:
                     self.together.skip(self.blocks, self.looks_closely, overflown=True)
                 return self._skip("the GradScaler found a gradient that is not finite", loss)
-        self._inverse_scale = None if scaling is None else scaling.inverse(
-            due.records_gradients, self.capture.has_read_loss
+        self._inverse_scale = (
+            None if scaling is None else scaling.inverse(due.records_gradients, self.capture.has_read_loss)
         )
         if self.together is not None:
             with self._in_step(self.together):
@@ -363,9 +363,12 @@ class SecondOrder(Session):
                 loss, statistics, products, team, gradients, steps, decays is not team.none, seen=self.seen_loss(loss)
             )
             batch.parameters = team.parameters
+        unseen = self.capture.seen if loss is None else None
         for reader in self.capture.readers:
             if not reader.told:
-                warn_of_loss(reader, self.model)
+                warn_of_loss(reader, self.model, unseen)
+        if unseen is not None and unseen.unsaid:
+            unseen.tell()
         undo = self._undo(batch) if due.risky or due.looks_back else None
         try:
             self.last_report = self._advance(closure, batch, [] if undo is None else undo.copies)

@@ -305,7 +305,7 @@ class Session(torch.optim.Optimizer):
         if loss is not None or seen is None:
             return None
         if found is None:
-            seen.tell_unread()
+            seen.note_unread()
             if self.together is None or seen.unreadable:
                 return None
             found = torch.full((), torch.inf, device=self.device)
