@@ -30,7 +30,7 @@ from .lagging import Lagging, require_may_lag
 from .loss_reading import require_right_loss
 from .plan import Plan, StepPlan
 from .precision import widened
-from .recording import own_measures
+from .recording import all_records, own_measures
 from .skeleton import Skeleton
 from .stepping import StepRule
 from .team import BlockStep, Team
@@ -253,6 +253,7 @@ class Session(torch.optim.Optimizer):
         self._values.assign(layers, self.param_groups)
         self.capture = self.capture.extended(layers)
         self.capture.measures = own_measures(blocks)
+        self.capture.arm(all_records(blocks, layers, self.method))  # places the hooks that any step will need
         self._rule.grow(layers)
         self._unowned = unowned_parameters(self.model, layers)
         self._skeleton = Skeleton(self.model, layers)
