@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["final_activation", "sent_by_likelihood", "way_out_of_activation"]
+__all__ = ["ends_in_sigmoid", "final_activation", "sent_by_likelihood", "way_out_of_activation"]
 
 _ROWS = 512
 _TELLING = 8
@@ -46,6 +46,11 @@ def final_activation(output: Tensor, tolerance: float = 0.0) -> str:
             return "Softmax"
     within = float(some.min()) >= 0 and float(some.max()) <= 1 and float(some.max()) > float(some.min())
     return "Sigmoid" if within and some.numel() >= _TELLING else ""
+
+
+def ends_in_sigmoid(model: nn.Module | None) -> bool:
+    """Whether the last module is a Sigmoid: without it numbers in [0, 1] before a softmax are logits as any others."""
+    return model is not None and isinstance([*model.modules()][-1], _MODULES["Sigmoid"])
 
 
 def sent_by_likelihood(name: str, output: Tensor, gradient: Tensor, tolerance: float) -> bool:

@@ -128,11 +128,12 @@ class LossShape:
     Attributes:
         layout: of the last pass; ``None`` before the first.
         concave: whether the loss has had negative curvature.
+        flat: whether it has had none at all at an output that it sends a gradient to: a piecewise linear loss.
     """
 
     def __init__(self) -> None:
         self.layout: Layout | None = None
-        self.concave = False
+        self.concave = self.flat = False
         self._seen = 0
 
     def measure(self, product: Callable[[Tensor], Tensor], like: Tensor, only_diagonal: bool) -> LossCurvature | None:
@@ -163,6 +164,8 @@ class LossShape:
             if bool((found - expected).norm() <= tolerance * expected.norm()):
                 if bool(expected.any()):  # zeros have every structure: the next pass is looked at again
                     self.layout = layout
+                elif not self.flat:
+                    self.flat = bool(like.any())
                 self._look_for_concavity(blocks)
                 return LossCurvature(blocks, layout)
         raise ArgumentError(

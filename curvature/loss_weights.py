@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .final_activation import final_activation
+from .final_activation import final_activation, sent_by_likelihood
 from .likelihoods import NO_LOSS, Bernoulli, Categorical, FromLoss, Gaussian, Likelihood, score_of
 from .loss_curvature import LossCurvature, LossShape, Quadratic, joined
 
@@ -72,6 +72,8 @@ class Reading:
         least: the least weight that soft targets allow.
         ends_in: what the output has passed instead of being logits, such as ``LogSoftmax``, where nothing is read; or
             ``Softmax`` where the loss takes it for logits, and the weights are read.
+        by_range: whether a ``Sigmoid`` before a categorical likelihood is told by nothing but numbers in [0, 1], which
+            logits may be as well: only its module can say it.
     """
 
     mode: Mode
@@ -81,6 +83,7 @@ class Reading:
     looks_like: str = ""
     least: float = 0.0
     ends_in: str = ""
+    by_range: bool = False
 
 
 class LossReader:
@@ -205,7 +208,10 @@ class LossReader:
             now = self._of_soft(now, output, tolerance)
         if before is None or _LOOSER[now.mode] > _LOOSER[before.mode] or now.looks_like:
             passed = final_activation(output, tolerance) if before is None or self._lost(now) else before.ends_in
-            self.found = replace(now, ends_in=passed if self._lost(now) or passed == "Softmax" else "")
+            by_range = passed == "Sigmoid" and self.kind == "categorical"
+            by_range = by_range and not sent_by_likelihood(passed, output, gradient, tolerance)
+            ends_in = passed if self._lost(now) or passed == "Softmax" else ""
+            self.found = replace(now, ends_in=ends_in, by_range=by_range)
         if before is not None and self.found is not None:
             self.found = replace(self.found, summed=before.summed and now.summed, meant=before.meant and now.meant)
 

@@ -157,6 +157,14 @@ class Backend(ABC):
         """Whether nothing can be measured without the loss itself."""
         return any(reader.kind == "from-loss" for reader in self.readers)
 
+    @property
+    def has_read_loss(self) -> bool:
+        """Whether anything was read off the gradient that the loss sends to the output, and carries its scale."""
+        weighed = any(
+            reader.kind in ("categorical", "bernoulli") and reader.found is not None for reader in self.readers
+        )
+        return weighed or (self.seen is not None and self.seen.has_read)
+
     @contextmanager
     def differentiating(self) -> Iterator[None]:
         """Losses that are differentiated inside are differentiated twice in the model's output, where that is read."""
@@ -190,7 +198,9 @@ class Backend(ABC):
         result = type(self)(self.model, layers, self.likelihood, self.loss_reduction, self.seed)
         result.step, result.pauses, result.samples = self.step, self.pauses, self.samples
         result.output, result.readers = self.output, self.readers
-        result.processes = self.processes
+        result.processes, result.seen = self.processes, self.seen
+        if result.seen is not None:
+            result.seen.leaves = [parameter for layer in layers for parameter in layer.parameters.values()]
         return result
 
     def close(self) -> None:
@@ -202,7 +212,7 @@ class Backend(ABC):
         """For copies: hooks belong to the original."""
         return {name: value for name, value in self.__dict__.items() if name not in self._original}
 
-    _original: ClassVar[tuple[str, ...]] = ("_handles", "pauses", "seen", "points", "data")
+    _original: ClassVar[tuple[str, ...]] = ("_handles", "pauses", "points", "data")
     """Attributes that a copy does not take along."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -37,8 +37,9 @@ from ..records.owned import combine
 from ..records.statistics import LayerStatistics
 from .backend import Backend
 from .hook_tables import NOTHING, after, before_call
+from .loss_seen import Told
 from .output_pass import ArrivalHook, OutputHook, OutputPass, WaitingPass, is_rearrangement
-from .outputs import Heads, read_output
+from .outputs import Heads, read_output, select_output
 from .passes import OWN, Pauses, accumulates, extra_backward, inside_transform
 from .probing import Probes, batch_of, is_square
 from .sampling import Labels, require_predictive, roots_backward, sampled_backward, seeded_generator
@@ -334,8 +335,8 @@ class Capture(Backend):
             self._require_samples(ordered)
         if self._axes:
             self._settle(args, kwargs, ordered)
-        if self.seen is not None and self._kind == "gradient" and isinstance(ordered, Tensor):
-            self.seen.watch(ordered, self.pauses, self._standing.get(self._pass))
+        if self.seen is not None and self._kind == "gradient" and not (self.seen.idle or self.seen.unreadable):
+            self.seen.watch(self._told_of_loss(output), self.pauses, self._standing.get(self._pass))
         found = self._own_backwards(output, ordered)
         if (
             self.arrived is None
@@ -385,6 +386,25 @@ class Capture(Backend):
         for call in rooted:
             call.edge = None
         return None
+
+    def _told_of_loss(self, output: Any) -> Sequence[Told]:
+        """The tensors that the user's loss is made of; empty where that is not known, or something computes them."""
+        if isinstance(output, Tensor) and self.samples == 0 and self.output is None:
+            return [(output, None)]
+        order = self._order(output)
+        try:
+            if callable(self.samples) and order is None:
+                chosen = self.samples(output)
+                if chosen is not self.samples(output):
+                    return []
+                output = chosen
+            choices = self.likelihood.parts if isinstance(self.likelihood, Heads) else [self.output]
+            found = [select_output(output, choice) for choice in choices]
+            if callable(self.output) and found[0] is not select_output(output, self.output):
+                return []
+        except ArgumentError:  # none or several could be meant
+            return []
+        return [(value, order) for value in found]
 
     def _heads(self, output: Any) -> list[tuple[Tensor, Likelihood]]:
         """The tensors that the user's loss is made of, with their likelihoods.

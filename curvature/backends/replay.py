@@ -208,6 +208,8 @@ class ReplayBackend(Backend):
         self._count += 1
         self._references = [*(weakref.ref(other) for other in self._passes), weakref.ref(entry)]
         sources = ((output, 0),) if not structured else read.sources
+        if self.seen is not None and self._kind == "gradient":
+            self.seen.watch([(source, None) for source, _ in sources], self.pauses)
         likely = any(record & _LIKELY for record in self._wanted.values())
         for head, (source, _) in enumerate(sources if likely else ()):
             point = self.waits_at(source, head, None) if source.requires_grad else None

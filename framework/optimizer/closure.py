@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError
 
-__all__ = ["Closure", "Snapshot", "loss_of", "preserved", "run_closure"]
+__all__ = ["Closure", "Snapshot", "loss_of", "preserved", "require_real", "run_closure"]
 
 Closure = Callable[[], Any]
 
@@ -93,6 +93,19 @@ def run_closure(closure: Closure, device: torch.device) -> Tensor:
         return loss_of(closure(), device)
 
 
+def require_real(loss: Tensor) -> None:
+    """Check the kind of number that a closure has returned.
+
+    Raises:
+        ArgumentError: if it is complex.
+    """
+    if loss.is_complex():
+        raise ArgumentError(
+            f"the closure must return a real loss, got one of {loss.dtype}; end it with `return loss.real`, or "
+            "`return loss.abs()`, whichever was differentiated"
+        )
+
+
 def loss_of(loss: Any, device: torch.device) -> Tensor:
     """The scalar that a closure has returned, detached.
 
@@ -112,4 +125,5 @@ def loss_of(loss: Any, device: torch.device) -> Tensor:
             f"the closure must return the scalar loss, got {type(loss).__name__}"
             f"{f' of shape {tuple(loss.shape)}' if isinstance(loss, Tensor) else ''}; end it with `return loss`"
         )
+    require_real(loss)
     return loss.detach().reshape(())

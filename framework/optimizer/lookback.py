@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -158,7 +159,7 @@ class LookBack:
     """The look-back phase of one optimizer, at the steps that have one."""
 
     def __init__(self, session: Session):
-        self.session = session
+        self._session = weakref.ref(session)  # no circle: an optimizer that nobody holds is gone, and its hooks with it
         self._before: Snapshot | None = None
         self._guard: dict[str, Any] | None = None
         self._damping: list[Any] = []
@@ -169,6 +170,13 @@ class LookBack:
         self._points = _NOWHERE
         self._slope: Tensor | None = None
         self._penalty: Tensor | float = 0.0
+
+    @property
+    def session(self) -> Session:
+        """Whose steps these are."""
+        session = self._session()
+        assert session is not None
+        return session
 
     def prepare(self) -> None:
         """Remember random state and buffers before the first evaluation."""

@@ -146,11 +146,12 @@ class Scaling:
         found = self._scaler._found_inf_per_device(self._optimizer).values()
         self.found_inf = torch.stack([value.detach().cpu() for value in found]).sum() if found else None
 
-    def inverse(self, records_gradients: bool) -> Tensor | None:
+    def inverse(self, records_gradients: bool, read_loss: bool = False) -> Tensor | None:
         """1 / scale for the records, ``None`` if the loss is not scaled.
 
         Args:
             records_gradients: whether any record holds gradients of the user's loss.
+            read_loss: whether weights of samples, or the loss itself, were read off the gradient at the output.
 
         Raises:
             ArgumentError: if the loss was scaled by an unknown factor.
@@ -159,7 +160,7 @@ class Scaling:
         if scale is None and self._scaler is not None and self._scaler.is_enabled():
             scale = self._scaler.scale(torch.ones((), device=self._device))
         if scale is None:
-            if self._called and records_gradients:
+            if self._called and (records_gradients or read_loss):
                 raise ArgumentError(
                     "the gradients were unscaled by scaler.unscale_(optimizer), but this method also reads gradients "
                     "inside the model, whose scale it cannot know; build with grad_scaler=scaler"

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from importlib import import_module
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ...checking import require_kind
-from ...curvature.backends.loss_seen import GuessedLoss, SeenLoss
+from ...curvature.backends.loss_seen import loss_seen_by
 from ...curvature.backends.outputs import Choice, resolve_heads
 from ...curvature.backends.residual_backend import ResidualBackend
 from ...curvature.backends.table import make_backend, require_supported
 from ...curvature.declarations import StepSizeDeclarations, declared
 from ...curvature.layers.discovery import discover_layers, last_matrix
-from ...curvature.likelihoods import Categorical, Likelihood
+from ...curvature.likelihoods import Likelihood
 from ...curvature.products import GraphKeepingBackward
 from ...curvature.records.needs import Needs
 from ...errors import ArgumentError, NumericalError
@@ -192,12 +193,9 @@ class SecondOrder(Session):
         self.gradient_evaluations = self.skipped_steps = 0
         self._step, self._warm = 0, False
         self.observers: list[Observer] = []
-        if declared(method.step_size, StepSizeDeclarations).uses_loss and (
-            resolved is None or isinstance(resolved, Categorical)
-        ):
-            reader = GuessedLoss if resolved is None else SeenLoss
+        if declared(method.step_size, StepSizeDeclarations).uses_loss:
             leaves = [parameter for layer in layers for parameter in layer.parameters.values()]
-            self.capture.seen = reader(leaves, None if resolved is not None and method.needs_likelihood else model)
+            self.capture.seen = loss_seen_by(resolved, leaves, model, method.needs_likelihood, loss_reduction)
         self._rule = StepRule(method.step_size, layers, seed, method.adaptive_damping, self.together, loss_reduction)
         self.guard_state, self.lagging = method.guard.init(), Lagging()
         self._look_back = LookBack(self)
@@ -207,6 +205,24 @@ class SecondOrder(Session):
         self._require_same_model()
         self._show_state()
         self._arm()
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Load what torch loads when its first optimizer is made.
+
+        That leaves a circle through all frames which wait for it, and what they hold would stay with its hooks on the
+        model until the garbage collector comes.
+        """
+        import_module("torch._dynamo")
+        return super().__new__(cls)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the phase that knows the optimizer itself."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_look_back"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy."""
+        super().__setstate__(state)
+        self._look_back = LookBack(self)
 
     # -- what a user asks --------------------------------------------------------------------------------------------
 
@@ -311,7 +327,9 @@ class SecondOrder(Session):
                 if self.together is not None:
                     self.together.skip(self.blocks, self.looks_closely, overflown=True)
                 return self._skip("the GradScaler found a gradient that is not finite", loss)
-        self._inverse_scale = None if scaling is None else scaling.inverse(due.records_gradients)
+        self._inverse_scale = (
+            None if scaling is None else scaling.inverse(due.records_gradients, self.capture.has_read_loss)
+        )
         if self.together is not None:
             with self._in_step(self.together):
                 if self.lagging.pending:
@@ -345,9 +363,12 @@ class SecondOrder(Session):
                 loss, statistics, products, team, gradients, steps, decays is not team.none, seen=self.seen_loss(loss)
             )
             batch.parameters = team.parameters
+        unseen = self.capture.seen if loss is None else None
         for reader in self.capture.readers:
             if not reader.told:
-                warn_of_loss(reader, self.model)
+                warn_of_loss(reader, self.model, unseen)
+        if unseen is not None and unseen.unsaid:
+            unseen.tell()
         undo = self._undo(batch) if due.risky or due.looks_back else None
         try:
             self.last_report = self._advance(closure, batch, [] if undo is None else undo.copies)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.backends.backend import Backend
-from ...curvature.backends.loss_seen import GuessedLoss
 from ...curvature.layers.layer import Layer
 from ...curvature.layers.sharding import local
 from ...curvature.records.statistics import LayerStatistics
@@ -31,7 +30,7 @@ from .lagging import Lagging, require_may_lag
 from .loss_reading import require_right_loss
 from .plan import Plan, StepPlan
 from .precision import widened
-from .recording import own_measures
+from .recording import all_records, own_measures
 from .skeleton import Skeleton
 from .stepping import StepRule
 from .team import BlockStep, Team
@@ -254,6 +253,7 @@ class Session(torch.optim.Optimizer):
         self._values.assign(layers, self.param_groups)
         self.capture = self.capture.extended(layers)
         self.capture.measures = own_measures(blocks)
+        self.capture.arm(all_records(blocks, layers, self.method))  # places the hooks that any step will need
         self._rule.grow(layers)
         self._unowned = unowned_parameters(self.model, layers)
         self._skeleton = Skeleton(self.model, layers)
@@ -301,11 +301,13 @@ class Session(torch.optim.Optimizer):
         Args:
             loss: of the closure, if there was one.
         """
-        found = None if self.capture.seen is None else self.capture.seen.take()
-        if loss is not None:
+        seen = self.capture.seen
+        found = None if seen is None else seen.take(self._inverse_scale is not None)
+        if loss is not None or seen is None:
             return None
         if found is None:
-            if self.together is None or not isinstance(self.capture.seen, GuessedLoss):
+            seen.note_unread()
+            if self.together is None or seen.unreadable:
                 return None
             found = torch.full((), torch.inf, device=self.device)
         return found if self._inverse_scale is None else found * self._inverse_scale

@@ -16,7 +16,7 @@ from ...errors import ArgumentError, ClosureRequiredError, NumericalError, requi
 from ...preconditioners.whole.models import Sighted, flattened
 from ...preconditioners.whole.systems import Products, chosen_system, products_of
 from ...stepsize.search.protocol import SearchOutcome
-from ..optimizer.closure import Snapshot
+from ..optimizer.closure import Snapshot, require_real
 from ..optimizer.layer_table import LayerTable
 from ..optimizer.report import LayerRow, StepReport
 from .method import WholeMethod
@@ -495,6 +495,7 @@ class _Evaluations:
                     f"{type(found).__name__}"
                 )
             loss, residuals = torch.as_tensor(found).detach().reshape(()), None
+            require_real(loss)
             if all(parameter.grad is None for parameter in parameters):
                 raise ArgumentError(
                     "no parameter has a gradient; the function must call loss.backward(), or return residuals by name"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from ....checking import require_kind
 from ....curvature.estimators import SampledFisher
 from ....errors import ArgumentError
 from ....preconditioners.averages import MovingAverage
@@ -182,6 +183,7 @@ def ngd_exact(
     Raises:
         ArgumentError: for a finite ``limit`` above 1: until version 0.2.0 the word meant what is ``largest`` now.
     """
+    require_kind("limit of ngd-exact", limit, float, "pass a number in (0, 1], or inf")
     if 1 < limit < math.inf:
         raise ArgumentError(
             f"limit of ngd-exact bounds a layer's step in units of its norm, so it must lie in (0, 1] or be inf, got "

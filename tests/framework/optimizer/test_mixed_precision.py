@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import osculate as osc
@@ -111,19 +112,95 @@ def float_states(optimizer: osc.SecondOrder) -> set[torch.dtype]:
     return {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
 
 
-@pytest.mark.parametrize("name", ["kfac-empirical", "kfac", "adam", "mbf"])
+@pytest.mark.parametrize("name", ["kfac-empirical", *WITHOUT_CLOSURE])
 def test_an_unknown_scale_is_refused_where_it_matters(name: str) -> None:
-    """After scaler.unscale_ torch does not say what the scale was; methods that read no inner gradient do not care."""
-    model = make()
-    optimizer = build("kfac", model, statistics="empirical") if name == "kfac-empirical" else build(name, model)
-    scaler = scaler_of()
-    x, y = data()
-    scaler.scale(cross_entropy(model(x), y)).backward()
-    scaler.unscale_(optimizer)
-    if name == "kfac-empirical":
-        with pytest.raises(osc.ArgumentError, match="grad_scaler=scaler"):
+    """After scaler.unscale_ torch does not say what the scale was.
+
+    Methods that read nothing off a gradient inside the model or at its output do not care. All others are right or
+    refused: what those that step end with is what a loop without a scaler ends with.
+    """
+    results = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = make()
+        optimizer = build("kfac", model, statistics="empirical") if name == "kfac-empirical" else build(name, model)
+        scaler = scaler_of()
+        before = everything(model)
+        for x, y in batches(count=2):
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            (scaler.scale(loss) if scaled else loss).backward()
+            if not scaled:
+                optimizer.step()
+                continue
+            scaler.unscale_(optimizer)
+            if reads(optimizer, name):
+                with pytest.raises(osc.ArgumentError, match="grad_scaler=scaler"):
+                    scaler.step(optimizer)
+                assert differences((before, {}), (everything(model), {})) == []
+                return
             scaler.step(optimizer)
-    else:
+            scaler.update()
+        results.append((everything(model), state_of(optimizer)))
+    assert differences(*results) == []
+
+
+def reads(optimizer: osc.SecondOrder, name: str) -> bool:
+    """Whether a method measures with the user's loss, or bounds its steps by it."""
+    return (
+        name == "kfac-empirical"
+        or optimizer.method.needs_likelihood
+        or optimizer.capture.seen is not None
+        or optimizer.due.records_gradients
+    )
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", None])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "ngd-exact", "tnt", "joint-kfac", "lw-sgdm", "mbf"])
+def test_the_clipping_recipe_is_right_with_the_scaler_and_refused_without(name: str, likelihood: str | None) -> None:
+    if likelihood is None and name != "mbf":
+        return
+    results = []
+    for scaled, told in ((False, False), (True, True), (True, False)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
+        scaler = scaler_of()
+        optimizer = osc.build(name, model, likelihood=likelihood, grad_scaler=scaler if told else None)
+        for step in range(3):
+            optimizer.zero_grad()
+            output = model(x)
+            if likelihood == "bernoulli":
+                loss = nn.functional.binary_cross_entropy_with_logits(output, nn.functional.one_hot(y, 3).to(output))
+            else:
+                loss = nn.functional.cross_entropy(output, y)
+            (scaler.scale(loss) if scaled else loss).backward()
+            if scaled:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            if scaled and not told:
+                with pytest.raises(osc.ArgumentError, match="grad_scaler=scaler"):
+                    scaler.step(optimizer)
+                assert step == 0 and optimizer.last_report.step == -1
+                return
+            if scaled:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        results.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+        torch.testing.assert_close(results[-1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_scale_that_is_the_number_of_samples_is_no_sum() -> None:
+    """A mean over N samples times a scale of N has weight 1 for each."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    scaler = scaler_of(32.0)
+    optimizer = osc.build("mbf", model, grad_scaler=scaler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scaler.scale(nn.functional.cross_entropy(model(torch.randn(32, 6)), torch.randint(0, 3, (32,)))).backward()
         scaler.step(optimizer)
 
 
