@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from .interrupts import interruptible
 from .on_screen import say
 from .progress import Display
 from .records import RunFolder, write_json
-from .targets import exclusive
+from .setbacks import is_setback
+from .targets import OutputError, exclusive
 from .training import measure, prepare
 from .training_run import TrainingRun
 from .watched import Extras, watched
@@ -185,7 +187,9 @@ def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console
         except KeyboardInterrupt:  # the second Ctrl-C: the step in progress is lost
             hard = True
         except Exception as error:
-            folder.write_status("broken down", reason=f"{type(error).__name__}: {error}", iterations=run.iterations)
+            ended = "interrupted" if is_setback(error) else "broken down"
+            with suppress(OutputError):  # where nothing can be written, the first error says why
+                folder.write_status(ended, reason=f"{type(error).__name__}: {error}", iterations=run.iterations)
             raise
         stopped = hard or (interrupted() and budget.spent(run.epoch, run.clock.seconds) < 1)
     status = "broken down" if reason else "interrupted" if stopped and not early else "finished"

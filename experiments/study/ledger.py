@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ...errors import ArgumentError
+from ..runs.targets import writing
 from .definition import METRICS, Arm, Study, StudyProblem
+from .journal import open_journal
 from .presence import is_alive
 from .spaces import distributions
 
@@ -96,13 +97,15 @@ def open_storage(out: Path, url: str | None) -> BaseStorage:
     """Open the storage of a study: the database at ``url``, or the journal in its folder.
 
     Raises:
-        ArgumentError: the database cannot be opened.
+        ArgumentError: the database cannot be opened, or the journal is damaged.
+        OutputError: the journal cannot be written.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("optuna").setLevel(logging.ERROR)
     if url is None:
-        out.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(out / "journal.log")))
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        return open_journal(out / "journal.log")
     for attempt in range(_MOST_OPENINGS):
         try:
             return optuna.storages.get_storage(url)
