@@ -19,6 +19,7 @@ import pandas as pd
 
 from ...errors import ArgumentError
 from ..runs.records import RunFolder
+from ..runs.wholeness import contradiction
 
 __all__ = ["STATES", "StudyRecord", "read_study", "side_by_side"]
 
@@ -131,6 +132,7 @@ def read_study(folder: Path) -> StudyRecord:
     if not folder.is_dir():
         raise ArgumentError(f"no study at {str(folder)!r}: name the folder that 'osculate study' wrote")
     description = _description(folder / "study.json")
+    tuning = {entry["name"]: entry.get("tuning") for entry in description.get("problems", [])}
     gaps: list[str] = []
     rows: list[list[Any]] = []
     courses: list[dict[str, Any]] = []
@@ -139,7 +141,7 @@ def read_study(folder: Path) -> StudyRecord:
     for path in _run_folders(folder):
         name = path.relative_to(folder).as_posix()
         lines = _evaluations(path, name, gaps)
-        rows.append(_run_row(path, name, lines, gaps))
+        rows.append(_run_row(path, name, lines, tuning, gaps))
         _count_samples(path, str(rows[-1][1]), samples)
         courses.extend({"run": name} | _numbers(line) for line in lines)
         steps.extend(_layer_rows(name, line) for line in lines)
@@ -291,7 +293,9 @@ def _object(file: Path, name: str, gaps: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: list[str]) -> list[Any]:
+def _run_row(
+    path: Path, name: str, lines: Sequence[Mapping[str, Any]], tuning: Mapping[str, Any], gaps: list[str]
+) -> list[Any]:
     before = len(gaps)
     trial, config = _object(path / "trial.json", name, gaps), _object(path / "config.json", name, gaps)
     status = _object(path / "status.json", name, gaps)
@@ -307,6 +311,11 @@ def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: li
     if state == "finished" and (len(gaps) > before or not lines):
         state = "unfinished"
         gaps.append(f"{name} says it finished, but its files do not hold a whole run")
+    elif state == "finished" and (
+        contradicted := contradiction(status, lines, trial, tuning.get(str(trial.get("problem"))))
+    ):
+        state = "unfinished"
+        gaps.append(f"{name} is damaged: {contradicted}")
     elif state == "unfinished":
         gaps.append(f"{name} did not end: {known}")
     value = trial.get("value")

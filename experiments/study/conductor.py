@@ -19,7 +19,7 @@ from ...errors import OsculateError
 from ..runs.interrupts import interruptible
 from .definition import Study
 from .display import Board
-from .folders import give_up, settle, write_study
+from .folders import give_up, reopen_damaged, settle, write_study
 from .ledger import Entry, Ledger, Slot
 from .presence import clear
 from .worker import SETBACK, Assignment, Place, work
@@ -132,10 +132,13 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
     ledger.publish()
     ledger.recover(ledger.entries(), blamed=False)  # as long as the files of the dead tell that they are dead
     settle(place.out, ledger)
+    damaged = reopen_damaged(place.out, ledger)
     clear(ledger.presence)
     write_study(place.out, study, ledger, source)
     crew = _Crew(study, place)
     with interruptible() as stopped, Board(console, study) as board:
+        for line in damaged:
+            board.say(line)
         entries = ledger.entries()
         board.show(entries)
         left = sum(entry.state != "done" for entry in entries.values())

@@ -29,9 +29,10 @@ from ..runs.evaluation import Metrics
 from ..runs.interrupts import interruptible
 from ..runs.runs import Resume, run_in_folder
 from ..runs.setbacks import in_words, is_setback
-from ..runs.targets import HeldError, OutputError, exclusive
+from ..runs.targets import DamagedError, HeldError, OutputError, exclusive
 from ..runs.training import EveryEpoch
 from ..runs.watched import Extras
+from ..runs.wholeness import contradiction_in
 from .definition import Study
 from .folders import NOT_FINISHED, breakdown, recorded_value, run_folder, told, write_trial
 from .ledger import FINAL, Entry, Ledger, Slot, open_storage
@@ -214,13 +215,19 @@ def perform(
     ended = recorded_value(folder, metric)
     reason = ""
     if ended is None:
+        resume = Resume.NEVER if contradiction_in(folder, metric) else Resume.AUTO
         write_trial(folder, slot, seed, settings, None, NOT_FINISHED)
         config = arm.config(problem, point, seed, study.device)
-        extras = Extras(schedule=EveryEpoch(study.evaluations), tensorboard=place.tensorboard, enough=enough)
+        extras = Extras(
+            schedule=EveryEpoch(study.evaluations), tensorboard=place.tensorboard, whole=True, enough=enough
+        )
         budget = study.problem_budget(problem) if slot.phase == FINAL else study.tuning_budget(problem)
         silent = Console(file=io.StringIO())
         try:
-            result = run_in_folder(config, budget, folder, place.data_dir, Resume.AUTO, silent, extras)
+            try:
+                result = run_in_folder(config, budget, folder, place.data_dir, resume, silent, extras)
+            except DamagedError:
+                result = run_in_folder(config, budget, folder, place.data_dir, Resume.NEVER, silent, extras)
         except Exception as error:  # whatever a method does wrong is its own miss, not the end of the study
             if is_setback(error):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from osculate.errors import ArgumentError, NumericalError
+from osculate.experiments.commands.cli import execute
 from osculate.experiments.runs.setbacks import in_words, is_setback
 from osculate.experiments.runs.targets import DamagedError, HeldError, OutputError
 from osculate.experiments.study.journal import open_journal
@@ -85,6 +87,40 @@ def test_a_full_disk_gives_the_run_back_and_the_same_command_does_it(tmp_path: P
     assert again.returncode == 0 and "all runs are done" in again.stdout, again.stderr
     (entry,) = Ledger(open_storage(out, None), study, out / "workers").entries().values()
     assert entry.state == "done" and entry.value is not None
+
+
+def test_a_finished_run_with_damaged_files_is_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the book knows stays where the files agree; a run whose files do not is repeated, and named."""
+    file, out = tmp_path / "two.toml", tmp_path / "out"
+    file.write_text(STUDY.replace("seeds = [1]", "seeds = [1, 2, 3]"))
+    command = ["study", str(file), "--out", str(out)]
+    assert execute(command) == 0
+    first, second, third = (out / f"runs/curves-autoencoder/sgdm/final-{seed}" for seed in (1, 2, 3))
+    whole = [json.loads(line)["train_loss"] for line in (first / "metrics.jsonl").read_text().splitlines()]
+    untouched = (third / "status.json").stat().st_mtime_ns
+    (first / "metrics.jsonl").write_text((first / "metrics.jsonl").read_text()[:-20])
+    (second / "metrics.jsonl").write_text("")
+    capsys.readouterr()
+    assert execute(["report", str(out)]) == 1
+    assert (
+        "final-1 is damaged: metrics.jsonl ends after 4 iterations, but status.json says 8" in capsys.readouterr().out
+    )
+    assert execute(command) == 0
+    said = capsys.readouterr().out
+    assert "final-1 is done again: metrics.jsonl ends after 4" in said
+    assert "final-2 is done again: status.json says that it finished" in said and "final-3 is done" not in said
+    again = [json.loads(line)["train_loss"] for line in (first / "metrics.jsonl").read_text().splitlines()]
+    assert again == whole and (third / "status.json").stat().st_mtime_ns == untouched
+    assert execute(command) == 0 and "done again" not in capsys.readouterr().out
+    (out / "journal.log").unlink()
+    (second / "metrics.jsonl").write_text("")
+    assert execute(command) == 0 and len((second / "metrics.jsonl").read_text().splitlines()) == 3
+    (out / "journal.log").unlink()
+    (second / "status.json").write_text(json.dumps({"status": "running"}))
+    checkpoint = bytearray((second / "checkpoint.pt").read_bytes())
+    checkpoint[len(checkpoint) // 2] ^= 1
+    (second / "checkpoint.pt").write_bytes(checkpoint)
+    assert execute(command) == 0 and json.loads((second / "status.json").read_text())["status"] == "finished"
 
 
 class TestJournal:
