@@ -36,7 +36,8 @@ class RunStudy(DataFlag):
     The same command again continues where it stopped, also after a crash: no run is lost and none is done twice. More
     machines may join with --storage, each with this command. 'osculate report FOLDER' draws the result.
 
-    Exit status: 0 all runs are done (misses included), 2 bad input, 130 interrupted by Ctrl-C.
+    Exit status: 0 all runs are done (misses included), 1 the disk, the machine or the program failed, 2 bad input,
+    130 interrupted by Ctrl-C.
     """
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = ""
@@ -71,7 +72,7 @@ class RunStudy(DataFlag):
     def run(self, console: Console) -> int:
         """Check, run, and return the exit status."""
         from ..study.checking import checked
-        from ..study.conductor import conduct
+        from ..study.conductor import SetbackError, conduct
         from ..study.estimate import show_estimate
         from ..study.worker import Place as StudyPlace
 
@@ -96,7 +97,12 @@ class RunStudy(DataFlag):
             show_estimate(study, self.data_dir, place.workers, place.threads, console)
         if self.dry_run or self.estimate:
             return 0
-        complete = conduct(study, place, path, console)
+        try:
+            complete = conduct(study, place, path, console)
+        except SetbackError as error:
+            say(console, str(error), "red")
+            say(console, f"not all runs are done; the study lies in {out}")
+            return 1
         state = "all runs are done" if complete else "not all runs are done; the same command continues"
         say(console, f"{state}; the study lies in {out}")
         return 0 if complete else 130

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator, SymmetricalLogLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 from numpy.typing import NDArray
 
 from ..runs.comparison import Comparison, Curve
@@ -54,7 +55,9 @@ def comparison_figure(comparison: Comparison) -> Figure:
         for name, loss in comparison.landmarks.items():
             axes.axhline(loss, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
             across = axes.get_yaxis_transform()  # x as a share of the width, y a loss
-            axes.text(0.99, loss, name, transform=across, ha="right", va="bottom", color="0.35", fontsize="x-small")
+            look: dict[str, Any] = {"ha": "right", "va": "bottom", "color": "0.35", "fontsize": "x-small"}
+            words = axes.text(0.99, loss, name, transform=across, clip_on=True, **look)
+            words.set_in_layout(False)  # it may lie far outside of the view
     _widen_first_epochs(grid[0], [curve.points[-1]["epoch"] for curve in comparison.curves if curve.points])
     grid[0].set(ylabel="training loss")
     told_of_axis = ""
@@ -98,7 +101,10 @@ def _scale_distances(axes: Axes, losses: NDArray[np.float64], floor: float, star
     axes.set_ylim(floor + nearest, ceiling)
     steps = [step * 10.0**power for power in range(-3, 6) for step in (1, 2, 3, 5)]
     ticks = {round(step * math.ceil((floor + step) / step), 6) for step in steps}
-    axes.yaxis.set_major_locator(FixedLocator(sorted(tick for tick in ticks if floor + nearest < tick < ceiling)))
+    seen = sorted(tick for tick in ticks if floor + nearest < tick < ceiling)
+    if len(seen) < 2:
+        seen = [float(tick) for tick in MaxNLocator(4).tick_values(floor + nearest, ceiling)]
+    axes.yaxis.set_major_locator(FixedLocator(seen))
     axes.yaxis.set_major_formatter(PLAIN)
     axes.yaxis.set_minor_locator(NullLocator())
 

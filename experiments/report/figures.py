@@ -40,6 +40,7 @@ __all__ = [
     "grid_figure",
     "label_lines",
     "lines_of",
+    "literal",
     "name_lines",
     "new_figure",
     "note",
@@ -120,7 +121,7 @@ class Styles:
     def handle(self, arm: str) -> Line2D:
         """A line for a legend."""
         look = {key: value for key, value in self.line(arm).items() if key != "markevery"}
-        return Line2D([], [], label=arm, **look)
+        return Line2D([], [], label=literal(arm), **look)
 
 
 def _cycle() -> dict[str, list[Any]]:
@@ -208,6 +209,11 @@ def plain_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def literal(text: str) -> str:
+    """The text with its dollar signs as they are; matplotlib reads what stands between two as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def text_points(text: str, size: str | float) -> float:
     """Width of a line of text in points.
 
@@ -222,7 +228,9 @@ def text_points(text: str, size: str | float) -> float:
 def _text_points(text: str, size: float, family: tuple[str, ...]) -> float:
     if not text.strip():
         return 0.0
-    path = TextPath((0, 0), text.replace("$", "S"), size=size, prop=FontProperties(family=list(family)))
+    path = TextPath(
+        (0, 0), text.replace(r"\$", "S").replace("$", "S"), size=size, prop=FontProperties(family=list(family))
+    )
     return float(path.get_extents().width)
 
 
@@ -237,7 +245,7 @@ def title(figure: Figure, *texts: str) -> None:
     room = 72 * figure.get_figwidth() - 4
     size = FontProperties(size=mpl.rcParams["figure.titlesize"]).get_size_in_points()
     text = next((text for text in texts if text_points(text, size) <= room), texts[-1])
-    figure.suptitle(text, fontsize=min(size, max(4.0, size * room / max(1.0, text_points(text, size)))))
+    figure.suptitle(literal(text), fontsize=min(size, max(4.0, size * room / max(1.0, text_points(text, size)))))
 
 
 def note(figure: Figure, text: str) -> None:
@@ -249,7 +257,7 @@ def note(figure: Figure, text: str) -> None:
     """
     if text:
         lines = lines_of(text, "x-small", 72 * figure.get_figwidth() - 6)
-        figure.supxlabel("\n".join(lines), fontsize="x-small", x=0.01, ha="left", color="0.35")
+        figure.supxlabel(literal("\n".join(lines)), fontsize="x-small", x=0.01, ha="left", color="0.35")
         figure.set_figheight(figure.get_figheight() + 0.1 * len(lines) + 0.05)
 
 
@@ -396,7 +404,7 @@ def _legend_below(figure: Figure, handles: Sequence[Artist], points: float, rema
     keywords: dict[str, Any] = {}
     if remark:
         lines = lines_of(remark, "x-small", width - 6)
-        keywords = {"title": "\n".join(lines), "title_fontsize": "x-small", "alignment": "left"}
+        keywords = {"title": literal("\n".join(lines)), "title_fontsize": "x-small", "alignment": "left"}
         figure.set_figheight(figure.get_figheight() + 0.1 * len(lines) + 0.05)
     figure.legend(handles, shown, loc="outside lower center", ncols=columns, columnspacing=1.2, **keywords)
 
@@ -449,7 +457,7 @@ def label_lines(
             "alpha": 0.5,
         }  # no line of the figure is like it
         label = axes.annotate(
-            name,
+            literal(name),
             (x, y),
             xytext=(right + _LEADER_POINTS - points[index, 0], height - points[index, 1]),
             textcoords="offset points",

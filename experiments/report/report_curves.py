@@ -35,7 +35,8 @@ def course_band(record: StudyRecord, problem: str, arm: str, clock: str, metric:
     """Quartiles of a metric over the seeds of an arm, on one clock.
 
     Runs are interpolated linearly between evaluations, up to where the first run that finished ends. A run that broke
-    down is the worst possible from its last evaluation on, so a median of an arm that breaks down ends there.
+    down is the worst possible from its last evaluation on, so a median of an arm that breaks down ends there; so is one
+    whose first values are not finite, before the first that is.
 
     Returns:
         The clock, (T,), and quartiles, (3, T) with infinities; ``None`` without a run that has the metric.
@@ -55,7 +56,7 @@ def course_band(record: StudyRecord, problem: str, arm: str, clock: str, metric:
         times, values = course[clock].to_numpy(dtype=float), sign * course[metric].to_numpy(dtype=float)
         known = np.isfinite(values)
         if known.any():
-            lines.append(np.interp(grid, times[known], values[known], right=math.inf))
+            lines.append(np.interp(grid, times[known], values[known], left=math.inf, right=math.inf))
     if not lines:
         return None
     stacked = np.stack(lines)
@@ -111,6 +112,8 @@ def _figure(
     remarks += [f"no line within the view: {', '.join(gone)}"] if gone else []
     if any(_stops(band) for _, found in drawn for band in found.values()):
         remarks.append("a cross: half of the runs broke down")
+    late = [arm for arm in shown if any(arm in found and _begins_late(found[arm]) for _, found in drawn)]
+    remarks += [f"first values not finite: {', '.join(late)}"] if late else []
     name_lines(last, ends, handles, beside, "; ".join(dict.fromkeys(filter(None, remarks))))
     return figure
 
@@ -118,7 +121,13 @@ def _figure(
 def _stops(band: tuple[Floats, Floats]) -> bool:
     """Whether half of the runs have broken down before the end."""
     known = np.isfinite(band[1][1])
-    return bool(known.any() and not known.all())
+    return bool(known.any() and not known[-1])
+
+
+def _begins_late(band: tuple[Floats, Floats]) -> bool:
+    """Whether the first values of half of the runs are not finite."""
+    known = np.isfinite(band[1][1])
+    return bool(known.any() and not known[0])
 
 
 def _draw_bands(axes: Axes, bands: dict[str, tuple[Floats, Floats]], styles: Styles, target: float | None) -> None:
@@ -126,7 +135,9 @@ def _draw_bands(axes: Axes, bands: dict[str, tuple[Floats, Floats]], styles: Sty
         seen = np.where(np.isfinite(median), median, math.nan)
         axes.plot(clock, seen, **styles.line(arm))
         known = np.flatnonzero(np.isfinite(median))
-        if 0 < len(known) < len(median):  # half of the runs have broken down
+        if len(known) == 1:
+            axes.plot(clock[known], median[known], "o", color=styles.colour(arm), markersize=3)
+        if len(known) and known[-1] + 1 < len(median):  # half of the runs have broken down
             axes.plot(clock[known[-1]], median[known[-1]], "x", color=styles.colour(arm), markersize=5)
         axes.fill_between(
             clock, low, np.where(np.isfinite(high), high, seen), color=styles.colour(arm), alpha=0.15, lw=0

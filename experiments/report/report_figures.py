@@ -19,6 +19,7 @@ from .figures import (
     column_width,
     grid_figure,
     lines_of,
+    literal,
     name_lines,
     note,
     one_panel,
@@ -181,7 +182,7 @@ def _ablation(measure: str, table: pd.DataFrame) -> Figure:
     axes.xaxis.set_minor_formatter(NullFormatter())
     plain_axes(axes)
     # Names stand above their bars, so that long ones leave the bars their room.
-    axes.set_yticks(tops[:-1] + 0.02, wrapped, fontsize="small")
+    axes.set_yticks(tops[:-1] + 0.02, [literal(name) for name in wrapped], fontsize="small")
     axes.tick_params(axis="y", length=0, pad=-3)
     for label in axes.get_yticklabels():
         label.set(ha="left", va="top", bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.5})

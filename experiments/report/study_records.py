@@ -19,6 +19,8 @@ import pandas as pd
 
 from ...errors import ArgumentError
 from ..runs.records import RunFolder
+from ..runs.wholeness import contradiction
+from .plain_runs import seeds_run_twice, told_apart
 
 __all__ = ["STATES", "StudyRecord", "read_study", "side_by_side"]
 
@@ -133,21 +135,27 @@ def read_study(folder: Path) -> StudyRecord:
     if not folder.is_dir():
         raise ArgumentError(f"no study at {str(folder)!r}: name the folder that 'osculate study' wrote")
     description = _description(folder / "study.json")
+    tuning = {entry["name"]: entry.get("tuning") for entry in description.get("problems", [])}
     gaps: list[str] = []
     rows: list[list[Any]] = []
     courses: list[dict[str, Any]] = []
     steps: list[list[tuple[str, float, str, float]]] = []
-    samples: dict[str, int] = {}
+    plain: dict[str, dict[str, Any]] = {}
     for path in _run_folders(folder):
         name = path.relative_to(folder).as_posix()
         lines = _evaluations(path, name, gaps)
-        rows.append(_run_row(path, name, lines, gaps))
-        _count_samples(path, str(rows[-1][1]), samples)
+        rows.append(_run_row(path, name, lines, tuning, gaps))
+        plain |= _plain(path, name)
         courses.extend({"run": name} | _numbers(line) for line in lines)
         steps.extend(_layer_rows(name, line) for line in lines)
     if not rows and not description:
         raise ArgumentError(f"{str(folder)!r} holds neither study.json nor runs; name the folder of a study")
     runs = pd.DataFrame(rows, columns=_RUN_COLUMNS).astype({"value": float, "broke after": float})
+    runs = told_apart(runs, plain)
+    gaps += seeds_run_twice(runs)
+    samples: dict[str, int] = {}
+    for run, problem in zip(runs["run"], runs["problem"], strict=True):
+        _count_samples(folder / run, problem, samples)
     layers = pd.DataFrame([row for group in steps for row in group], columns=["run", "epoch", "layer", "step"])
     table = pd.DataFrame(courses) if courses else pd.DataFrame(columns=["run", "epoch", "iterations", "seconds"])
     gaps += _missing(description, runs)
@@ -269,7 +277,7 @@ def _description(file: Path) -> dict[str, Any]:
 def _run_folders(folder: Path) -> Iterator[Path]:
     """Folders that a run wrote, in order; what a report wrote is none."""
     files = [path for name in ("config.json", "trial.json", "metrics.jsonl") for path in folder.rglob(name)]
-    yield from sorted({path.parent for path in files if path.parent != folder}, key=_natural)
+    yield from sorted({path.parent for path in files if path.parent != folder}, key=lambda path: (_natural(path), path))
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -293,7 +301,9 @@ def _object(file: Path, name: str, gaps: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: list[str]) -> list[Any]:
+def _run_row(
+    path: Path, name: str, lines: Sequence[Mapping[str, Any]], tuning: Mapping[str, Any], gaps: list[str]
+) -> list[Any]:
     before = len(gaps)
     trial, config = _object(path / "trial.json", name, gaps), _object(path / "config.json", name, gaps)
     status = _object(path / "status.json", name, gaps)
@@ -312,6 +322,11 @@ def _run_row(path: Path, name: str, lines: Sequence[Mapping[str, Any]], gaps: li
     elif state == "finished" and (len(gaps) > before or not lines):
         state = "unfinished"
         gaps.append(f"{name} says it finished, but its files do not hold a whole run")
+    elif state == "finished" and (
+        contradicted := contradiction(status, lines, trial, tuning.get(str(trial.get("problem"))))
+    ):
+        state = "unfinished"
+        gaps.append(f"{name} is damaged: {contradicted}")
     elif state == "unfinished":
         gaps.append(f"{name} did not end: {known}")
     value = trial.get("value")
@@ -348,6 +363,16 @@ def _broke_after(status: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) 
     """Steps that a run had taken when it broke down; those of its last evaluation where it was killed."""
     steps = status.get("iterations", lines[-1].get("iterations") if lines else None)
     return float(steps) if isinstance(steps, int | float) and not isinstance(steps, bool) else math.nan
+
+
+def _plain(path: Path, name: str) -> dict[str, dict[str, Any]]:
+    """The configuration of a run that no study made and whose folder names no arm; damage is told elsewhere."""
+    if _NUMBERED.search(path.name):
+        return {}
+    with suppress(OSError, ValueError):
+        if not _json_object(path / "trial.json").get("arm") and (config := _json_object(path / "config.json")):
+            return {name: config}
+    return {}
 
 
 def _count_samples(path: Path, problem: str, samples: dict[str, int]) -> None:

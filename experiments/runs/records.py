@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,8 +29,7 @@ from typing import Any
 
 import torch
 
-from ...errors import ArgumentError
-from .targets import require_folder, writing
+from .targets import DamagedError, require_folder, writing
 
 __all__ = ["RunFolder", "as_written", "write_json"]
 
@@ -89,16 +89,16 @@ class RunFolder:
         """Return the saved configuration.
 
         Raises:
-            ArgumentError: there is none, or it is not a JSON object.
+            DamagedError: there is none, or it is not a JSON object.
         """
         try:
             content = json.loads(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ArgumentError(
+            raise DamagedError(
                 f"{self.config_file} cannot be read ({error}); name another folder with --out"
             ) from error
         if not isinstance(content, dict):
-            raise ArgumentError(f"{self.config_file} must hold one JSON object; name another folder with --out")
+            raise DamagedError(f"{self.config_file} must hold one JSON object; name another folder with --out")
         return content
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -112,21 +112,21 @@ class RunFolder:
         """Return the metrics written so far; a last line cut short by a crash is left out.
 
         Raises:
-            ArgumentError: a line is no JSON object that counts iterations.
+            DamagedError: a line is no JSON object that counts iterations.
         """
         if not self.metrics_file.exists():
             return []
         found: list[dict[str, Any]] = []
         try:
-            for line in self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):
-                    entry = json.loads(line)
+            for line in self.metrics_file.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"\n"):
+                    entry = json.loads(line.decode())
                     int(entry["iterations"])
                     found.append(entry)
         except (OSError, ValueError, TypeError, LookupError) as error:
-            raise ArgumentError(
-                f"{self.metrics_file} cannot be read after line {len(found)} ({type(error).__name__}: {error}); remove "
-                "the damaged line, or start over with --resume never"
+            raise DamagedError(
+                f"{self.metrics_file} cannot be read after line {len(found)}, in line {len(found) + 1} "
+                f"({type(error).__name__}: {error}); remove the damaged line, or start over with --resume never"
             ) from error
         return found
 
@@ -162,17 +162,23 @@ class RunFolder:
             source: one of :meth:`kept_checkpoints`; ``None``: the last checkpoint.
 
         Raises:
-            ArgumentError: the file is damaged or holds more than plain state.
+            DamagedError: the file is damaged or holds more than plain state.
         """
         file = source or self.checkpoint_file
         try:
-            state = torch.load(file, map_location=device, weights_only=True)
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch reads over flipped bits
+            state = torch.load(file, map_location=device, weights_only=True) if damaged is None else None
         except Exception as error:  # torch names no common class for a damaged file
-            raise ArgumentError(
+            raise DamagedError(
                 f"{file} cannot be read ({type(error).__name__}); start over with --resume never"
             ) from error
+        if damaged is not None:
+            raise DamagedError(
+                f"{file} is damaged: {damaged!r} in it does not have its checksum; start over with --resume never"
+            )
         if not isinstance(state, dict):
-            raise ArgumentError(f"{file} holds no state of a run; start over with --resume never")
+            raise DamagedError(f"{file} holds no state of a run; start over with --resume never")
         return state
 
     def write_status(self, status: str, **details: object) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from .interrupts import interruptible
 from .on_screen import say
 from .progress import Display
 from .records import RunFolder, write_json
-from .targets import exclusive
+from .setbacks import is_setback
+from .targets import DamagedError, FolderError, OutputError, exclusive
 from .training import measure, prepare
 from .training_run import TrainingRun
 from .watched import Extras, watched
+from .wholeness import evaluations_lost
 
 __all__ = ["Resume", "RunResult", "default_folder", "describe_run", "other_values", "run_in_folder"]
 
@@ -132,11 +135,16 @@ def run_in_folder(
         say(console, _tested_on(problem, data))
     with exclusive(folder.path):
         if resume is not Resume.NEVER and folder.checkpoint_file.exists():
-            _restore(run, folder, described)
+            _restore(run, folder, described, console, extras)
             spent = budget.spent(run.epoch, run.clock.seconds) >= 1
             remark = "; its budget is spent, raise --epochs or --seconds to train on" if spent else ""
             say(console, f"continuing after {run.iterations} iterations{remark}")
         else:
+            if resume is not Resume.NEVER and (steps := _steps_in(folder)):
+                say(
+                    console,
+                    f"{folder.path} holds {steps} iterations of a run, but no checkpoint.pt: training starts over",
+                )
             folder.start(described, describe_environment(run.device))
         return _train(run, budget, folder, console, extras)
 
@@ -159,24 +167,49 @@ def _tested_on(problem: Problem, data: Data) -> str:
     return f"{' and '.join(measures)} {verb} of the {data.test_set}"
 
 
-def _restore(run: TrainingRun, folder: RunFolder, described: dict[str, Any]) -> None:
-    """Let a run stand where the folder's stood."""
+def _steps_in(folder: RunFolder) -> int:
+    """How far the metrics in a folder go; 0 where there are none that can be read."""
+    with suppress(DamagedError):
+        return max((int(line["iterations"]) for line in folder.read_metrics()), default=0)
+    return 0
+
+
+def _restore(run: TrainingRun, folder: RunFolder, described: dict[str, Any], console: Console, extras: Extras) -> None:
+    """Let a run stand where the folder's stood; the evaluation of its checkpoint is made again where it is lost.
+
+    Raises:
+        FolderError: the folder holds another run, or damaged files.
+    """
     lines = other_values(folder.read_config(), described)
     if lines:
         listed = "\n  ".join(lines)
-        raise ArgumentError(
+        raise FolderError(
             f"{folder.path} holds a run of another configuration:\n  {listed}\n"
             "continue it with the saved values, start over with --resume never, or name another folder with --out"
         )
     state = folder.load_checkpoint(run.device)
+    steps = state.get("iterations")
+    lost = evaluations_lost(run, steps, extras.schedule, folder) if isinstance(steps, int) else []
+    if lost:
+        which = ", ".join(map(str, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        told = f"{folder.metrics_file} has lost the evaluations after iterations {which}"
+        if extras.whole:
+            raise DamagedError(f"{told}; start over with --resume never")
+        say(console, f"{told}: the record goes on without them; --resume never starts over", "yellow")
     try:
         run.load_state_dict(state)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ArgumentError(
+        raise DamagedError(
             f"{folder.checkpoint_file} does not hold the state of this run ({type(error).__name__}: {error}); start "
             "over with --resume never, or name another folder with --out"
         ) from error
     folder.rewind_metrics(run.iterations)
+    if run.iterations not in [line["iterations"] for line in folder.read_metrics()]:
+        folder.append_metrics(run.evaluate().as_dict())
+        say(
+            console,
+            f"{folder.metrics_file} had lost the evaluation after {run.iterations} iterations; it is made again",
+        )
 
 
 def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console, extras: Extras) -> RunResult:
@@ -204,7 +237,9 @@ def _train(run: TrainingRun, budget: Budget, folder: RunFolder, console: Console
         except KeyboardInterrupt:  # the second Ctrl-C: the step in progress is lost
             hard = True
         except Exception as error:
-            folder.write_status("broken down", reason=f"{type(error).__name__}: {error}", iterations=run.iterations)
+            ended = "interrupted" if is_setback(error) else "broken down"
+            with suppress(OutputError):  # where nothing can be written, the first error says why
+                folder.write_status(ended, reason=f"{type(error).__name__}: {error}", iterations=run.iterations)
             raise
         stopped = hard or (interrupted() and budget.spent(run.epoch, run.clock.seconds) < 1)
     status = "broken down" if reason else "interrupted" if stopped and not early else "finished"

@@ -9,11 +9,29 @@ from pathlib import Path
 
 from ...errors import ArgumentError, OsculateError
 
-__all__ = ["HeldError", "OutputError", "exclusive", "hold", "require_file", "require_folder", "writing"]
+__all__ = [
+    "DamagedError",
+    "FolderError",
+    "HeldError",
+    "OutputError",
+    "exclusive",
+    "hold",
+    "require_file",
+    "require_folder",
+    "writing",
+]
 
 
 class HeldError(ArgumentError):
     """Another process writes to the same folder."""
+
+
+class FolderError(ArgumentError):
+    """What a folder holds does not let its run go on; nothing is said of the method."""
+
+
+class DamagedError(FolderError):
+    """Files of a run are damaged, or lack something, so that it can only start over."""
 
 
 class OutputError(OsculateError):

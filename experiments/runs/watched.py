@@ -27,6 +27,7 @@ class Extras:
         keep_checkpoints: whether the checkpoint of every evaluation stays.
         schedule: when it is evaluated, and its checkpoint written.
         tensorboard: whether the numbers of every evaluation, and the readings of monitors, go to event files too.
+        whole: whether a run that goes on must have all its evaluations; else it is said which are lost.
         enough: asked after every evaluation whether the run ends there, before its budget is spent.
 
     Raises:
@@ -37,6 +38,7 @@ class Extras:
     keep_checkpoints: bool = False
     schedule: Schedule = field(default_factory=EveryEpoch)
     tensorboard: bool = False
+    whole: bool = False
     enough: Callable[[Metrics], bool] = lambda metrics: False
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 from rich.console import Console
@@ -18,16 +19,20 @@ from ...errors import OsculateError
 from ..runs.interrupts import interruptible
 from .definition import Study
 from .display import Board
-from .folders import give_up, run_folder, settle, write_study
+from .folders import give_up, reopen_damaged, run_folder, settle, write_study
 from .ledger import Entry, Ledger, Slot
 from .presence import clear
 from .same_folder import require_same
-from .worker import Assignment, Place, work
+from .worker import SETBACK, Assignment, Place, work
 
-__all__ = ["WorkerError", "conduct"]
+__all__ = ["SetbackError", "WorkerError", "conduct"]
 
 _LOOK_SECONDS = 0.5
 _PATIENCE_SECONDS = 60.0
+
+
+class SetbackError(OsculateError, RuntimeError):
+    """A run met what no method is to blame for: no space, no memory, damaged files, an error of the program."""
 
 
 class WorkerError(OsculateError, RuntimeError):
@@ -42,12 +47,15 @@ class _Crew:
     place: Place
     processes: dict[str, BaseProcess] = field(default_factory=dict)
     deaths: int = 0
+    troubles: SimpleQueue[str] = field(default_factory=multiprocessing.get_context("spawn").SimpleQueue)
 
     def start(self) -> None:
         """Add one worker."""
         name = uuid.uuid4().hex[:12]
         told = Assignment(self.study, self.place, name)
-        process = multiprocessing.get_context("spawn").Process(target=work, args=(told,), daemon=True, name=name)
+        process = multiprocessing.get_context("spawn").Process(
+            target=work, args=(told, self.troubles), daemon=True, name=name
+        )
         process.start()
         self.processes[name] = process
 
@@ -61,6 +69,7 @@ class _Crew:
         """Forget workers that have ended; those that died are replaced, up to a point.
 
         Raises:
+            SetbackError: one ended with what no method is to blame for.
             WorkerError: too many died.
         """
         for name, process in list(self.processes.items()):
@@ -68,12 +77,17 @@ class _Crew:
                 continue
             process.join()
             del self.processes[name]
+            if process.exitcode == SETBACK:
+                raise SetbackError(
+                    f"{self.troubles.get()}\nno method is to blame: the run is given back, and the same command does "
+                    "it again once the cause is gone"
+                )
             if process.exitcode:
                 self.deaths += 1
                 if self.deaths > 3 * self.place.workers + 3:
                     raise WorkerError(
                         f"{self.deaths} worker processes died (the last with exit code {process.exitcode}); see their "
-                        "messages above, and make room on the disk or in memory"
+                        "messages above; killed by signal 9 without a message means that there was no memory left"
                     )
                 self.start()
 
@@ -111,6 +125,8 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
 
     Raises:
         ArgumentError: the folder holds another study, or other runs than this one asks for.
+        SetbackError: a run met what no method is to blame for; it is given back.
+        OutputError: the book cannot be written.
         WorkerError: workers die again and again.
     """
     ledger = place.ledger(study)
@@ -118,12 +134,15 @@ def conduct(study: Study, place: Place, source: Path | None, console: Console) -
     ledger.publish()
     ledger.recover(ledger.entries(), blamed=False)  # as long as the files of the dead tell that they are dead
     settle(place.out, ledger)
+    damaged = reopen_damaged(place.out, ledger)
     clear(ledger.presence)
     write_study(place.out, study, ledger, source)
     crew = _Crew(study, place)
     entries = ledger.entries()
     begun = [slot for slot, entry in entries.items() if entry.state != "done" and _has_begun(place.out, slot)]
     with interruptible() as stopped, Board(console, study, begun) as board:
+        for line in damaged:
+            board.say(line)
         board.show(entries)
         left = sum(entry.state != "done" for entry in entries.values())
         for _ in range(min(place.workers, left)):
@@ -153,7 +172,11 @@ def _watch(crew: _Crew, ledger: Ledger, board: Board, stopped: Callable[[], bool
             return
         for slot in crew.enforce(crew.study.limit, entries, ledger):
             board.say(f"{slot}: killed, over the limit of {crew.study.limit:g} s")
-        crew.replace_dead()
+        try:
+            crew.replace_dead()
+        except SetbackError:
+            _wind_down(crew, board)
+            raise
     board.show(ledger.entries())
 
 

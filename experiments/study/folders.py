@@ -23,6 +23,7 @@ from ...errors import ArgumentError
 from ..runs.environment import choose_device, describe_environment
 from ..runs.records import RunFolder, write_json
 from ..runs.targets import writing
+from ..runs.wholeness import contradiction_in
 from .definition import Study
 from .ledger import FINAL, Ledger, Slot
 
@@ -32,6 +33,7 @@ __all__ = [
     "describe_study",
     "give_up",
     "recorded_value",
+    "reopen_damaged",
     "run_folder",
     "settle",
     "told",
@@ -192,6 +194,24 @@ def settle(out: Path, ledger: Ledger) -> list[Slot]:
     return settled
 
 
+def reopen_damaged(out: Path, ledger: Ledger) -> list[str]:
+    """Let the runs be done again that finished, and whose files do not say so any more.
+
+    Folders of runs that another machine did, in a folder of its own, are left alone.
+
+    Returns:
+        One line for each of them, with what is wrong.
+    """
+    told = []
+    for slot, entry in ledger.entries().items():
+        if entry.state != "done" or entry.value is None:
+            continue
+        if wrong := contradiction_in(run_folder(out, slot), ledger.metric(slot.problem)):
+            ledger.reopen(entry)
+            told.append(f"{slot} is done again: {wrong}")
+    return told
+
+
 def _open(file: Path) -> bool:
     try:
         return bool(json.loads(file.read_text(encoding="utf-8"))["reason"] == NOT_FINISHED)
@@ -210,7 +230,7 @@ def breakdown(folder: RunFolder) -> tuple[str, int | None]:
 
 
 def recorded_value(folder: RunFolder, metric: str) -> tuple[str, float | None] | None:
-    """Return how a run in a folder ended and its value; ``None`` if it has not ended.
+    """Return how a run in a folder ended and its value; ``None`` if it has not ended, or its metrics are not whole.
 
     Args:
         folder: of the run.
@@ -224,6 +244,8 @@ def recorded_value(folder: RunFolder, metric: str) -> tuple[str, float | None] |
     except (OSError, ValueError, LookupError, TypeError):
         return None
     if status == "finished":
+        if contradiction_in(folder, metric):
+            return None
         last = folder.read_metrics()[-1]
         if metric not in last:
             raise ArgumentError(f"runs of this problem have no {metric}; they have {', '.join(last)}")

@@ -1,8 +1,8 @@
 """Which runs there are and who does them: the study's book, kept in an Optuna storage that many processes share.
 
 Every run has a place in the book, a *slot*: a tuning point or a final seed of one arm on one problem. A slot is a row
-of Optuna trials, of which the lowest-numbered one that has not failed counts. All steps are single atomic operations
-of the storage, so that no lock is needed and a process may die between any two of them:
+of Optuna trials, of which the lowest-numbered one that has not failed, nor was reopened, counts. All steps are single
+atomic operations of the storage, so that no lock is needed and a process may die between any two of them:
 
 - a worker *claims* a slot by turning its trial from waiting to running, which the storage grants to one process only;
 - a run that is given back, or whose worker is gone, gets a new waiting trial first, and its old one fails after that;
@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ...errors import ArgumentError
+from ..runs.targets import writing
 from .definition import METRICS, Arm, Study, StudyProblem
+from .journal import open_journal
 from .presence import is_alive
 from .spaces import distributions
 
@@ -36,6 +37,8 @@ __all__ = ["FINAL", "TUNE", "Entry", "Ledger", "Slot", "open_storage"]
 
 TUNE, FINAL = "tune", "final"
 _MOST_CRASHES = 3
+_VOID = "void "
+"""Before the trial's number, the name of a mark of trials that are complete and count no more."""
 _TRIALS_BEFORE_PRUNING = 4
 _MOST_OPENINGS = 6
 _REOPEN_SECONDS = 0.5
@@ -96,13 +99,15 @@ def open_storage(out: Path, url: str | None) -> BaseStorage:
     """Open the storage of a study: the database at ``url``, or the journal in its folder.
 
     Raises:
-        ArgumentError: the database cannot be opened.
+        ArgumentError: the database cannot be opened, or the journal is damaged.
+        OutputError: the journal cannot be written.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("optuna").setLevel(logging.ERROR)
     if url is None:
-        out.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(out / "journal.log")))
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        return open_journal(out / "journal.log")
     for attempt in range(_MOST_OPENINGS):
         try:
             return optuna.storages.get_storage(url)
@@ -252,6 +257,13 @@ class Ledger:
         self._enter(study, entry.slot.index, trial.params, trial.distributions, crashes)
         self._end(entry.trial, TrialState.FAIL)
 
+    def reopen(self, entry: Entry) -> None:
+        """Enter a run anew that is done, but whose files are damaged; what the book says of it counts no more."""
+        trial = self.storage.get_trial(entry.trial)
+        study = self._ids[entry.slot.problem, entry.slot.arm, entry.slot.phase]
+        self._enter(study, entry.slot.index, trial.params, trial.distributions, 0)
+        self.storage.set_study_user_attr(study, f"{_VOID}{entry.trial}", True)
+
     def finish(self, entry: Entry, value: float | None, status: str, why: str = "", steps: int | None = None) -> bool:
         """Record the result of a run.
 
@@ -350,7 +362,9 @@ class Ledger:
 
     def _trials(self, study: int) -> list[FrozenTrial]:
         trials = self.storage.get_all_trials(study, deepcopy=False)
-        return sorted((t for t in trials if t.state != TrialState.FAIL), key=lambda trial: trial.number)
+        void = {name for name in self.storage.get_study_user_attrs(study) if name.startswith(_VOID)}
+        valid = (t for t in trials if t.state != TrialState.FAIL and f"{_VOID}{t._trial_id}" not in void)
+        return sorted(valid, key=lambda trial: trial.number)
 
     def _phase(self, problem: StudyProblem, arm: Arm, phase: str) -> Iterator[Entry]:
         key = (problem.label, arm.label, phase)

@@ -305,12 +305,29 @@ def line_of(text: str, place: Sequence[str | int]) -> int:
     for depth in range(len(tables), 0, -1):
         name = re.escape(".".join(tables[:depth])).replace("\\.", r"\.")
         header = re.compile(rf"\s*\[\[?\s*(?:{name})\s*\]\]?\s*(#.*)?$".replace('"', '"?'))
-        found = [index for index, line in enumerate(lines) if header.match(line.replace('"', ""))]
+        found = [
+            index
+            for index, line in enumerate(lines)
+            if header.match(line.replace('"', "")) or _names(line, tables[:depth])
+        ]
         if found:
             at = found[min(number, len(found) - 1)]
             rest = tables[depth:]
             return 1 + _key_line(lines, at, rest)
     return 1 + _key_line(lines, -1, tables)
+
+
+def _names(line: str, tables: Sequence[str]) -> bool:
+    """Whether a line is the header of a table, quotes and escapes in its name read as TOML does."""
+    if not line.lstrip().startswith("["):
+        return False
+    wanted: dict[str, Any] = {}
+    for key in reversed(tables):
+        wanted = {key: wanted}
+    try:
+        return tomllib.loads(line) == wanted
+    except ValueError:
+        return False
 
 
 def _key_line(lines: Sequence[str], at: int, keys: Sequence[str]) -> int:

@@ -14,9 +14,11 @@ import multiprocessing
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 from rich.console import Console
@@ -28,18 +30,27 @@ from ..runs.environment import prepare_process
 from ..runs.evaluation import Metrics
 from ..runs.interrupts import interruptible
 from ..runs.runs import Resume, run_in_folder
-from ..runs.targets import HeldError, OutputError, exclusive
+from ..runs.setbacks import in_words, is_setback
+from ..runs.targets import DamagedError, HeldError, OutputError, exclusive
 from ..runs.training import EveryEpoch
 from ..runs.watched import Extras
+from ..runs.wholeness import contradiction_in
 from .definition import Study
 from .folders import NOT_FINISHED, breakdown, recorded_value, run_folder, told, write_trial
 from .ledger import FINAL, TUNE, Entry, Ledger, Slot, open_storage
 from .presence import BEAT_SECONDS
 from .same_folder import misfit
 
-__all__ = ["Assignment", "Place", "perform", "processors", "work"]
+__all__ = ["SETBACK", "Assignment", "Place", "perform", "processors", "work"]
+
+SETBACK = 75
+"""Exit code of a worker that met an error no method is to blame for; its run is given back."""
 
 _POLL_SECONDS = 0.5
+
+
+class _SetbackError(Exception):
+    """What ended a run and says nothing of its method."""
 
 
 def processors() -> int:
@@ -96,15 +107,28 @@ class Assignment:
     name: str
 
 
-def work(assignment: Assignment) -> None:
+def work(assignment: Assignment, troubles: SimpleQueue[str]) -> None:
     """Do runs until none is left, or until told to stop; the body of a worker process.
 
     The first SIGINT ends the run in progress after its step, and gives it back to be continued. The death of the
     parent ends the worker at once.
+
+    Args:
+        assignment: what is to be done.
+        troubles: told what ended the worker, beside exit code :data:`SETBACK`, where no method is to blame: no space
+            on the disk, no memory, damaged files, an error of the program.
     """
     os.setpgrp()  # Ctrl-C reaches the parent alone, who passes it on
     threading.Thread(target=_die_with_parent, daemon=True).start()
     prepare_process(assignment.place.threads)
+    try:
+        _work(assignment)
+    except (_SetbackError, OutputError) as error:
+        troubles.put(str(error))
+        raise SystemExit(SETBACK) from None
+
+
+def _work(assignment: Assignment) -> None:
     ledger = assignment.place.ledger(assignment.study)
     with interruptible() as stopped, exclusive(ledger.presence / assignment.name):
         while not stopped():
@@ -140,9 +164,15 @@ def _do(ledger: Ledger, entry: Entry, assignment: Assignment, stopped: Callable[
         time.sleep(_POLL_SECONDS)
         ledger.give_back(entry)
         return True
-    except BaseException:
-        ledger.give_back(entry)
-        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) or not is_setback(error):
+            ledger.give_back(entry)
+            raise
+        with suppress(OutputError):  # else the next command gives it back
+            ledger.give_back(entry)
+        if not isinstance(error, OsculateError):
+            traceback.print_exception(error)
+        raise _SetbackError(f"{entry.slot}: {in_words(error)}") from error
     if ended is None:
         ledger.give_back(entry)
         return False
@@ -174,6 +204,7 @@ def perform(
     Raises:
         OutputError: nothing can be written.
         HeldError: another process writes to its folder.
+        Exception: no memory, another run in its folder, an error of the program: see ``is_setback``.
     """
     study, place = assignment.study, assignment.place
     problem = next(problem for problem in study.problems if problem.label == slot.problem)
@@ -190,15 +221,21 @@ def perform(
     ended = None if another else recorded_value(folder, metric)
     reason = ""
     if ended is None:
+        resume = Resume.NEVER if another or contradiction_in(folder, metric) else Resume.AUTO
         write_trial(folder, slot, seed, settings, None, NOT_FINISHED)
-        extras = Extras(schedule=EveryEpoch(study.evaluations), tensorboard=place.tensorboard, enough=enough)
-        silent, resume = Console(file=io.StringIO()), Resume.NEVER if another else Resume.AUTO
+        extras = Extras(
+            schedule=EveryEpoch(study.evaluations), tensorboard=place.tensorboard, whole=True, enough=enough
+        )
+        silent = Console(file=io.StringIO())
         try:
-            result = run_in_folder(config, budget, folder, place.data_dir, resume, silent, extras)
-        except (OutputError, HeldError):
-            raise
+            try:
+                result = run_in_folder(config, budget, folder, place.data_dir, resume, silent, extras)
+            except DamagedError:
+                result = run_in_folder(config, budget, folder, place.data_dir, Resume.NEVER, silent, extras)
         except Exception as error:  # whatever a method does wrong is its own miss, not the end of the study
-            reason = str(error) if isinstance(error, OsculateError) else f"{type(error).__name__}: {error}"
+            if is_setback(error):
+                raise
+            reason = in_words(error)
             ended = "broken down", None
         else:
             if result.status == "interrupted":

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import warnings
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,16 @@ class TestFigure:
 
     def test_a_narrow_range_stays_linear(self) -> None:
         assert self.figure(curve("adam", 9, 8, 7)).axes[0].get_yscale() == "linear"
+
+
+def test_one_method_and_two_points_have_ticks_and_whole_axes(tmp_path: Path) -> None:
+    """Landmarks far below the losses take no room; a view without a round number has ticks all the same."""
+    low = Comparison("p", TWO_EPOCHS, {"device_name": "cpu"}, [curve("sgdm", 44.9, 44.87)], 1.0, {"a landmark": 2.0})
+    figure = comparison_figure(low)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_figure(figure, tmp_path / "c")
+    for axes in figure.axes[:2]:
+        assert axes.get_window_extent().height > 0.4 * figure.bbox.height
+    low_end, high_end = figure.axes[0].get_ylim()
+    assert sum(low_end <= tick <= high_end for tick in figure.axes[0].get_yticks()) >= 2
