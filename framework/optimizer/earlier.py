@@ -7,11 +7,13 @@ last one. The gradient is then that of the whole mini-batch, but the closure can
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ...curvature.backends.passes import accumulates
+from ...curvature.layers.sharding import is_sharded, local
 from ...errors import ArgumentError
 
 __all__ = ["EarlierGradients", "require_whole_batch"]
@@ -53,7 +55,9 @@ class EarlierGradients:
         untouched = earlier._version == self._versions[self._watched]
         if self._parameters[self._watched].grad is earlier and untouched:
             with torch.no_grad():
-                self._leftover = earlier.any()  # cleared to zeros before the closure: nothing is left over
+                # Cleared to zeros before the closure: nothing is left over. Of what is here of a sharded one: the other
+                # processes may not come here, where this one's closure has raised.
+                self._leftover = local(earlier).any()
 
     def finish(self) -> None:
         """The closure is over."""
@@ -65,7 +69,16 @@ class EarlierGradients:
 
     def kept(self) -> bool:
         """Whether the closure added to gradients that it found. Synchronises only if it did not clear them."""
-        return self._leftover is not None and bool(self._leftover)
+        if self._leftover is None:
+            return False
+        assert self._watched is not None
+        parameter: Any = self._parameters[self._watched]
+        if not is_sharded(parameter):
+            return bool(self._leftover)
+        found = self._leftover.to(torch.int32)
+        for group in parameter.device_mesh.get_all_groups():
+            distributed.all_reduce(found, distributed.ReduceOp.MAX, group)
+        return bool(found)
 
     def joined(self) -> bool:
         """Whether a gradient has come since; asked only of a closure that returned no loss."""

@@ -50,7 +50,8 @@ def test_plain_loop_and_closure_loop_are_the_same(name: str, net: str) -> None:
     for plain in (True, False):
         torch.manual_seed(3)
         model = make(net)
-        optimizer = build(name, model)
+        # Short enough that the loss does not bound it: a plain loop's is read off a gradient, and equal up to rounding.
+        optimizer = build(name, model, **({"lr": 1e-4} if name == "mbf" else {}))
         for x, y in batches(net, 6):
             if plain:
                 plain_step(optimizer, model, x, y)
@@ -230,6 +231,7 @@ class _Flip:
         raise NotImplementedError
 
 
+@pytest.mark.filterwarnings("ignore::osculate.LossWarning")  # labels that are fixed are no likelihood of ours
 @pytest.mark.parametrize(
     "name", ["kfac", "joint-kfac", "joint-kfac-momentum", "joint-kfac-noise-aware", "lw-sgdm", "joint-sgdm", "lw-adamw"]
 )

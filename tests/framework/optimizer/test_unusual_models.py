@@ -64,6 +64,7 @@ def test_parts_called_one_by_one_are_one_pass_per_backward(name: str, options: d
     torch.testing.assert_close(results[2], results[0], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore::osculate.LossWarning")  # the refusal comes after it
 @pytest.mark.parametrize("name", ["kfac", "joint-kfac", "joint-kfac-momentum", "joint-kfac-noise-aware", "lw-sgdm"])
 def test_sampled_statistics_say_so_when_the_model_itself_is_not_called(name: str) -> None:
     model = Parts().double()
